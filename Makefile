@@ -1,0 +1,33 @@
+# Two commands for a fresh machine: `make bench` and `make test`.
+# Both need only git, make, and a Python of at least 3.10 with venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+BENCH ?= # more options, e.g. make bench BENCH="--seeds 0 1 2"
+TEST ?= # more options, e.g. make test TEST="-m slow"
+
+.DEFAULT_GOAL := help
+.PHONY: help bench test lint clean
+
+help: ## Show the commands
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
+
+bench: $(VENV)/.installed-bench ## Learn ten permuted-MNIST tasks with every method
+	$(VENV)/bin/python -m benchmarks.permuted_mnist $(BENCH)
+
+test: $(VENV)/.installed-test ## Run the test suite
+	$(VENV)/bin/python -m pytest $(TEST)
+
+lint: $(VENV)/.installed-test ## Check style and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+clean: ## Remove the virtual environment
+	rm -rf $(VENV)
+
+# A stamp for each extra, so that an install happens once and again only when the metadata change.
+$(VENV)/.installed-%: pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[$*]'
+	touch $@

@@ -1,0 +1,18 @@
+"""Elastic weight consolidation in a rotated basis, for PyTorch."""
+
+from rotate_ewc.merging import merge
+from rotate_ewc.operator import EKFACLinearOperator
+from rotate_ewc.options import FisherType, KFACType
+from rotate_ewc.penalty import EKFACPenalty
+from rotate_ewc.snapshot import SnapshotError
+from rotate_ewc.version import __version__
+
+__all__ = [
+    "EKFACLinearOperator",
+    "EKFACPenalty",
+    "FisherType",
+    "KFACType",
+    "SnapshotError",
+    "__version__",
+    "merge",
+]

@@ -1,0 +1,277 @@
+"""Avalanche: the plugin, and a ready strategy around it.
+
+`RotatedEWCPlugin` does for Avalanche's training loop what a loop of your own does with
+`EKFACPenalty`: it adds the penalty to every loss and consolidates after every experience.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Subset
+
+try:
+    from avalanche.core import SupervisedPlugin
+    from avalanche.models import avalanche_forward
+    from avalanche.training.plugins import EvaluationPlugin
+    from avalanche.training.plugins.evaluation import default_evaluator
+    from avalanche.training.templates import SupervisedTemplate
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"rotate_ewc.avalanche needs Avalanche ({error}); "
+        f"install it with: pip install 'rotate-ewc[avalanche]'"
+    ) from error
+
+from rotate_ewc.options import FisherType, KFACType, as_positive_integer
+from rotate_ewc.penalty import EKFACPenalty
+
+
+class RotatedEWCPlugin(SupervisedPlugin):
+    """Elastic weight consolidation in a rotated basis, as a plugin for any supervised strategy.
+
+    After each experience a snapshot of the Fisher matrix is taken on the experience's data, with
+    its evaluation transforms. On later experiences the loss carries the penalty
+
+        ½ · ewc_lambda · Σ_t (N_t / N_now) (θ - θ*)ᵀ F_t (θ - θ*)
+
+    (Avalanche's `EWCPlugin` has no ½ and no example counts: for the same Fisher matrix its
+    `ewc_lambda` is half of this one.) Nothing is registered on the model or the optimizer.
+
+    Attributes:
+        penalty: The `EKFACPenalty` at work; `state_dict` and `load_state_dict` are its own.
+
+    Example:
+        strategy = Naive(model=model, optimizer=optimizer, criterion=CrossEntropyLoss(),
+                         plugins=[RotatedEWCPlugin(ewc_lambda=3.0)])
+    """
+
+    def __init__(
+        self,
+        ewc_lambda: float = 1.0,
+        mode: str = "merged",
+        *,
+        num_samples: int | None = None,
+        estimation_mb_size: int | None = None,
+        fisher_type: FisherType | str = FisherType.MC,
+        mc_samples: int = 1,
+        kfac_approx: KFACType | str = KFACType.EXPAND,
+        separate_weight_and_bias: bool = True,
+        seed: int = 2147483647,
+        memory_budget: int = 2**30,
+        progressbar: bool = False,
+    ) -> None:
+        """Make a plugin that does nothing until the first experience has ended.
+
+        Args:
+            ewc_lambda: Strength of the penalty, at least 0. With a mean loss, 1 is Bayes' rule and
+                3 a good practical value.
+            mode: `"merged"`: one penalty for all experiences, at constant time and memory; or
+                `"separate"`: one for each experience.
+            num_samples: Examples to draw from each experience for its snapshot; None takes all. A
+                few thousand are usually as good.
+            estimation_mb_size: Mini-batch size of the snapshot, which changes its speed but not its
+                result; None takes the strategy's `train_mb_size`.
+            fisher_type: `MC` (sampled labels), `TYPE2` (exact expectation) or `EMPIRICAL`.
+            mc_samples: Sampled labels per example, for `MC`.
+            kfac_approx: `EXPAND` or `REDUCE`: how shared positions enter the basis.
+            separate_weight_and_bias: One block for each, or one joint block for both.
+            seed: Seed of the drawn examples and labels.
+            memory_budget: Bytes that a snapshot may use beyond the model's own passes.
+            progressbar: Whether to show progress while a snapshot is taken.
+
+        Raises:
+            ValueError: If a value is out of range, naming the argument.
+            TypeError: If a value has the wrong type.
+        """
+        super().__init__()
+        as_positive_integer("num_samples", num_samples, optional=True)
+        as_positive_integer("estimation_mb_size", estimation_mb_size, optional=True)
+        try:
+            self.penalty = EKFACPenalty(
+                ewc_lambda,
+                mode,
+                fisher_type=fisher_type,
+                mc_samples=mc_samples,
+                kfac_approx=kfac_approx,
+                separate_weight_and_bias=separate_weight_and_bias,
+                seed=seed,
+                memory_budget=memory_budget,
+                progressbar=progressbar,
+            )
+        except (ValueError, TypeError) as error:
+            raise type(error)(str(error).replace("strength is", "ewc_lambda is")) from None
+        self.num_samples = num_samples
+        self.estimation_mb_size = estimation_mb_size
+
+    @property
+    def ewc_lambda(self) -> float:
+        """Strength of the penalty."""
+        return self.penalty.strength
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Tell the penalty how many examples the task at hand has."""
+        self.penalty.current_examples = len(_task(strategy.experience).dataset)
+
+    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Add the penalty to the loss."""
+        if self.penalty.num_tasks > 0:
+            strategy.loss = strategy.loss + self.penalty(strategy.model)
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Take the snapshot, at the end of a task."""
+        if not _ends_task(strategy.experience):
+            return
+        dataset = _task(strategy.experience).dataset
+        num_examples = len(dataset)
+        self.penalty.consolidate(
+            strategy.model,
+            strategy._criterion,
+            self._batches(dataset.eval(), strategy),
+            forward=partial(_forward, strategy.model),
+            num_examples=num_examples,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all snapshots and anchors: a flat dictionary of tensors and JSON strings."""
+        return dict(self.penalty.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state; the model's weights are not touched.
+
+        Raises:
+            ValueError: If the state is not whole or not consistent, naming the key.
+        """
+        self.penalty.load_state_dict(state)
+
+    def _batches(self, dataset: Any, strategy: Any) -> _Batches:
+        collate = getattr(dataset, "collate_fn", None)
+        if self.num_samples is not None and self.num_samples < len(dataset):
+            generator = torch.Generator().manual_seed(
+                self.penalty.settings.seed + self.penalty.num_tasks
+            )
+            # Class-incremental data come ordered by class, so the first ones would not do.
+            drawn = torch.randperm(len(dataset), generator=generator)[: self.num_samples]
+            dataset = Subset(dataset, drawn.tolist())
+        size = self.estimation_mb_size or strategy.train_mb_size
+        return _Batches(DataLoader(dataset, batch_size=size, collate_fn=collate))
+
+
+class RotatedEWC(SupervisedTemplate):
+    """A strategy with `RotatedEWCPlugin`, to be used as Avalanche's `EWC` is.
+
+    Example:
+        strategy = RotatedEWC(model=model, optimizer=optimizer, criterion=CrossEntropyLoss(),
+                              ewc_lambda=3.0, train_mb_size=128, train_epochs=2)
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        criterion: Callable[..., Any] | None = None,
+        ewc_lambda: float = 1.0,
+        mode: str = "merged",
+        num_samples: int | None = None,
+        estimation_mb_size: int | None = None,
+        fisher_type: FisherType | str = FisherType.MC,
+        mc_samples: int = 1,
+        kfac_approx: KFACType | str = KFACType.EXPAND,
+        separate_weight_and_bias: bool = True,
+        seed: int = 2147483647,
+        memory_budget: int = 2**30,
+        train_mb_size: int = 1,
+        train_epochs: int = 1,
+        eval_mb_size: int | None = None,
+        device: str | torch.device = "cpu",
+        plugins: Sequence[Any] | None = None,
+        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] = default_evaluator,
+        eval_every: int = -1,
+        **base_kwargs: Any,
+    ) -> None:
+        """Make the strategy.
+
+        Args:
+            model: The model.
+            optimizer: Its optimizer.
+            criterion: The loss, `CrossEntropyLoss()` if None.
+            ewc_lambda: See `RotatedEWCPlugin`, also for the arguments down to `memory_budget`.
+            mode: `"merged"` or `"separate"`.
+            num_samples: Examples for each snapshot; None is all.
+            estimation_mb_size: Mini-batch size of the snapshot.
+            fisher_type: `MC`, `TYPE2` or `EMPIRICAL`.
+            mc_samples: Sampled labels per example.
+            kfac_approx: `EXPAND` or `REDUCE`.
+            separate_weight_and_bias: Separate blocks, or a joint one.
+            seed: Seed of the drawn examples and labels.
+            memory_budget: Bytes that a snapshot may use.
+            train_mb_size: Training mini-batch size.
+            train_epochs: Epochs for each experience.
+            eval_mb_size: Evaluation mini-batch size.
+            device: Where to train.
+            plugins: More plugins; the list is not changed.
+            evaluator: Metrics and loggers.
+            eval_every: When to evaluate during training, as in every Avalanche strategy.
+            **base_kwargs: Handed on to Avalanche's `SupervisedTemplate`.
+        """
+        plugin = RotatedEWCPlugin(
+            ewc_lambda,
+            mode,
+            num_samples=num_samples,
+            estimation_mb_size=estimation_mb_size,
+            fisher_type=fisher_type,
+            mc_samples=mc_samples,
+            kfac_approx=kfac_approx,
+            separate_weight_and_bias=separate_weight_and_bias,
+            seed=seed,
+            memory_budget=memory_budget,
+        )
+        super().__init__(
+            model=model,
+            optimizer=optimizer,
+            criterion=nn.CrossEntropyLoss() if criterion is None else criterion,
+            train_mb_size=train_mb_size,
+            train_epochs=train_epochs,
+            eval_mb_size=eval_mb_size,
+            device=device,
+            plugins=[*(plugins or ()), plugin],
+            evaluator=evaluator,
+            eval_every=eval_every,
+            **base_kwargs,
+        )
+        self.rotated_ewc = plugin
+
+
+class _Batches:
+    """Avalanche's batches (x, y) or (x, y, ..., task labels) as ((x, task labels), y)."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor | None], Tensor]]:
+        for batch in self._loader:
+            yield (batch[0], batch[-1] if len(batch) > 2 else None), batch[1]
+
+
+def _forward(model: nn.Module, inputs: tuple[Tensor, Tensor | None]) -> Tensor:
+    x, task_labels = inputs
+    outputs: Tensor = avalanche_forward(model, x, task_labels)
+    return outputs
+
+
+def _ends_task(experience: Any) -> bool:
+    """Whether this experience is the last of its task; online streams cut tasks into many."""
+    return bool(getattr(experience.logging(), "is_last_subexp", True))
+
+
+def _task(experience: Any) -> Any:
+    """Return the experience that holds the whole task."""
+    return getattr(experience.logging(), "origin_experience", experience)

@@ -1,0 +1,104 @@
+"""Iterate over the user's data: what a batch must be, and on which device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+def check_reiterable(data: object) -> None:
+    """Raise unless `data` can be iterated more than once.
+
+    Raises:
+        TypeError: If `data` is not iterable at all.
+        ValueError: If `data` is its own iterator, such as a generator: it would be used up.
+    """
+    try:
+        iterator = iter(data)  # type: ignore[call-overload]
+    except TypeError:
+        raise TypeError(
+            f"data is {type(data).__name__}; expected an iterable of batches (inputs, targets)"
+        ) from None
+    if iterator is data:
+        raise ValueError(
+            f"data is a one-shot iterator ({type(data).__name__}), of which any look would lose "
+            f"batches; pass something that can be iterated again, such as a list or a DataLoader"
+        )
+
+
+def batches(
+    data: Iterable[Any], device: torch.device, *, progressbar: bool, description: str
+) -> Iterator[tuple[int, Any, Tensor]]:
+    """Yield (index, inputs, targets) of every batch, moved to a device.
+
+    Raises:
+        ValueError: If a batch is not a pair, or if there are no batches.
+        TypeError: If a batch's targets are not a tensor.
+    """
+    index = -1
+    for index, batch in enumerate(tqdm(data, desc=description, disable=not progressbar)):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            got = (
+                f"{type(batch).__name__} of {len(batch)} items"
+                if isinstance(batch, (tuple, list))
+                else type(batch).__name__
+            )
+            raise ValueError(f"batch {index} of data is a {got}; expected (inputs, targets)")
+        inputs, targets = batch
+        if not isinstance(targets, Tensor):
+            raise TypeError(
+                f"batch {index} of data has targets of type {type(targets).__name__}; "
+                f"expected a tensor"
+            )
+        yield index, to_device(inputs, device), targets.to(device)
+    if index < 0:
+        raise ValueError("data is empty; expected at least one batch (inputs, targets)")
+
+
+def count_examples(inputs: Any, batch_size_fn: Callable[[Any], int] | None) -> int:
+    """Return the number of examples in a batch's inputs.
+
+    Raises:
+        TypeError: If the inputs are not tensors and no `batch_size_fn` was given.
+        ValueError: If there are no examples.
+    """
+    if batch_size_fn is not None:
+        count = batch_size_fn(inputs)
+    elif (first := _first_tensor(inputs)) is not None and first.ndim > 0:
+        count = first.shape[0]
+    else:
+        raise TypeError(
+            f"the number of examples in inputs of type {type(inputs).__name__} is not obvious; "
+            f"pass batch_size_fn, a function from inputs to their number of examples"
+        )
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"a batch has {count!r} examples; expected at least 1")
+    return count
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors in nested tuples, lists and mappings to a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(item, device) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_device(item, device) for item in value)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    items = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, (tuple, list, Mapping)):
+        for item in items:
+            if (found := _first_tensor(item)) is not None:
+                return found
+    return None

@@ -1,0 +1,83 @@
+"""One block of the operator: a rotated basis and the eigenvalues in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotate_ewc.kernels import Basis
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """`F ≈ (Q_g ⊗ Q_a) diag(Λ) (Q_g ⊗ Q_a)ᵀ` on one parameter, or on a weight and its bias.
+
+    A parameter is the matrix `parameter.reshape(groups, d_out, d_in)`. In a joint block the bias is
+    the *first* column of `[bias | weight]`, so that a parameter that has grown (new outputs, new
+    inputs) still starts with the slice for which the block was made.
+
+    Attributes:
+        parameters: `(name,)`, or `(weight's name, bias's name)` for a joint block.
+        gradient_basis: Q_g `[groups, d_out, d_out]`, columns are eigenvectors; None is I.
+        activation_basis: Q_a `[groups, d_in, d_in]`; None is I.
+        eigenvalues: Λ `[groups, d_out, d_in]`, all at least 0.
+    """
+
+    parameters: tuple[str, ...]
+    gradient_basis: Basis
+    activation_basis: Basis
+    eigenvalues: Tensor
+
+    @property
+    def label(self) -> str:
+        """A name for the block: its parameters', joined by `+`."""
+        return "+".join(self.parameters)
+
+    @property
+    def trace(self) -> Tensor:
+        """Sum of the eigenvalues, a scalar tensor."""
+        return self.eigenvalues.sum()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by attribute name; identities are left out."""
+        named = {
+            "eigenvalues": self.eigenvalues,
+            "gradient_basis": self.gradient_basis,
+            "activation_basis": self.activation_basis,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Block:
+        """Return the block with every stored tensor replaced by `function` of it."""
+        changed: dict[str, Any] = {name: function(t) for name, t in self.tensors.items()}
+        return replace(self, **changed)
+
+    def with_eigenvalues(self, eigenvalues: Tensor) -> Block:
+        """Return the block with other eigenvalues in the same basis."""
+        return replace(self, eigenvalues=eigenvalues)
+
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Gather parameter-shaped tensors into the block's matrix `[groups, d_out, d_in]`."""
+        groups, d_out, _ = self.eigenvalues.shape
+        parts = [tensors[name].reshape(groups, d_out, -1) for name in reversed(self.parameters)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def columns(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Gather tensors `[K, *shape]` into matrices `[K, groups, d_out, d_in]`."""
+        groups, d_out, _ = self.eigenvalues.shape
+        parts = [
+            tensors[name].reshape(len(tensors[name]), groups, d_out, -1)
+            for name in reversed(self.parameters)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+
+    def parts(self, matrix: Tensor) -> Sequence[Tensor]:
+        """Split matrices `[..., groups, d_out, d_in]` into those of `parameters`, in order."""
+        if len(self.parameters) == 1:
+            return [matrix]
+        return [matrix[..., 1:], matrix[..., :1]]

@@ -1,0 +1,143 @@
+"""Sum operators into one of the same form and size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rotate_ewc import kernels
+from rotate_ewc.block import Block
+from rotate_ewc.kernels import Basis
+from rotate_ewc.operator import EKFACLinearOperator
+from rotate_ewc.options import as_non_negative_number
+
+
+def merge(
+    operators: Sequence[EKFACLinearOperator], weights: Sequence[float] | None = None
+) -> EKFACLinearOperator:
+    """Approximate `Σ_t w_t F_t` by one operator, at the memory and cost of one.
+
+    The sum of blocks in different bases is no such block. Its partial traces are known exactly,
+    though, and their eigenvectors make the new bases; the new eigenvalues are the exact diagonal of
+    the sum in these bases. Trace and both partial traces of the sum are preserved exactly, and the
+    result is positive semi-definite. Merging many operators at once is more exact than one by one.
+
+    A parameter that some operators lack, or have with fewer rows or columns, counts as zero there:
+    a block acts on the leading slice that existed when it was made.
+
+    Args:
+        operators: At least one; parameters with the same name belong together.
+        weights: One number of at least 0 for each operator; None is 1 for each.
+
+    Returns:
+        An operator over all parameters of all operators.
+
+    Raises:
+        ValueError: If shapes or blocks of a parameter do not fit together, naming it.
+        TypeError: If something is not an operator, or a weight not a number.
+    """
+    operators = list(operators)
+    if not operators:
+        raise ValueError("operators is empty; expected at least one")
+    for operator in operators:
+        if not isinstance(operator, EKFACLinearOperator):
+            raise TypeError(f"operators has {type(operator).__name__}; expected operators")
+    checked = [1.0] * len(operators) if weights is None else list(weights)
+    if len(checked) != len(operators):
+        raise ValueError(f"got {len(checked)} weights; expected {len(operators)}")
+    checked = [as_non_negative_number(f"weights[{i}]", w) for i, w in enumerate(checked)]
+    shapes = _common_shapes(operators)
+    parts: dict[tuple[str, ...], list[tuple[Block, float]]] = {}
+    for operator, weight in zip(operators, checked, strict=True):
+        for block in operator.blocks:
+            parts.setdefault(block.parameters, []).append((block, weight))
+    _check_partition(list(parts))
+    blocks = [
+        _merge_blocks([block for block, _ in group], [weight for _, weight in group])
+        for group in parts.values()
+    ]
+    provenance = replace(
+        operators[-1].provenance, num_data=sum(operator.num_data for operator in operators)
+    )
+    return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
+
+
+def _merge_blocks(blocks: Sequence[Block], weights: Sequence[float]) -> Block:
+    """Merge blocks of the same parameters, of equal or growing size."""
+    if len(blocks) == 1:
+        return blocks[0].with_eigenvalues(blocks[0].eigenvalues * weights[0])
+    d_out = max(block.eigenvalues.shape[1] for block in blocks)
+    d_in = max(block.eigenvalues.shape[2] for block in blocks)
+    eigenvalues = [b.eigenvalues * w for b, w in zip(blocks, weights, strict=True)]
+    gradient_bases = [
+        _padded(block.gradient_basis, d_out, values, axis=1)
+        for block, values in zip(blocks, eigenvalues, strict=True)
+    ]
+    activation_bases = [
+        _padded(block.activation_basis, d_in, values, axis=2)
+        for block, values in zip(blocks, eigenvalues, strict=True)
+    ]
+    gradient_basis = kernels.merged_basis(gradient_bases, [v.sum(dim=2) for v in eigenvalues])
+    activation_basis = kernels.merged_basis(activation_bases, [v.sum(dim=1) for v in eigenvalues])
+    projected = [
+        kernels.project_eigenvalues(
+            kernels.change_basis(old_gradient, gradient_basis),
+            kernels.change_basis(old_activation, activation_basis),
+            values,
+        )
+        for old_gradient, old_activation, values in zip(
+            gradient_bases, activation_bases, eigenvalues, strict=True
+        )
+    ]
+    total = torch.stack(projected).sum(dim=0)
+    return Block(blocks[0].parameters, gradient_basis, activation_basis, total)
+
+
+def _padded(basis: Basis, size: int, eigenvalues: Tensor, axis: int) -> Basis:
+    """Extend a basis by rows of zeros to a grown parameter; its rank stays what it was."""
+    groups, rank = eigenvalues.shape[0], eigenvalues.shape[axis]
+    if rank == size:
+        return basis
+    if basis is None:
+        eye = torch.eye(size, rank, device=eigenvalues.device, dtype=eigenvalues.dtype)
+        return eye.expand(groups, size, rank)
+    return F.pad(basis, (0, 0, 0, size - rank))
+
+
+def _common_shapes(operators: Sequence[EKFACLinearOperator]) -> dict[str, torch.Size]:
+    """Return the largest shape of every parameter; only its first two axes may grow."""
+    shapes: dict[str, torch.Size] = {}
+    groups: dict[str, int] = {}
+    for operator in operators:
+        for block in operator.blocks:
+            for name in block.parameters:
+                shape = operator.parameter_shapes[name]
+                known = shapes.setdefault(name, shape)
+                same_groups = groups.setdefault(name, block.eigenvalues.shape[0])
+                if same_groups != block.eigenvalues.shape[0]:
+                    raise ValueError(f"parameter {name!r} has blocks with different groups")
+                if shape == known:
+                    continue
+                if len(shape) != len(known) or shape[2:] != known[2:] or same_groups > 1:
+                    raise ValueError(
+                        f"parameter {name!r} has shapes {list(known)} and {list(shape)}, which do "
+                        f"not fit together; only more outputs or inputs of a layer without groups "
+                        f"can be merged"
+                    )
+                shapes[name] = torch.Size(map(max, known, shape))
+    return shapes
+
+
+def _check_partition(groups: Sequence[tuple[str, ...]]) -> None:
+    owners: dict[str, tuple[str, ...]] = {}
+    for group in groups:
+        for name in group:
+            if owners.setdefault(name, group) != group:
+                raise ValueError(
+                    f"parameter {name!r} has a block of its own in one operator and a joint block "
+                    f"in another; estimate both with the same separate_weight_and_bias"
+                )

@@ -1,0 +1,386 @@
+"""`EKFACLinearOperator`: named blocks and their algebra."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotate_ewc import kernels, snapshot, vectors
+from rotate_ewc.block import Block
+from rotate_ewc.estimation import estimate
+from rotate_ewc.fisher import likelihood_of
+from rotate_ewc.options import EstimationSettings, FisherType, KFACType, as_non_negative_number
+from rotate_ewc.parameters import Parameters, name_parameters
+from rotate_ewc.preserve import undisturbed
+from rotate_ewc.quadratic import quadratic_form
+from rotate_ewc.snapshot import Provenance
+
+
+class EKFACLinearOperator:
+    """The Fisher matrix of a model's loss, in rotated (EKFAC) form.
+
+    Each parameter gets a basis in which its Fisher matrix is nearly diagonal, and the exact
+    diagonal in that basis (George et al. 2018, "Fast Approximate Natural Gradient Descent in a
+    Kronecker-factored Eigenbasis"). The matrix is that of the loss *under its own reduction*, over
+    the whole data set: `mean` averages over all examples however they were batched, `sum` adds.
+
+    A constructed operator is finished: it holds bases, eigenvalues, names and shapes, and no
+    reference to the model or the data. Estimation runs in eval mode and leaves parameters, their
+    gradients, modes, buffers and random states as they were.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from rotate_ewc import EKFACLinearOperator
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> data = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(2)]
+        >>> params = list(model.parameters())
+        >>> fisher = EKFACLinearOperator(model, nn.CrossEntropyLoss(), params, data)
+        >>> fisher.shape
+        (67, 67)
+        >>> product = fisher @ [torch.ones_like(p) for p in params]
+        >>> [list(p.shape) for p in product]
+        [[8, 4], [8], [3, 8], [3]]
+        >>> bool(fisher.quadratic_form(product) >= 0)
+        True
+    """
+
+    def __init__(
+        self,
+        model_func: Callable[[Any], Tensor],
+        loss_func: Callable[..., Any],
+        params: Parameters,
+        data: Iterable[Any],
+        *,
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        seed: int = 2147483647,
+        fisher_type: FisherType | str = FisherType.MC,
+        mc_samples: int = 1,
+        kfac_approx: KFACType | str = KFACType.EXPAND,
+        num_per_example_loss_terms: int | None = None,
+        separate_weight_and_bias: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        memory_budget: int = 2**30,
+    ) -> None:
+        """Estimate the operator.
+
+        Args:
+            model_func: The model, or a function from a batch's inputs to outputs. A function is
+                used as it is; only a module can be put into eval mode.
+            loss_func: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with reduction `mean` or
+                `sum`.
+            params: Parameters the matrix is over: a list, or a dictionary by name. A list's names
+                are those in the model.
+            data: Re-iterable batches (inputs, targets), such as a `DataLoader`.
+            progressbar: Whether to show progress over batches.
+            check_deterministic: Estimate twice and raise if the results differ, as they do when the
+                model or the order of the data is random. Doubles the time.
+            seed: Seed of the sampled labels.
+            fisher_type: `TYPE2` (exact expectation over labels), `MC` or `EMPIRICAL`.
+            mc_samples: Sampled labels per example, for `MC`.
+            kfac_approx: `EXPAND` or `REDUCE`: how shared positions enter the basis.
+            num_per_example_loss_terms: If given, checked against the outputs.
+            separate_weight_and_bias: One block for each, or one joint block for both.
+            num_data: Examples the data stand for, where they are a sample of a larger set.
+            batch_size_fn: From a batch's inputs to its number of examples; needed where that is not
+                the length of the first axis of the (first) tensor.
+            memory_budget: Bytes that estimation may use beyond the model's own passes. What fits is
+                kept, so that the model runs over the data once instead of twice.
+
+        Raises:
+            ValueError: If a parameter, layer, loss or batch cannot be handled, naming it.
+            TypeError: If an argument has the wrong type.
+        """
+        settings = EstimationSettings(
+            fisher_type=fisher_type,  # type: ignore[arg-type]
+            mc_samples=mc_samples,
+            kfac_approx=kfac_approx,  # type: ignore[arg-type]
+            separate_weight_and_bias=separate_weight_and_bias,
+            seed=seed,
+            memory_budget=memory_budget,
+            num_per_example_loss_terms=num_per_example_loss_terms,
+            num_data=num_data,
+            batch_size_fn=batch_size_fn,
+            progressbar=progressbar,
+        )
+        if not callable(model_func):
+            raise TypeError(f"model_func is {model_func!r}; expected a module or a function")
+        model = model_func if isinstance(model_func, nn.Module) else None
+        named = name_parameters(params, model)
+        operator = estimate_operator(
+            model_func,
+            loss_func,
+            named,
+            data,
+            settings,
+            model=model,
+            check_deterministic=check_deterministic,
+        )
+        self.__dict__.update(operator.__dict__)
+
+    @classmethod
+    def from_blocks(
+        cls,
+        blocks: Iterable[Block],
+        parameter_shapes: Mapping[str, Sequence[int]],
+        provenance: Provenance,
+    ) -> EKFACLinearOperator:
+        """Make an operator of finished blocks.
+
+        Args:
+            blocks: Blocks that together hold every parameter once.
+            parameter_shapes: Shapes by name, in the order of the operator's parameters.
+            provenance: Where the blocks come from.
+        """
+        operator = cls.__new__(cls)
+        operator._blocks = tuple(blocks)
+        operator._shapes = {name: torch.Size(shape) for name, shape in parameter_shapes.items()}
+        operator._provenance = provenance
+        return operator
+
+    _blocks: tuple[Block, ...]
+    _shapes: dict[str, torch.Size]
+    _provenance: Provenance
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks, in the order of their first parameters."""
+        return self._blocks
+
+    @property
+    def parameter_shapes(self) -> dict[str, torch.Size]:
+        """Parameter shapes by name, in order."""
+        return dict(self._shapes)
+
+    @property
+    def provenance(self) -> Provenance:
+        """Loss, Fisher type and number of examples behind the operator."""
+        return self._provenance
+
+    @property
+    def num_data(self) -> int:
+        """Number of examples the operator stands for."""
+        return self._provenance.num_data
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(D, D)` for D numbers in all parameters."""
+        size = sum(shape.numel() for shape in self._shapes.values())
+        return size, size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._blocks[0].eigenvalues.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of bases and eigenvalues."""
+        return self._blocks[0].eigenvalues.dtype
+
+    @property
+    def trace(self) -> Tensor:
+        """Trace, a scalar tensor; exact for the loss and Fisher type, whatever the basis."""
+        return torch.stack([block.trace for block in self._blocks]).sum()
+
+    @property
+    def det(self) -> Tensor:
+        """Determinant, a scalar tensor."""
+        return self.logdet.exp()
+
+    @property
+    def logdet(self) -> Tensor:
+        """Logarithm of the determinant, a scalar tensor; minus infinity if singular."""
+        return torch.stack([block.eigenvalues.log().sum() for block in self._blocks]).sum()
+
+    @property
+    def frobenius_norm(self) -> Tensor:
+        """Frobenius norm, a scalar tensor."""
+        squares = [block.eigenvalues.square().sum() for block in self._blocks]
+        return torch.stack(squares).sum().sqrt()
+
+    def inverse(self, *, damping: float) -> EKFACLinearOperator:
+        """Return `(F + damping · I)⁻¹`, exact in the eigenbasis.
+
+        Raises:
+            ValueError: If `damping` is zero and the operator singular.
+        """
+        as_non_negative_number("damping", damping)
+        singular = [b.label for b in self._blocks if not bool((b.eigenvalues + damping > 0).all())]
+        if singular:
+            raise ValueError(
+                f"damping is {damping}, but the block of {singular[0]!r} is singular; expected "
+                f"damping greater than 0"
+            )
+        return self._with_eigenvalues(lambda eigenvalues: 1.0 / (eigenvalues + damping))
+
+    def __mul__(self, factor: float) -> EKFACLinearOperator:
+        """Return the operator multiplied by a number of at least 0."""
+        if not isinstance(factor, (int, float)):
+            return NotImplemented
+        as_non_negative_number("factor", factor)
+        return self._with_eigenvalues(lambda eigenvalues: eigenvalues * factor)
+
+    __rmul__ = __mul__
+
+    def __matmul__(self, other: Any) -> Any:
+        """Multiply with parameter-shaped tensors or flat vectors.
+
+        Args:
+            other: A list with one tensor for each parameter, of its shape or with a trailing axis
+                of K columns; or a vector `[D]`; or a matrix `[D, K]`.
+
+        Returns:
+            The product, in the form of `other`.
+
+        Raises:
+            ValueError: If a shape does not fit, naming the parameter.
+            TypeError: If `other` is neither a tensor nor a sequence of tensors.
+        """
+        columns = vectors.to_columns(other, self._shapes)
+        return vectors.from_columns(self._multiply_columns(columns), like=other)
+
+    def quadratic_form(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return `dᵀ F d` in one pass, at half the work of a product; differentiable in d.
+
+        Args:
+            tensors: One tensor for each parameter, of its shape.
+
+        Returns:
+            A scalar tensor.
+
+        Raises:
+            ValueError: If a shape does not fit, naming the parameter.
+        """
+        vectors.check_list(tensors, self._shapes, columns_allowed=False)
+        return quadratic_form(self._blocks, dict(zip(self._shapes, tensors, strict=True)))
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> EKFACLinearOperator:
+        """Return the operator on another device or in another floating-point dtype."""
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; expected a floating-point dtype")
+        moved = [block.map(lambda t: t.to(device=device, dtype=dtype)) for block in self._blocks]
+        return self.from_blocks(moved, self._shapes, self._provenance)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the snapshot: a flat dictionary of tensors and one JSON string, `"header"`.
+
+        It can be written with `torch.save` and read with `torch.load(..., weights_only=True)`.
+        """
+        return snapshot.pack(self._blocks, self._shapes, self._provenance)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> EKFACLinearOperator:
+        """Make an operator from a snapshot; nothing is decomposed again.
+
+        Raises:
+            ValueError: If the snapshot is not whole or not consistent, naming the key.
+        """
+        return cls.from_blocks(*snapshot.unpack(state))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace this operator's contents by a snapshot's; unchanged if the snapshot is bad."""
+        self.__dict__.update(self.from_state_dict(state).__dict__)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the snapshot to a safetensors file, atomically."""
+        snapshot.save(self.state_dict(), path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EKFACLinearOperator:
+        """Read a snapshot from a file that `save` wrote."""
+        return cls.from_state_dict(snapshot.load(path))
+
+    def __repr__(self) -> str:
+        """Show size, provenance and blocks."""
+        size = sum(t.numel() * t.element_size() for b in self._blocks for t in b.tensors.values())
+        lines = [
+            f"  {block.label}: {' × '.join(map(str, block.eigenvalues.shape))}, "
+            f"trace {block.trace.item():.4g}"
+            for block in self._blocks
+        ]
+        head = f"EKFACLinearOperator {self.shape[0]} × {self.shape[1]}, {size / 2**20:.1f} MiB, "
+        return "\n".join([head + str(self._provenance), *lines])
+
+    def _with_eigenvalues(self, function: Callable[[Tensor], Tensor]) -> EKFACLinearOperator:
+        blocks = [b.with_eigenvalues(function(b.eigenvalues)) for b in self._blocks]
+        return self.from_blocks(blocks, self._shapes, self._provenance)
+
+    def _multiply_columns(self, columns: Sequence[Tensor]) -> list[Tensor]:
+        """Multiply tensors `[K, *shape]`, one for each parameter."""
+        by_name = dict(zip(self._shapes, columns, strict=True))
+        product: dict[str, Tensor] = {}
+        for block in self._blocks:
+            matrices = kernels.apply_in_eigenbasis(
+                block.columns(by_name),
+                block.gradient_basis,
+                block.activation_basis,
+                block.eigenvalues,
+            )
+            for name, part in zip(block.parameters, block.parts(matrices), strict=True):
+                product[name] = part.reshape(by_name[name].shape)
+        return [product[name] for name in self._shapes]
+
+
+def estimate_operator(
+    forward: Callable[[Any], Tensor],
+    loss_func: Callable[..., Any],
+    parameters: Mapping[str, Tensor],
+    data: Iterable[Any],
+    settings: EstimationSettings,
+    *,
+    model: nn.Module | None,
+    check_deterministic: bool = False,
+) -> EKFACLinearOperator:
+    """Estimate an operator, leaving the model and the random states as they were.
+
+    Args:
+        forward: From a batch's inputs to the model's outputs.
+        loss_func: The loss.
+        parameters: What the matrix is over, by name.
+        data: Re-iterable batches (inputs, targets).
+        settings: How to estimate.
+        model: The module to put into eval mode; None if it is not known.
+        check_deterministic: Whether to estimate twice and raise if the results differ.
+    """
+    likelihood = likelihood_of(loss_func)
+    with undisturbed(model, parameters.values()), torch.inference_mode(False):
+        found = estimate(forward, likelihood, parameters, data, settings)
+        if check_deterministic:
+            again = estimate(forward, likelihood, parameters, data, settings)
+            _check_equal(found.blocks, again.blocks)
+    if model is None and found.unused:
+        raise ValueError(
+            f"parameter {found.unused[0]!r} is not used by model_func; expected parameters that "
+            f"the outputs depend on"
+        )
+    provenance = Provenance(
+        loss=likelihood.name,
+        reduction=likelihood.reduction,
+        fisher_type=settings.fisher_type.value,
+        num_data=settings.num_data or found.num_examples,
+    )
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    return EKFACLinearOperator.from_blocks(found.blocks, shapes, provenance)
+
+
+def _check_equal(blocks: Sequence[Block], others: Sequence[Block]) -> None:
+    """Raise if two estimates differ by more than rounding, naming the first block that does."""
+    for block, other in zip(blocks, others, strict=True):
+        first, second = block.trace.item(), other.trace.item()
+        tolerance = 1e-3 if block.eigenvalues.dtype is torch.float32 else 1e-8
+        if abs(first - second) > tolerance * max(abs(first), abs(second)):
+            raise ValueError(
+                f"two estimates of the block of {block.label!r} have traces {first:.6g} and "
+                f"{second:.6g}: the model or the data loader is random (shuffling, augmentation, "
+                f"dropout in a function). Make it deterministic, or pass check_deterministic=False"
+            )

@@ -1,0 +1,118 @@
+"""The choices that define an estimate, checked once and then passed around whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeVar
+
+EnumType = TypeVar("EnumType", bound=Enum)
+
+
+class FisherType(str, Enum):
+    """Which expectation over labels makes the Fisher matrix.
+
+    `TYPE2` is the exact expectation over the model's own labels (for the losses supported here it
+    equals the generalised Gauss-Newton matrix), `MC` estimates it from sampled labels, and
+    `EMPIRICAL` takes the labels of the data.
+    """
+
+    TYPE2 = "type2"
+    MC = "mc"
+    EMPIRICAL = "empirical"
+
+
+class KFACType(str, Enum):
+    """How shared positions (pixels, tokens, repeated use) enter the Kronecker factors.
+
+    The factors only choose the basis; the eigenvalues are exact for either choice. `EXPAND` counts
+    every position as an example, `REDUCE` first averages inputs and sums gradients over positions
+    (Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network
+    Architectures").
+    """
+
+    EXPAND = "expand"
+    REDUCE = "reduce"
+
+
+def as_choice(name: str, value: object, choices: type[EnumType]) -> EnumType:
+    """Turn a member of `choices`, or its string value, into the member.
+
+    Raises:
+        ValueError: If `value` is neither, naming the argument and the accepted values.
+    """
+    try:
+        return choices(value.lower() if type(value) is str else value)
+    except ValueError:
+        accepted = ", ".join(repr(choice.value) for choice in choices)
+        raise ValueError(f"{name} is {value!r}; expected one of {accepted}") from None
+
+
+def as_positive_integer(name: str, value: object, *, optional: bool = False) -> None:
+    """Raise unless `value` is a positive integer (or None, where that is allowed)."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; expected a positive integer")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; expected a positive integer")
+
+
+def as_non_negative_number(name: str, value: object) -> float:
+    """Return `value` as a float, or raise unless it is a finite number of at least zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; expected a number of at least 0")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} is {value}; expected a finite number of at least 0")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class EstimationSettings:
+    """How a snapshot is estimated; one object instead of ten arguments in every function.
+
+    Attributes:
+        fisher_type: Which expectation over labels is taken.
+        mc_samples: Sampled labels per example, for `FisherType.MC`.
+        kfac_approx: How shared positions enter the basis.
+        separate_weight_and_bias: One block for each, or one joint block for both.
+        seed: Seed of the label samples; the global random state is neither used nor moved.
+        memory_budget: Bytes that estimation may keep and work in beyond the model's own passes.
+        num_per_example_loss_terms: Expected number of loss terms (such as tokens) per example;
+            None takes it from the outputs.
+        num_data: Examples that the data stand for, when they are a sample of a larger set.
+        batch_size_fn: Number of examples in a batch's inputs, where that is not their first axis.
+        progressbar: Whether to show progress over batches.
+    """
+
+    fisher_type: FisherType = FisherType.MC
+    mc_samples: int = 1
+    kfac_approx: KFACType = KFACType.EXPAND
+    separate_weight_and_bias: bool = True
+    seed: int = 2147483647
+    memory_budget: int = 2**30
+    num_per_example_loss_terms: int | None = None
+    num_data: int | None = None
+    batch_size_fn: Callable[[Any], int] | None = None
+    progressbar: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value, and turn strings into enum members."""
+        object.__setattr__(
+            self, "fisher_type", as_choice("fisher_type", self.fisher_type, FisherType)
+        )
+        object.__setattr__(
+            self, "kfac_approx", as_choice("kfac_approx", self.kfac_approx, KFACType)
+        )
+        as_positive_integer("mc_samples", self.mc_samples)
+        as_positive_integer("memory_budget", self.memory_budget)
+        as_positive_integer(
+            "num_per_example_loss_terms", self.num_per_example_loss_terms, optional=True
+        )
+        as_positive_integer("num_data", self.num_data, optional=True)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed is {self.seed!r}; expected an integer")
+        if self.batch_size_fn is not None and not callable(self.batch_size_fn):
+            raise TypeError(f"batch_size_fn is {self.batch_size_fn!r}; expected a function or None")

@@ -1,0 +1,88 @@
+"""Find, name and check parameters: of a model, of a list, of a mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+Parameters = Sequence[Tensor] | Mapping[str, Tensor]
+
+
+def name_parameters(params: Parameters, model: nn.Module | None) -> dict[str, Tensor]:
+    """Give every parameter a name, and check that it can be one of the model's.
+
+    Raises:
+        TypeError: If something is not a floating-point tensor.
+        ValueError: If there are none, one comes twice, or one is not the model's.
+    """
+    if isinstance(params, Tensor) or not isinstance(params, (Mapping, Iterable)):
+        raise TypeError(
+            f"params is {type(params).__name__}; expected a list of parameters or a dictionary"
+        )
+    known = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+    if isinstance(params, Mapping):
+        named = dict(params)
+    else:
+        tensors = list(params)
+        named = {known.get(id(tensor), str(i)): tensor for i, tensor in enumerate(tensors)}
+        if len({id(tensor) for tensor in tensors}) < len(tensors):
+            raise ValueError("params holds one parameter more than once; expected each once")
+    if not named:
+        raise ValueError("params is empty; expected at least one parameter")
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"params {name!r} is {got}; expected a floating-point tensor")
+        if model is not None and id(tensor) not in known:
+            raise ValueError(
+                f"params {name!r} (shape {list(tensor.shape)}) is not a parameter of the model; "
+                f"expected tensors from model.parameters(), not copies of them"
+            )
+    return named
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside compiled and data-parallel wrappers, whose names are plain."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def parameters_of(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return parameters by name of a module, or of a mapping that already is one."""
+    if isinstance(model, nn.Module):
+        return dict(unwrapped(model).named_parameters())
+    if isinstance(model, Mapping):
+        return model
+    raise TypeError(
+        f"model is {type(model).__name__}; expected a torch.nn.Module or a mapping from parameter "
+        f"names to tensors"
+    )
+
+
+def protected_slice(name: str, parameters: Mapping[str, Tensor], anchor: Tensor) -> Tensor:
+    """Return the leading slice of a parameter that existed when its anchor was set."""
+    parameter = parameters.get(name)
+    if parameter is None:
+        raise ValueError(
+            f"parameter {name!r} is protected by the penalty, but the model has no such parameter; "
+            f"expected the model that was consolidated, or one grown from it"
+        )
+    if parameter.device != anchor.device:
+        raise ValueError(
+            f"parameter {name!r} is on {parameter.device}, but the penalty on {anchor.device}; "
+            f"call penalty.to({str(parameter.device)!r})"
+        )
+    if parameter.shape == anchor.shape:
+        return parameter
+    if parameter.ndim != anchor.ndim or any(map(int.__lt__, parameter.shape, anchor.shape)):
+        raise ValueError(
+            f"parameter {name!r} has shape {list(parameter.shape)}, but the penalty protects "
+            f"{list(anchor.shape)}; expected at least that size along every axis"
+        )
+    return parameter[tuple(slice(size) for size in anchor.shape)]

@@ -1,0 +1,1 @@
+"""Tests of the library, their oracles and their cases."""
