@@ -107,6 +107,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
             raise type(error)(str(error).replace("strength is", "ewc_lambda is")) from None
         self.num_samples = num_samples
         self.estimation_mb_size = estimation_mb_size
+        self._sub_experiences = 0
 
     @property
     def ewc_lambda(self) -> float:
@@ -124,7 +125,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Take the snapshot, at the end of a task."""
-        if not _ends_task(strategy.experience):
+        if not self._ends_task(strategy.experience):
             return
         dataset = _task(strategy.experience).dataset
         num_examples = len(dataset)
@@ -147,6 +148,18 @@ class RotatedEWCPlugin(SupervisedPlugin):
             ValueError: If the state is not whole or not consistent, naming the key.
         """
         self.penalty.load_state_dict(state)
+
+    def _ends_task(self, experience: Any) -> bool:
+        """Whether a task ends here; online streams cut each task into many experiences.
+
+        Avalanche does not mark the last part of a task that it could cut evenly, so they are
+        counted too.
+        """
+        part = experience.logging()
+        if not hasattr(part, "is_last_subexp"):
+            return True
+        self._sub_experiences = 1 if part.is_first_subexp else self._sub_experiences + 1
+        return bool(part.is_last_subexp) or self._sub_experiences == part.sub_stream_length
 
     def _batches(self, dataset: Any, strategy: Any) -> _Batches:
         collate = getattr(dataset, "collate_fn", None)
@@ -265,11 +278,6 @@ def _forward(model: nn.Module, inputs: tuple[Tensor, Tensor | None]) -> Tensor:
     x, task_labels = inputs
     outputs: Tensor = avalanche_forward(model, x, task_labels)
     return outputs
-
-
-def _ends_task(experience: Any) -> bool:
-    """Whether this experience is the last of its task; online streams cut tasks into many."""
-    return bool(getattr(experience.logging(), "is_last_subexp", True))
 
 
 def _task(experience: Any) -> Any:

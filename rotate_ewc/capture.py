@@ -42,7 +42,7 @@ class Use:
 
 
 class Trace:
-    """The uses of parameters in one forward pass, and the gradients at their outputs.
+    """The uses of parameters that the outputs depend on, and the gradients at their outputs.
 
     Attributes:
         outputs: The model's outputs, attached to the autograd graph.
@@ -109,57 +109,90 @@ def trace(
         raise TypeError(f"{model_name} returned {type(outputs).__name__}; expected a tensor")
     if not outputs.is_floating_point():
         raise TypeError(f"{model_name} returned dtype {outputs.dtype}; expected floating-point")
-    result = Trace(outputs, recorder.uses, recorder.edges)
-    _check_all_observed(result, parameters)
+    nodes = _reachable_nodes(outputs)
+    _check_all_observed(recorder, parameters, nodes)
+    kept = [i for i, edge in enumerate(recorder.edges) if edge.node in nodes]
+    result = Trace(outputs, [recorder.uses[i] for i in kept], [recorder.edges[i] for i in kept])
     result.check_inputs_unmodified()
     return result
 
 
-def find_batch_axes(recorded: Trace, num_examples: int, generator: Generator) -> list[int]:
+def find_batch_axes(
+    recorded: Trace, num_examples: int, generator: Generator
+) -> tuple[list[int], bool]:
     """Find the axis that holds the examples in every use, and prove that examples are independent.
 
-    One example's outputs are back-propagated: in a layer whose axis is found right, and which does
-    not mix examples, only that example's rows can receive a gradient.
+    One example's outputs are back-propagated: in a layer whose axis of examples is found right, and
+    which does not mix examples, only that example's rows can receive a gradient. Two examples are
+    tried, the first and the last, because a model that reads only one position of a sequence can
+    make another axis look right for one of them. Where a layer's shape leaves a choice and an
+    example's gradient vanishes, which proves nothing, others are tried in its place.
+
+    Returns:
+        The axis for every use, and whether it is certain for all of them.
 
     Raises:
         ValueError: If no axis passes, naming the layer.
     """
+    fitting = [_fitting_axes(use, num_examples) for use in recorded.uses]
+    undecided = [index for index, axes in enumerate(fitting) if len(axes) > 1]
+    evidence = dict.fromkeys(undecided, 0)
+    examples = dict.fromkeys([0, num_examples - 1, *range(1, num_examples - 1)])
+    for tried, example in enumerate(examples):
+        if tried >= 2 and all(count >= 2 for count in evidence.values()):
+            break
+        gradients = _probe(recorded, example, num_examples, generator)
+        for index, (use, gradient) in enumerate(zip(recorded.uses, gradients, strict=True)):
+            fitting[index] = _passing_axes(use, gradient, fitting[index], example, num_examples)
+        for index in undecided:
+            evidence[index] += int(bool(gradients[index].count_nonzero()))
+    certain = all(count >= 2 for count in evidence.values())
+    return [axes[0] for axes in fitting], certain
+
+
+def _fitting_axes(use: Use, num_examples: int) -> list[int]:
+    """Return the axes of a use's input that could hold the examples."""
+    shape = use.call.input.shape
+    axes = [axis for axis in use.call.batch_axes if shape[axis] % num_examples == 0]
+    if not axes:
+        raise ValueError(
+            f"the layer of {use.name!r} got an input of shape {list(shape)}, in which no axis can "
+            f"hold the batch's {num_examples} examples; expected them on the first axis (if the "
+            f"inputs' first axis is not the number of examples, pass batch_size_fn)"
+        )
+    return axes
+
+
+def _probe(recorded: Trace, example: int, num_examples: int, generator: Generator) -> list[Tensor]:
+    """Return the gradients at every use of a random combination of one example's outputs."""
     outputs = recorded.outputs.detach()
-    vector = torch.zeros_like(outputs)
     rows = outputs.shape[0] // num_examples
-    vector[:rows] = torch.randn(
-        vector[:rows].shape, generator=generator, device=vector.device, dtype=torch.float32
-    ).to(vector.dtype)
-    gradients = recorded.gradients(vector, last=False)
-    return [
-        _batch_axis(use, gradient, num_examples)
-        for use, gradient in zip(recorded.uses, gradients, strict=True)
-    ]
+    vector = torch.zeros_like(outputs)
+    part = vector[example * rows : (example + 1) * rows]
+    part.copy_(torch.randn(part.shape, generator=generator, device=part.device))
+    return recorded.gradients(vector, last=False)
 
 
-def _batch_axis(use: Use, gradient: Tensor, num_examples: int) -> int:
+def _passing_axes(
+    use: Use, gradient: Tensor, axes: Sequence[int], example: int, num_examples: int
+) -> list[int]:
+    """Return the axes along which one example's gradient is in its own rows alone."""
     if not bool(torch.isfinite(gradient).all()):
         raise ValueError(f"the output gradients of {use.name!r} are not finite (NaN or infinity)")
-    fitting = [
-        axis for axis in use.call.batch_axes if use.call.input.shape[axis] % num_examples == 0
-    ]
-    for axis in fitting:
+    passing = []
+    for axis in axes:
         rows = gradient.shape[axis] // num_examples
-        others = gradient.narrow(axis, rows, gradient.shape[axis] - rows)
-        if not bool(others.count_nonzero()):
-            return axis
-    shape = list(use.call.input.shape)
-    if not fitting:
+        own = gradient.narrow(axis, example * rows, rows)
+        if int(gradient.count_nonzero()) == int(own.count_nonzero()):
+            passing.append(axis)
+    if not passing:
         raise ValueError(
-            f"the layer of {use.name!r} got an input of shape {shape}, in which no axis can hold "
-            f"the batch's {num_examples} examples; expected them on the first axis (if the inputs' "
-            f"first axis is not the number of examples, pass batch_size_fn)"
+            f"the outputs of one example depend on other examples' values in the layer of "
+            f"{use.name!r} (input shape {list(use.call.input.shape)}); expected independent "
+            f"examples: use BatchNorm in eval mode with running statistics, and keep the examples "
+            f"on the first axis"
         )
-    raise ValueError(
-        f"the outputs of the batch's first example depend on other examples' values in the layer "
-        f"of {use.name!r} (input shape {shape}); expected independent examples: use BatchNorm in "
-        f"eval mode with running statistics, and keep the examples on the first axis"
-    )
+    return passing
 
 
 class _Recorder(TorchFunctionMode):
@@ -208,10 +241,12 @@ class _Recorder(TorchFunctionMode):
         raise ValueError(_refusal(sorted(touched), f"the operation {operation}"))
 
 
-def _check_all_observed(recorded: Trace, parameters: Mapping[str, Tensor]) -> None:
+def _check_all_observed(
+    recorder: _Recorder, parameters: Mapping[str, Tensor], nodes: set[Any]
+) -> None:
     """Raise if the outputs depend on a parameter whose use was not seen."""
-    used = {name for use in recorded.uses for name in (use.weight, use.bias)}
-    reached = set(_reachable_leaves(recorded.outputs))
+    used = {name for use in recorder.uses for name in (use.weight, use.bias)}
+    reached = {id(node.variable) for node in nodes if hasattr(node, "variable")}
     unseen = [n for n, tensor in parameters.items() if id(tensor) in reached and n not in used]
     if unseen:
         raise ValueError(
@@ -227,18 +262,16 @@ def _refusal(names: Sequence[str], used_by: str) -> str:
     )
 
 
-def _reachable_leaves(outputs: Tensor) -> Iterator[int]:
-    """Yield the id of every leaf tensor that the outputs' autograd graph ends in."""
-    pending, seen = [outputs.grad_fn], {outputs.grad_fn}
+def _reachable_nodes(outputs: Tensor) -> set[Any]:
+    """Return every node of the outputs' autograd graph."""
+    nodes: set[Any] = set()
+    pending = [outputs.grad_fn] if outputs.grad_fn is not None else []
     while pending:
         node = pending.pop()
-        if node is None:
-            continue
-        if hasattr(node, "variable"):
-            yield id(node.variable)
-        fresh = {parent for parent, _ in node.next_functions} - seen
-        seen |= fresh
-        pending.extend(fresh)
+        if node not in nodes:
+            nodes.add(node)
+            pending.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return nodes
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -51,8 +51,14 @@ class Likelihood(ABC):
         """Number of predictions in a batch: outputs without their class or feature axis."""
 
     @abstractmethod
-    def exact_vectors(self, outputs: Tensor) -> Iterator[Tensor]:
-        """Yield vectors whose outer products sum to the Hessian of the summed loss."""
+    def exact_vectors(self, outputs: Tensor, num_examples: int) -> Iterator[Tensor]:
+        """Yield vectors whose outer products sum to the Hessian of the summed loss.
+
+        Args:
+            outputs: The model's outputs; an example owns `len(outputs) / num_examples` rows.
+            num_examples: Number of examples. Each vector has at most one prediction for each of
+                them, so that no cross-terms between the positions of an example come in.
+        """
 
     @abstractmethod
     def sampled_vector(self, outputs: Tensor, generator: Generator) -> Tensor:
@@ -77,7 +83,7 @@ class Likelihood(ABC):
         (under its own reduction) of that example alone.
         """
         if fisher_type is FisherType.TYPE2:
-            yield from self.exact_vectors(outputs)
+            yield from self.exact_vectors(outputs, num_examples)
         elif fisher_type is FisherType.MC:
             for _ in range(mc_samples):
                 yield self.sampled_vector(outputs, generator) / math.sqrt(mc_samples)
@@ -134,12 +140,14 @@ class Categorical(Likelihood):
         """All axes but the class axis."""
         return outputs.numel() // outputs.shape[1]
 
-    def exact_vectors(self, outputs: Tensor) -> Iterator[Tensor]:
+    def exact_vectors(self, outputs: Tensor, num_examples: int) -> Iterator[Tensor]:
         """Yield `√p_c (e_c - p)` for every class c at every position."""
         probabilities = outputs.softmax(dim=1)
         num_classes = outputs.shape[1]
-        for position in _positions(outputs):
-            at_position: tuple[Any, ...] = (slice(None), slice(None), *position)
+        rows = outputs.shape[0] // num_examples
+        axes = (range(rows), *map(range, outputs.shape[2:]))
+        for row, *position in itertools.product(*axes):
+            at_position: tuple[Any, ...] = (slice(row, None, rows), slice(None), *position)
             p = probabilities[at_position]
             for c in range(num_classes):
                 vector = torch.zeros_like(outputs)
@@ -188,9 +196,9 @@ class _Elementwise(Likelihood):
     def curvature(self, outputs: Tensor) -> Tensor:
         """Second derivative of every term with respect to its output element."""
 
-    def exact_vectors(self, outputs: Tensor) -> Iterator[Tensor]:
+    def exact_vectors(self, outputs: Tensor, num_examples: int) -> Iterator[Tensor]:
         """Yield, for every element of an example's output, the root of its curvature."""
-        roots = self.curvature(outputs).sqrt().reshape(outputs.shape[0], -1)
+        roots = self.curvature(outputs).sqrt().reshape(num_examples, -1)
         for element in range(roots.shape[1]):
             vector = torch.zeros_like(roots)
             vector[:, element] = roots[:, element]
@@ -283,11 +291,6 @@ def likelihood_of(loss_func: Callable[..., Any]) -> Likelihood:
 def _one_hot(labels: Tensor, outputs: Tensor) -> Tensor:
     """Return labels `[N, ...]` as one-hot vectors `[N, C, ...]` in the outputs' dtype."""
     return F.one_hot(labels.long(), outputs.shape[1]).movedim(-1, 1).to(outputs.dtype)
-
-
-def _positions(outputs: Tensor) -> Iterator[tuple[int, ...]]:
-    """Yield the index of every position behind the class axis: once, empty, for `[N, C]`."""
-    yield from itertools.product(*(range(size) for size in outputs.shape[2:]))
 
 
 def _shape(tensor: Tensor) -> str:

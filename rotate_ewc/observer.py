@@ -103,8 +103,8 @@ class Observer:
         axes = self._batch_axes.get(layers)
         if axes is None:
             probe = torch.Generator(self.device).manual_seed(self.settings.seed)
-            axes = find_batch_axes(recorded, num_examples, probe)
+            axes, certain = find_batch_axes(recorded, num_examples, probe)
             # With a single example every axis passes, so nothing has been learned.
-            if num_examples > 1:
+            if certain and num_examples > 1:
                 self._batch_axes[layers] = axes
         return axes

@@ -264,12 +264,21 @@ def test_parameter_that_a_function_does_not_use() -> None:
         EKFACLinearOperator(lambda x: model(x), CE, [model[0].weight, stranger], [batch()])
 
 
-def test_mixed_examples_are_noticed() -> None:
-    class Centred(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x - x.mean(dim=0)
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(dim=0)
 
-    refused("depend on other examples' values in the layer of '0.weight'", net(Centred()))
+
+class Accumulated(nn.Module):
+    """Later examples depend on earlier ones, but not the other way round."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(dim=0)
+
+
+@pytest.mark.parametrize("layer", [Centred(), Accumulated()])
+def test_mixed_examples_are_noticed(layer: nn.Module) -> None:
+    refused("depend on other examples' values in the layer of '0.weight'", net(layer))
 
 
 def test_examples_on_no_axis() -> None:

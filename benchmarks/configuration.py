@@ -1,0 +1,312 @@
+"""The options of a benchmark: one frozen object, and the command line that makes it.
+
+Nothing here imports PyTorch or Avalanche before the command line has been found well formed.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods import METHODS
+from benchmarks.option_types import (
+    LARGEST_SEED,
+    device,
+    number,
+    one_of,
+    several,
+    whole_number,
+)
+
+DATA_ROOT_VARIABLE = "ROTATE_EWC_DATA"
+OPTIMIZERS = ("adam", "sgd")
+FISHER_TYPES = ("mc", "type2", "empirical")
+
+# The digits are a fortieth of MNIST: this makes about as many steps per task.
+DIGITS_DEFAULTS: dict[str, Any] = {"epochs": 10, "batch_size": 32}
+
+
+def default_data_root() -> Path:
+    """The folder named by the environment, or ``data`` in the current one."""
+    return Path(os.environ.get(DATA_ROOT_VARIABLE) or "data")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """All options of one call.
+
+    Attributes:
+        tasks: Number of tasks ``T``.
+        epochs: Passes over the data of each task.
+        hidden: Widths of the hidden layers.
+        batch_size: Examples per training step.
+        learning_rate: Step size of the optimizer.
+        optimizer: ``"adam"`` or ``"sgd"``.
+        ewc_lambda: Strength of the rotated methods.
+        baseline_ewc_lambda: Strengths of Avalanche's EWC; one run for each.
+        fisher_samples: Examples per snapshot of the rotated methods; 0 for all.
+        fisher_type: ``"mc"``, ``"type2"`` or ``"empirical"``.
+        methods: Names of the methods to run, keys of :data:`benchmarks.methods.METHODS`.
+        seeds: Every method is run once with each.
+        data_root: Folder of the data sets.
+        output: Folder of the results.
+        device: PyTorch device to train on.
+        threads: CPU threads for PyTorch; None leaves its own choice.
+        chosen: Names of the fields that the user gave, which no other default may replace.
+    """
+
+    tasks: int = 10
+    epochs: int = 2
+    hidden: tuple[int, ...] = (100, 100)
+    batch_size: int = 250
+    learning_rate: float = 1e-3
+    optimizer: str = "adam"
+    ewc_lambda: float = 3.0
+    baseline_ewc_lambda: tuple[float, ...] = (100.0,)
+    fisher_samples: int = 10_000
+    fisher_type: str = "mc"
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: tuple[int, ...] = (0,)
+    data_root: Path = field(default_factory=default_data_root)
+    output: Path = Path("results")
+    device: str = "cpu"
+    threads: int | None = None
+    chosen: frozenset[str] = frozenset()
+
+    def for_digits(self) -> "Configuration":
+        """Replace the defaults that are meant for MNIST by :data:`DIGITS_DEFAULTS`.
+
+        Returns:
+            A configuration in which options the user gave are as the user gave them.
+        """
+        return dataclasses.replace(
+            self,
+            **{name: value for name, value in DIGITS_DEFAULTS.items() if name not in self.chosen},
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options that can influence results, as plain values for JSON.
+
+        Folders are left out: they say nothing about an experiment, and published results should
+        not tell how somebody's disk is laid out.
+        """
+        plain = dataclasses.asdict(self)
+        for name in ("data_root", "output", "chosen"):
+            del plain[name]
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in plain.items()
+        }
+
+
+def parse_configuration(
+    arguments: Sequence[str] | None, *, program: str, description: str
+) -> Configuration:
+    """Turn a command line into a configuration, or leave with a message that says what is wrong.
+
+    Args:
+        arguments: Words of the command line; None for those of the process.
+        program: How the program is called, for the usage line.
+        description: What the program does, for ``--help``.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        SystemExit: With code 2 after a message on standard error, or code 0 after ``--help``.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    return configuration_from(parser.parse_args(arguments), parser)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add all options to a parser, so that other commands can have them too.
+
+    Options that are not given leave no trace in the namespace: their defaults are those of
+    :class:`Configuration`, some of which depend on the data.
+    """
+    defaults = Configuration()
+    _add_training_arguments(parser, defaults)
+    _add_method_arguments(parser, defaults)
+    _add_environment_arguments(parser, defaults)
+
+
+def _adder(group: argparse._ArgumentGroup) -> Callable[..., object]:
+    """The method that adds an option to a group, one that is absent when it is not given."""
+    return functools.partial(group.add_argument, default=argparse.SUPPRESS)
+
+
+def _add_training_arguments(parser: argparse.ArgumentParser, defaults: Configuration) -> None:
+    """Options of the tasks, the network and its training."""
+    add = _adder(parser.add_argument_group("tasks and training"))
+    on_digits = {name: f"; {value} on the digits" for name, value in DIGITS_DEFAULTS.items()}
+    add(
+        "--tasks",
+        type=whole_number(1),
+        metavar="T",
+        help=f"number of tasks (default: {defaults.tasks})",
+    )
+    add(
+        "--epochs",
+        type=whole_number(1),
+        metavar="E",
+        help=f"passes over the data of each task (default: {defaults.epochs}{on_digits['epochs']})",
+    )
+    add(
+        "--hidden",
+        type=several(whole_number(1)),
+        nargs="+",
+        metavar="WIDTH",
+        help=f"widths of the hidden layers (default: {_words(defaults.hidden)})",
+    )
+    add(
+        "--batch-size",
+        type=whole_number(1),
+        metavar="B",
+        help="examples per training step "
+        f"(default: {defaults.batch_size}{on_digits['batch_size']})",
+    )
+    add(
+        "--lr",
+        dest="learning_rate",
+        type=number(zero=False),
+        metavar="RATE",
+        help=f"step size of the optimizer (default: {defaults.learning_rate})",
+    )
+    add(
+        "--optimizer",
+        type=one_of(OPTIMIZERS),
+        metavar="NAME",
+        help=f"adam, or sgd with momentum 0.9 (default: {defaults.optimizer}); its state is "
+        "kept from task to task",
+    )
+
+
+def _add_method_arguments(parser: argparse.ArgumentParser, defaults: Configuration) -> None:
+    """Options of the methods that are compared."""
+    add = _adder(parser.add_argument_group("methods"))
+    add(
+        "--methods",
+        type=several(one_of(METHODS)),
+        nargs="+",
+        metavar="METHOD",
+        help=f"any of {_words(METHODS)} (default: all)",
+    )
+    add(
+        "--ewc-lambda",
+        type=number(zero=True),
+        metavar="λ",
+        help=f"strength of the rotated methods (default: {defaults.ewc_lambda:g})",
+    )
+    add(
+        "--baseline-ewc-lambda",
+        type=several(number(zero=True)),
+        nargs="+",
+        metavar="λ",
+        help="strength of Avalanche's EWC; with several values, one run for each "
+        f"(default: {_words(f'{value:g}' for value in defaults.baseline_ewc_lambda)})",
+    )
+    add(
+        "--fisher-samples",
+        type=whole_number(0),
+        metavar="N",
+        help="examples per snapshot of the rotated methods, 0 for all "
+        f"(default: {defaults.fisher_samples})",
+    )
+    add(
+        "--fisher-type",
+        type=one_of(FISHER_TYPES),
+        metavar="TYPE",
+        help="labels in the rotated methods' Fisher matrix: mc samples them from the model, type2 "
+        "is the exact expectation over the model's, empirical takes the data's "
+        f"(default: {defaults.fisher_type})",
+    )
+    add(
+        "--seeds",
+        type=several(whole_number(0, LARGEST_SEED)),
+        nargs="+",
+        metavar="SEED",
+        help="every method is run once with each; a seed determines the permutations, the "
+        f"initial weights and the order of examples (default: {_words(defaults.seeds)})",
+    )
+
+
+def _add_environment_arguments(parser: argparse.ArgumentParser, defaults: Configuration) -> None:
+    """Options of files and hardware."""
+    add = _adder(parser.add_argument_group("files and hardware"))
+    add(
+        "--data-root",
+        type=Path,
+        metavar="FOLDER",
+        help="where MNIST is, or is downloaded to "
+        f"(default: the environment variable {DATA_ROOT_VARIABLE}, else data)",
+    )
+    add(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help=f"where results go, replacing those of an earlier call (default: {defaults.output})",
+    )
+    add(
+        "--device",
+        type=device,
+        metavar="DEVICE",
+        help=f"PyTorch device to train on (default: {defaults.device})",
+    )
+    add(
+        "--threads",
+        type=whole_number(1),
+        metavar="N",
+        help="CPU threads of PyTorch (default: PyTorch's choice)",
+    )
+
+
+def _words(values: Iterable[object]) -> str:
+    """Values as they would be typed on a command line."""
+    return " ".join(str(value) for value in values)
+
+
+def configuration_from(
+    namespace: argparse.Namespace, parser: argparse.ArgumentParser
+) -> Configuration:
+    """Turn parsed options into a configuration.
+
+    Args:
+        namespace: What a parser made by :func:`add_arguments` returned.
+        parser: That parser, to report errors.
+
+    Returns:
+        The configuration.
+    """
+    names = {entry.name for entry in dataclasses.fields(Configuration)}
+    given = {name: value for name, value in vars(namespace).items() if name in names}
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = _flatten(name, value, parser)
+    output = given.get("output")
+    if output is not None and output.exists() and not output.is_dir():
+        parser.error(f"argument --output: expected a folder, got the file '{output}'")
+    return Configuration(**given, chosen=frozenset(given))
+
+
+def _flatten(
+    name: str, groups: list[list[Any]], parser: argparse.ArgumentParser
+) -> tuple[Any, ...]:
+    """Join the values of ``--option a,b c``, where the order and, but for widths, each counts."""
+    values = tuple(value for group in groups for value in group)
+    option = "--" + name.replace("_", "-")
+    if not values:
+        parser.error(f"argument {option}: expected at least one value, got none")
+    repeated = [value for value in values if values.count(value) > 1]
+    if repeated and name != "hidden":
+        parser.error(
+            f"argument {option}: expected every value once, got {repeated[0]} more than once"
+        )
+    return values

@@ -1,0 +1,191 @@
+"""The methods that are compared: each a way to make an Avalanche strategy.
+
+To add one, write a function that makes its plugin and give it an entry in :data:`METHODS`.
+Imports of Avalanche are inside the functions, because the command line reads the names here.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from benchmarks.configuration import Configuration
+
+SGD_MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class PluginSettings:
+    """What a method's plugin is made from.
+
+    Attributes:
+        strength: λ.
+        fisher_type: Labels in the Fisher matrix, for methods that have the choice.
+        samples: Examples per snapshot; None for all.
+        seed: Seed of the run.
+    """
+
+    strength: float
+    fisher_type: str
+    samples: int | None
+    seed: int
+
+
+def _no_plugin(settings: PluginSettings) -> None:
+    """Plain training."""
+
+
+def _ewc(settings: PluginSettings) -> Any:
+    """Avalanche's elastic weight consolidation: diagonal, a penalty and an anchor per task."""
+    from benchmarks.avalanche_names import EWCPlugin
+
+    return EWCPlugin(ewc_lambda=settings.strength, mode="separate")
+
+
+def _rotated_ewc(mode: str) -> Callable[[PluginSettings], Any]:
+    """Elastic weight consolidation in the rotated basis, in one of its modes."""
+
+    def make(settings: PluginSettings) -> Any:
+        from rotate_ewc.avalanche import RotatedEWCPlugin
+
+        return RotatedEWCPlugin(
+            ewc_lambda=settings.strength,
+            mode=mode,
+            fisher_type=settings.fisher_type,
+            num_samples=settings.samples,
+            seed=settings.seed,
+        )
+
+    return make
+
+
+def _rotated_strengths(configuration: "Configuration") -> Sequence[float]:
+    return (configuration.ewc_lambda,)
+
+
+def _baseline_strengths(configuration: "Configuration") -> Sequence[float]:
+    return configuration.baseline_ewc_lambda
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn one task after another, or all at once.
+
+    Attributes:
+        make_plugin: Makes the plugin that sets the method apart, or None for plain training.
+        strengths: Picks the values of λ to run from a configuration; None where there is no λ.
+        trained_jointly: Whether all tasks are learned at once.
+    """
+
+    make_plugin: Callable[[PluginSettings], Any]
+    strengths: Callable[["Configuration"], Sequence[float]] | None = None
+    trained_jointly: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "naive": Method(_no_plugin),
+    "ewc": Method(_ewc, _baseline_strengths),
+    "rotated-ewc": Method(_rotated_ewc("merged"), _rotated_strengths),
+    "rotated-ewc-separate": Method(_rotated_ewc("separate"), _rotated_strengths),
+    "joint": Method(_no_plugin, trained_jointly=True),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with its strength settled.
+
+    Attributes:
+        name: Key in :data:`METHODS`.
+        label: Name for tables and plots, with the strength where there are several.
+        strength: λ; None where there is none.
+    """
+
+    name: str
+    label: str
+    strength: float | None
+
+    @property
+    def method(self) -> Method:
+        """The method itself."""
+        return METHODS[self.name]
+
+
+def variants(configuration: "Configuration") -> list[Variant]:
+    """List what is to be run, in the order of ``--methods``."""
+    found = []
+    for name in configuration.methods:
+        strengths = METHODS[name].strengths
+        values: Sequence[float | None] = strengths(configuration) if strengths else (None,)
+        for value in values:
+            label = name if len(values) == 1 else f"{name}[λ={value:g}]"
+            found.append(Variant(name, label, value))
+    return found
+
+
+def make_plugin(
+    variant: Variant, configuration: "Configuration", *, seed: int, examples: int
+) -> Any | None:
+    """Make the plugin that sets a method apart.
+
+    Args:
+        variant: The method and its strength.
+        configuration: The options.
+        seed: Seed of the run.
+        examples: Number of training examples of a task.
+
+    Returns:
+        An Avalanche plugin, or None for plain training.
+    """
+    samples = configuration.fisher_samples
+    settings = PluginSettings(
+        strength=variant.strength or 0.0,
+        fisher_type=configuration.fisher_type,
+        samples=samples if 0 < samples < examples else None,
+        seed=seed,
+    )
+    return variant.method.make_plugin(settings)
+
+
+def make_strategy(
+    model: "nn.Module", configuration: "Configuration", plugins: Sequence[Any]
+) -> Any:
+    """Make a strategy that trains a model and neither evaluates nor logs.
+
+    The optimizer, and with it its state, lives as long as the strategy: from task to task.
+
+    Args:
+        model: The network.
+        configuration: The options.
+        plugins: Avalanche plugins.
+
+    Returns:
+        An Avalanche strategy for cross-entropy.
+    """
+    from torch import nn, optim
+
+    from benchmarks.avalanche_names import Naive
+
+    rate = configuration.learning_rate
+    optimizer: optim.Optimizer
+    if configuration.optimizer == "adam":
+        optimizer = optim.Adam(model.parameters(), lr=rate)
+    else:
+        optimizer = optim.SGD(model.parameters(), lr=rate, momentum=SGD_MOMENTUM)
+    with warnings.catch_warnings():
+        # That there are no loggers is the point of evaluator=None.
+        warnings.filterwarnings("ignore", message="No loggers specified", category=UserWarning)
+        return Naive(
+            model=model,
+            optimizer=optimizer,
+            criterion=nn.CrossEntropyLoss(),
+            train_mb_size=configuration.batch_size,
+            train_epochs=configuration.epochs,
+            device=configuration.device,
+            plugins=list(plugins),
+            evaluator=None,
+            eval_every=-1,
+        )

@@ -1,0 +1,214 @@
+"""The figure of a benchmark: accuracy as tasks are learned, and every task's own fate.
+
+Made for print: it fits a page's width, and methods differ in line style and marker as well as in
+colours that colour-blind readers can tell apart.
+"""
+
+from collections.abc import Sequence
+from itertools import count, cycle
+from math import ceil, floor
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
+
+from benchmarks.metrics import accuracy_on_seen_tasks
+from benchmarks.records import Record, group_by_label
+
+Array = npt.NDArray[np.float64]
+
+HEAT_MAPS_PER_ROW = 4
+WIDTH_INCHES = 7.0
+CURVES_INCHES = 3.2
+HEAT_MAP_INCHES = 2.1
+NOT_YET_SEEN_OPACITY = 0.15
+BAND_OPACITY = 0.2
+DOTS_PER_INCH = 200
+
+
+class Style(NamedTuple):
+    """How a method's line looks."""
+
+    colour: str
+    line: str | tuple[int, tuple[int, ...]]
+    marker: str
+    filled: bool = True
+
+
+# The colours of Okabe and Ito. Known methods look alike in every figure, whatever else is in it.
+STYLES = {
+    "naive": Style("#E69F00", (0, (1, 1)), "v"),
+    "ewc": Style("#56B4E9", (0, (5, 2)), "s"),
+    "rotated-ewc": Style("#D55E00", "-", "o"),
+    "rotated-ewc-separate": Style("#0072B2", (0, (6, 2, 1, 2)), "D", filled=False),
+    "joint": Style("#000000", (0, (1, 3)), ""),
+}
+OTHER_STYLES = (
+    Style("#009E73", (0, (3, 1, 1, 1, 1, 1)), "^"),
+    Style("#CC79A7", (0, (5, 1)), "P"),
+    Style("#999999", (0, (2, 2)), "X"),
+    Style("#56B4E9", (0, (8, 3)), "<", filled=False),
+    Style("#009E73", (0, (1, 2)), ">", filled=False),
+)
+
+
+def draw(records: Sequence[Record], title: str = "") -> Figure:
+    """Draw the results of a benchmark.
+
+    The upper panel shows, after each task, the mean accuracy over the tasks seen so far, with a
+    band of one sample standard deviation where there are several seeds. Below is a heat map of the
+    accuracy matrix, averaged over seeds, for each method that learns task after task; accuracies on
+    tasks not yet seen are paler. Joint training has no "after task" and is a line above only.
+
+    Args:
+        records: Results of any methods and seeds, with the same number of tasks in all.
+        title: Stands above the figure.
+
+    Returns:
+        A figure that belongs to no window; save it with ``savefig``.
+
+    Raises:
+        ValueError: If there is nothing to draw, or numbers of tasks differ.
+    """
+    lengths = {len(record.accuracy_matrix) for record in records}
+    if len(lengths) != 1:
+        raise ValueError(
+            f"records: got {len(records)} with {sorted(lengths)} tasks, "
+            "expected at least one record and the same number of tasks in all"
+        )
+    groups = group_by_label(records)
+    mapped = {label: group for label, group in groups.items() if not group[0].trained_jointly}
+    rows = ceil(len(mapped) / HEAT_MAPS_PER_ROW)
+    heights = [CURVES_INCHES] + [HEAT_MAP_INCHES * rows] * bool(mapped)
+    figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), dpi=DOTS_PER_INCH, layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_curves(panels[0].subplots(), groups)
+    if mapped:
+        _draw_heat_maps(panels[1], mapped, rows)
+    return figure
+
+
+def _draw_curves(axes: Axes, groups: dict[str, list[Record]]) -> None:
+    """Draw accuracy on the tasks seen so far, a line per method."""
+    others = cycle(OTHER_STYLES)
+    tasks = 1
+    for label, group in groups.items():
+        style = STYLES[label] if label in STYLES else next(others)
+        curves = np.array([accuracy_on_seen_tasks(record.accuracy_matrix) for record in group])
+        tasks = curves.shape[1]
+        if group[0].trained_jointly:
+            _draw_level(axes, label, style, curves[:, -1])
+        else:
+            _draw_curve(axes, label, style, curves)
+    axes.set_xlabel("number of tasks learned")
+    axes.set_ylabel("average accuracy on tasks seen")
+    axes.set_xlim(0.5, tasks + 0.5)
+    axes.set_xticks(task_ticks(tasks, most=20))
+    axes.yaxis.set_major_formatter(_percent)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small", handlelength=3.5)
+
+
+def _draw_curve(axes: Axes, label: str, style: Style, curves: Array) -> None:
+    """Draw the mean of curves ``[seeds, T]``, and a band where there are several."""
+    tasks = np.arange(1, curves.shape[1] + 1)
+    mean = curves.mean(axis=0)
+    axes.plot(
+        tasks,
+        mean,
+        color=style.colour,
+        linestyle=style.line,
+        marker=style.marker,
+        markersize=5,
+        markerfacecolor=style.colour if style.filled else "white",
+        linewidth=1.5,
+        label=label,
+    )
+    if len(curves) > 1:
+        deviation = curves.std(axis=0, ddof=1)
+        looks: dict[str, Any] = {"color": style.colour, "alpha": BAND_OPACITY, "linewidth": 0}
+        axes.fill_between(tasks, mean - deviation, mean + deviation, **looks)
+
+
+def _draw_level(axes: Axes, label: str, style: Style, values: Array) -> None:
+    """Draw the mean of values ``[seeds]`` across all tasks, and a band where there are several."""
+    mean = float(values.mean())
+    axes.axhline(mean, color=style.colour, linestyle=style.line, linewidth=1.5, label=label)
+    if len(values) > 1:
+        deviation = float(values.std(ddof=1))
+        looks: dict[str, Any] = {"color": style.colour, "alpha": BAND_OPACITY, "linewidth": 0}
+        axes.axhspan(mean - deviation, mean + deviation, **looks)
+
+
+def _draw_heat_maps(panel: SubFigure, groups: dict[str, list[Record]], rows: int) -> None:
+    """Draw accuracy matrices in rows, on one scale that spans what was measured on seen tasks."""
+    matrices = {
+        label: np.mean([record.accuracy_matrix for record in group], axis=0)
+        for label, group in groups.items()
+    }
+    worst = min(
+        float(matrix[np.tri(len(matrix), dtype=bool)].min()) for matrix in matrices.values()
+    )
+    lowest = floor(10 * min(worst, 0.99)) / 10
+    columns = HEAT_MAPS_PER_ROW if rows == 1 else ceil(len(groups) / rows)
+    grid = panel.subplots(rows, columns, squeeze=False)
+    cells = grid.flatten()
+    images = [
+        _draw_heat_map(axes, label, matrix, lowest)
+        for axes, (label, matrix) in zip(cells, matrices.items(), strict=False)
+    ]
+    for axes in cells[len(images) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("after task")
+    panel.colorbar(
+        images[0],
+        ax=list(cells[: len(images)]),
+        label="accuracy\n(paler: not yet seen)",
+        format=_percent,
+        extend="min" if min(float(matrix.min()) for matrix in matrices.values()) < lowest else None,
+    ).ax.yaxis.label.set_fontsize("small")
+
+
+def _draw_heat_map(axes: Axes, label: str, matrix: Array, lowest: float) -> AxesImage:
+    """Draw one accuracy matrix ``[T, T]``, paler above the diagonal."""
+    tasks = len(matrix)
+    seen = np.tri(tasks, dtype=bool)
+    extent = (0.5, tasks + 0.5, tasks + 0.5, 0.5)  # count tasks from 1
+    looks: dict[str, Any] = {"cmap": "viridis", "vmin": lowest, "vmax": 1.0, "extent": extent}
+    axes.imshow(np.ma.masked_array(matrix, seen), alpha=NOT_YET_SEEN_OPACITY, **looks)
+    image = axes.imshow(np.ma.masked_array(matrix, ~seen), **looks)
+    # In greyscale the palest and the highest accuracies are close, so a line parts them.
+    edges = np.arange(tasks + 1) + 0.5
+    axes.plot(np.repeat(edges[1:], 2)[:-1], np.repeat(edges[:-1], 2)[1:], "k", linewidth=0.6)
+    axes.set_title(label, fontsize="small")
+    axes.set_xlabel("accuracy on task", fontsize="small")
+    ticks = task_ticks(tasks, most=5)
+    axes.set_xticks(ticks)
+    axes.set_yticks(ticks)
+    return image
+
+
+def task_ticks(tasks: int, most: int) -> list[int]:
+    """Choose round task numbers to label on an axis from 1 to the number of tasks.
+
+    Args:
+        tasks: Number of tasks.
+        most: Largest number of labels.
+
+    Returns:
+        The multiples of the smallest of 1, 2, 5, 10, 20, ... of which there are few enough.
+    """
+    steps = (factor * 10**power for power in count() for factor in (1, 2, 5))
+    step = next(step for step in steps if tasks // step <= most)
+    return list(range(step, tasks + 1, step))
+
+
+def _percent(fraction: float, position: float = 0) -> str:
+    """Label of a tick, with no more decimals than it needs."""
+    return f"{100 * fraction:.4g}%"

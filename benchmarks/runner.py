@@ -1,0 +1,147 @@
+"""One run: a method learns all tasks of a scenario at one seed, and becomes a record."""
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from math import ceil
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from benchmarks.configuration import Configuration
+from benchmarks.evaluation import accuracies
+from benchmarks.methods import Variant, make_plugin, make_strategy
+from benchmarks.metrics import average_accuracy, backward_transfer, forgetting
+from benchmarks.models import multilayer_perceptron
+from benchmarks.progress import ProgressPlugin
+from benchmarks.records import Record
+from benchmarks.scenarios import Scenario, training_experiences
+from benchmarks.timing import Stopwatch, penalty_milliseconds, time_callback
+
+
+def run(
+    variant: Variant,
+    scenario: Scenario,
+    configuration: Configuration,
+    *,
+    seed: int,
+    data_source: str,
+) -> Record:
+    """Train and test one method.
+
+    The seed fixes the initial weights and the order of examples, so that all methods start alike.
+
+    Args:
+        variant: The method.
+        scenario: The tasks, made with the same seed.
+        configuration: The options.
+        seed: Seed of PyTorch's global random state, which is set.
+        data_source: Where the images are from, for the record.
+
+    Returns:
+        The results.
+    """
+    torch.manual_seed(seed)
+    device = torch.device(configuration.device)
+    jointly = variant.method.trained_jointly
+    model = multilayer_perceptron(scenario.features, configuration.hidden, scenario.classes)
+    experiences = training_experiences(scenario, jointly=jointly)
+    examples = len(experiences[0].dataset)
+    plugin = make_plugin(variant, configuration, seed=seed, examples=examples)
+    training, estimation = Stopwatch(device), Stopwatch(device)
+    if plugin is not None:
+        time_callback(plugin, "after_training_exp", estimation)
+
+    progress = _progress(variant, scenario, configuration, seed, examples)
+    plugins = [progress] if plugin is None else [plugin, progress]
+    strategy = make_strategy(model, configuration, plugins)
+    matrix = _train(strategy, experiences, scenario, training, progress)
+    return Record(
+        method=variant.name,
+        label=variant.label,
+        seed=seed,
+        average_accuracy=average_accuracy(matrix),
+        forgetting=None if jointly else forgetting(matrix),
+        backward_transfer=None if jointly else backward_transfer(matrix),
+        accuracy_matrix=matrix,
+        training_seconds=training.seconds - estimation.seconds,
+        estimation_seconds=estimation.seconds,
+        penalty_ms_per_step=penalty_milliseconds(plugin, strategy, experiences[-1]),
+        trained_jointly=jointly,
+        configuration=_resolved(configuration, variant, data_source),
+        versions=versions(),
+    )
+
+
+def _train(
+    strategy: Any,
+    experiences: Sequence[Any],
+    scenario: Scenario,
+    stopwatch: Stopwatch,
+    progress: ProgressPlugin,
+) -> list[list[float]]:
+    """Train on one experience after another, and test on all tasks after each.
+
+    Args:
+        strategy: The Avalanche strategy.
+        experiences: One for each task, or one for all.
+        scenario: The tasks, to test on.
+        stopwatch: Gets the time of training.
+        progress: Is told when an experience is finished.
+
+    Returns:
+        The accuracy matrix ``[T][T]``.
+    """
+    matrix = []
+    jointly = len(experiences) < scenario.tasks
+    with progress:
+        for task, experience in enumerate(experiences):
+            with stopwatch:
+                strategy.train(experience)
+            row = accuracies(strategy.model, scenario, strategy.device)
+            matrix.append(row)
+            progress.finish_experience(fmean(row if jointly else row[: task + 1]))
+    return matrix * scenario.tasks if jointly else matrix
+
+
+def _progress(
+    variant: Variant, scenario: Scenario, configuration: Configuration, seed: int, examples: int
+) -> ProgressPlugin:
+    """The progress of a run, whose experiences have the same number of examples."""
+    names = [f"task {task}/{scenario.tasks}" for task in range(1, scenario.tasks + 1)]
+    if variant.method.trained_jointly:
+        names = [f"all {scenario.tasks} tasks"]
+    steps = len(names) * configuration.epochs * ceil(examples / configuration.batch_size)
+    return ProgressPlugin(f"{variant.label}, seed {seed}", names, steps)
+
+
+def _resolved(configuration: Configuration, variant: Variant, data_source: str) -> dict[str, Any]:
+    """The options with what they came to in this run."""
+    return {
+        **configuration.as_dict(),
+        "data": data_source,
+        "strength": variant.strength,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def versions() -> dict[str, Any]:
+    """Versions of the software, and the processor, for a record."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "avalanche": _version("avalanche-lib"),
+        "rotate_ewc": _version("rotate-ewc"),
+        "processor": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def _version(distribution: str) -> str:
+    """Version of an installed distribution; of one that is run from its sources, no version."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "unknown"

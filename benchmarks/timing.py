@@ -1,0 +1,106 @@
+"""How long things take, measured from outside."""
+
+import functools
+import statistics
+import time
+from types import TracebackType
+from typing import Any
+
+import torch
+
+WARM_UPS = 3
+REPETITIONS = 20
+
+
+class Stopwatch:
+    """Adds up the wall time of ``with`` blocks, work queued on an accelerator included.
+
+    Attributes:
+        seconds: Wall time so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Start at zero.
+
+        Args:
+            device: Device whose queued work counts.
+        """
+        self.seconds = 0.0
+        self._device = device
+        self._start = 0.0
+
+    def __enter__(self) -> "Stopwatch":
+        """Start."""
+        self._synchronise()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop."""
+        self._synchronise()
+        self.seconds += time.perf_counter() - self._start
+
+    def _synchronise(self) -> None:
+        """Wait for what has been queued; the CPU queues nothing."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        elif self._device.type == "mps":
+            torch.mps.synchronize()
+
+
+def time_callback(plugin: Any, callback: str, stopwatch: Stopwatch) -> None:
+    """Have a stopwatch run whenever a callback of a plugin is called.
+
+    Args:
+        plugin: An Avalanche plugin; this one object is changed, not its class.
+        callback: Name of the callback, such as ``"after_training_exp"``.
+        stopwatch: Gets the time.
+    """
+    original = getattr(plugin, callback)
+
+    @functools.wraps(original)
+    def timed(*arguments: Any, **keywords: Any) -> Any:
+        with stopwatch:
+            return original(*arguments, **keywords)
+
+    setattr(plugin, callback, timed)
+
+
+def penalty_milliseconds(plugin: Any | None, strategy: Any, experience: Any) -> float:
+    """Median time of a penalty's value and gradient, as a training step after all tasks pays it.
+
+    Args:
+        plugin: The plugin whose ``before_backward`` adds a penalty to ``strategy.loss``, if any.
+        strategy: The strategy, after training.
+        experience: What the strategy is told it is training on.
+
+    Returns:
+        Milliseconds; 0 without a plugin, and where the plugin adds nothing.
+    """
+    if plugin is None:
+        return 0.0
+    # Strategies forget their experience after training, but a penalty may weigh past tasks
+    # by the size of the present one.
+    strategy.experience = experience
+    durations = [_penalty_seconds(plugin, strategy) for _ in range(WARM_UPS + REPETITIONS)]
+    strategy.experience = None
+    strategy.loss = torch.zeros(1)
+    return 1_000 * statistics.median(durations[WARM_UPS:])
+
+
+def _penalty_seconds(plugin: Any, strategy: Any) -> float:
+    """Wall time of one evaluation of a penalty and its gradient."""
+    strategy.loss = torch.zeros(1, device=strategy.device)
+    stopwatch = Stopwatch(strategy.device)
+    with stopwatch:
+        plugin.before_backward(strategy)
+        adds_something = strategy.loss.requires_grad
+        if adds_something:
+            strategy.loss.backward()
+    strategy.optimizer.zero_grad()
+    return stopwatch.seconds if adds_something else 0.0

@@ -1,0 +1,60 @@
+"""Things that several tests of the benchmarks need."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.data import ImageData
+from benchmarks.records import Record
+
+
+@pytest.fixture
+def tiny_images() -> ImageData:
+    """Twenty training and eight test images of six pixels, every pixel value different."""
+    return ImageData(
+        source="digits",
+        announcement="Data: tiny.",
+        train_inputs=torch.arange(120.0).reshape(20, 6),
+        train_labels=torch.arange(20) % 10,
+        test_inputs=1_000 + torch.arange(48.0).reshape(8, 6),
+        test_labels=torch.arange(8),
+    )
+
+
+@pytest.fixture
+def make_record() -> Callable[..., Record]:
+    """A function that makes a record from a label, an accuracy matrix and changes."""
+
+    def make(label: str, matrix: Sequence[Sequence[float]], **changes: Any) -> Record:
+        fields: dict[str, Any] = {
+            "method": label.partition("[")[0],
+            "label": label,
+            "seed": 0,
+            "average_accuracy": sum(matrix[-1]) / len(matrix),
+            "forgetting": 0.25,
+            "backward_transfer": -0.125,
+            "accuracy_matrix": [list(row) for row in matrix],
+            "training_seconds": 12.34,
+            "estimation_seconds": 0.5,
+            "penalty_ms_per_step": 1.5,
+            "trained_jointly": False,
+            "configuration": {"tasks": len(matrix), "hidden": [4]},
+            "versions": {"python": "3"},
+        }
+        return Record(**(fields | changes))
+
+    return make
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every attempt to download MNIST chatter and fail, as without a network."""
+
+    def fail(self: object) -> None:
+        sys.stdout.write("chatter of a mirror\n")
+        raise RuntimeError("Error downloading:\nTried somewhere, got:\n<no network here>\n")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", fail)

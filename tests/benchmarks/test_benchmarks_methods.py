@@ -1,0 +1,83 @@
+"""Which runs a configuration asks for, and the strategies they are made with."""
+
+import pytest
+import torch
+
+from benchmarks.configuration import Configuration
+from benchmarks.methods import METHODS, make_plugin, make_strategy, variants
+from benchmarks.models import multilayer_perceptron
+
+
+def labels(configuration: Configuration) -> list[str]:
+    return [variant.label for variant in variants(configuration)]
+
+
+def test_every_method_is_run_once_by_default() -> None:
+    assert labels(Configuration()) == list(METHODS)
+
+
+def test_several_strengths_are_told_apart() -> None:
+    configuration = Configuration(methods=("ewc", "naive"), baseline_ewc_lambda=(0.5, 100.0))
+    assert labels(configuration) == ["ewc[λ=0.5]", "ewc[λ=100]", "naive"]
+    assert [variant.name for variant in variants(configuration)] == ["ewc", "ewc", "naive"]
+    assert [variant.strength for variant in variants(configuration)] == [0.5, 100.0, None]
+
+
+def test_only_joint_training_is_joint() -> None:
+    assert [name for name, method in METHODS.items() if method.trained_jointly] == ["joint"]
+
+
+def test_each_strength_reaches_its_plugin() -> None:
+    configuration = Configuration(baseline_ewc_lambda=(7.0,), ewc_lambda=4.0)
+    found = {
+        variant.name: make_plugin(variant, configuration, seed=1, examples=50)
+        for variant in variants(configuration)
+    }
+    assert found["naive"] is None
+    assert found["joint"] is None
+    assert found["ewc"].ewc_lambda == 7.0
+    assert found["ewc"].mode == "separate"
+    assert found["rotated-ewc"].ewc_lambda == 4.0
+    assert found["rotated-ewc-separate"].ewc_lambda == 4.0
+
+
+def test_the_rotated_methods_differ_in_their_mode() -> None:
+    configuration = Configuration(methods=("rotated-ewc", "rotated-ewc-separate"))
+    modes = [
+        make_plugin(variant, configuration, seed=1, examples=50).penalty.mode
+        for variant in variants(configuration)
+    ]
+    assert modes == ["merged", "separate"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "examples", "expected"), [(0, 50, None), (10, 50, 10), (50, 50, None)]
+)
+def test_a_sample_is_drawn_only_from_more_examples(samples, examples, expected) -> None:
+    configuration = Configuration(methods=("rotated-ewc",), fisher_samples=samples)
+    (variant,) = variants(configuration)
+    plugin = make_plugin(variant, configuration, seed=1, examples=examples)
+    assert plugin.num_samples == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "momentum"), [("adam", torch.optim.Adam, None), ("sgd", torch.optim.SGD, 0.9)]
+)
+def test_the_optimizer_is_the_one_asked_for(name, kind, momentum) -> None:
+    configuration = Configuration(optimizer=name, learning_rate=0.25)
+    strategy = make_strategy(multilayer_perceptron(6, (4,), 10), configuration, [])
+    (group,) = strategy.optimizer.param_groups
+    assert type(strategy.optimizer) is kind
+    assert group["lr"] == 0.25
+    assert group.get("momentum") == momentum
+    assert group["weight_decay"] == 0
+
+
+def test_the_network_has_the_layers_asked_for() -> None:
+    model = multilayer_perceptron(6, (5, 4), 3)
+    assert [tuple(parameter.shape) for parameter in model.parameters()] == [
+        *((5, 6), (5,)),
+        *((4, 5), (4,)),
+        *((3, 4), (3,)),
+    ]
+    assert [type(layer).__name__ for layer in model] == ["Linear", "ReLU"] * 2 + ["Linear"]

@@ -1,0 +1,234 @@
+"""Capture: which axis holds the examples, and uses that hooks would miss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rotate_ewc import EKFACLinearOperator, kernels
+from tests.oracles import dense_operator
+
+MSE = nn.MSELoss()
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+class TimeFirst(nn.Module):
+    """Runs its layers on [time, batch, features], as attention does inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.transpose(0, 1)).tanh()
+        return self.last(hidden.mean(dim=0))
+
+
+class BatchFirst(TimeFirst):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).tanh().mean(dim=1))
+
+
+class Flattened(TimeFirst):
+    """Runs its first layer on [batch * time, features]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.reshape(-1, 3)).tanh()
+        return self.last(hidden.view(*x.shape[:2], 4).mean(dim=1))
+
+
+class Functional(TimeFirst):
+    """Uses its parameters without calling its modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(x, bias=self.first.bias, weight=self.first.weight).tanh()
+        return torch.nn.functional.linear(hidden.mean(dim=1), self.last.weight, self.last.bias)
+
+
+def dense(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Tensor:
+    params = dict(model.named_parameters())
+    operator = EKFACLinearOperator(model, MSE, params, data, fisher_type="type2")
+    return dense_operator(operator.blocks, operator.parameter_shapes)
+
+
+@pytest.mark.parametrize("kind", [TimeFirst, Flattened, Functional])
+@pytest.mark.parametrize("time", [1, 3, 5, 10])
+def test_batch_axis_is_found(kind: type[nn.Module], time: int) -> None:
+    """Also where the number of positions equals, or divides, that of the examples."""
+    data = [(seeded(5, time, 3), seeded(5, 2)), (seeded(2, time, 3, seed=1), seeded(2, 2))]
+    torch.testing.assert_close(dense(kind(), data), dense(BatchFirst(), data))
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2, None])
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_batch_axis_is_found_where_examples_are_silent(dead: int | None, position: int) -> None:
+    """As many positions as examples, only one is read, and one example's gradient vanishes."""
+
+    class OnePosition(TimeFirst):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x.transpose(0, 1)).relu()
+            return self.last(hidden[position])
+
+    class Reference(TimeFirst):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x[:, position]).relu())
+
+    inputs = seeded(3, 3, 3).abs() + 0.1
+    if dead is not None:
+        inputs[dead] *= -1
+    results = []
+    for model in (OnePosition(), Reference()):
+        with torch.no_grad():
+            model.first.weight.abs_()
+            model.first.bias.zero_()
+        params = dict(model.named_parameters())
+        data = [(inputs, seeded(3, 2, seed=1))]
+        operator = EKFACLinearOperator(model, MSE, params, data, fisher_type="type2")
+        results.append(torch.stack([block.trace for block in operator.blocks]))
+    # The bases may differ, since unread positions count in a layer's inputs; traces may not.
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_batch_axis_is_looked_for_again_after_a_single_example() -> None:
+    data = [(seeded(1, 3, 3), seeded(1, 2)), (seeded(4, 3, 3, seed=1), seeded(4, 2))]
+    torch.testing.assert_close(dense(TimeFirst(), data), dense(BatchFirst(), data))
+
+
+def test_inputs_in_dictionaries_and_tuples() -> None:
+    model = BatchFirst()
+    x, y = seeded(5, 3, 3), seeded(5, 2)
+    params = dict(model.named_parameters())
+    plain = EKFACLinearOperator(model, MSE, params, [(x, y)], fisher_type="type2")
+    for inputs, forward in (
+        ({"x": x, "scale": 1.0}, lambda batch: model(batch["x"] * batch["scale"])),
+        ((x, "ignored"), lambda batch: model(batch[0])),
+    ):
+        operator = EKFACLinearOperator(
+            forward,
+            MSE,
+            params,
+            [(inputs, y)],
+            fisher_type="type2",
+            batch_size_fn=lambda batch: 5,
+        )
+        torch.testing.assert_close(operator.trace, plain.trace, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_are_at_least_float32(dtype: torch.dtype) -> None:
+    model = BatchFirst().to(dtype)
+    data = [(seeded(5, 3, 3).to(dtype), seeded(5, 2).to(dtype))]
+    params = list(model.parameters())
+    operator = EKFACLinearOperator(model, MSE, params, data, fisher_type="type2")
+    assert operator.dtype == torch.float32
+    reference = model.double()
+    exact = EKFACLinearOperator(
+        reference,
+        MSE,
+        list(reference.parameters()),
+        [(x.double(), y.double()) for x, y in data],
+        fisher_type="type2",
+    )
+    assert operator.trace.item() == pytest.approx(exact.trace.item(), rel=2e-2)
+
+
+def test_autocast() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    data = [(torch.randn(6, 3), torch.randint(2, (6,)))]
+    params = list(model.parameters())
+    loss = nn.CrossEntropyLoss()
+    exact = EKFACLinearOperator(model, loss, params, data, fisher_type="type2")
+    with torch.autocast("cpu", torch.bfloat16):
+        operator = EKFACLinearOperator(model, loss, params, data, fisher_type="type2")
+    assert operator.dtype == torch.float32
+    assert operator.trace.item() == pytest.approx(exact.trace.item(), rel=2e-2)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_works_inside_contexts_without_gradients(context: Callable[[], object]) -> None:
+    model, data = BatchFirst(), [(seeded(5, 3, 3), seeded(5, 2))]
+    expected = dense(model, data)
+    with context():
+        torch.testing.assert_close(dense(model, data), expected)
+
+
+def test_parameter_without_influence_has_a_block_of_zeros() -> None:
+    class TwoHeads(TimeFirst):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Linear(4, 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.other(torch.zeros(1, 4, dtype=torch.float64))
+            return self.last(self.first(x).tanh().mean(dim=1))
+
+    model = TwoHeads()
+    data = [(seeded(5, 3, 3), seeded(5, 2))]
+    params = dict(model.named_parameters())
+    operator = EKFACLinearOperator(model, MSE, params, data, fisher_type="type2")
+    by_name = {block.label: block for block in operator.blocks}
+    assert by_name["other.weight"].eigenvalues.abs().sum() == 0
+    assert by_name["other.bias"].eigenvalues.shape == (1, 2, 1)
+    product = operator @ [torch.ones_like(p) for p in params.values()]
+    assert [p.shape for p in product] == [p.shape for p in params.values()]
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("shared", [1, 2, 5, 9])
+def test_the_three_eigenvalue_kernels_agree_with_a_loop(groups: int, shared: int) -> None:
+    gradients, activations = seeded(groups, 7, shared, 4), seeded(groups, 7, shared, 6, seed=1)
+    expected = torch.zeros(groups, 4, 6, dtype=torch.float64)
+    for group in range(groups):
+        for n in range(7):
+            per_example = sum(
+                torch.outer(gradients[group, n, s], activations[group, n, s]) for s in range(shared)
+            )
+            expected[group] += per_example**2
+    results = [
+        kernels.squared_projections(gradients, activations),
+        kernels.squared_projections_pairs(gradients, activations),
+        kernels.squared_projections_per_example(gradients, activations),
+    ]
+    if shared == 1:
+        results.append(kernels.single_position_product(gradients**2, activations**2))
+    for result in results:
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_kernels_work_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients, activations = seeded(2, 7, 5, 4), seeded(2, 7, 5, 6, seed=1)
+    kinds = (kernels.squared_projections_pairs, kernels.squared_projections_per_example)
+    whole = [kind(gradients, activations) for kind in kinds]
+    monkeypatch.setattr(kernels, "_CHUNK_BYTES", 1)
+    for kind, expected in zip(kinds, whole, strict=True):
+        torch.testing.assert_close(kind(gradients, activations), expected)
+
+
+def test_eigh_falls_back_on_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = torch.linalg.eigh
+
+    def fails_in_single(matrix: Tensor) -> object:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return exact(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_single)
+    factor = seeded(1, 4, 4)
+    covariance = (factor @ factor.mT).float()
+    with pytest.warns(RuntimeWarning, match="4 × 4 factor did not converge in torch.float32"):
+        basis = kernels.eigenbasis(covariance)
+    assert basis.dtype == torch.float32
+    rotated = basis.mT @ covariance @ basis
+    torch.testing.assert_close(
+        rotated, torch.diag_embed(rotated.diagonal(dim1=1, dim2=2)), atol=1e-5, rtol=0.0
+    )

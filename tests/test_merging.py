@@ -1,0 +1,215 @@
+"""Merging: what it preserves exactly, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rotate_ewc import EKFACLinearOperator, merge
+from rotate_ewc.block import Block
+from rotate_ewc.snapshot import Provenance
+from tests.oracles import dense_block, dense_operator
+
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def random_block(
+    seed: int, groups: int = 1, d_out: int = 3, d_in: int = 4, bases: str = "both"
+) -> Block:
+    """A block with random orthogonal bases and random eigenvalues, some of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def basis(size: int) -> Tensor:
+        normal = torch.randn(groups, size, size, generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(normal)[0]
+
+    eigenvalues = torch.rand(groups, d_out, d_in, generator=generator, dtype=torch.float64)
+    eigenvalues = (eigenvalues - 0.2).clamp(min=0)
+    return Block(
+        ("w",),
+        basis(d_out) if bases in ("both", "gradient") else None,
+        basis(d_in) if bases in ("both", "activation") else None,
+        eigenvalues,
+    )
+
+
+def operator_of(*blocks: Block, num_data: int = 10) -> EKFACLinearOperator:
+    shapes = {
+        block.parameters[0]: (
+            block.eigenvalues.shape[0] * block.eigenvalues.shape[1],
+            block.eigenvalues.shape[2],
+        )
+        for block in blocks
+    }
+    return EKFACLinearOperator.from_blocks(
+        blocks, shapes, Provenance("MSELoss", "mean", "type2", num_data)
+    )
+
+
+def partial_traces(dense: Tensor, d_out: int, d_in: int) -> tuple[Tensor, Tensor]:
+    """Of dense matrices `[groups, d_out * d_in, d_out * d_in]`, by plain index sums."""
+    split = dense.reshape(-1, d_out, d_in, d_out, d_in)
+    return torch.einsum("gaibi->gab", split), torch.einsum("gaiaj->gij", split)
+
+
+def dense_sum(blocks: Sequence[Block], weights: Sequence[float]) -> Tensor:
+    return sum(w * dense_block(b) for b, w in zip(blocks, weights, strict=True))
+
+
+settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=40)
+settings.load_profile("seeded")
+CASES = st.tuples(
+    st.lists(st.integers(0, 10_000), min_size=1, max_size=5),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.sampled_from(["both", "gradient", "activation", "none"]),
+)
+
+
+@given(CASES, st.integers(0, 100))
+def test_trace_and_partial_traces_are_preserved(
+    case: tuple[list[int], int, int, int, str], weight_seed: int
+) -> None:
+    seeds, groups, d_out, d_in, bases = case
+    blocks = [random_block(s, groups, d_out, d_in, bases) for s in seeds]
+    generator = torch.Generator().manual_seed(weight_seed)
+    weights = (3 * torch.rand(len(blocks), generator=generator, dtype=torch.float64)).tolist()
+    merged = merge([operator_of(b) for b in blocks], weights)
+    exact = dense_sum(blocks, weights)
+    result = dense_block(merged.blocks[0])
+    torch.testing.assert_close(merged.trace, exact.diagonal(dim1=1, dim2=2).sum(), **TOLERANCE)
+    for got, expected in zip(
+        partial_traces(result, d_out, d_in), partial_traces(exact, d_out, d_in), strict=True
+    ):
+        torch.testing.assert_close(got, expected, **TOLERANCE)
+    assert bool((merged.blocks[0].eigenvalues >= 0).all())
+
+
+@given(CASES)
+def test_eigenvalues_are_the_exact_diagonal_in_the_new_basis(
+    case: tuple[list[int], int, int, int, str],
+) -> None:
+    seeds, groups, d_out, d_in, bases = case
+    blocks = [random_block(s, groups, d_out, d_in, bases) for s in seeds]
+    merged = merge([operator_of(b) for b in blocks]).blocks[0]
+    exact = dense_sum(blocks, [1.0] * len(blocks))
+    for group in range(groups):
+        left = torch.eye(d_out, dtype=torch.float64)
+        right = torch.eye(d_in, dtype=torch.float64)
+        if merged.gradient_basis is not None:
+            left = merged.gradient_basis[group]
+        if merged.activation_basis is not None:
+            right = merged.activation_basis[group]
+        basis = torch.kron(left.contiguous(), right.contiguous())
+        torch.testing.assert_close(
+            merged.eigenvalues[group].flatten(),
+            (basis.T @ exact[group] @ basis).diagonal(),
+            **TOLERANCE,
+        )
+
+
+@given(st.permutations([1, 2, 3, 4]))
+def test_order_does_not_matter_when_merged_at_once(order: list[int]) -> None:
+    one = merge([operator_of(random_block(seed)) for seed in (1, 2, 3, 4)])
+    other = merge([operator_of(random_block(seed)) for seed in order])
+    torch.testing.assert_close(
+        dense_block(one.blocks[0]), dense_block(other.blocks[0]), **TOLERANCE
+    )
+
+
+def test_traces_survive_many_merges_one_by_one() -> None:
+    blocks = [random_block(seed, groups=2) for seed in range(50)]
+    merged = operator_of(blocks[0])
+    for block in blocks[1:]:
+        merged = merge([merged, operator_of(block)])
+    exact = dense_sum(blocks, [1.0] * 50)
+    result = dense_block(merged.blocks[0])
+    for got, expected in zip(
+        partial_traces(result, 3, 4), partial_traces(exact, 3, 4), strict=True
+    ):
+        torch.testing.assert_close(got, expected, **TOLERANCE)
+    assert merged.num_data == 500
+
+
+def test_merging_with_itself_doubles() -> None:
+    operator = operator_of(random_block(7, groups=2))
+    doubled = merge([operator, operator])
+    torch.testing.assert_close(
+        dense_block(doubled.blocks[0]), 2 * dense_block(operator.blocks[0]), **TOLERANCE
+    )
+
+
+def test_identity_bases_merge_exactly() -> None:
+    blocks = [random_block(seed, bases="none") for seed in (1, 2)]
+    merged = merge([operator_of(b) for b in blocks], [2.0, 0.5]).blocks[0]
+    assert merged.gradient_basis is None
+    assert merged.activation_basis is None
+    torch.testing.assert_close(
+        merged.eigenvalues, 2 * blocks[0].eigenvalues + 0.5 * blocks[1].eigenvalues, **TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("bases", ["both", "gradient", "activation", "none"])
+def test_growing_parameter_protects_its_leading_slice(bases: str) -> None:
+    small, large = random_block(1, 1, 2, 3, bases), random_block(2, 1, 4, 5, bases)
+    merged = merge([operator_of(small), operator_of(large)])
+    assert merged.parameter_shapes["w"] == (4, 5)
+    padded = torch.zeros(4, 5, 4, 5, dtype=torch.float64)
+    padded[:2, :3, :2, :3] = dense_block(small)[0].reshape(2, 3, 2, 3)
+    exact = padded.reshape(20, 20) + dense_block(large)[0]
+    result = dense_block(merged.blocks[0])
+    for got, expected in zip(
+        partial_traces(result, 4, 5), partial_traces(exact[None], 4, 5), strict=True
+    ):
+        torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
+def test_parameters_of_one_operator_only_are_kept() -> None:
+    first, second = random_block(1), random_block(2)
+    other = Block(("v",), second.gradient_basis, second.activation_basis, second.eigenvalues)
+    merged = merge([operator_of(first), operator_of(other)], [1.0, 2.0])
+    assert list(merged.parameter_shapes) == ["w", "v"]
+    expected = torch.block_diag(dense_block(first)[0], 2 * dense_block(other)[0])
+    torch.testing.assert_close(
+        dense_operator(merged.blocks, merged.parameter_shapes), expected, **TOLERANCE
+    )
+
+
+def test_operators_are_not_changed() -> None:
+    block = random_block(3)
+    before = {name: tensor.clone() for name, tensor in block.tensors.items()}
+    merge([operator_of(block), operator_of(random_block(4))], [2.0, 3.0])
+    for name, tensor in block.tensors.items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_bad_input_is_refused() -> None:
+    operator = operator_of(random_block(1))
+    with pytest.raises(ValueError, match="operators is empty"):
+        merge([])
+    with pytest.raises(TypeError, match="operators has int"):
+        merge([operator, 3])
+    with pytest.raises(ValueError, match="got 1 weights; expected 2"):
+        merge([operator, operator], [1.0])
+    with pytest.raises(ValueError, match=r"weights\[1\] is -1.0"):
+        merge([operator, operator], [1.0, -1.0])
+    with pytest.raises(ValueError, match="'w' has blocks with different groups"):
+        merge([operator, operator_of(random_block(1, groups=2))])
+    joint = EKFACLinearOperator.from_blocks(
+        [Block(("w", "b"), None, None, torch.ones(1, 3, 5, dtype=torch.float64))],
+        {"w": (3, 4), "b": (3,)},
+        operator.provenance,
+    )
+    with pytest.raises(ValueError, match="'w' has a block of its own in one operator"):
+        merge([operator, joint])
+    conv = EKFACLinearOperator.from_blocks(
+        [Block(("w",), None, None, torch.ones(1, 3, 8))], {"w": (3, 2, 4)}, operator.provenance
+    )
+    with pytest.raises(ValueError, match=r"'w' has shapes \[3, 4\] and \[3, 2, 4\]"):
+        merge([operator, conv])
