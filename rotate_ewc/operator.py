@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from rotate_ewc import kernels, snapshot, vectors
 from rotate_ewc.block import Block
-from rotate_ewc.estimation import estimate
-from rotate_ewc.fisher import likelihood_of
+from rotate_ewc.fitting import fit_blocks
 from rotate_ewc.options import EstimationSettings, FisherType, KFACType, as_non_negative_number
 from rotate_ewc.parameters import Parameters, name_parameters
-from rotate_ewc.preserve import undisturbed
 from rotate_ewc.quadratic import quadratic_form
 from rotate_ewc.snapshot import Provenance
 
@@ -49,6 +47,10 @@ class EKFACLinearOperator:
         >>> bool(fisher.quadratic_form(product) >= 0)
         True
     """
+
+    _blocks: tuple[Block, ...]
+    _shapes: dict[str, torch.Size]
+    _provenance: Provenance
 
     def __init__(
         self,
@@ -114,7 +116,7 @@ class EKFACLinearOperator:
             raise TypeError(f"model_func is {model_func!r}; expected a module or a function")
         model = model_func if isinstance(model_func, nn.Module) else None
         named = name_parameters(params, model)
-        operator = estimate_operator(
+        self._blocks, self._shapes, self._provenance = fit_blocks(
             model_func,
             loss_func,
             named,
@@ -123,7 +125,6 @@ class EKFACLinearOperator:
             model=model,
             check_deterministic=check_deterministic,
         )
-        self.__dict__.update(operator.__dict__)
 
     @classmethod
     def from_blocks(
@@ -144,10 +145,6 @@ class EKFACLinearOperator:
         operator._shapes = {name: torch.Size(shape) for name, shape in parameter_shapes.items()}
         operator._provenance = provenance
         return operator
-
-    _blocks: tuple[Block, ...]
-    _shapes: dict[str, torch.Size]
-    _provenance: Provenance
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -289,7 +286,9 @@ class EKFACLinearOperator:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace this operator's contents by a snapshot's; unchanged if the snapshot is bad."""
-        self.__dict__.update(self.from_state_dict(state).__dict__)
+        loaded = self.from_state_dict(state)
+        self._blocks, self._shapes = loaded._blocks, loaded._shapes
+        self._provenance = loaded._provenance
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the snapshot to a safetensors file, atomically."""
@@ -329,58 +328,3 @@ class EKFACLinearOperator:
             for name, part in zip(block.parameters, block.parts(matrices), strict=True):
                 product[name] = part.reshape(by_name[name].shape)
         return [product[name] for name in self._shapes]
-
-
-def estimate_operator(
-    forward: Callable[[Any], Tensor],
-    loss_func: Callable[..., Any],
-    parameters: Mapping[str, Tensor],
-    data: Iterable[Any],
-    settings: EstimationSettings,
-    *,
-    model: nn.Module | None,
-    check_deterministic: bool = False,
-) -> EKFACLinearOperator:
-    """Estimate an operator, leaving the model and the random states as they were.
-
-    Args:
-        forward: From a batch's inputs to the model's outputs.
-        loss_func: The loss.
-        parameters: What the matrix is over, by name.
-        data: Re-iterable batches (inputs, targets).
-        settings: How to estimate.
-        model: The module to put into eval mode; None if it is not known.
-        check_deterministic: Whether to estimate twice and raise if the results differ.
-    """
-    likelihood = likelihood_of(loss_func)
-    with undisturbed(model, parameters.values()), torch.inference_mode(False):
-        found = estimate(forward, likelihood, parameters, data, settings)
-        if check_deterministic:
-            again = estimate(forward, likelihood, parameters, data, settings)
-            _check_equal(found.blocks, again.blocks)
-    if model is None and found.unused:
-        raise ValueError(
-            f"parameter {found.unused[0]!r} is not used by model_func; expected parameters that "
-            f"the outputs depend on"
-        )
-    provenance = Provenance(
-        loss=likelihood.name,
-        reduction=likelihood.reduction,
-        fisher_type=settings.fisher_type.value,
-        num_data=settings.num_data or found.num_examples,
-    )
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    return EKFACLinearOperator.from_blocks(found.blocks, shapes, provenance)
-
-
-def _check_equal(blocks: Sequence[Block], others: Sequence[Block]) -> None:
-    """Raise if two estimates differ by more than rounding, naming the first block that does."""
-    for block, other in zip(blocks, others, strict=True):
-        first, second = block.trace.item(), other.trace.item()
-        tolerance = 1e-3 if block.eigenvalues.dtype is torch.float32 else 1e-8
-        if abs(first - second) > tolerance * max(abs(first), abs(second)):
-            raise ValueError(
-                f"two estimates of the block of {block.label!r} have traces {first:.6g} and "
-                f"{second:.6g}: the model or the data loader is random (shuffling, augmentation, "
-                f"dropout in a function). Make it deterministic, or pass check_deterministic=False"
-            )

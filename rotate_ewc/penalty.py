@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import snapshot
+from rotate_ewc.fitting import fit_blocks
 from rotate_ewc.merging import merge
-from rotate_ewc.operator import EKFACLinearOperator, estimate_operator
+from rotate_ewc.operator import EKFACLinearOperator
 from rotate_ewc.options import (
     EstimationSettings,
     FisherType,
@@ -188,8 +189,8 @@ class EKFACPenalty(nn.Module):
                 "batch_size_fn": batch_size_fn,
             }
         )
-        operator = estimate_operator(
-            forward or model, loss_func, named, data, settings, model=model
+        operator = EKFACLinearOperator.from_blocks(
+            *fit_blocks(forward or model, loss_func, named, data, settings, model=model)
         )
         self._fold_in(operator, {name: p.detach().clone() for name, p in named.items()})
 

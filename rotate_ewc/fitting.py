@@ -1,0 +1,78 @@
+"""From a model, a loss and data to finished blocks, and no trace of having been there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotate_ewc.block import Block
+from rotate_ewc.estimation import estimate
+from rotate_ewc.fisher import likelihood_of
+from rotate_ewc.options import EstimationSettings
+from rotate_ewc.preserve import undisturbed
+from rotate_ewc.snapshot import Provenance
+
+
+def fit_blocks(
+    forward: Callable[[Any], Tensor],
+    loss_func: Callable[..., Any],
+    parameters: Mapping[str, Tensor],
+    data: Iterable[Any],
+    settings: EstimationSettings,
+    *,
+    model: nn.Module | None,
+    check_deterministic: bool = False,
+) -> tuple[tuple[Block, ...], dict[str, torch.Size], Provenance]:
+    """Estimate the blocks of an operator, leaving the model and the random states as they were.
+
+    Args:
+        forward: From a batch's inputs to the model's outputs.
+        loss_func: The loss.
+        parameters: What the matrix is over, by name.
+        data: Re-iterable batches (inputs, targets).
+        settings: How to estimate.
+        model: The module to put into eval mode; None if it is not known.
+        check_deterministic: Whether to estimate twice and raise if the results differ.
+
+    Returns:
+        Blocks, parameter shapes by name, and provenance.
+
+    Raises:
+        ValueError: If a parameter, layer, loss or batch cannot be handled, naming it.
+        TypeError: If a part of a batch, or the outputs, have the wrong type.
+    """
+    likelihood = likelihood_of(loss_func)
+    with undisturbed(model, parameters.values()), torch.inference_mode(False):
+        found = estimate(forward, likelihood, parameters, data, settings)
+        if check_deterministic:
+            again = estimate(forward, likelihood, parameters, data, settings)
+            _check_equal(found.blocks, again.blocks)
+    if model is None and found.unused:
+        raise ValueError(
+            f"parameter {found.unused[0]!r} is not used by model_func; expected parameters that "
+            f"the outputs depend on"
+        )
+    provenance = Provenance(
+        loss=likelihood.name,
+        reduction=likelihood.reduction,
+        fisher_type=settings.fisher_type.value,
+        num_data=settings.num_data or found.num_examples,
+    )
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    return found.blocks, shapes, provenance
+
+
+def _check_equal(blocks: Sequence[Block], others: Sequence[Block]) -> None:
+    """Raise if two estimates differ by more than rounding, naming the first block that does."""
+    for block, other in zip(blocks, others, strict=True):
+        first, second = block.trace.item(), other.trace.item()
+        tolerance = 1e-3 if block.eigenvalues.dtype is torch.float32 else 1e-8
+        if abs(first - second) > tolerance * max(abs(first), abs(second)):
+            raise ValueError(
+                f"two estimates of the block of {block.label!r} have traces {first:.6g} and "
+                f"{second:.6g}: the model or the data loader is random (shuffling, augmentation, "
+                f"dropout in a function). Make it deterministic, or pass check_deterministic=False"
+            )
