@@ -59,9 +59,9 @@ def draw(records: Sequence[Record], title: str = "") -> Figure:
     """Draw the results of a benchmark.
 
     The upper panel shows, after each task, the mean accuracy over the tasks seen so far, with a
-    band of one sample standard deviation where there are several seeds. Below is a heat map of the
-    accuracy matrix, averaged over seeds, for each method that learns task after task; accuracies on
-    tasks not yet seen are paler. Joint training has no "after task" and is a line above only.
+    band of one sample standard deviation where there are several seeds. Below is a heat map of each
+    method's accuracy matrix, averaged over seeds, paler on tasks not yet seen. Joint training sees
+    all tasks at once: a line above, and the same row throughout below.
 
     Args:
         records: Results of any methods and seeds, with the same number of tasks in all.
@@ -80,15 +80,13 @@ def draw(records: Sequence[Record], title: str = "") -> Figure:
             "expected at least one record and the same number of tasks in all"
         )
     groups = group_by_label(records)
-    mapped = {label: group for label, group in groups.items() if not group[0].trained_jointly}
-    rows = ceil(len(mapped) / HEAT_MAPS_PER_ROW)
-    heights = [CURVES_INCHES] + [HEAT_MAP_INCHES * rows] * bool(mapped)
+    rows = ceil(len(groups) / HEAT_MAPS_PER_ROW)
+    heights = [CURVES_INCHES, HEAT_MAP_INCHES * rows]
     figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), dpi=DOTS_PER_INCH, layout="constrained")
     figure.suptitle(title)
-    panels = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    _draw_curves(panels[0].subplots(), groups)
-    if mapped:
-        _draw_heat_maps(panels[1], mapped, rows)
+    curves, heat_maps = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_curves(curves.subplots(), groups)
+    _draw_heat_maps(heat_maps, groups, rows)
     return figure
 
 
@@ -151,15 +149,14 @@ def _draw_heat_maps(panel: SubFigure, groups: dict[str, list[Record]], rows: int
         label: np.mean([record.accuracy_matrix for record in group], axis=0)
         for label, group in groups.items()
     }
-    worst = min(
-        float(matrix[np.tri(len(matrix), dtype=bool)].min()) for matrix in matrices.values()
-    )
+    seen = {label: _seen(group[0]) for label, group in groups.items()}
+    worst = min(float(matrix[seen[label]].min()) for label, matrix in matrices.items())
     lowest = floor(10 * min(worst, 0.99)) / 10
     columns = HEAT_MAPS_PER_ROW if rows == 1 else ceil(len(groups) / rows)
     grid = panel.subplots(rows, columns, squeeze=False)
     cells = grid.flatten()
     images = [
-        _draw_heat_map(axes, label, matrix, lowest)
+        _draw_heat_map(axes, label, matrix, seen[label], lowest)
         for axes, (label, matrix) in zip(cells, matrices.items(), strict=False)
     ]
     for axes in cells[len(images) :]:
@@ -175,17 +172,26 @@ def _draw_heat_maps(panel: SubFigure, groups: dict[str, list[Record]], rows: int
     ).ax.yaxis.label.set_fontsize("small")
 
 
-def _draw_heat_map(axes: Axes, label: str, matrix: Array, lowest: float) -> AxesImage:
-    """Draw one accuracy matrix ``[T, T]``, paler above the diagonal."""
+def _seen(record: Record) -> npt.NDArray[np.bool_]:
+    """Which tasks (columns) had been seen after which (rows), ``[T, T]``."""
+    tasks = len(record.accuracy_matrix)
+    everything = np.ones((tasks, tasks), dtype=bool)
+    return everything if record.trained_jointly else np.tril(everything)
+
+
+def _draw_heat_map(
+    axes: Axes, label: str, matrix: Array, seen: npt.NDArray[np.bool_], lowest: float
+) -> AxesImage:
+    """Draw one accuracy matrix ``[T, T]``, paler on tasks not yet seen."""
     tasks = len(matrix)
-    seen = np.tri(tasks, dtype=bool)
     extent = (0.5, tasks + 0.5, tasks + 0.5, 0.5)  # count tasks from 1
     looks: dict[str, Any] = {"cmap": "viridis", "vmin": lowest, "vmax": 1.0, "extent": extent}
     axes.imshow(np.ma.masked_array(matrix, seen), alpha=NOT_YET_SEEN_OPACITY, **looks)
     image = axes.imshow(np.ma.masked_array(matrix, ~seen), **looks)
     # In greyscale the palest and the highest accuracies are close, so a line parts them.
-    edges = np.arange(tasks + 1) + 0.5
-    axes.plot(np.repeat(edges[1:], 2)[:-1], np.repeat(edges[:-1], 2)[1:], "k", linewidth=0.6)
+    if not seen.all():
+        edges = np.arange(tasks + 1) + 0.5
+        axes.plot(np.repeat(edges[1:], 2)[:-1], np.repeat(edges[:-1], 2)[1:], "k", linewidth=0.6)
     axes.set_title(label, fontsize="small")
     axes.set_xlabel("accuracy on task", fontsize="small")
     ticks = task_ticks(tasks, most=5)

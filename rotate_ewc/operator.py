@@ -265,8 +265,12 @@ class EKFACLinearOperator:
         """Return the operator on another device or in another floating-point dtype."""
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; expected a floating-point dtype")
-        moved = [block.map(lambda t: t.to(device=device, dtype=dtype)) for block in self._blocks]
-        return self.from_blocks(moved, self._shapes, self._provenance)
+        return self.map(lambda tensor: tensor.to(device=device, dtype=dtype))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> EKFACLinearOperator:
+        """Return the operator with every stored tensor replaced by `function` of it."""
+        blocks = [block.map(function) for block in self._blocks]
+        return self.from_blocks(blocks, self._shapes, self._provenance)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the snapshot: a flat dictionary of tensors and one JSON string, `"header"`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -60,11 +60,6 @@ class EKFACPenalty(nn.Module):
     solution: time and memory do not depend on the number of tasks. In mode `"separate"` every task
     keeps its operator and its own anchor.
 
-    Attributes:
-        strength: λ, may be changed at any time.
-        mode: `"merged"` or `"separate"`.
-        current_examples: N_now; None takes the last consolidated task's count.
-
     Example:
         >>> import torch
         >>> from torch import nn
@@ -117,9 +112,9 @@ class EKFACPenalty(nn.Module):
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, MODES))}")
-        self.strength = as_non_negative_number("strength", strength)
+        self.strength = strength
         self.mode = mode
-        self.current_examples: int | None = None
+        self.current_examples = None
         self.settings = EstimationSettings(
             fisher_type=fisher_type,  # type: ignore[arg-type]
             mc_samples=mc_samples,
@@ -132,6 +127,25 @@ class EKFACPenalty(nn.Module):
         self._terms: list[Term] = []
         self._num_tasks = 0
         self._last_examples = 1
+
+    @property
+    def strength(self) -> float:
+        """λ; may be changed at any time, for example along a schedule."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = as_non_negative_number("strength", value)
+
+    @property
+    def current_examples(self) -> int | None:
+        """N_now; None takes the last consolidated task's count."""
+        return self._current_examples
+
+    @current_examples.setter
+    def current_examples(self, value: int | None) -> None:
+        as_positive_integer("current_examples", value, optional=True)
+        self._current_examples = value
 
     @property
     def num_tasks(self) -> int:
@@ -164,7 +178,8 @@ class EKFACPenalty(nn.Module):
             loss_func: The task's loss, with reduction `mean` or `sum`.
             data: The task's data, as re-iterable batches (inputs, targets). A few thousand examples
                 are enough for most models.
-            params: The parameters to protect; None is all that require gradients.
+            params: The parameters to protect, which keep the names they have in the model; None is
+                all that require gradients.
             forward: From a batch's inputs to outputs, where that is not `model(inputs)`.
             num_examples: The task's number of examples, where `data` is only a sample of them.
             batch_size_fn: From a batch's inputs to its number of examples, where that is not the
@@ -180,14 +195,14 @@ class EKFACPenalty(nn.Module):
         model = unwrapped(model)
         if params is None:
             params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        named = name_parameters(params, model)
-        settings = EstimationSettings(
-            **{
-                **vars(self.settings),
-                "seed": self.settings.seed + self._num_tasks,
-                "num_data": num_examples,
-                "batch_size_fn": batch_size_fn,
-            }
+        tensors = list(params.values()) if isinstance(params, Mapping) else params
+        named = name_parameters(tensors, model)
+        self._check_protected(parameters_of(model))
+        settings = replace(
+            self.settings,
+            seed=self.settings.seed + self._num_tasks,
+            num_data=num_examples,
+            batch_size_fn=batch_size_fn,
         )
         operator = EKFACLinearOperator.from_blocks(
             *fit_blocks(forward or model, loss_func, named, data, settings, model=model)
@@ -218,6 +233,12 @@ class EKFACPenalty(nn.Module):
             values.append(term.weight * quadratic_form(term.operator.blocks, deltas))
         return 0.5 * self.strength / self._reference() * torch.stack(values).sum()
 
+    def _check_protected(self, parameters: Mapping[str, Tensor]) -> None:
+        """Raise if a parameter of an earlier task is missing, or smaller than it was."""
+        for term in self._terms:
+            for name, anchor in term.anchor.items():
+                protected_slice(name, parameters, anchor)
+
     def _fold_in(self, operator: EKFACLinearOperator, anchor: dict[str, Tensor]) -> None:
         """Add a task's operator; everything that can fail comes before the first change."""
         reductions = {term.operator.provenance.reduction for term in self._terms}
@@ -230,9 +251,8 @@ class EKFACPenalty(nn.Module):
         weight = float(operator.num_data) if reduction == "mean" else 1.0
         term = Term(operator, anchor, weight)
         if self.mode == "merged":
-            merged = merge(
-                [t.operator for t in (*self._terms, term)], [t.weight for t in (*self._terms, term)]
-            )
+            parts = [*self._terms, term]
+            merged = merge([part.operator for part in parts], [part.weight for part in parts])
             older = self._terms[0].anchor if self._terms else {}
             terms = [Term(merged, {**older, **anchor}, 1.0)]
         else:
@@ -252,11 +272,7 @@ class EKFACPenalty(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._terms = [
             Term(
-                EKFACLinearOperator.from_blocks(
-                    [block.map(fn) for block in term.operator.blocks],
-                    term.operator.parameter_shapes,
-                    term.operator.provenance,
-                ),
+                term.operator.map(fn),
                 {name: fn(anchor) for name, anchor in term.anchor.items()},
                 term.weight,
             )

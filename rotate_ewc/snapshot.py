@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,19 +116,23 @@ def read_header(state: Mapping[str, Any], expected_format: str) -> dict[str, Any
 
 
 def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a snapshot to a safetensors file: whole, or not at all."""
+    """Write a snapshot to a safetensors file: whole, or not at all.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+    """
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {os.fspath(target.parent)!r} to save in")
     tensors = {key: value.contiguous() for key, value in state.items() if key != HEADER}
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(descriptor)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         save_file(tensors, temporary, metadata={HEADER: state[HEADER]})
-        with open(temporary, "rb+") as file:
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -122,6 +122,11 @@ def test_failed_save_leaves_the_old_file(
     assert [p.name for p in tmp_path.iterdir()] == ["task.safetensors"]
 
 
+def test_saving_into_no_folder(operator: EKFACLinearOperator, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*none' to save in"):
+        operator.save(tmp_path / "none" / "task.safetensors")
+
+
 def test_files_that_are_no_snapshots(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no snapshot file"):
         EKFACLinearOperator.load(tmp_path / "none")

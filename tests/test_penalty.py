@@ -130,6 +130,23 @@ def test_strength_can_be_changed() -> None:
     before = penalty(model).item()
     penalty.strength = 10.0
     assert penalty(model).item() == pytest.approx(10 * before)
+    with pytest.raises(ValueError, match=r"strength is -1.0; expected a finite number"):
+        penalty.strength = -1.0
+    with pytest.raises(ValueError, match="current_examples is 0; expected a positive integer"):
+        penalty.current_examples = 0
+    assert penalty(model).item() == pytest.approx(10 * before)
+
+
+@pytest.mark.parametrize("mode", ["merged", "separate"])
+def test_consolidating_a_model_that_shrank_is_refused(mode: str) -> None:
+    penalty = EKFACPenalty(1.0, mode)
+    data = [(torch.randn(9, 4), torch.randint(2, (9,)))]
+    penalty.consolidate(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), CE, data)
+    with pytest.raises(ValueError, match=r"'0.weight' has shape \[4, 4\], but the penalty"):
+        penalty.consolidate(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), CE, data)
+    with pytest.raises(ValueError, match=r"'1.weight' is protected by the penalty, but the model"):
+        penalty.consolidate(nn.Sequential(nn.Linear(4, 5)), CE, data)
+    assert penalty.num_tasks == 1
 
 
 def test_batching_of_summed_and_mean_losses() -> None:

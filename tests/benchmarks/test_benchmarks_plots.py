@@ -28,7 +28,7 @@ def test_panels_and_their_labels(records) -> None:
     assert curves.get_xlabel() == "number of tasks learned"
     assert curves.get_ylabel() == "average accuracy on tasks seen"
     drawn = [axes for axes in maps if axes.get_visible()]
-    assert [axes.get_title() for axes in drawn] == ["naive", "rotated-ewc"]
+    assert [axes.get_title() for axes in drawn] == ["naive", "rotated-ewc", "joint"]
     assert {axes.get_xlabel() for axes in drawn} == {"accuracy on task"}
     assert drawn[0].get_ylabel() == "after task"
     assert bar.get_ylabel().startswith("accuracy")
@@ -62,6 +62,12 @@ def test_maps_show_seen_tasks_in_full_and_others_paler(records) -> None:
     np.testing.assert_allclose(full.get_array()[np.tri(3, dtype=bool)], mean[np.tri(3, dtype=bool)])
     assert full.get_array().mask.tolist() == (~np.tri(3, dtype=bool)).tolist()
     assert pale.get_array().mask.tolist() == np.tri(3, dtype=bool).tolist()
+
+
+def test_joint_training_has_seen_every_task(records) -> None:
+    pale, full = draw(records).axes[3].get_images()
+    assert not full.get_array().mask.any()
+    assert pale.get_array().mask.all()
 
 
 def test_all_maps_share_a_scale_that_holds_all_seen_tasks(records) -> None:
