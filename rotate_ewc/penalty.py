@@ -195,8 +195,9 @@ class EKFACPenalty(nn.Module):
         model = unwrapped(model)
         if params is None:
             params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        tensors = list(params.values()) if isinstance(params, Mapping) else params
-        named = name_parameters(tensors, model)
+        # Whatever names they were given, the penalty will look for them by those in the model.
+        chosen = name_parameters(params, model)
+        named = name_parameters(list(chosen.values()), model)
         self._check_protected(parameters_of(model))
         settings = replace(
             self.settings,

@@ -345,6 +345,10 @@ def test_chosen_parameters_only() -> None:
     only = EKFACPenalty(1.0)
     only.consolidate(model, CE, task(0), params=[model[3].bias])
     assert list(only.terms[0].anchor) == ["3.bias"]
+    renamed = EKFACPenalty(1.0)
+    renamed.consolidate(model, CE, task(0), params={"mine": model[3].bias})
+    move(model, 0)
+    torch.testing.assert_close(renamed(model), only(model), rtol=0.0, atol=0.0)
     assert not model[3].bias.requires_grad
 
 
