@@ -55,6 +55,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
         ewc_lambda: float = 1.0,
         mode: str = "merged",
         *,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
         num_samples: int | None = None,
         estimation_mb_size: int | None = None,
         fisher_type: FisherType | str = FisherType.MC,
@@ -72,6 +74,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
                 3 a good practical value.
             mode: `"merged"`: one penalty for all experiences, at constant time and memory; or
                 `"separate"`: one for each experience.
+            include: Patterns such as `"features.*"` for the names of the parameters to protect.
+            exclude: Patterns for names to leave out, such as those of unsupported layers.
             num_samples: Examples to draw from each experience for its snapshot; None takes all. A
                 few thousand are usually as good.
             estimation_mb_size: Mini-batch size of the snapshot, which changes its speed but not its
@@ -95,6 +99,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
             self.penalty = EKFACPenalty(
                 ewc_lambda,
                 mode,
+                include=include,
+                exclude=exclude,
                 fisher_type=fisher_type,
                 mc_samples=mc_samples,
                 kfac_approx=kfac_approx,
@@ -190,6 +196,8 @@ class RotatedEWC(SupervisedTemplate):
         criterion: Callable[..., Any] | None = None,
         ewc_lambda: float = 1.0,
         mode: str = "merged",
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
         num_samples: int | None = None,
         estimation_mb_size: int | None = None,
         fisher_type: FisherType | str = FisherType.MC,
@@ -215,6 +223,8 @@ class RotatedEWC(SupervisedTemplate):
             criterion: The loss, `CrossEntropyLoss()` if None.
             ewc_lambda: See `RotatedEWCPlugin`, also for the arguments down to `memory_budget`.
             mode: `"merged"` or `"separate"`.
+            include: Name patterns of the parameters to protect.
+            exclude: Name patterns of parameters to leave out.
             num_samples: Examples for each snapshot; None is all.
             estimation_mb_size: Mini-batch size of the snapshot.
             fisher_type: `MC`, `TYPE2` or `EMPIRICAL`.
@@ -235,6 +245,8 @@ class RotatedEWC(SupervisedTemplate):
         plugin = RotatedEWCPlugin(
             ewc_lambda,
             mode,
+            include=include,
+            exclude=exclude,
             num_samples=num_samples,
             estimation_mb_size=estimation_mb_size,
             fisher_type=fisher_type,

@@ -258,7 +258,7 @@ def _refusal(names: Sequence[str], used_by: str) -> str:
     listed = ", ".join(repr(name) for name in names)
     return (
         f"parameter {listed} is used by {used_by}, for which there is no rule; supported are "
-        f"{SUPPORTED}. Leave the parameter out to protect only the others"
+        f"{SUPPORTED}. Leave it out (params, or exclude={list(names)}) to protect only the others"
     )
 
 

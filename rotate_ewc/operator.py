@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from rotate_ewc import kernels, snapshot, vectors
 from rotate_ewc.block import Block
 from rotate_ewc.fitting import fit_blocks
-from rotate_ewc.options import EstimationSettings, FisherType, KFACType, as_non_negative_number
+from rotate_ewc.options import (
+    EstimationSettings,
+    FisherType,
+    KFACType,
+    as_choice,
+    as_non_negative_number,
+)
 from rotate_ewc.parameters import Parameters, name_parameters
 from rotate_ewc.quadratic import quadratic_form
 from rotate_ewc.snapshot import Provenance
@@ -101,9 +107,9 @@ class EKFACLinearOperator:
             TypeError: If an argument has the wrong type.
         """
         settings = EstimationSettings(
-            fisher_type=fisher_type,  # type: ignore[arg-type]
+            fisher_type=as_choice("fisher_type", fisher_type, FisherType),
             mc_samples=mc_samples,
-            kfac_approx=kfac_approx,  # type: ignore[arg-type]
+            kfac_approx=as_choice("kfac_approx", kfac_approx, KFACType),
             separate_weight_and_bias=separate_weight_and_bias,
             seed=seed,
             memory_budget=memory_budget,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
@@ -69,6 +69,15 @@ def as_non_negative_number(name: str, value: object) -> float:
     return float(value)
 
 
+def as_patterns(name: str, value: object) -> tuple[str, ...]:
+    """Return name patterns as a tuple, or raise unless `value` is a sequence of strings."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} is {value!r}; expected a list of name patterns")
+    if not all(isinstance(pattern, str) for pattern in value):
+        raise TypeError(f"{name} is {value!r}; expected every pattern to be a string")
+    return tuple(value)
+
+
 @dataclass(frozen=True)
 class EstimationSettings:
     """How a snapshot is estimated; one object instead of ten arguments in every function.
@@ -99,13 +108,7 @@ class EstimationSettings:
     progressbar: bool = False
 
     def __post_init__(self) -> None:
-        """Check every value, and turn strings into enum members."""
-        object.__setattr__(
-            self, "fisher_type", as_choice("fisher_type", self.fisher_type, FisherType)
-        )
-        object.__setattr__(
-            self, "kfac_approx", as_choice("kfac_approx", self.kfac_approx, KFACType)
-        )
+        """Check every value."""
         as_positive_integer("mc_samples", self.mc_samples)
         as_positive_integer("memory_budget", self.memory_budget)
         as_positive_integer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
@@ -40,6 +41,42 @@ def name_parameters(params: Parameters, model: nn.Module | None) -> dict[str, Te
                 f"expected tensors from model.parameters(), not copies of them"
             )
     return named
+
+
+def select_parameters(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the parameters that require gradients, by name, as far as name patterns choose them.
+
+    Args:
+        model: The model.
+        include: Shell-style patterns, of which a name must match at least one.
+        exclude: Shell-style patterns, none of which a name may match.
+
+    Raises:
+        ValueError: If a pattern matches no parameter at all, or if nothing is left.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"{argument} pattern {pattern!r} matches no parameter of the model; expected a "
+                    f"pattern for names such as {names[:3]}"
+                )
+    chosen: dict[str, Tensor] = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and any(fnmatchcase(name, pattern) for pattern in include)
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    }
+    if not chosen:
+        raise ValueError(
+            f"no parameter is left to protect: of {len(names)} in the model, none requires "
+            f"gradients and matches include={list(include)} but not exclude={list(exclude)}"
+        )
+    return chosen
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

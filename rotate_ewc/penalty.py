@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -18,7 +18,9 @@ from rotate_ewc.options import (
     EstimationSettings,
     FisherType,
     KFACType,
+    as_choice,
     as_non_negative_number,
+    as_patterns,
     as_positive_integer,
 )
 from rotate_ewc.parameters import (
@@ -26,6 +28,7 @@ from rotate_ewc.parameters import (
     name_parameters,
     parameters_of,
     protected_slice,
+    select_parameters,
     unwrapped,
 )
 from rotate_ewc.quadratic import quadratic_form
@@ -84,6 +87,8 @@ class EKFACPenalty(nn.Module):
         strength: float = 1.0,
         mode: str = "merged",
         *,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
         fisher_type: FisherType | str = FisherType.MC,
         mc_samples: int = 1,
         kfac_approx: KFACType | str = KFACType.EXPAND,
@@ -97,6 +102,8 @@ class EKFACPenalty(nn.Module):
         Args:
             strength: λ, at least 0.
             mode: `"merged"` (constant cost) or `"separate"`.
+            include: Patterns such as `"encoder.*"` for the names of the parameters to protect.
+            exclude: Patterns for names to leave out, such as those of unsupported layers.
             fisher_type: `MC` (sampled labels), `TYPE2` (exact expectation) or `EMPIRICAL`.
             mc_samples: Sampled labels per example, for `MC`.
             kfac_approx: `EXPAND` or `REDUCE`: how shared positions enter the basis.
@@ -114,11 +121,13 @@ class EKFACPenalty(nn.Module):
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, MODES))}")
         self.strength = strength
         self.mode = mode
+        self.include = as_patterns("include", include)
+        self.exclude = as_patterns("exclude", exclude)
         self.current_examples = None
         self.settings = EstimationSettings(
-            fisher_type=fisher_type,  # type: ignore[arg-type]
+            fisher_type=as_choice("fisher_type", fisher_type, FisherType),
             mc_samples=mc_samples,
-            kfac_approx=kfac_approx,  # type: ignore[arg-type]
+            kfac_approx=as_choice("kfac_approx", kfac_approx, KFACType),
             separate_weight_and_bias=separate_weight_and_bias,
             seed=seed,
             memory_budget=memory_budget,
@@ -179,7 +188,7 @@ class EKFACPenalty(nn.Module):
             data: The task's data, as re-iterable batches (inputs, targets). A few thousand examples
                 are enough for most models.
             params: The parameters to protect, which keep the names they have in the model; None is
-                all that require gradients.
+                all that require gradients and that `include` and `exclude` choose.
             forward: From a batch's inputs to outputs, where that is not `model(inputs)`.
             num_examples: The task's number of examples, where `data` is only a sample of them.
             batch_size_fn: From a batch's inputs to its number of examples, where that is not the
@@ -194,7 +203,7 @@ class EKFACPenalty(nn.Module):
         as_positive_integer("num_examples", num_examples, optional=True)
         model = unwrapped(model)
         if params is None:
-            params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            params = select_parameters(model, self.include, self.exclude)
         # Whatever names they were given, the penalty will look for them by those in the model.
         chosen = name_parameters(params, model)
         named = name_parameters(list(chosen.values()), model)

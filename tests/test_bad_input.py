@@ -31,7 +31,7 @@ def net(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 5), *layers, nn.Linear(5, 3))
 
 
-def refused(
+def check_refused(
     message: str,
     model: nn.Module,
     *,
@@ -80,7 +80,7 @@ class MatmulLayer(nn.Module):
     ],
 )
 def test_unsupported_layer_is_named(build: Any, layer: nn.Module, message: str) -> None:
-    refused(message, net(layer), build=build)
+    check_refused(message, net(layer), build=build)
 
 
 def test_unsupported_layer_is_fine_when_its_parameters_are_left_out() -> None:
@@ -94,7 +94,7 @@ def test_unsupported_layer_is_fine_when_its_parameters_are_left_out() -> None:
 def test_parametrised_weight_is_refused() -> None:
     model = net()
     nn.utils.parametrizations.weight_norm(model[0])
-    refused(r"parametrizations\.weight\.original.*no rule", model)
+    check_refused(r"parametrizations\.weight\.original.*no rule", model)
 
 
 def test_weight_and_input_confused() -> None:
@@ -106,14 +106,14 @@ def test_weight_and_input_confused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + F.linear(self.weight, self.weight).sum()
 
-    refused(
+    check_refused(
         r"parameter '1\.weight' is used by .*linear, for which there is no rule", net(Squared())
     )
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_scripted_model_cannot_be_observed() -> None:
-    refused("cannot be observed", torch.jit.script(net(nn.ReLU())))
+    check_refused("cannot be observed", torch.jit.script(net(nn.ReLU())))
 
 
 @pytest.mark.parametrize("build", BUILDERS)
@@ -129,7 +129,7 @@ def test_scripted_model_cannot_be_observed() -> None:
     ],
 )
 def test_unsupported_loss_or_reduction(build: Any, loss: Any, message: str) -> None:
-    refused(message, net(), loss=loss, build=build)
+    check_refused(message, net(), loss=loss, build=build)
 
 
 def one_shot() -> Iterator[tuple[Tensor, Tensor]]:
@@ -152,12 +152,12 @@ def one_shot() -> Iterator[tuple[Tensor, Tensor]]:
     ],
 )
 def test_bad_data(build: Any, data: Any, message: str, error: type[Exception]) -> None:
-    refused(message, net(), data=data, error=error, build=build)
+    check_refused(message, net(), data=data, error=error, build=build)
 
 
 def test_one_shot_iterator_keeps_its_batches() -> None:
     iterator = one_shot()
-    refused("one-shot", net(), data=iterator)
+    check_refused("one-shot", net(), data=iterator)
     assert len(list(iterator)) == 1
 
 
@@ -182,13 +182,13 @@ def test_one_shot_iterator_keeps_its_batches() -> None:
 def test_outputs_and_targets_that_do_not_fit(
     loss: Any, targets: Tensor, message: str, error: type[Exception]
 ) -> None:
-    refused(
+    check_refused(
         f"batch 0 of data: .*{message}", net(), loss=loss, error=error, data=[(batch()[0], targets)]
     )
 
 
 def test_later_batch_is_named() -> None:
-    refused("batch 1 of data: .*do not fit", net(), data=[batch(), (batch()[0], batch(4)[1])])
+    check_refused("batch 1 of data: .*do not fit", net(), data=[batch(), (batch()[0], batch(4)[1])])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -206,7 +206,9 @@ def test_not_finite_activation_names_the_layer(value: float) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.first(x).nan_to_num(0.0, 1.0, -1.0))
 
-    refused("layer inputs of 'first.weight' are not finite", Cleaned(), data=[(inputs, targets)])
+    check_refused(
+        "layer inputs of 'first.weight' are not finite", Cleaned(), data=[(inputs, targets)]
+    )
 
 
 def test_not_finite_gradient_names_the_layer() -> None:
@@ -223,7 +225,7 @@ def test_not_finite_gradient_names_the_layer() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return Steep.apply(x)
 
-    refused("output gradients of '0.weight' are not finite", net(Layer()))
+    check_refused("output gradients of '0.weight' are not finite", net(Layer()))
 
 
 def test_not_finite_outputs() -> None:
@@ -250,12 +252,12 @@ def test_not_finite_outputs() -> None:
     ],
 )
 def test_bad_params(build: Any, params: Any, message: str, error: type[Exception]) -> None:
-    refused(message, net(), params=params, error=error, build=build)
+    check_refused(message, net(), params=params, error=error, build=build)
 
 
 def test_parameter_given_twice() -> None:
     model = net()
-    refused("more than once", model, params=[model[0].weight, model[0].weight])
+    check_refused("more than once", model, params=[model[0].weight, model[0].weight])
 
 
 def test_parameter_that_a_function_does_not_use() -> None:
@@ -278,12 +280,12 @@ class Accumulated(nn.Module):
 
 @pytest.mark.parametrize("layer", [Centred(), Accumulated()])
 def test_mixed_examples_are_noticed(layer: nn.Module) -> None:
-    refused("depend on other examples' values in the layer of '0.weight'", net(layer))
+    check_refused("depend on other examples' values in the layer of '0.weight'", net(layer))
 
 
 def test_examples_on_no_axis() -> None:
     model = nn.Sequential(_Mean(), nn.Linear(4, 3), _Repeat())
-    refused(r"'1.weight' got an input of shape \[1, 4\], in which no axis can hold", model)
+    check_refused(r"'1.weight' got an input of shape \[1, 4\], in which no axis can hold", model)
 
 
 class _Mean(nn.Module):
@@ -308,7 +310,7 @@ def test_input_modified_in_place_after_use() -> None:
             x.zero_()
             return y
 
-    refused("input of the layer of 'last.weight' was modified in place", Spoiled())
+    check_refused("input of the layer of 'last.weight' was modified in place", Spoiled())
 
 
 def test_outputs_that_are_no_tensor() -> None:
@@ -320,7 +322,7 @@ def test_outputs_that_are_no_tensor() -> None:
         def forward(self, x: Tensor) -> Any:
             return (self.last(x),)
 
-    refused("model returned tuple; expected a tensor", Tuple(), error=TypeError)
+    check_refused("model returned tuple; expected a tensor", Tuple(), error=TypeError)
 
 
 def test_joint_block_needs_a_fixed_pair() -> None:

@@ -45,19 +45,19 @@ def dense(operator: EKFACLinearOperator) -> Tensor:
     return dense_operator(operator.blocks, operator.parameter_shapes)
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
+def check_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_scalars(operator: EKFACLinearOperator) -> None:
     matrix = dense(operator)
-    close(operator.trace, matrix.trace())
-    close(operator.frobenius_norm, torch.linalg.matrix_norm(matrix))
+    check_close(operator.trace, matrix.trace())
+    check_close(operator.frobenius_norm, torch.linalg.matrix_norm(matrix))
     damped = operator.inverse(damping=0.3)
     sign, logabsdet = torch.linalg.slogdet(dense(damped))
     assert sign == 1
-    close(damped.logdet, logabsdet)
-    close(damped.det, torch.linalg.det(dense(damped)))
+    check_close(damped.logdet, logabsdet)
+    check_close(damped.det, torch.linalg.det(dense(damped)))
 
 
 def test_singular_operator_has_minus_infinite_logdet(operator: EKFACLinearOperator) -> None:
@@ -73,12 +73,12 @@ def test_singular_operator_has_minus_infinite_logdet(operator: EKFACLinearOperat
 def test_inverse(operator: EKFACLinearOperator) -> None:
     matrix = dense(operator)
     eye = torch.eye(len(matrix), dtype=torch.float64)
-    close(operator.inverse(damping=0.1) @ eye, torch.linalg.inv(matrix + 0.1 * eye))
+    check_close(operator.inverse(damping=0.1) @ eye, torch.linalg.inv(matrix + 0.1 * eye))
 
 
 def test_multiples(operator: EKFACLinearOperator) -> None:
-    close(dense(2.5 * operator), 2.5 * dense(operator))
-    close(dense(operator * 2), 2 * dense(operator))
+    check_close(dense(2.5 * operator), 2.5 * dense(operator))
+    check_close(dense(operator * 2), 2 * dense(operator))
     with pytest.raises(ValueError, match="factor is -1"):
         operator * -1
     with pytest.raises(TypeError):
@@ -213,7 +213,7 @@ def test_num_data_scales_a_summed_loss_only() -> None:
         loss = nn.MSELoss(reduction=reduction)
         plain = EKFACLinearOperator(model, loss, params, data, fisher_type="type2")
         scaled = EKFACLinearOperator(model, loss, params, data, fisher_type="type2", num_data=50)
-        close(scaled.trace, factor * plain.trace)
+        check_close(scaled.trace, factor * plain.trace)
         assert scaled.num_data == 50
         assert plain.num_data == 5
 

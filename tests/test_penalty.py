@@ -330,6 +330,8 @@ def test_wrong_model_is_refused_by_name() -> None:
         ({"strength": "3"}, "strength is '3'", TypeError),
         ({"mode": "online"}, "mode is 'online'; expected one of 'merged', 'separate'", ValueError),
         ({"fisher_type": "x"}, "fisher_type is 'x'", ValueError),
+        ({"include": "fc*"}, "include is 'fc\\*'; expected a list of name patterns", TypeError),
+        ({"exclude": [1]}, r"exclude is \[1\]; expected every pattern to be a string", TypeError),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str, error: type[Exception]) -> None:
@@ -350,6 +352,32 @@ def test_chosen_parameters_only() -> None:
     move(model, 0)
     torch.testing.assert_close(renamed(model), only(model), rtol=0.0, atol=0.0)
     assert not model[3].bias.requires_grad
+
+
+def test_names_are_chosen_by_patterns() -> None:
+    model = net()
+    penalty = EKFACPenalty(1.0, include=["*.weight", "3.*"], exclude=["0.*"])
+    penalty.consolidate(model, CE, task(0))
+    assert list(penalty.terms[0].anchor) == ["3.weight", "3.bias"]
+    with_norm = nn.Sequential(model[0], nn.BatchNorm1d(4).double(), *model[1:])
+    with pytest.raises(ValueError, match=r"exclude=\['1.weight'|exclude=\['1.bias'"):
+        EKFACPenalty(1.0).consolidate(with_norm, CE, task(0))
+    penalty = EKFACPenalty(1.0, exclude=["1.*"])
+    penalty.consolidate(with_norm, CE, task(0))
+    assert list(penalty.terms[0].anchor) == ["0.weight", "0.bias", "4.weight", "4.bias"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"include": ["head.*"]}, r"include pattern 'head.\*' matches no parameter .*'0.weight'"),
+        ({"exclude": ["weight"]}, r"exclude pattern 'weight' matches no parameter"),
+        ({"exclude": ["*"]}, r"no parameter is left to protect: of 4 in the model"),
+    ],
+)
+def test_patterns_that_choose_nothing(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EKFACPenalty(**arguments).consolidate(net(), CE, task(0))
 
 
 def test_compiled_model_has_the_same_parameters() -> None:
