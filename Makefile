@@ -13,7 +13,7 @@ help: ## Show the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
 bench: $(VENV)/.installed-bench ## Learn ten permuted-MNIST tasks with every method
-	$(VENV)/bin/python -m benchmarks.permuted_mnist $(BENCH)
+	@$(VENV)/bin/python -m benchmarks.permuted_mnist $(BENCH)
 
 test: $(VENV)/.installed-test ## Run the test suite
 	$(VENV)/bin/python -m pytest $(TEST)
@@ -28,6 +28,7 @@ clean: ## Remove the virtual environment
 
 # A stamp for each extra, so that an install happens once and again only when the metadata change.
 $(VENV)/.installed-%: pyproject.toml
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --editable '.[$*]'
-	touch $@
+	@echo "Installing into $(VENV): this takes a few minutes the first time."
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --editable '.[$*]'
+	@touch $@

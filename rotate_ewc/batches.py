@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from rotate_ewc.nested import tensors_in, to_device
 
 
 def check_reiterable(data: object) -> None:
@@ -68,7 +70,7 @@ def count_examples(inputs: Any, batch_size_fn: Callable[[Any], int] | None) -> i
     """
     if batch_size_fn is not None:
         count = batch_size_fn(inputs)
-    elif (first := _first_tensor(inputs)) is not None and first.ndim > 0:
+    elif (first := next(tensors_in(inputs), None)) is not None and first.ndim > 0:
         count = first.shape[0]
     else:
         raise TypeError(
@@ -78,27 +80,3 @@ def count_examples(inputs: Any, batch_size_fn: Callable[[Any], int] | None) -> i
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"a batch has {count!r} examples; expected at least 1")
     return count
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move the tensors in nested tuples, lists and mappings to a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(item, device) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(to_device(item, device) for item in value)
-    if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
-    return value
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value
-    items = value.values() if isinstance(value, Mapping) else value
-    if isinstance(value, (tuple, list, Mapping)):
-        for item in items:
-            if (found := _first_tensor(item)) is not None:
-                return found
-    return None

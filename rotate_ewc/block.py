@@ -61,23 +61,25 @@ class Block:
         """Return the block with other eigenvalues in the same basis."""
         return replace(self, eigenvalues=eigenvalues)
 
-    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Gather parameter-shaped tensors into the block's matrix `[groups, d_out, d_in]`."""
-        groups, d_out, _ = self.eigenvalues.shape
-        parts = [tensors[name].reshape(groups, d_out, -1) for name in reversed(self.parameters)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    def matrix(self, tensors: Mapping[str, Tensor], *, leading_axes: int = 0) -> Tensor:
+        """Gather parameter-shaped tensors into the block's matrix.
 
-    def columns(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Gather tensors `[K, *shape]` into matrices `[K, groups, d_out, d_in]`."""
+        Args:
+            tensors: By name, `[*leading, *shape]`; others than the block's are not looked at.
+            leading_axes: Number of axes before the parameters' own.
+
+        Returns:
+            `[*leading, groups, d_out, d_in]`.
+        """
         groups, d_out, _ = self.eigenvalues.shape
         parts = [
-            tensors[name].reshape(len(tensors[name]), groups, d_out, -1)
+            tensors[name].reshape(*tensors[name].shape[:leading_axes], groups, d_out, -1)
             for name in reversed(self.parameters)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def parts(self, matrix: Tensor) -> Sequence[Tensor]:
-        """Split matrices `[..., groups, d_out, d_in]` into those of `parameters`, in order."""
+        """Split matrices `[*leading, groups, d_out, d_in]` into those of `parameters`."""
         if len(self.parameters) == 1:
             return [matrix]
         return [matrix[..., 1:], matrix[..., :1]]

@@ -7,7 +7,7 @@ it has no rule for is seen too, and refused by name instead of being silently wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from rotate_ewc.layers import RULES, SUPPORTED, LayerCall
+from rotate_ewc.nested import tensors_in
 
 
 @dataclass(frozen=True)
@@ -214,11 +215,11 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         touched = {
             self._names[id(tensor)]
-            for tensor in _tensors((args, kwargs))
+            for tensor in tensors_in((args, kwargs))
             if id(tensor) in self._names
         }
         result = func(*args, **kwargs)
-        if touched and any(t.requires_grad and not t.is_leaf for t in _tensors(result)):
+        if touched and any(t.requires_grad and not t.is_leaf for t in tensors_in(result)):
             self.uses.append(self._read(func, args, kwargs, touched))
             self.edges.append(get_gradient_edge(result))
         return result
@@ -272,15 +273,3 @@ def _reachable_nodes(outputs: Tensor) -> set[Any]:
             nodes.add(node)
             pending.extend(parent for parent, _ in node.next_functions if parent is not None)
     return nodes
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)

@@ -67,7 +67,7 @@ def squared_projections(gradients: Tensor, activations: Tensor) -> Tensor:
     """Sum over examples the squared entries of per-example gradients.
 
     `Λ_ij = Σ_n (Σ_s g_nsi a_nsj)²` (George et al. 2018, "Fast Approximate Natural Gradient Descent
-    in a Kronecker-factored Eigenbasis", eq. 10, with per-example gradients made of shared
+    in a Kronecker-factored Eigenbasis"; here with per-example gradients that sum over shared
     positions). Three equivalent ways, of which the cheapest is taken:
 
     * one position: `(g²)ᵀ (a²)`, one product, no per-example gradient;
@@ -104,9 +104,9 @@ def squared_projections_pairs(gradients: Tensor, activations: Tensor) -> Tensor:
     shared = gradients.shape[2]
     first, second = torch.triu_indices(shared, shared, device=gradients.device)
     multiplicity = (2.0 - (first == second).to(gradients.dtype))[:, None]
-    pair_bytes = len(first) * (gradients.shape[3] + activations.shape[3]) * gradients.shape[0]
+    pair_elements = len(first) * (gradients.shape[3] + activations.shape[3]) * gradients.shape[0]
     total = gradients.new_zeros(gradients.shape[0], gradients.shape[3], activations.shape[3])
-    for g, a in _chunks(gradients, activations, pair_bytes):
+    for g, a in _chunks(gradients, activations, pair_elements):
         g_pairs = (g[:, :, first] * g[:, :, second] * multiplicity).flatten(1, 2)
         a_pairs = (a[:, :, first] * a[:, :, second]).flatten(1, 2)
         total.baddbmm_(g_pairs.mT, a_pairs)
@@ -115,9 +115,9 @@ def squared_projections_pairs(gradients: Tensor, activations: Tensor) -> Tensor:
 
 def squared_projections_per_example(gradients: Tensor, activations: Tensor) -> Tensor:
     """`squared_projections` through per-example gradients."""
-    example_size = gradients.shape[0] * gradients.shape[3] * activations.shape[3]
+    example_elements = gradients.shape[0] * gradients.shape[3] * activations.shape[3]
     total = gradients.new_zeros(gradients.shape[0], gradients.shape[3], activations.shape[3])
-    for g, a in _chunks(gradients, activations, example_size):
+    for g, a in _chunks(gradients, activations, example_elements):
         total += (g.mT @ a).square_().sum(dim=1)
     return total
 
@@ -161,13 +161,6 @@ def apply_in_eigenbasis(
     return rotated
 
 
-def diagonal_in_parameter_space(
-    gradient_basis: Basis, activation_basis: Basis, eigenvalues: Tensor
-) -> Tensor:
-    """Return the diagonal of `(Q_g ⊗ Q_a) diag(Λ) (Q_g ⊗ Q_a)ᵀ` as `[groups, d_out, d_in]`."""
-    return _squared_change(gradient_basis, eigenvalues, activation_basis)
-
-
 def merged_basis(bases: Sequence[Basis], weights: Sequence[Tensor]) -> Basis:
     """Return the eigenbasis of a sum of partial traces, `Σ_t Q_t diag(w_t) Q_tᵀ`.
 
@@ -207,17 +200,20 @@ def project_eigenvalues(
         gradient_change: `U_gᵀ Q_g`, `[groups, d_out, rank_out]`; None where it is the identity.
         activation_change: `U_aᵀ Q_a`, `[groups, d_in, rank_in]`; None likewise.
         eigenvalues: Λ, `[groups, rank_out, rank_in]`.
+
+    Returns:
+        `[groups, d_out, d_in]`.
     """
-    return _squared_change(gradient_change, eigenvalues, activation_change)
-
-
-def _squared_change(left: Basis, values: Tensor, right: Basis) -> Tensor:
-    if left is not None and right is not None:
-        changed: Tensor = contract("gop,gpq,giq->goi", left.square(), values, right.square())
-        return changed
-    if left is not None:
-        return left.square() @ values
-    return values if right is None else values @ right.square().mT
+    if gradient_change is not None and activation_change is not None:
+        projected: Tensor = contract(
+            "gop,gpq,giq->goi", gradient_change.square(), eigenvalues, activation_change.square()
+        )
+        return projected
+    if gradient_change is not None:
+        return gradient_change.square() @ eigenvalues
+    if activation_change is not None:
+        return eigenvalues @ activation_change.square().mT
+    return eigenvalues
 
 
 def _chunks(

@@ -330,7 +330,7 @@ class EKFACLinearOperator:
         product: dict[str, Tensor] = {}
         for block in self._blocks:
             matrices = kernels.apply_in_eigenbasis(
-                block.columns(by_name),
+                block.matrix(by_name, leading_axes=1),
                 block.gradient_basis,
                 block.activation_basis,
                 block.eigenvalues,

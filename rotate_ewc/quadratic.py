@@ -45,7 +45,7 @@ class _QuadraticForm(torch.autograd.Function):
         for block in blocks:
             rotated = _rotated(block, by_name)
             weighted.append(block.eigenvalues * rotated)
-            values.append((weighted[-1] * rotated).sum())
+            values.append(torch.dot(weighted[-1].flatten(), rotated.flatten()))
         return torch.stack(values).sum(), *weighted
 
     @staticmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rotate_ewc import EKFACLinearOperator, kernels
+from rotate_ewc.nested import to_device
 from tests.oracles import dense_operator
 
 MSE = nn.MSELoss()
@@ -232,3 +235,33 @@ def test_eigh_falls_back_on_double_precision(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(
         rotated, torch.diag_embed(rotated.diagonal(dim1=1, dim2=2)), atol=1e-5, rtol=0.0
     )
+
+
+def test_inputs_of_a_type_of_their_own_arrive_unchanged() -> None:
+    """Moving inputs to the model's device must not turn a custom mapping into a dictionary."""
+
+    class Tokens(UserDict[str, Tensor]):
+        @property
+        def values_of_x(self) -> Tensor:
+            return self["x"]
+
+    model = BatchFirst()
+    data = [(Tokens(x=seeded(5, 3, 3)), seeded(5, 2))]
+    operator = EKFACLinearOperator(
+        lambda batch: model(batch.values_of_x), MSE, dict(model.named_parameters()), data
+    )
+    assert operator.num_data == 5
+    assert operator.trace > 0
+
+
+def test_nested_inputs_are_moved() -> None:
+    class Pair(NamedTuple):
+        x: Tensor
+        more: list[Tensor]
+
+    moved = to_device(
+        {"pair": Pair(torch.zeros(2), [torch.ones(1)]), "text": "t"}, torch.device("meta")
+    )
+    assert isinstance(moved["pair"], Pair)
+    assert moved["pair"].x.device.type == moved["pair"].more[0].device.type == "meta"
+    assert moved["text"] == "t"
