@@ -251,7 +251,11 @@ def _check_all_observed(
     unseen = [n for n, tensor in parameters.items() if id(tensor) in reached and n not in used]
     if unseen:
         raise ValueError(
-            _refusal(unseen, "an operation that cannot be observed, as in scripted models")
+            _refusal(
+                unseen,
+                "an operation that cannot be observed, such as scripted code or an "
+                "autograd.Function of its own",
+            )
         )
 
 

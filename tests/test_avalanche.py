@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -221,6 +222,16 @@ def test_state_continues_in_a_new_plugin() -> None:
     run(model, [experiences[2]], [resumed], shuffle=False)
     for name, parameter in reference.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
+
+
+def test_plugin_can_be_pickled() -> None:
+    """Avalanche's checkpoints pickle whole strategies."""
+    plugin, model = RotatedEWCPlugin(3.0), net()
+    run(model, [domain_benchmark(1).train_stream[0]], [plugin])
+    with torch.no_grad():
+        model[0].weight.add_(0.1)
+    again = pickle.loads(pickle.dumps(plugin))
+    assert again.penalty(model).item() == plugin.penalty(model).item() > 0.0
 
 
 def test_sample_is_drawn_over_all_classes() -> None:

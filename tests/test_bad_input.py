@@ -83,6 +83,51 @@ def test_unsupported_layer_is_named(build: Any, layer: nn.Module, message: str) 
     check_refused(message, net(layer), build=build)
 
 
+class OwnFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return grads[0] @ weight.T, x.T @ grads[0]
+
+
+class OwnFunctionLayer(MatmulLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        return OwnFunction.apply(x, self.weight)
+
+
+class Sequence(nn.Module):
+    """Runs a layer that wants sequences, or two inputs, on rows of features."""
+
+    def __init__(self, layer: nn.Module, form: str) -> None:
+        super().__init__()
+        self.layer, self.form = layer, form
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "recurrent":
+            return self.layer(x[:, None])[0][:, 0]
+        if self.form == "attention":
+            return self.layer(x[:, None], x[:, None], x[:, None])[0][:, 0]
+        return self.layer(x, x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Sequence(nn.LSTM(5, 5, batch_first=True), "recurrent"), r"layer\.weight_ih_l0'.*lstm"),
+        (Sequence(nn.MultiheadAttention(5, 1, batch_first=True), "attention"), "multi_head_att"),
+        (Sequence(nn.Bilinear(5, 5, 5), "bilinear"), r"1\.layer\.weight'.*bilinear"),
+        (OwnFunctionLayer(), r"'1\.weight' is used by an operation that cannot be observed"),
+    ],
+)
+def test_other_ways_of_using_parameters_are_seen(layer: nn.Module, message: str) -> None:
+    check_refused(message, net(layer))
+
+
 def test_unsupported_layer_is_fine_when_its_parameters_are_left_out() -> None:
     model = net(nn.LayerNorm(5))
     params = [*model[0].parameters(), *model[2].parameters()]

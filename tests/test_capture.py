@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from rotate_ewc import EKFACLinearOperator, kernels
 from rotate_ewc.nested import to_device
@@ -104,6 +105,16 @@ def test_batch_axis_is_found_where_examples_are_silent(dead: int | None, positio
 def test_batch_axis_is_looked_for_again_after_a_single_example() -> None:
     data = [(seeded(1, 3, 3), seeded(1, 2)), (seeded(4, 3, 3, seed=1), seeded(4, 2))]
     torch.testing.assert_close(dense(TimeFirst(), data), dense(BatchFirst(), data))
+
+
+def test_checkpointed_layers() -> None:
+    class Checkpointed(TimeFirst):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = checkpoint(lambda h: self.first(h).tanh(), x, use_reentrant=False)
+            return self.last(hidden.mean(dim=1))
+
+    data = [(seeded(5, 3, 3), seeded(5, 2))]
+    torch.testing.assert_close(dense(Checkpointed(), data), dense(BatchFirst(), data))
 
 
 def test_inputs_in_dictionaries_and_tuples() -> None:
