@@ -68,14 +68,16 @@ class Trace:
         """
         if not self.uses:
             return []
-        gradients = torch.autograd.grad(
-            self.outputs,
-            self._edges,
-            grad_outputs=vector.to(self.outputs.dtype),
-            retain_graph=not last,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        # A backward pass computes in the dtypes of its forward pass; autocast would lower them.
+        with torch.autocast(self.outputs.device.type, enabled=False):
+            gradients = torch.autograd.grad(
+                self.outputs,
+                self._edges,
+                grad_outputs=vector.to(self.outputs.dtype),
+                retain_graph=not last,
+                allow_unused=True,
+                materialize_grads=True,
+            )
         return [gradient.detach() for gradient in gradients]
 
     def check_inputs_unmodified(self) -> None:

@@ -9,14 +9,20 @@ orthonormal columns; None stands for the identity, which is never stored.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from einops import einsum
 from opt_einsum import contract
 from torch import Tensor
 
+from rotate_ewc.nested import tensors_in
+
 Basis = Tensor | None
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 # Floating-point operations that a large product does in the time one element takes to be written
 # to memory and read back. With this value the faster kernel was chosen in 26 of 28 measured cases
@@ -26,6 +32,21 @@ _OPERATIONS_PER_ELEMENT = 20.0
 _CHUNK_BYTES = 2**25
 
 
+def full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Make a function compute in its arguments' own dtype, also inside `torch.autocast`."""
+
+    @wraps(function)
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        device = next(tensors_in((args, kwargs))).device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@full_precision
 def covariance_sum(vectors: Tensor) -> Tensor:
     """Sum the outer products of vectors `[groups, batch, shared, d]` → `[groups, d, d]`."""
     rows = vectors.flatten(1, 2)
@@ -55,6 +76,7 @@ def eigenbasis(covariance: Tensor) -> Tensor:
     return basis
 
 
+@full_precision
 def rotate(vectors: Tensor, basis: Basis) -> Tensor:
     """Express vectors `[groups, batch, shared, d]` in a basis → `[groups, batch, shared, rank]`."""
     if basis is None:
@@ -94,11 +116,13 @@ def squared_projections(gradients: Tensor, activations: Tensor) -> Tensor:
     return squared_projections_per_example(gradients, activations)
 
 
+@full_precision
 def single_position_product(gradient_squares: Tensor, activation_squares: Tensor) -> Tensor:
     """`squared_projections` for one shared position, from squares: `(g²)ᵀ (a²)`."""
     return gradient_squares.flatten(1, 2).mT @ activation_squares.flatten(1, 2)
 
 
+@full_precision
 def squared_projections_pairs(gradients: Tensor, activations: Tensor) -> Tensor:
     """`squared_projections` through products over pairs of positions s ≤ t."""
     shared = gradients.shape[2]
@@ -113,6 +137,7 @@ def squared_projections_pairs(gradients: Tensor, activations: Tensor) -> Tensor:
     return total
 
 
+@full_precision
 def squared_projections_per_example(gradients: Tensor, activations: Tensor) -> Tensor:
     """`squared_projections` through per-example gradients."""
     example_elements = gradients.shape[0] * gradients.shape[3] * activations.shape[3]
@@ -122,18 +147,21 @@ def squared_projections_per_example(gradients: Tensor, activations: Tensor) -> T
     return total
 
 
+@full_precision
 def to_eigenbasis(matrix: Tensor, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
     """Return `Q_gᵀ D Q_a` for matrices D `[groups, d_out, d_in]`."""
     rotated = matrix if gradient_basis is None else gradient_basis.mT @ matrix
     return rotated if activation_basis is None else rotated @ activation_basis
 
 
+@full_precision
 def from_eigenbasis(matrix: Tensor, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
     """Return `Q_g D Q_aᵀ` for matrices D `[groups, rank_out, rank_in]`."""
     rotated = matrix if gradient_basis is None else gradient_basis @ matrix
     return rotated if activation_basis is None else rotated @ activation_basis.mT
 
 
+@full_precision
 def apply_in_eigenbasis(
     columns: Tensor, gradient_basis: Basis, activation_basis: Basis, values: Tensor
 ) -> Tensor:
@@ -161,6 +189,7 @@ def apply_in_eigenbasis(
     return rotated
 
 
+@full_precision
 def merged_basis(bases: Sequence[Basis], weights: Sequence[Tensor]) -> Basis:
     """Return the eigenbasis of a sum of partial traces, `Σ_t Q_t diag(w_t) Q_tᵀ`.
 
@@ -184,13 +213,19 @@ def merged_basis(bases: Sequence[Basis], weights: Sequence[Tensor]) -> Basis:
     return eigenbasis(partial_trace)
 
 
+@full_precision
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right
+
+
 def change_basis(basis: Basis, new_basis: Basis) -> Basis:
     """Return `Uᵀ Q`, the coordinates of an old basis Q in a new basis U; None where both are I."""
     if new_basis is None:
         return basis
-    return new_basis.mT if basis is None else new_basis.mT @ basis
+    return new_basis.mT if basis is None else _product(new_basis.mT, basis)
 
 
+@full_precision
 def project_eigenvalues(
     gradient_change: Basis, activation_change: Basis, eigenvalues: Tensor
 ) -> Tensor:

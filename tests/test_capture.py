@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rotate_ewc import EKFACLinearOperator, kernels
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty, kernels, merge
 from rotate_ewc.nested import to_device
 from tests.oracles import dense_operator
 
@@ -166,6 +166,43 @@ def test_autocast() -> None:
         operator = EKFACLinearOperator(model, loss, params, data, fisher_type="type2")
     assert operator.dtype == torch.float32
     assert operator.trace.item() == pytest.approx(exact.trace.item(), rel=2e-2)
+
+
+def test_own_computations_are_not_autocast() -> None:
+    """Autocast is for the model; snapshot, products, merging and penalty keep their precision."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 2, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    data = [(torch.randn(6, 2, 4), torch.randint(2, (6,)))]
+    loss = nn.CrossEntropyLoss()
+
+    def results() -> list[Tensor]:
+        def in_float32(inputs: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return model(inputs)
+
+        params = dict(model.named_parameters())
+        operator = EKFACLinearOperator(in_float32, loss, params, data, fisher_type="type2")
+        merged = merge([operator, operator * 2.0])
+        vectors = [torch.ones_like(p) for p in params.values()]
+        penalty = EKFACPenalty()
+        penalty.consolidate(model, loss, data, forward=in_float32)
+        penalty.consolidate(model, loss, data, forward=in_float32)
+        moved = {name: p.detach() + 0.1 for name, p in params.items()}
+        value, gradients = penalty(moved), torch.func.grad(penalty)(moved)
+        return [
+            *(block.eigenvalues for block in (*operator.blocks, *merged.blocks)),
+            *(operator @ vectors),
+            operator.quadratic_form(vectors),
+            value,
+            *gradients.values(),
+        ]
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = results()
+    for left, right in zip(actual, expected, strict=True):
+        assert left.dtype == torch.float32
+        assert torch.equal(left, right)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
