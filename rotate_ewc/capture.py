@@ -37,6 +37,11 @@ class Use:
     input_version: int
 
     @property
+    def unmodified(self) -> bool:
+        """Whether the input still is what the layer saw."""
+        return self.call.input._version == self.input_version
+
+    @property
     def name(self) -> str:
         """A name for messages: that of the weight, or else of the bias."""
         return self.weight or self.bias or "?"
@@ -83,7 +88,7 @@ class Trace:
     def check_inputs_unmodified(self) -> None:
         """Raise if a layer's input was changed in place after the layer used it."""
         for use in self.uses:
-            if use.call.input._version != use.input_version:
+            if not use.unmodified:
                 raise ValueError(
                     f"the input of the layer of {use.name!r} was modified in place after the layer "
                     f"used it, so its activations are lost; make that operation out-of-place"

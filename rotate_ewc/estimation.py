@@ -73,7 +73,7 @@ def estimate(
     blocks = {key: _empty_block(key, factors.pop(key)) for key in list(factors)}
 
     num_examples, mass = 0, 0.0
-    for observation in keeper.kept or observer.observe(data, "eigenvalues"):
+    for observation in keeper.replay() or observer.observe(data, "eigenvalues"):
         num_examples += observation.num_examples if observation.first else 0
         mass += observation.mass if observation.first else 0.0
         _add_eigenvalues(observation, blocks, settings)
@@ -109,15 +109,25 @@ class _Keeper:
     """Keeps observations for the second pass, or none once they exceed the memory budget."""
 
     def __init__(self, max_bytes: int) -> None:
-        self.kept: list[Observation] = []
+        self._kept: list[Observation] = []
         self._left = max_bytes
 
     def keep(self, observation: Observation) -> None:
+        """Keep one more, unless the budget is spent."""
         self._left -= observation.num_bytes
         if self._left >= 0:
-            self.kept.append(observation)
+            self._kept.append(observation)
         else:
-            self.kept.clear()
+            self._kept.clear()
+
+    def replay(self) -> list[Observation]:
+        """Return all observations; none where the data have to be gone over again.
+
+        That is also so for a loader that fills the same buffer for every batch: the layers' inputs
+        that were kept are then no longer those of their batches.
+        """
+        intact = all(use.unmodified for observation in self._kept for use in observation.uses)
+        return self._kept if intact else []
 
 
 def _add_factors(

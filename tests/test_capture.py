@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -58,7 +58,7 @@ class Functional(TimeFirst):
         return torch.nn.functional.linear(hidden.mean(dim=1), self.last.weight, self.last.bias)
 
 
-def dense(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Tensor:
+def dense(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     params = dict(model.named_parameters())
     operator = EKFACLinearOperator(model, MSE, params, data, fisher_type="type2")
     return dense_operator(operator.blocks, operator.parameter_shapes)
@@ -300,6 +300,21 @@ def test_inputs_of_a_type_of_their_own_arrive_unchanged() -> None:
     )
     assert operator.num_data == 5
     assert operator.trace > 0
+
+
+def test_loader_that_fills_the_same_buffer_for_every_batch() -> None:
+    model = BatchFirst()
+    batches = [(seeded(5, 3, 3, seed=k), seeded(5, 2, seed=9 + k)) for k in range(3)]
+
+    class Buffered:
+        def __init__(self) -> None:
+            self.buffer = torch.empty(5, 3, 3, dtype=torch.float64)
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for x, y in batches:
+                yield self.buffer.copy_(x), y
+
+    torch.testing.assert_close(dense(model, Buffered()), dense(model, batches))
 
 
 def test_nested_inputs_are_moved() -> None:
