@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
         f"install it with: pip install 'rotate-ewc[avalanche]'"
     ) from error
 
-from rotate_ewc.options import FisherType, KFACType, as_positive_integer
+from rotate_ewc.options import FisherType, KFACType, as_non_negative_number, check_positive_integer
 from rotate_ewc.penalty import EKFACPenalty
 
 
@@ -93,24 +93,21 @@ class RotatedEWCPlugin(SupervisedPlugin):
             TypeError: If a value has the wrong type.
         """
         super().__init__()
-        as_positive_integer("num_samples", num_samples, optional=True)
-        as_positive_integer("estimation_mb_size", estimation_mb_size, optional=True)
-        try:
-            self.penalty = EKFACPenalty(
-                ewc_lambda,
-                mode,
-                include=include,
-                exclude=exclude,
-                fisher_type=fisher_type,
-                mc_samples=mc_samples,
-                kfac_approx=kfac_approx,
-                separate_weight_and_bias=separate_weight_and_bias,
-                seed=seed,
-                memory_budget=memory_budget,
-                progressbar=progressbar,
-            )
-        except (ValueError, TypeError) as error:
-            raise type(error)(str(error).replace("strength is", "ewc_lambda is")) from None
+        check_positive_integer("num_samples", num_samples, optional=True)
+        check_positive_integer("estimation_mb_size", estimation_mb_size, optional=True)
+        self.penalty = EKFACPenalty(
+            as_non_negative_number("ewc_lambda", ewc_lambda),
+            mode,
+            include=include,
+            exclude=exclude,
+            fisher_type=fisher_type,
+            mc_samples=mc_samples,
+            kfac_approx=kfac_approx,
+            separate_weight_and_bias=separate_weight_and_bias,
+            seed=seed,
+            memory_budget=memory_budget,
+            progressbar=progressbar,
+        )
         self.num_samples = num_samples
         self.estimation_mb_size = estimation_mb_size
         self._sub_experiences = 0

@@ -71,8 +71,6 @@ class Trace:
         Returns:
             For every use, the gradient at its output; zeros where the outputs do not depend on it.
         """
-        if not self.uses:
-            return []
         # A backward pass computes in the dtypes of its forward pass; autocast would lower them.
         with torch.autocast(self.outputs.device.type, enabled=False):
             gradients = torch.autograd.grad(
@@ -95,15 +93,12 @@ class Trace:
                 )
 
 
-def trace(
-    forward: Callable[[], Tensor], parameters: Mapping[str, Tensor], *, model_name: str = "model"
-) -> Trace:
+def trace(forward: Callable[[], Tensor], parameters: Mapping[str, Tensor]) -> Trace:
     """Run a forward pass and record every use of the given parameters.
 
     Args:
         forward: Runs the model and returns its outputs.
         parameters: The tensors to look for, by name; they must require gradients.
-        model_name: What to call the model in messages.
 
     Raises:
         TypeError: If the outputs are not a floating-point tensor.
@@ -114,9 +109,9 @@ def trace(
     with torch.enable_grad(), recorder:
         outputs = forward()
     if not isinstance(outputs, Tensor):
-        raise TypeError(f"{model_name} returned {type(outputs).__name__}; expected a tensor")
+        raise TypeError(f"model returned {type(outputs).__name__}; expected a tensor")
     if not outputs.is_floating_point():
-        raise TypeError(f"{model_name} returned dtype {outputs.dtype}; expected floating-point")
+        raise TypeError(f"model returned dtype {outputs.dtype}; expected floating-point")
     nodes = _reachable_nodes(outputs)
     _check_all_observed(recorder, parameters, nodes)
     kept = [i for i, edge in enumerate(recorder.edges) if edge.node in nodes]

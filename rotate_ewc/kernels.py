@@ -37,10 +37,10 @@ def full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments,
 
     @wraps(function)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        device = next(tensors_in((args, kwargs))).device.type
-        if not torch.is_autocast_enabled(device):
+        first = next(tensors_in((args, kwargs)), None)
+        if first is None or not torch.is_autocast_enabled(first.device.type):
             return function(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)
 
     return wrapped
@@ -214,15 +214,11 @@ def merged_basis(bases: Sequence[Basis], weights: Sequence[Tensor]) -> Basis:
 
 
 @full_precision
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    return left @ right
-
-
 def change_basis(basis: Basis, new_basis: Basis) -> Basis:
     """Return `Uᵀ Q`, the coordinates of an old basis Q in a new basis U; None where both are I."""
     if new_basis is None:
         return basis
-    return new_basis.mT if basis is None else _product(new_basis.mT, basis)
+    return new_basis.mT if basis is None else new_basis.mT @ basis
 
 
 @full_precision

@@ -51,36 +51,28 @@ def merge(
         raise ValueError(f"got {len(checked)} weights; expected {len(operators)}")
     checked = [as_non_negative_number(f"weights[{i}]", w) for i, w in enumerate(checked)]
     shapes = _common_shapes(operators)
-    parts: dict[tuple[str, ...], list[tuple[Block, float]]] = {}
+    parts: dict[tuple[str, ...], list[Block]] = {}
     for operator, weight in zip(operators, checked, strict=True):
         for block in operator.blocks:
-            parts.setdefault(block.parameters, []).append((block, weight))
+            weighted = block.with_eigenvalues(block.eigenvalues * weight)
+            parts.setdefault(block.parameters, []).append(weighted)
     _check_partition(list(parts))
-    blocks = [
-        _merge_blocks([block for block, _ in group], [weight for _, weight in group])
-        for group in parts.values()
-    ]
+    blocks = [_merge_blocks(group) for group in parts.values()]
     provenance = replace(
         operators[-1].provenance, num_data=sum(operator.num_data for operator in operators)
     )
     return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
 
 
-def _merge_blocks(blocks: Sequence[Block], weights: Sequence[float]) -> Block:
-    """Merge blocks of the same parameters, of equal or growing size."""
+def _merge_blocks(blocks: Sequence[Block]) -> Block:
+    """Sum blocks of the same parameters, of equal or growing size."""
     if len(blocks) == 1:
-        return blocks[0].with_eigenvalues(blocks[0].eigenvalues * weights[0])
+        return blocks[0]
     d_out = max(block.eigenvalues.shape[1] for block in blocks)
     d_in = max(block.eigenvalues.shape[2] for block in blocks)
-    eigenvalues = [b.eigenvalues * w for b, w in zip(blocks, weights, strict=True)]
-    gradient_bases = [
-        _padded(block.gradient_basis, d_out, values, axis=1)
-        for block, values in zip(blocks, eigenvalues, strict=True)
-    ]
-    activation_bases = [
-        _padded(block.activation_basis, d_in, values, axis=2)
-        for block, values in zip(blocks, eigenvalues, strict=True)
-    ]
+    eigenvalues = [block.eigenvalues for block in blocks]
+    gradient_bases = [_padded(b.gradient_basis, d_out, b.eigenvalues, axis=1) for b in blocks]
+    activation_bases = [_padded(b.activation_basis, d_in, b.eigenvalues, axis=2) for b in blocks]
     gradient_basis = kernels.merged_basis(gradient_bases, [v.sum(dim=2) for v in eigenvalues])
     activation_basis = kernels.merged_basis(activation_bases, [v.sum(dim=1) for v in eigenvalues])
     projected = [

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rotate_ewc.capture import Use
+
+# From a tensor, a number of examples and their axis to [groups, examples, shared, features].
+Layout = Callable[[Tensor, int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Observation:
     @property
     def num_bytes(self) -> int:
         """Memory that keeping the observation takes."""
-        gradients = sum(_num_bytes(g) for gradient_set in self.gradient_sets for g in gradient_set)
-        return gradients + sum(_num_bytes(use.call.input) for use in self.uses)
+        gradients = sum(g.nbytes for gradient_set in self.gradient_sets for g in gradient_set)
+        return gradients + sum(use.call.input.nbytes for use in self.uses)
 
     def by_block(self, separate: bool) -> dict[BlockKey, list[int]]:
         """Group the uses by block.
@@ -91,24 +94,27 @@ class Observation:
 
         In a joint block the first feature is a one, which stands for the bias.
         """
-        parts = []
-        for index in indices:
-            call, axis = self.uses[index].call, self.batch_axes[index]
-            part = _narrow(call.input, axis, self.num_examples, chunk)
-            parts.append(call.activations(part, chunk.stop - chunk.start, axis))
-        inputs = _as_statistics(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
+        calls = [self.uses[index].call for index in indices]
+        inputs = self._lay_out(indices, chunk, [(c.input, c.activations) for c in calls])
         if key.bias is None:
             return inputs
         return torch.cat([torch.ones_like(inputs[..., :1]), inputs], dim=3)
 
     def gradients(self, which: int, indices: Sequence[int], chunk: slice) -> Tensor:
         """Return one vector's gradients g, `[groups, chunk, shared, d_out]`."""
+        gradients = self.gradient_sets[which]
+        sources = [(gradients[index], self.uses[index].call.gradients) for index in indices]
+        return self._lay_out(indices, chunk, sources)
+
+    def _lay_out(
+        self, indices: Sequence[int], chunk: slice, sources: Sequence[tuple[Tensor, Layout]]
+    ) -> Tensor:
+        """Select examples of every use, lay them out, and join the uses on the shared axis."""
         parts = []
-        for index in indices:
-            call, axis = self.uses[index].call, self.batch_axes[index]
-            gradient = self.gradient_sets[which][index]
-            part = _narrow(gradient, axis, self.num_examples, chunk)
-            parts.append(call.gradients(part, chunk.stop - chunk.start, axis))
+        for index, (tensor, layout) in zip(indices, sources, strict=True):
+            axis = self.batch_axes[index]
+            part = _narrow(tensor, axis, self.num_examples, chunk)
+            parts.append(layout(part, chunk.stop - chunk.start, axis))
         return _as_statistics(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
 
 
@@ -125,7 +131,3 @@ def _as_statistics(tensor: Tensor) -> Tensor:
 
 def _statistics_size(tensor: Tensor) -> int:
     return torch.promote_types(tensor.dtype, torch.float32).itemsize
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

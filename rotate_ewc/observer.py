@@ -75,7 +75,7 @@ class Observer:
         while following is not None:
             vector, following = following, next(vectors, None)
             gradient_sets.append(recorded.gradients(vector, last=following is None))
-            held += sum(g.numel() * g.element_size() for g in gradient_sets[-1])
+            held += sum(g.nbytes for g in gradient_sets[-1])
             if following is None or held > settings.memory_budget // 4:
                 yield Observation(num_examples, mass, recorded.uses, axes, gradient_sets, first)
                 gradient_sets, first, held = [], False, 0

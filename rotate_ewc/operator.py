@@ -311,7 +311,7 @@ class EKFACLinearOperator:
 
     def __repr__(self) -> str:
         """Show size, provenance and blocks."""
-        size = sum(t.numel() * t.element_size() for b in self._blocks for t in b.tensors.values())
+        size = sum(t.nbytes for block in self._blocks for t in block.tensors.values())
         lines = [
             f"  {block.label}: {' × '.join(map(str, block.eigenvalues.shape))}, "
             f"trace {block.trace.item():.4g}"

@@ -50,7 +50,7 @@ def as_choice(name: str, value: object, choices: type[EnumType]) -> EnumType:
         raise ValueError(f"{name} is {value!r}; expected one of {accepted}") from None
 
 
-def as_positive_integer(name: str, value: object, *, optional: bool = False) -> None:
+def check_positive_integer(name: str, value: object, *, optional: bool = False) -> None:
     """Raise unless `value` is a positive integer (or None, where that is allowed)."""
     if optional and value is None:
         return
@@ -109,12 +109,12 @@ class EstimationSettings:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        as_positive_integer("mc_samples", self.mc_samples)
-        as_positive_integer("memory_budget", self.memory_budget)
-        as_positive_integer(
+        check_positive_integer("mc_samples", self.mc_samples)
+        check_positive_integer("memory_budget", self.memory_budget)
+        check_positive_integer(
             "num_per_example_loss_terms", self.num_per_example_loss_terms, optional=True
         )
-        as_positive_integer("num_data", self.num_data, optional=True)
+        check_positive_integer("num_data", self.num_data, optional=True)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed is {self.seed!r}; expected an integer")
         if self.batch_size_fn is not None and not callable(self.batch_size_fn):

@@ -21,7 +21,7 @@ from rotate_ewc.options import (
     as_choice,
     as_non_negative_number,
     as_patterns,
-    as_positive_integer,
+    check_positive_integer,
 )
 from rotate_ewc.parameters import (
     Parameters,
@@ -153,7 +153,7 @@ class EKFACPenalty(nn.Module):
 
     @current_examples.setter
     def current_examples(self, value: int | None) -> None:
-        as_positive_integer("current_examples", value, optional=True)
+        check_positive_integer("current_examples", value, optional=True)
         self._current_examples = value
 
     @property
@@ -200,7 +200,7 @@ class EKFACPenalty(nn.Module):
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-        as_positive_integer("num_examples", num_examples, optional=True)
+        check_positive_integer("num_examples", num_examples, optional=True)
         model = unwrapped(model)
         if params is None:
             params = select_parameters(model, self.include, self.exclude)

@@ -25,8 +25,7 @@ def quadratic_form(blocks: Sequence[Block], tensors: Mapping[str, Tensor]) -> Te
     Returns:
         A scalar tensor in the blocks' dtype.
     """
-    names = [name for block in blocks for name in block.parameters]
-    value: Tensor = _QuadraticForm.apply(blocks, *(tensors[name] for name in names))[0]
+    value: Tensor = _QuadraticForm.apply(blocks, *(tensors[name] for name in _names(blocks)))[0]
     return value
 
 
@@ -82,5 +81,8 @@ def _rotated(block: Block, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _by_name(blocks: Sequence[Block], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    names = [name for block in blocks for name in block.parameters]
-    return dict(zip(names, tensors, strict=True))
+    return dict(zip(_names(blocks), tensors, strict=True))
+
+
+def _names(blocks: Sequence[Block]) -> list[str]:
+    return [name for block in blocks for name in block.parameters]
