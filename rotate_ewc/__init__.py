@@ -1,5 +1,6 @@
 """Elastic weight consolidation in a rotated basis, for PyTorch."""
 
+from rotate_ewc.losses import Likelihood, register_likelihood
 from rotate_ewc.merging import merge
 from rotate_ewc.operator import EKFACLinearOperator
 from rotate_ewc.options import FisherType, KFACType
@@ -12,7 +13,9 @@ __all__ = [
     "EKFACPenalty",
     "FisherType",
     "KFACType",
+    "Likelihood",
     "SnapshotError",
     "__version__",
     "merge",
+    "register_likelihood",
 ]

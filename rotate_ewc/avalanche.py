@@ -27,7 +27,13 @@ except ModuleNotFoundError as error:
         f"install it with: pip install 'rotate-ewc[avalanche]'"
     ) from error
 
-from rotate_ewc.options import FisherType, KFACType, as_non_negative_number, check_positive_integer
+from rotate_ewc.options import (
+    FisherType,
+    KFACType,
+    Unsupported,
+    as_non_negative_number,
+    check_positive_integer,
+)
 from rotate_ewc.penalty import EKFACPenalty
 
 
@@ -65,6 +71,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
         separate_weight_and_bias: bool = True,
         seed: int = 2147483647,
         memory_budget: int = 2**30,
+        unsupported: Unsupported | str = Unsupported.ERROR,
         progressbar: bool = False,
     ) -> None:
         """Make a plugin that does nothing until the first experience has ended.
@@ -86,6 +93,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
             separate_weight_and_bias: One block for each, or one joint block for both.
             seed: Seed of the drawn examples and labels.
             memory_budget: Bytes that a snapshot may use beyond the model's own passes.
+            unsupported: `"error"`, `"diagonal"` or `"skip"`: what to do about parameters that are
+                used in a way for which there is no rule; see `EKFACPenalty`.
             progressbar: Whether to show progress while a snapshot is taken.
 
         Raises:
@@ -106,6 +115,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
             separate_weight_and_bias=separate_weight_and_bias,
             seed=seed,
             memory_budget=memory_budget,
+            unsupported=unsupported,
             progressbar=progressbar,
         )
         self.num_samples = num_samples
@@ -203,6 +213,7 @@ class RotatedEWC(SupervisedTemplate):
         separate_weight_and_bias: bool = True,
         seed: int = 2147483647,
         memory_budget: int = 2**30,
+        unsupported: Unsupported | str = Unsupported.ERROR,
         train_mb_size: int = 1,
         train_epochs: int = 1,
         eval_mb_size: int | None = None,
@@ -230,6 +241,7 @@ class RotatedEWC(SupervisedTemplate):
             separate_weight_and_bias: Separate blocks, or a joint one.
             seed: Seed of the drawn examples and labels.
             memory_budget: Bytes that a snapshot may use.
+            unsupported: `"error"`, `"diagonal"` or `"skip"`.
             train_mb_size: Training mini-batch size.
             train_epochs: Epochs for each experience.
             eval_mb_size: Evaluation mini-batch size.
@@ -252,6 +264,7 @@ class RotatedEWC(SupervisedTemplate):
             separate_weight_and_bias=separate_weight_and_bias,
             seed=seed,
             memory_budget=memory_budget,
+            unsupported=unsupported,
         )
         super().__init__(
             model=model,

@@ -16,21 +16,24 @@ from rotate_ewc.kernels import Basis
 class Block:
     """`F ≈ (Q_g ⊗ Q_a) diag(Λ) (Q_g ⊗ Q_a)ᵀ` on one parameter, or on a weight and its bias.
 
-    A parameter is the matrix `parameter.reshape(groups, d_out, d_in)`. In a joint block the bias is
-    the *first* column of `[bias | weight]`, so that a parameter that has grown (new outputs, new
-    inputs) still starts with the slice for which the block was made.
+    A parameter is the matrix `parameter.reshape(groups, d_out, d_in)`, or in a transposed block
+    (embeddings, transposed convolutions) `parameter.reshape(groups, d_in, d_out).mT`. In a joint
+    block the bias is the *first* column of `[bias | weight]`, so that a parameter that has grown
+    (new outputs, new inputs) still starts with the slice for which the block was made.
 
     Attributes:
         parameters: `(name,)`, or `(weight's name, bias's name)` for a joint block.
         gradient_basis: Q_g `[groups, d_out, d_out]`, columns are eigenvectors; None is I.
         activation_basis: Q_a `[groups, d_in, d_in]`; None is I.
         eigenvalues: Λ `[groups, d_out, d_in]`, all at least 0.
+        transposed: Whether the input side comes first in the (weight) parameter.
     """
 
     parameters: tuple[str, ...]
     gradient_basis: Basis
     activation_basis: Basis
     eigenvalues: Tensor
+    transposed: bool = False
 
     @property
     def label(self) -> str:
@@ -71,15 +74,24 @@ class Block:
         Returns:
             `[*leading, groups, d_out, d_in]`.
         """
-        groups, d_out, _ = self.eigenvalues.shape
-        parts = [
-            tensors[name].reshape(*tensors[name].shape[:leading_axes], groups, d_out, -1)
-            for name in reversed(self.parameters)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        weight = self._matrix(tensors[self.parameters[0]], leading_axes, self.transposed)
+        if len(self.parameters) == 1:
+            return weight
+        bias = self._matrix(tensors[self.parameters[1]], leading_axes, transposed=False)
+        return torch.cat([bias, weight], dim=-1)
 
     def parts(self, matrix: Tensor) -> Sequence[Tensor]:
-        """Split matrices `[*leading, groups, d_out, d_in]` into those of `parameters`."""
-        if len(self.parameters) == 1:
-            return [matrix]
-        return [matrix[..., 1:], matrix[..., :1]]
+        """Split matrices `[*leading, groups, d_out, d_in]` into those of `parameters`.
+
+        A transposed weight comes out as it is stored; reshaped, each is its parameter.
+        """
+        weight = matrix if len(self.parameters) == 1 else matrix[..., 1:]
+        weight = weight.mT if self.transposed else weight
+        return [weight] if len(self.parameters) == 1 else [weight, matrix[..., :1]]
+
+    def _matrix(self, tensor: Tensor, leading_axes: int, transposed: bool) -> Tensor:
+        groups, d_out, _ = self.eigenvalues.shape
+        leading = tensor.shape[:leading_axes]
+        if transposed:
+            return tensor.reshape(*leading, groups, -1, d_out).mT
+        return tensor.reshape(*leading, groups, d_out, -1)

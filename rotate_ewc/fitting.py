@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc.block import Block
-from rotate_ewc.estimation import estimate
-from rotate_ewc.fisher import likelihood_of
-from rotate_ewc.options import EstimationSettings
+from rotate_ewc.estimation import Estimate, estimate
+from rotate_ewc.losses import likelihood_of
+from rotate_ewc.options import EstimationSettings, Unsupported
 from rotate_ewc.preserve import undisturbed
 from rotate_ewc.snapshot import Provenance
 
@@ -45,15 +46,23 @@ def fit_blocks(
         TypeError: If a part of a batch, or the outputs, have the wrong type.
     """
     likelihood = likelihood_of(loss_func)
+    constants = [] if model is None else [*model.buffers(), *model.parameters()]
     with undisturbed(model, parameters.values()), torch.inference_mode(False):
-        found = estimate(forward, likelihood, parameters, data, settings)
+        found = estimate(forward, likelihood, parameters, data, settings, constants)
         if check_deterministic:
-            again = estimate(forward, likelihood, parameters, data, settings)
+            again = estimate(forward, likelihood, parameters, data, settings, constants)
             _check_equal(found.blocks, again.blocks)
     if model is None and found.unused:
         raise ValueError(
             f"parameter {found.unused[0]!r} is not used by model_func; expected parameters that "
             f"the outputs depend on"
+        )
+    if found.unsupported:
+        _warn(found, settings)
+    if not found.blocks:
+        raise ValueError(
+            f"no parameter is left: unsupported='skip' leaves out {list(found.unsupported)}, and "
+            f"there are no others"
         )
     provenance = Provenance(
         loss=likelihood.name,
@@ -61,8 +70,23 @@ def fit_blocks(
         fisher_type=settings.fisher_type.value,
         num_data=settings.num_data or found.num_examples,
     )
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    kept = {name for block in found.blocks for name in block.parameters}
+    shapes = {name: parameter.shape for name, parameter in parameters.items() if name in kept}
     return found.blocks, shapes, provenance
+
+
+def _warn(found: Estimate, settings: EstimationSettings) -> None:
+    """Say which parameters have no rule, and what became of them."""
+    treated = {
+        Unsupported.DIAGONAL: "their Fisher matrix is an exact diagonal, without a rotated basis",
+        Unsupported.SKIP: "they are left out, and not protected",
+    }[settings.unsupported]
+    warnings.warn(
+        f"there is no rule for the way in which these parameters are used: "
+        f"{', '.join(map(repr, found.unsupported))}; {treated}",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def _check_equal(blocks: Sequence[Block], others: Sequence[Block]) -> None:

@@ -14,7 +14,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from opt_einsum import contract
 from torch import Tensor
 
@@ -53,6 +53,20 @@ def covariance_sum(vectors: Tensor) -> Tensor:
     return rows.mT @ rows
 
 
+@full_precision
+def output_partial_trace(gradients: Tensor) -> Tensor:
+    """Sum `G_n G_nᵀ` over `[groups, n, d_out, d_in]` → `[groups, d_out, d_out]`."""
+    columns = rearrange(gradients, "g n o i -> g o (n i)")
+    return columns @ columns.mT
+
+
+@full_precision
+def input_partial_trace(gradients: Tensor) -> Tensor:
+    """Sum `G_nᵀ G_n` over `[groups, n, d_out, d_in]` → `[groups, d_in, d_in]`."""
+    rows = rearrange(gradients, "g n o i -> g (n o) i")
+    return rows.mT @ rows
+
+
 def eigenbasis(covariance: Tensor) -> Tensor:
     """Return the eigenvectors of symmetric matrices, in ascending order of eigenvalue.
 
@@ -85,7 +99,9 @@ def rotate(vectors: Tensor, basis: Basis) -> Tensor:
     return rotated.view(*vectors.shape[:3], basis.shape[2])
 
 
-def squared_projections(gradients: Tensor, activations: Tensor) -> Tensor:
+def squared_projections(
+    gradients: Tensor, activations: Tensor, max_bytes: int = _CHUNK_BYTES
+) -> Tensor:
     """Sum over examples the squared entries of per-example gradients.
 
     `Λ_ij = Σ_n (Σ_s g_nsi a_nsj)²` (George et al. 2018, "Fast Approximate Natural Gradient Descent
@@ -100,6 +116,8 @@ def squared_projections(gradients: Tensor, activations: Tensor) -> Tensor:
     Args:
         gradients: Output gradients in their basis, `[groups, batch, shared, d_out]`.
         activations: Layer inputs in their basis, `[groups, batch, shared, d_in]`.
+        max_bytes: What the products of one chunk of examples may take (or of one example, if that
+            takes more).
 
     Returns:
         `[groups, d_out, d_in]`.
@@ -112,8 +130,8 @@ def squared_projections(gradients: Tensor, activations: Tensor) -> Tensor:
     pair_cost = pairs * (2 * entries + _OPERATIONS_PER_ELEMENT * vectors)
     example_cost = entries * (2 * shared + _OPERATIONS_PER_ELEMENT)
     if pair_cost < example_cost:
-        return squared_projections_pairs(gradients, activations)
-    return squared_projections_per_example(gradients, activations)
+        return squared_projections_pairs(gradients, activations, max_bytes)
+    return squared_projections_per_example(gradients, activations, max_bytes)
 
 
 @full_precision
@@ -123,28 +141,92 @@ def single_position_product(gradient_squares: Tensor, activation_squares: Tensor
 
 
 @full_precision
-def squared_projections_pairs(gradients: Tensor, activations: Tensor) -> Tensor:
+def squared_projections_pairs(
+    gradients: Tensor, activations: Tensor, max_bytes: int = _CHUNK_BYTES
+) -> Tensor:
     """`squared_projections` through products over pairs of positions s ≤ t."""
     shared = gradients.shape[2]
     first, second = torch.triu_indices(shared, shared, device=gradients.device)
     multiplicity = (2.0 - (first == second).to(gradients.dtype))[:, None]
     pair_elements = len(first) * (gradients.shape[3] + activations.shape[3]) * gradients.shape[0]
     total = gradients.new_zeros(gradients.shape[0], gradients.shape[3], activations.shape[3])
-    for g, a in _chunks(gradients, activations, pair_elements):
-        g_pairs = (g[:, :, first] * g[:, :, second] * multiplicity).flatten(1, 2)
-        a_pairs = (a[:, :, first] * a[:, :, second]).flatten(1, 2)
+    for g, a in _chunks(gradients, activations, 2 * pair_elements, max_bytes):
+        g_pairs = g[:, :, first].mul_(g[:, :, second]).mul_(multiplicity).flatten(1, 2)
+        a_pairs = a[:, :, first].mul_(a[:, :, second]).flatten(1, 2)
         total.baddbmm_(g_pairs.mT, a_pairs)
     return total
 
 
 @full_precision
-def squared_projections_per_example(gradients: Tensor, activations: Tensor) -> Tensor:
+def squared_projections_per_example(
+    gradients: Tensor, activations: Tensor, max_bytes: int = _CHUNK_BYTES
+) -> Tensor:
     """`squared_projections` through per-example gradients."""
     example_elements = gradients.shape[0] * gradients.shape[3] * activations.shape[3]
     total = gradients.new_zeros(gradients.shape[0], gradients.shape[3], activations.shape[3])
-    for g, a in _chunks(gradients, activations, example_elements):
+    for g, a in _chunks(gradients, activations, example_elements, max_bytes):
         total += (g.mT @ a).square_().sum(dim=1)
     return total
+
+
+@full_precision
+def squared_entries(gradients: Tensor, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
+    """Sum over examples the squared entries of `Q_gᵀ G_n Q_a`.
+
+    Args:
+        gradients: Per-example gradients, `[groups, n, d_out, d_in]`.
+        gradient_basis: Q_g, `[groups, d_out, d_out]` or None.
+        activation_basis: Q_a, `[groups, d_in, d_in]` or None.
+
+    Returns:
+        `[groups, d_out, d_in]`.
+    """
+    rotated = gradients
+    if activation_basis is not None:
+        rotated = rotated @ activation_basis[:, None]
+    if gradient_basis is not None and rotated.shape[3] == 1:
+        rotated = (rotated.squeeze(3) @ gradient_basis).unsqueeze(3)
+    elif gradient_basis is not None:
+        rotated = gradient_basis.mT[:, None] @ rotated
+    return rotated.square().sum(dim=1)
+
+
+@full_precision
+def squared_lookups(gradients: Tensor, indices: Tensor, vocabulary: int) -> Tensor:
+    """Sum over examples the squared entries of gradients of rows looked up.
+
+    `Λ_vj = Σ_n (Σ_{s: k_ns = v} g_nsj)²`: what one example adds to a row is summed before it is
+    squared, without a vocabulary-sized tensor for each example.
+
+    Args:
+        gradients: `[n, shared, d]`.
+        indices: k, `[n, shared]`; negative ones count nothing.
+        vocabulary: Number of rows.
+
+    Returns:
+        `[vocabulary, d]`.
+    """
+    kept = (indices >= 0).flatten()
+    example = torch.arange(len(indices), device=indices.device)[:, None]
+    rows = (example * vocabulary + indices).flatten()[kept]
+    distinct, place = torch.unique(rows, return_inverse=True)
+    sums = gradients.new_zeros(len(distinct), gradients.shape[2])
+    sums.index_add_(0, place, gradients.flatten(0, 1)[kept])
+    total = gradients.new_zeros(vocabulary, gradients.shape[2])
+    return total.index_add_(0, distinct % vocabulary, sums.square_())
+
+
+def scatter_rows(gradients: Tensor, indices: Tensor, vocabulary: int) -> Tensor:
+    """Add gradients `[n, shared, d]` to the rows looked up → `[n, vocabulary, d]`.
+
+    Negative indices count nothing.
+    """
+    examples, features = len(indices), gradients.shape[2]
+    kept = (indices >= 0).flatten()
+    rows = (torch.arange(examples, device=indices.device)[:, None] * vocabulary + indices).flatten()
+    total = gradients.new_zeros(examples * vocabulary, features)
+    total.index_add_(0, rows[kept], gradients.flatten(0, 1)[kept])
+    return total.view(examples, vocabulary, features)
 
 
 @full_precision
@@ -248,11 +330,14 @@ def project_eigenvalues(
 
 
 def _chunks(
-    gradients: Tensor, activations: Tensor, elements_per_example: int
+    gradients: Tensor, activations: Tensor, elements_per_example: int, max_bytes: int
 ) -> Sequence[tuple[Tensor, Tensor]]:
-    """Cut both along the batch so that the work on a chunk stays within `_CHUNK_BYTES`."""
+    """Cut both along the batch so that the work on a chunk stays within `max_bytes`.
+
+    No more than `_CHUNK_BYTES` in any case: what leaves the processor's cache is slower.
+    """
     bytes_per_example = max(1, elements_per_example * gradients.element_size())
-    size = max(1, _CHUNK_BYTES // bytes_per_example)
+    size = max(1, min(max_bytes, _CHUNK_BYTES) // bytes_per_example)
     return list(
         zip(torch.split(gradients, size, dim=1), torch.split(activations, size, dim=1), strict=True)
     )

@@ -70,9 +70,12 @@ def _merge_blocks(blocks: Sequence[Block]) -> Block:
         return blocks[0]
     d_out = max(block.eigenvalues.shape[1] for block in blocks)
     d_in = max(block.eigenvalues.shape[2] for block in blocks)
-    eigenvalues = [block.eigenvalues for block in blocks]
-    gradient_bases = [_padded(b.gradient_basis, d_out, b.eigenvalues, axis=1) for b in blocks]
-    activation_bases = [_padded(b.activation_basis, d_in, b.eigenvalues, axis=2) for b in blocks]
+    gradient_bases, eigenvalues = _common_side(
+        [b.gradient_basis for b in blocks], [b.eigenvalues for b in blocks], d_out, axis=1
+    )
+    activation_bases, eigenvalues = _common_side(
+        [b.activation_basis for b in blocks], eigenvalues, d_in, axis=2
+    )
     gradient_basis = kernels.merged_basis(gradient_bases, [v.sum(dim=2) for v in eigenvalues])
     activation_basis = kernels.merged_basis(activation_bases, [v.sum(dim=1) for v in eigenvalues])
     projected = [
@@ -86,35 +89,60 @@ def _merge_blocks(blocks: Sequence[Block]) -> Block:
         )
     ]
     total = torch.stack(projected).sum(dim=0)
-    return Block(blocks[0].parameters, gradient_basis, activation_basis, total)
+    return replace(
+        blocks[0],
+        gradient_basis=gradient_basis,
+        activation_basis=activation_basis,
+        eigenvalues=total,
+    )
+
+
+def _common_side(
+    bases: Sequence[Basis], eigenvalues: Sequence[Tensor], size: int, axis: int
+) -> tuple[list[Basis], list[Tensor]]:
+    """Bring one side of the blocks to the size of a grown parameter.
+
+    A basis is extended by rows of zeros and keeps its rank. Where all are the identity, they stay
+    so, and the eigenvalues are extended instead.
+    """
+    if all(basis is None for basis in bases):
+        return list(bases), [_with_zeros(values, size, axis) for values in eigenvalues]
+    pairs = zip(bases, eigenvalues, strict=True)
+    return [_padded(basis, size, values, axis) for basis, values in pairs], list(eigenvalues)
+
+
+def _with_zeros(tensor: Tensor, size: int, axis: int) -> Tensor:
+    """Extend an axis (1 or 2) of `[groups, *, *]` to a size."""
+    missing = size - tensor.shape[axis]
+    return F.pad(tensor, (0, missing) if axis == 2 else (0, 0, 0, missing))
 
 
 def _padded(basis: Basis, size: int, eigenvalues: Tensor, axis: int) -> Basis:
-    """Extend a basis by rows of zeros to a grown parameter; its rank stays what it was."""
     groups, rank = eigenvalues.shape[0], eigenvalues.shape[axis]
     if rank == size:
         return basis
     if basis is None:
         eye = torch.eye(size, rank, device=eigenvalues.device, dtype=eigenvalues.dtype)
         return eye.expand(groups, size, rank)
-    return F.pad(basis, (0, 0, 0, size - rank))
+    return _with_zeros(basis, size, axis=1)
 
 
 def _common_shapes(operators: Sequence[EKFACLinearOperator]) -> dict[str, torch.Size]:
     """Return the largest shape of every parameter; only its first two axes may grow."""
     shapes: dict[str, torch.Size] = {}
-    groups: dict[str, int] = {}
+    layouts: dict[str, tuple[int, bool]] = {}
     for operator in operators:
-        for block in operator.blocks:
-            for name in block.parameters:
-                shape = operator.parameter_shapes[name]
-                known = shapes.setdefault(name, shape)
-                same_groups = groups.setdefault(name, block.eigenvalues.shape[0])
-                if same_groups != block.eigenvalues.shape[0]:
-                    raise ValueError(f"parameter {name!r} has blocks with different groups")
-                if shape == known:
-                    continue
-                if len(shape) != len(known) or shape[2:] != known[2:] or same_groups > 1:
+        for name, shape in operator.parameter_shapes.items():
+            block = operator.block(name)
+            known = shapes.setdefault(name, shape)
+            layout = (block.eigenvalues.shape[0], block.transposed)
+            if layouts.setdefault(name, layout) != layout:
+                raise ValueError(
+                    f"parameter {name!r} has blocks that do not fit together: (groups, transposed) "
+                    f"is {layouts[name]} in one operator and {layout} in another"
+                )
+            if shape != known:
+                if len(shape) != len(known) or shape[2:] != known[2:] or layout[0] > 1:
                     raise ValueError(
                         f"parameter {name!r} has shapes {list(known)} and {list(shape)}, which do "
                         f"not fit together; only more outputs or inputs of a layer without groups "

@@ -1,35 +1,17 @@
-"""What one batch shows of every layer, grouped by the blocks it belongs to."""
+"""What one batch shows of every layer, and the portions of it that one block is estimated from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from rotate_ewc.capture import Use
-
-# From a tensor, a number of examples and their axis to [groups, examples, shared, features].
-Layout = Callable[[Tensor, int, int], Tensor]
-
-
-@dataclass(frozen=True)
-class BlockKey:
-    """Which parameters a block is for: a weight, a bias, or both jointly."""
-
-    weight: str | None
-    bias: str | None
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names, weight first."""
-        return tuple(name for name in (self.weight, self.bias) if name is not None)
-
-    @property
-    def label(self) -> str:
-        """The names joined for messages."""
-        return "+".join(self.parameters)
+from rotate_ewc.layers import Factors
+from rotate_ewc.placement import Placement
+from rotate_ewc.plan import Contribution, Plan
+from rotate_ewc.recorder import Computed, Use
 
 
 @dataclass(frozen=True)
@@ -39,95 +21,139 @@ class Observation:
     Attributes:
         num_examples: Examples in the batch.
         mass: What the batch adds to the normaliser.
+        parameters: The parameters, by name.
+        plans: The blocks that the uses make.
         uses: Every use of a parameter.
-        batch_axes: The axis of the examples, for every use.
+        placements: Where the examples are, for every use.
+        computed: The computed tensors that uses may name instead of parameters.
         gradient_sets: For every output vector, the gradient at the output of every use.
         first: Whether this is the batch's first observation; a batch is cut into several when the
             gradients of all its output vectors would not fit in the memory budget.
+        squares: Squared per-example gradients, summed, of parameters whose uses have no rule.
     """
 
     num_examples: int
     mass: float
+    parameters: Mapping[str, Tensor]
+    plans: Sequence[Plan]
     uses: Sequence[Use]
-    batch_axes: Sequence[int]
-    gradient_sets: Sequence[Sequence[Tensor]]
-    first: bool
+    placements: Sequence[Placement]
+    computed: Mapping[str, Computed]
+    gradient_sets: Sequence[Sequence[Tensor]] = ()
+    first: bool = True
+    squares: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
-        """Memory that keeping the observation takes."""
-        gradients = sum(g.nbytes for gradient_set in self.gradient_sets for g in gradient_set)
-        return gradients + sum(use.call.input.nbytes for use in self.uses)
+        """Memory that keeping the observation takes: all of what its views are views of."""
+        tensors = [gradient for gradient_set in self.gradient_sets for gradient in gradient_set]
+        tensors += [use.call.input for use in self.uses]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
 
-    def by_block(self, separate: bool) -> dict[BlockKey, list[int]]:
-        """Group the uses by block.
-
-        Args:
-            separate: Whether a weight and its bias are two blocks.
-        """
-        groups: dict[BlockKey, list[int]] = {}
-        for index, use in enumerate(self.uses):
-            keys = [BlockKey(use.weight, use.bias)]
-            if separate:
-                keys = [BlockKey(use.weight, None), BlockKey(None, use.bias)]
-            for key in keys:
-                if key.parameters:
-                    groups.setdefault(key, []).append(index)
-        return groups
-
-    def chunks(self, key: BlockKey, indices: Sequence[int], max_bytes: int) -> Iterator[slice]:
-        """Cut the examples so that one block's vectors of a chunk stay within `max_bytes`."""
-        per_example = 0
-        for index in indices:
-            call, gradient = self.uses[index].call, self.gradient_sets[0][index]
-            d_out = call.weight.shape[0]
-            positions = gradient.numel() / d_out
-            d_in = call.weight.numel() / d_out * call.groups if key.weight else 0
-            per_example += int(positions * (d_in + d_out)) * _statistics_size(gradient)
-        per_example = max(1, per_example // self.num_examples)
-        size = max(1, max_bytes // per_example)
+    def portions(self, plan: Plan, max_bytes: int) -> Iterator[Portion]:
+        """Cut the examples so that what is made of one portion stays within `max_bytes`."""
+        size = max(1, max_bytes // max(1, self._bytes_per_example(plan)))
         for start in range(0, self.num_examples, size):
-            yield slice(start, min(start + size, self.num_examples))
+            yield Portion(self, plan, slice(start, min(start + size, self.num_examples)), max_bytes)
 
-    def activations(self, key: BlockKey, indices: Sequence[int], chunk: slice) -> Tensor:
-        """Return the block's inputs a, `[groups, chunk, shared, d_in]`, in float32 or better.
+    def _bytes_per_example(self, plan: Plan) -> int:
+        """Bytes that one example takes in a block: laid out, copied, rotated, squared."""
+        elements, itemsize = 0, torch.float32.itemsize
+        for index in plan.uses:
+            gradient = self.gradient_sets[0][index]
+            elements += self.uses[index].call.elements(gradient) // self.num_examples
+            itemsize = max(itemsize, gradient.itemsize)
+        if plan.form.factors is Factors.NONE:
+            elements += self.parameters[plan.key.weight].numel()
+        return 4 * elements * itemsize
 
-        In a joint block the first feature is a one, which stands for the bias.
+
+@dataclass(frozen=True)
+class Portion:
+    """Some examples of an observation, as one block sees them.
+
+    Attributes:
+        observation: The observation.
+        plan: How the block comes out of it.
+        examples: Which examples.
+        max_bytes: What the work on them may take, beyond the tensors returned here.
+    """
+
+    observation: Observation
+    plan: Plan
+    examples: slice
+    max_bytes: int
+
+    @property
+    def num_vectors(self) -> int:
+        """Number of output vectors."""
+        return len(self.observation.gradient_sets)
+
+    def activations(self) -> Tensor:
+        """Return the block's inputs a, `[groups, n, shared, d_in]`, in float32 or better.
+
+        In a joint block the first feature is a one, which stands for the bias. Of an embedding they
+        are the indices, `[1, n, shared, 1]`.
         """
-        calls = [self.uses[index].call for index in indices]
-        inputs = self._lay_out(indices, chunk, [(c.input, c.activations) for c in calls])
-        if key.bias is None:
-            return inputs
-        return torch.cat([torch.ones_like(inputs[..., :1]), inputs], dim=3)
+        parts = [
+            self.observation.uses[index].call.activations(self._inputs(index))
+            for index in self.plan.uses
+        ]
+        activations = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        activations = _as_statistics(activations)
+        if self.plan.key.bias is None:
+            return activations
+        return torch.cat([torch.ones_like(activations[..., :1]), activations], dim=3)
 
-    def gradients(self, which: int, indices: Sequence[int], chunk: slice) -> Tensor:
-        """Return one vector's gradients g, `[groups, chunk, shared, d_out]`."""
-        gradients = self.gradient_sets[which]
-        sources = [(gradients[index], self.uses[index].call.gradients) for index in indices]
-        return self._lay_out(indices, chunk, sources)
+    def gradients(self) -> Iterator[Tensor]:
+        """Yield, for every output vector, the block's gradients g, `[groups, n, shared, d_out]`."""
+        for which in range(self.num_vectors):
+            parts = [
+                self.observation.uses[index].call.gradients(self._output_gradients(which, index))
+                for index in self.plan.uses
+            ]
+            yield _as_statistics(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
 
-    def _lay_out(
-        self, indices: Sequence[int], chunk: slice, sources: Sequence[tuple[Tensor, Layout]]
-    ) -> Tensor:
-        """Select examples of every use, lay them out, and join the uses on the shared axis."""
-        parts = []
-        for index, (tensor, layout) in zip(indices, sources, strict=True):
-            axis = self.batch_axes[index]
-            part = _narrow(tensor, axis, self.num_examples, chunk)
-            parts.append(layout(part, chunk.stop - chunk.start, axis))
-        return _as_statistics(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
+    def example_gradients(self) -> Iterator[Tensor]:
+        """Yield, for every output vector, per-example gradients `[groups, n, d_out, d_in]`."""
+        parameter = self.observation.parameters[self.plan.key.weight]
+        for which in range(self.num_vectors):
+            total: Tensor | None = None
+            for contribution in self.plan.contributions:
+                part = self._contributed(contribution, which, parameter)
+                total = part if total is None else total + part
+            if total is not None:
+                yield self.plan.form.matrices(total)
 
+    def _contributed(self, contribution: Contribution, which: int, parameter: Tensor) -> Tensor:
+        """Return one use's part of the per-example gradients, `[n, *parameter.shape]`."""
+        call = self.observation.uses[contribution.use].call
+        outputs = _as_statistics(self._output_gradients(which, contribution.use))
+        if contribution.is_weight:
+            gradients = call.weight_gradients(
+                _as_statistics(self._inputs(contribution.use)), outputs
+            )
+        else:
+            gradients = call.bias_gradients(outputs)
+        if contribution.through is None:
+            return gradients
+        return self.observation.computed[contribution.through].pull_back(gradients, parameter)
 
-def _narrow(tensor: Tensor, axis: int, num_examples: int, chunk: slice) -> Tensor:
-    """Select examples along an axis in which each of them may own several consecutive rows."""
-    rows = tensor.shape[axis] // num_examples
-    return tensor.detach().narrow(axis, chunk.start * rows, (chunk.stop - chunk.start) * rows)
+    def _inputs(self, use: int) -> Tensor:
+        return self._own(self.observation.uses[use].call.input, use)
+
+    def _output_gradients(self, which: int, use: int) -> Tensor:
+        return self._own(self.observation.gradient_sets[which][use], use)
+
+    def _own(self, tensor: Tensor, use: int) -> Tensor:
+        """Select the portion's examples, `[n, rows, *rest]`."""
+        placement, count = self.observation.placements[use], self.observation.num_examples
+        return placement.examples_first(tensor.detach(), count)[self.examples]
 
 
 def _as_statistics(tensor: Tensor) -> Tensor:
     """Statistics are accumulated in float32 or better, whatever the model computes in."""
+    if not tensor.is_floating_point():
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _statistics_size(tensor: Tensor) -> int:
-    return torch.promote_types(tensor.dtype, torch.float32).itemsize

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rotate_ewc.batches import batches, count_examples
-from rotate_ewc.capture import Trace, find_batch_axes, trace
-from rotate_ewc.fisher import Likelihood
+from rotate_ewc.capture import Trace, trace
+from rotate_ewc.losses import Likelihood
+from rotate_ewc.nested import tensors_in
 from rotate_ewc.observation import Observation
-from rotate_ewc.options import EstimationSettings
+from rotate_ewc.one_by_one import add_squares, squares_like
+from rotate_ewc.options import EstimationSettings, Unsupported
+from rotate_ewc.placement import Placement, find_placements
+from rotate_ewc.plan import Plan, plan_blocks
 
 
 class Observer:
@@ -24,17 +29,36 @@ class Observer:
         likelihood: Likelihood,
         parameters: Mapping[str, Tensor],
         settings: EstimationSettings,
+        constants: Sequence[Tensor] = (),
     ) -> None:
-        """Hold what is needed to run the model and to know its parameters."""
+        """Hold what is needed to run the model and to know its parameters.
+
+        Args:
+            forward: From a batch's inputs to the model's outputs.
+            likelihood: The distribution behind the loss.
+            parameters: The parameters to look for, by name.
+            settings: How to estimate.
+            constants: The model's tensors that are no parameters.
+        """
         self.forward = forward
         self.likelihood = likelihood
         self.parameters = parameters
         self.settings = settings
         self.device = next(iter(parameters.values())).device
-        self._batch_axes: dict[tuple[object, ...], list[int]] = {}
+        self.unsupported: frozenset[str] = frozenset()
+        self._traced = False
+        self._constants = constants
+        self._placements: dict[tuple[object, ...], list[Placement]] = {}
 
-    def observe(self, data: Iterable[Any], description: str) -> Iterator[Observation]:
+    def observe(
+        self, data: Iterable[Any], description: str, *, again: bool = False
+    ) -> Iterator[Observation]:
         """Yield one observation for each batch, or several where memory asks for it.
+
+        Args:
+            data: Batches (inputs, targets).
+            description: What a progress bar shows.
+            again: Whether the data were observed before: squares are not asked for twice.
 
         Raises:
             ValueError: If a batch or a layer cannot be handled; the message names it.
@@ -45,40 +69,86 @@ class Observer:
             data, self.device, progressbar=self.settings.progressbar, description=description
         ):
             try:
-                yield from self._observe_batch(inputs, targets, generator)
+                yield from self._observe_batch(inputs, targets, generator, again)
             except (ValueError, TypeError) as error:
                 if type(error) not in (ValueError, TypeError):
                     raise
                 raise type(error)(f"batch {index} of data: {error}") from error
 
     def _observe_batch(
-        self, inputs: Any, targets: Tensor, generator: torch.Generator
+        self, inputs: Any, targets: Tensor, generator: torch.Generator, again: bool
     ) -> Iterator[Observation]:
         settings, likelihood = self.settings, self.likelihood
         num_examples = count_examples(inputs, settings.batch_size_fn)
-        recorded = trace(lambda: self.forward(inputs), self.parameters)
+        recorded = self._trace(inputs)
         outputs = recorded.outputs.detach()
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         self._check_outputs(outputs, targets, num_examples)
-        mass = likelihood.mass(outputs, num_examples, settings.fisher_type)
-        if not recorded.uses:
-            yield Observation(num_examples, mass, (), (), (), first=True)
+        observation = Observation(
+            num_examples,
+            mass=float(likelihood.terms(outputs, targets).sum()),
+            parameters=self.parameters,
+            plans=self._plans(recorded),
+            uses=recorded.uses,
+            placements=self._find_placements(recorded, num_examples),
+            computed=recorded.computed,
+        )
+        one_by_one = {} if again else self._one_by_one()
+        if not recorded.uses and not one_by_one:
+            yield observation
             return
-        axes = self._axes(recorded, num_examples)
         vectors = likelihood.vectors(
             outputs, targets, num_examples, settings.fisher_type, settings.mc_samples, generator
         )
         # One vector more is kept in hand, to know when the graph can be freed.
         following = next(vectors, None)
         gradient_sets: list[list[Tensor]] = []
+        squares = squares_like(one_by_one)
         first, held = True, 0
         while following is not None:
             vector, following = following, next(vectors, None)
+            add_squares(squares, one_by_one, self.forward, inputs, recorded, vector, num_examples)
             gradient_sets.append(recorded.gradients(vector, last=following is None))
             held += sum(g.nbytes for g in gradient_sets[-1])
             if following is None or held > settings.memory_budget // 4:
-                yield Observation(num_examples, mass, recorded.uses, axes, gradient_sets, first)
+                done = following is None
+                yield replace(
+                    observation,
+                    gradient_sets=gradient_sets,
+                    first=first,
+                    squares=squares if done else {},
+                )
                 gradient_sets, first, held = [], False, 0
+
+    def _trace(self, inputs: Any) -> Trace:
+        """Run the model, and check that its unsupported parameters are always the same."""
+        given = {id(tensor) for tensor in tensors_in(inputs)}
+        recorded = trace(
+            lambda: self.forward(inputs),
+            self.parameters,
+            constants=[tensor for tensor in self._constants if id(tensor) not in given],
+            unsupported=self.settings.unsupported,
+        )
+        if self._traced and recorded.unsupported - self.unsupported:
+            names = ", ".join(map(repr, sorted(recorded.unsupported - self.unsupported)))
+            raise ValueError(
+                f"parameter {names} is used by an operation without a rule, but was not in the "
+                f"first batch; leave it out (params, or exclude)"
+            )
+        if not self._traced:
+            self.unsupported, self._traced = recorded.unsupported, True
+        return recorded
+
+    def _plans(self, recorded: Trace) -> tuple[Plan, ...]:
+        supported = {n: p for n, p in self.parameters.items() if n not in self.unsupported}
+        separate = self.settings.separate_weight_and_bias
+        return plan_blocks(recorded.uses, recorded.computed, supported, separate=separate)
+
+    def _one_by_one(self) -> dict[str, Tensor]:
+        """Return the parameters whose gradients are taken for one example after another."""
+        if self.settings.unsupported is not Unsupported.DIAGONAL:
+            return {}
+        return {name: self.parameters[name] for name in sorted(self.unsupported)}
 
     def _check_outputs(self, outputs: Tensor, targets: Tensor, num_examples: int) -> None:
         if not bool(torch.isfinite(outputs).all()):
@@ -90,21 +160,26 @@ class Observer:
             )
         self.likelihood.check(outputs, targets)
         expected = self.settings.num_per_example_loss_terms
-        terms = self.likelihood.rows(outputs) / num_examples
+        terms = self.likelihood.predictions(outputs) / num_examples
         if expected is not None and terms != expected:
             raise ValueError(
                 f"num_per_example_loss_terms is {expected}, but the outputs of shape "
                 f"{list(outputs.shape)} for {num_examples} examples have {terms:g} each"
             )
 
-    def _axes(self, recorded: Trace, num_examples: int) -> list[int]:
-        """Look for the batch axes once for every sequence of layers (and rank of their inputs)."""
-        layers = tuple((use.weight, use.bias, use.call.input.ndim) for use in recorded.uses)
-        axes = self._batch_axes.get(layers)
-        if axes is None:
+    def _find_placements(self, recorded: Trace, num_examples: int) -> list[Placement]:
+        """Look for the examples once for every sequence of layers (and shapes of their inputs)."""
+        if not recorded.uses:
+            return []
+        layers = tuple(
+            (use.weight, use.bias, *(size / num_examples for size in use.call.input.shape[:2]))
+            for use in recorded.uses
+        )
+        placements = self._placements.get(layers)
+        if placements is None:
             probe = torch.Generator(self.device).manual_seed(self.settings.seed)
-            axes, certain = find_batch_axes(recorded, num_examples, probe)
-            # With a single example every axis passes, so nothing has been learned.
+            placements, certain = find_placements(recorded, num_examples, probe)
+            # With a single example every placement passes, so nothing has been learned.
             if certain and num_examples > 1:
-                self._batch_axes[layers] = axes
-        return axes
+                self._placements[layers] = placements
+        return placements

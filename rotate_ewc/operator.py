@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc import kernels, snapshot, vectors
+from rotate_ewc import algebra, snapshot, vectors
 from rotate_ewc.block import Block
 from rotate_ewc.fitting import fit_blocks
 from rotate_ewc.options import (
     EstimationSettings,
     FisherType,
     KFACType,
+    Unsupported,
     as_choice,
     as_non_negative_number,
+    check_positive_integer,
 )
 from rotate_ewc.parameters import Parameters, name_parameters
 from rotate_ewc.quadratic import quadratic_form
 from rotate_ewc.snapshot import Provenance
+
+_MAX_DENSE_BYTES: Final = 4 * 2**30
 
 
 class EKFACLinearOperator:
@@ -76,6 +80,7 @@ class EKFACLinearOperator:
         num_data: int | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
         memory_budget: int = 2**30,
+        unsupported: Unsupported | str = Unsupported.ERROR,
     ) -> None:
         """Estimate the operator.
 
@@ -83,7 +88,7 @@ class EKFACLinearOperator:
             model_func: The model, or a function from a batch's inputs to outputs. A function is
                 used as it is; only a module can be put into eval mode.
             loss_func: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with reduction `mean` or
-                `sum`.
+                `sum` and any of their options, or a loss known through `register_likelihood`.
             params: Parameters the matrix is over: a list, or a dictionary by name. A list's names
                 are those in the model.
             data: Re-iterable batches (inputs, targets), such as a `DataLoader`.
@@ -100,7 +105,12 @@ class EKFACLinearOperator:
             batch_size_fn: From a batch's inputs to its number of examples; needed where that is not
                 the length of the first axis of the (first) tensor.
             memory_budget: Bytes that estimation may use beyond the model's own passes. What fits is
-                kept, so that the model runs over the data once instead of twice.
+                kept, so that the model runs over the data once instead of twice. One example is the
+                least that is worked on at a time.
+            unsupported: What to do about parameters that are used in a way for which there is no
+                rule (such as recurrent layers): `"error"` refuses them by name; `"diagonal"` takes
+                the exact diagonal of their Fisher matrix, at one backward pass for every example;
+                `"skip"` leaves them out of the operator. The last two warn.
 
         Raises:
             ValueError: If a parameter, layer, loss or batch cannot be handled, naming it.
@@ -117,6 +127,7 @@ class EKFACLinearOperator:
             num_data=num_data,
             batch_size_fn=batch_size_fn,
             progressbar=progressbar,
+            unsupported=as_choice("unsupported", unsupported, Unsupported),
         )
         if not callable(model_func):
             raise TypeError(f"model_func is {model_func!r}; expected a module or a function")
@@ -200,7 +211,11 @@ class EKFACLinearOperator:
 
     @property
     def logdet(self) -> Tensor:
-        """Logarithm of the determinant, a scalar tensor; minus infinity if singular."""
+        """Logarithm of the determinant, a scalar tensor.
+
+        Minus infinity if the operator is singular, as it is whenever an eigenvalue is 0 (an unused
+        input, a class without data); `damped(damping).logdet` is finite.
+        """
         return torch.stack([block.eigenvalues.log().sum() for block in self._blocks]).sum()
 
     @property
@@ -209,27 +224,102 @@ class EKFACLinearOperator:
         squares = [block.eigenvalues.square().sum() for block in self._blocks]
         return torch.stack(squares).sum().sqrt()
 
+    def block(self, name: str) -> Block:
+        """Return the block that holds a parameter.
+
+        Raises:
+            ValueError: If the operator has no such parameter.
+        """
+        for block in self._blocks:
+            if name in block.parameters:
+                return block
+        raise ValueError(f"there is no parameter {name!r}; expected one of {list(self._shapes)}")
+
+    def diagonal(self) -> list[Tensor]:
+        """Return the diagonal over the parameters themselves, one tensor of each one's shape."""
+        found = algebra.diagonal(self._blocks, self._shapes)
+        return [found[name] for name in self._shapes]
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix, `[D, D]`, of a model small enough for it.
+
+        Rows and columns are in the order of flat vectors: parameter after parameter, row-major.
+
+        Raises:
+            ValueError: If the matrix would take more than 4 GiB.
+        """
+        size = self.shape[0]
+        num_bytes = size * size * self.dtype.itemsize
+        if num_bytes > _MAX_DENSE_BYTES:
+            raise ValueError(
+                f"the dense matrix of {size} × {size} would take {num_bytes / 2**30:.0f} GiB; "
+                f"expected at most {_MAX_DENSE_BYTES // 2**30} GiB: use products, or block(name)"
+            )
+        identity = torch.eye(size, device=self.device, dtype=self.dtype)
+        dense: Tensor = self @ identity
+        return dense
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> EKFACLinearOperator:
+        """Return the operator with a function of every eigenvalue, in the same bases.
+
+        `apply(torch.sqrt)` is `F^½`, `damped(1e-3).apply(torch.rsqrt)` is `(F + 0.001 I)^-½`.
+
+        Args:
+            function: From a tensor of eigenvalues to one of the same shape, finite and at least 0.
+
+        Raises:
+            ValueError: If the function returns anything else, naming the block.
+            TypeError: If it is no function, or does not return a tensor.
+        """
+        return self._with(algebra.apply(function, self._blocks))
+
+    def damped(self, damping: float) -> EKFACLinearOperator:
+        """Return `F + damping · I`; its `logdet` is finite also where F is singular."""
+        added = as_non_negative_number("damping", damping)
+        return self.apply(lambda eigenvalues: eigenvalues + added)
+
     def inverse(self, *, damping: float) -> EKFACLinearOperator:
         """Return `(F + damping · I)⁻¹`, exact in the eigenbasis.
 
         Raises:
             ValueError: If `damping` is zero and the operator singular.
         """
-        as_non_negative_number("damping", damping)
-        singular = [b.label for b in self._blocks if not bool((b.eigenvalues + damping > 0).all())]
-        if singular:
-            raise ValueError(
-                f"damping is {damping}, but the block of {singular[0]!r} is singular; expected "
-                f"damping greater than 0"
-            )
-        return self._with_eigenvalues(lambda eigenvalues: 1.0 / (eigenvalues + damping))
+        return self._nonsingular(damping).apply(torch.reciprocal)
+
+    def sample(
+        self,
+        num_samples: int | None = None,
+        *,
+        damping: float,
+        generator: torch.Generator | None = None,
+    ) -> list[Tensor]:
+        """Draw from the normal distribution `N(0, (F + damping · I)⁻¹)`, as Laplace's method does.
+
+        Args:
+            num_samples: K, or None for one draw without an axis for it.
+            damping: The precision that is added, such as that of a prior.
+            generator: Source of random numbers on the operator's device; None is torch's own.
+
+        Returns:
+            One tensor for each parameter, of its shape, with a trailing axis of K draws if
+            `num_samples` is given: what the operator can be multiplied with.
+
+        Raises:
+            ValueError: If `damping` is zero and the operator singular, or K is not positive.
+        """
+        check_positive_integer("num_samples", num_samples, optional=True)
+        root = self._nonsingular(damping).apply(torch.rsqrt)
+        draws = algebra.sample(root.blocks, self._shapes, num_samples or 1, generator)
+        if num_samples is None:
+            return [draws[name][0] for name in self._shapes]
+        return [draws[name].movedim(0, -1) for name in self._shapes]
 
     def __mul__(self, factor: float) -> EKFACLinearOperator:
         """Return the operator multiplied by a number of at least 0."""
         if not isinstance(factor, (int, float)):
             return NotImplemented
-        as_non_negative_number("factor", factor)
-        return self._with_eigenvalues(lambda eigenvalues: eigenvalues * factor)
+        checked = as_non_negative_number("factor", factor)
+        return self.apply(lambda eigenvalues: eigenvalues * checked)
 
     __rmul__ = __mul__
 
@@ -248,7 +338,8 @@ class EKFACLinearOperator:
             TypeError: If `other` is neither a tensor nor a sequence of tensors.
         """
         columns = vectors.to_columns(other, self._shapes)
-        return vectors.from_columns(self._multiply_columns(columns), like=other)
+        product = algebra.multiply(self._blocks, dict(zip(self._shapes, columns, strict=True)))
+        return vectors.from_columns([product[name] for name in self._shapes], like=other)
 
     def quadratic_form(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return `dᵀ F d` in one pass, at half the work of a product; differentiable in d.
@@ -275,8 +366,7 @@ class EKFACLinearOperator:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> EKFACLinearOperator:
         """Return the operator with every stored tensor replaced by `function` of it."""
-        blocks = [block.map(function) for block in self._blocks]
-        return self.from_blocks(blocks, self._shapes, self._provenance)
+        return self._with(block.map(function) for block in self._blocks)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the snapshot: a flat dictionary of tensors and one JSON string, `"header"`.
@@ -320,21 +410,10 @@ class EKFACLinearOperator:
         head = f"EKFACLinearOperator {self.shape[0]} × {self.shape[1]}, {size / 2**20:.1f} MiB, "
         return "\n".join([head + str(self._provenance), *lines])
 
-    def _with_eigenvalues(self, function: Callable[[Tensor], Tensor]) -> EKFACLinearOperator:
-        blocks = [b.with_eigenvalues(function(b.eigenvalues)) for b in self._blocks]
-        return self.from_blocks(blocks, self._shapes, self._provenance)
+    def _nonsingular(self, damping: float) -> EKFACLinearOperator:
+        damped = self.damped(damping)
+        algebra.check_positive(damped.blocks, damping)
+        return damped
 
-    def _multiply_columns(self, columns: Sequence[Tensor]) -> list[Tensor]:
-        """Multiply tensors `[K, *shape]`, one for each parameter."""
-        by_name = dict(zip(self._shapes, columns, strict=True))
-        product: dict[str, Tensor] = {}
-        for block in self._blocks:
-            matrices = kernels.apply_in_eigenbasis(
-                block.matrix(by_name, leading_axes=1),
-                block.gradient_basis,
-                block.activation_basis,
-                block.eigenvalues,
-            )
-            for name, part in zip(block.parameters, block.parts(matrices), strict=True):
-                product[name] = part.reshape(by_name[name].shape)
-        return [product[name] for name in self._shapes]
+    def _with(self, blocks: Iterable[Block]) -> EKFACLinearOperator:
+        return self.from_blocks(blocks, self._shapes, self._provenance)

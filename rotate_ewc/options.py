@@ -37,6 +37,18 @@ class KFACType(str, Enum):
     REDUCE = "reduce"
 
 
+class Unsupported(str, Enum):
+    """What to do about parameters that are used in a way for which there is no rule.
+
+    `ERROR` refuses them by name, `DIAGONAL` takes the exact diagonal of their Fisher matrix (one
+    backward pass for every example), `SKIP` leaves them out. The last two warn.
+    """
+
+    ERROR = "error"
+    DIAGONAL = "diagonal"
+    SKIP = "skip"
+
+
 def as_choice(name: str, value: object, choices: type[EnumType]) -> EnumType:
     """Turn a member of `choices`, or its string value, into the member.
 
@@ -94,6 +106,7 @@ class EstimationSettings:
         num_data: Examples that the data stand for, when they are a sample of a larger set.
         batch_size_fn: Number of examples in a batch's inputs, where that is not their first axis.
         progressbar: Whether to show progress over batches.
+        unsupported: What to do about parameters for whose uses there is no rule.
     """
 
     fisher_type: FisherType = FisherType.MC
@@ -106,6 +119,7 @@ class EstimationSettings:
     num_data: int | None = None
     batch_size_fn: Callable[[Any], int] | None = None
     progressbar: bool = False
+    unsupported: Unsupported = Unsupported.ERROR
 
     def __post_init__(self) -> None:
         """Check every value."""

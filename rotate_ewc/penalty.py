@@ -18,6 +18,7 @@ from rotate_ewc.options import (
     EstimationSettings,
     FisherType,
     KFACType,
+    Unsupported,
     as_choice,
     as_non_negative_number,
     as_patterns,
@@ -96,6 +97,7 @@ class EKFACPenalty(nn.Module):
         seed: int = 2147483647,
         memory_budget: int = 2**30,
         progressbar: bool = False,
+        unsupported: Unsupported | str = Unsupported.ERROR,
     ) -> None:
         """Make a penalty that is zero until the first task is consolidated.
 
@@ -111,6 +113,9 @@ class EKFACPenalty(nn.Module):
             seed: Seed of the sampled labels; task t uses `seed + t`.
             memory_budget: Bytes that estimation may use beyond the model's own passes.
             progressbar: Whether to show progress while consolidating.
+            unsupported: What to do about parameters that are used in a way for which there is no
+                rule: `"error"` refuses them by name, `"diagonal"` takes the exact diagonal of their
+                Fisher matrix (slow), `"skip"` leaves them free. The last two warn.
 
         Raises:
             ValueError: If a value is out of range, naming the argument.
@@ -132,6 +137,7 @@ class EKFACPenalty(nn.Module):
             seed=seed,
             memory_budget=memory_budget,
             progressbar=progressbar,
+            unsupported=as_choice("unsupported", unsupported, Unsupported),
         )
         self._terms: list[Term] = []
         self._num_tasks = 0
@@ -217,7 +223,8 @@ class EKFACPenalty(nn.Module):
         operator = EKFACLinearOperator.from_blocks(
             *fit_blocks(forward or model, loss_func, named, data, settings, model=model)
         )
-        self._fold_in(operator, {name: p.detach().clone() for name, p in named.items()})
+        anchor = {name: named[name].detach().clone() for name in operator.parameter_shapes}
+        self._fold_in(operator, anchor)
 
     def forward(self, model: nn.Module | Mapping[str, Tensor]) -> Tensor:
         """Return the penalty, a scalar tensor; zero before the first task.

@@ -57,7 +57,10 @@ def pack(
     header = {
         "format": FORMAT,
         "parameters": {name: list(shape) for name, shape in shapes.items()},
-        "blocks": [list(block.parameters) for block in blocks],
+        "blocks": [
+            {"parameters": list(block.parameters), "transposed": block.transposed}
+            for block in blocks
+        ],
         "provenance": asdict(provenance),
     }
     tensors = {
@@ -79,9 +82,9 @@ def unpack(state: Mapping[str, Any]) -> tuple[list[Block], dict[str, list[int]],
             negative where it cannot be.
     """
     header = read_header(state, FORMAT)
-    shapes, provenance = _described(header)
+    shapes, layouts, provenance = _described(header)
     blocks, used = [], {HEADER}
-    for parameters in header["blocks"]:
+    for parameters, transposed in layouts:
         label = "+".join(parameters)
         tensors = {}
         for attribute in ("eigenvalues", "gradient_basis", "activation_basis"):
@@ -89,7 +92,7 @@ def unpack(state: Mapping[str, Any]) -> tuple[list[Block], dict[str, list[int]],
             if key in state:
                 tensors[attribute] = _checked_tensor(key, state[key])
                 used.add(key)
-        blocks.append(_checked_block(tuple(parameters), tensors, shapes))
+        blocks.append(_checked_block(parameters, transposed, tensors, shapes))
     if left_over := sorted(set(state) - used):
         raise SnapshotError(f"snapshot has the unexpected key {left_over[0]!r}")
     return blocks, shapes, provenance
@@ -153,18 +156,25 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
-def _described(header: Mapping[str, Any]) -> tuple[dict[str, list[int]], Provenance]:
+def _described(
+    header: Mapping[str, Any],
+) -> tuple[dict[str, list[int]], list[tuple[tuple[str, ...], bool]], Provenance]:
+    """Return parameter shapes, every block's parameters and whether it is transposed, and more."""
     try:
         shapes = {str(n): [int(s) for s in shape] for n, shape in header["parameters"].items()}
         provenance = Provenance(**header["provenance"])
-        named = [str(name) for parameters in header["blocks"] for name in parameters]
+        layouts = [
+            (tuple(map(str, block["parameters"])), bool(block["transposed"]))
+            for block in header["blocks"]
+        ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SnapshotError(f"snapshot key {HEADER!r} is incomplete: {error}") from None
+    named = [name for parameters, _ in layouts for name in parameters]
     if sorted(named) != sorted(shapes):
         raise SnapshotError(
             f"snapshot blocks are for parameters {sorted(named)}; expected {sorted(shapes)}"
         )
-    return shapes, provenance
+    return shapes, layouts, provenance
 
 
 def _checked_tensor(key: str, value: Any) -> Tensor:
@@ -181,7 +191,10 @@ def _checked_tensor(key: str, value: Any) -> Tensor:
 
 
 def _checked_block(
-    parameters: tuple[str, ...], tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+    parameters: tuple[str, ...],
+    transposed: bool,
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, Sequence[int]],
 ) -> Block:
     label = "+".join(parameters)
     eigenvalues = tensors.get("eigenvalues")
@@ -206,5 +219,9 @@ def _checked_block(
                 f"{list(basis.shape)}; expected {eigenvalues.dtype} of shape {[groups, size, size]}"
             )
     return Block(
-        parameters, tensors.get("gradient_basis"), tensors.get("activation_basis"), eigenvalues
+        parameters,
+        tensors.get("gradient_basis"),
+        tensors.get("activation_basis"),
+        eigenvalues,
+        transposed,
     )

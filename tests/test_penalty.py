@@ -359,12 +359,36 @@ def test_names_are_chosen_by_patterns() -> None:
     penalty = EKFACPenalty(1.0, include=["*.weight", "3.*"], exclude=["0.*"])
     penalty.consolidate(model, CE, task(0))
     assert list(penalty.terms[0].anchor) == ["3.weight", "3.bias"]
-    with_norm = nn.Sequential(model[0], nn.BatchNorm1d(4).double(), *model[1:])
-    with pytest.raises(ValueError, match=r"exclude=\['1.weight'|exclude=\['1.bias'"):
-        EKFACPenalty(1.0).consolidate(with_norm, CE, task(0))
+    with_prelu = nn.Sequential(model[0], nn.PReLU().double(), *model[1:])
+    with pytest.raises(ValueError, match=r"exclude=\['1.weight'\]"):
+        EKFACPenalty(1.0).consolidate(with_prelu, CE, task(0))
     penalty = EKFACPenalty(1.0, exclude=["1.*"])
-    penalty.consolidate(with_norm, CE, task(0))
+    penalty.consolidate(with_prelu, CE, task(0))
     assert list(penalty.terms[0].anchor) == ["0.weight", "0.bias", "4.weight", "4.bias"]
+
+
+def test_parameters_without_a_rule_are_skipped_or_diagonal() -> None:
+    model = nn.Sequential(net()[0], nn.PReLU().double(), *net()[2:])
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.warns(UserWarning, match=r"no rule .*'1.weight'; they are left out"):
+        skipping = EKFACPenalty(1.0, unsupported="skip")
+        skipping.consolidate(model, CE, task(0))
+    with pytest.warns(UserWarning, match=r"no rule .*'1.weight'; .*exact diagonal"):
+        diagonal = EKFACPenalty(1.0, unsupported="diagonal", fisher_type="type2")
+        diagonal.consolidate(model, CE, task(0))
+    assert list(skipping.terms[0].anchor) == [name for name in names if name != "1.weight"]
+    assert list(diagonal.terms[0].anchor) == names
+    with torch.no_grad():
+        model[1].weight += 0.5
+    assert skipping(model).item() == 0.0
+    # Merged operators are sums over examples, here of one task of nine.
+    summed = diagonal.terms[0].operator.block("1.weight").eigenvalues.item()
+    expected = 0.5 * 0.5**2 * summed / 9
+    assert diagonal(model).item() == pytest.approx(expected)
+    assert expected > 0
+    restored = EKFACPenalty(1.0, unsupported="skip")
+    restored.load_state_dict(skipping.state_dict())
+    assert restored(model).item() == 0.0
 
 
 @pytest.mark.parametrize(

@@ -11,20 +11,54 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from rotate_ewc.layers.base import LayerCall
+from rotate_ewc.layers.base import DIAGONAL, Factors, Form, LayerCall, Rule
 from rotate_ewc.layers.convolution import convolution
-from rotate_ewc.layers.linear import linear
-
-Rule = Callable[..., LayerCall]
+from rotate_ewc.layers.elementwise import scale, shift
+from rotate_ewc.layers.embedding import embedding
+from rotate_ewc.layers.linear import addmm, linear, matmul
+from rotate_ewc.layers.normalization import (
+    batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    rms_norm,
+)
+from rotate_ewc.layers.transposed_convolution import transposed_convolution
 
 RULES: Final[Mapping[Callable[..., Any], Rule]] = {
     F.linear: linear,
+    torch.matmul: matmul,
+    Tensor.matmul: matmul,
+    torch.mm: matmul,
+    Tensor.mm: matmul,
+    torch.addmm: addmm,
     torch.conv1d: convolution(1),
     torch.conv2d: convolution(2),
     torch.conv3d: convolution(3),
+    torch.conv_transpose1d: transposed_convolution(1),
+    torch.conv_transpose2d: transposed_convolution(2),
+    torch.conv_transpose3d: transposed_convolution(3),
+    F.embedding: embedding,
+    F.layer_norm: layer_norm,
+    F.rms_norm: rms_norm,
+    F.group_norm: group_norm,
+    F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
+    torch.mul: scale,
+    Tensor.mul: scale,
+    torch.add: shift(1),
+    Tensor.add: shift(1),
+    Tensor.add_: shift(1),
+    torch.sub: shift(-1),
+    Tensor.sub: shift(-1),
+    Tensor.sub_: shift(-1),
 }
 
-SUPPORTED: Final = "Linear, Conv1d, Conv2d and Conv3d"
+SUPPORTED: Final = (
+    "linear and (transposed) convolution layers, embeddings, attention, normalization layers, and "
+    "parameters that scale or shift data"
+)
 
-__all__ = ["RULES", "SUPPORTED", "LayerCall", "Rule"]
+__all__ = ["DIAGONAL", "RULES", "SUPPORTED", "Factors", "Form", "LayerCall", "Rule"]

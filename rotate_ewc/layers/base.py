@@ -1,41 +1,138 @@
-"""What a layer family must tell: how one use of its parameters becomes vectors a and g."""
+"""What a layer family must tell: how one use of its parameters makes per-example gradients."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
 
+import torch
+from einops import einsum, rearrange
 from torch import Tensor
+
+
+class Factors(Enum):
+    """In which factored form a layer family knows its per-example gradients, if any."""
+
+    OUTER_PRODUCTS = "outer products"
+    """`G_n = Σ_s g_ns a_nsᵀ`."""
+
+    LOOKUP = "lookup"
+    """`G_n = Σ_s g_ns e_kᵀ`, with k the index looked up at position s."""
+
+    NONE = "none"
+    """Only G_n itself."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a parameter is a matrix for each group, which sides of it get a basis, and why.
+
+    The matrix is `parameter.reshape(groups, d_out, d_in)`, or where it is transposed
+    `parameter.reshape(groups, d_in, d_out).mT`.
+
+    Attributes:
+        factors: The factored form of the per-example gradients.
+        groups: Number of independent blocks.
+        transposed: Whether the input side comes first in the parameter.
+        output_basis: Whether the output side gets a basis; else the identity.
+        input_basis: Whether the input side does.
+    """
+
+    factors: Factors = Factors.NONE
+    groups: int = 1
+    transposed: bool = False
+    output_basis: bool = True
+    input_basis: bool = False
+
+    def shape(self, parameter: torch.Size) -> tuple[int, int, int]:
+        """Return `(groups, d_out, d_in)` for a parameter's shape."""
+        rows = parameter[0] if parameter else 1
+        columns = parameter.numel() // rows if rows else 0
+        rows //= self.groups
+        return (self.groups, columns, rows) if self.transposed else (self.groups, rows, columns)
+
+    def matrices(self, gradients: Tensor) -> Tensor:
+        """Turn per-example gradients `[n, *shape]` into `[groups, n, d_out, d_in]`."""
+        groups, d_out, d_in = self.shape(gradients.shape[1:])
+        if self.transposed:
+            return gradients.reshape(-1, groups, d_in, d_out).mT.transpose(0, 1)
+        return gradients.reshape(-1, groups, d_out, d_in).transpose(0, 1)
+
+
+DIAGONAL = Form(output_basis=False)
 
 
 @dataclass(frozen=True)
 class LayerCall(ABC):
-    """One use of a layer's parameters, in the canonical layout `[groups, batch, shared, features]`.
+    """One use of a layer's parameters.
 
-    For every example n the gradient of the weight, as a matrix for each group, is
-    `G_n = Σ_s g_ns a_nsᵀ`, where s runs over the positions that share the weight.
+    Tensors come *examples first*, `[n, rows, *rest]`: n examples, the rows that each of them has
+    along the batch axis, and the operation's other axes. They leave in the canonical layout
+    `[groups, n, shared, features]`.
 
     Attributes:
-        input: The layer's input.
-        weight: The weight; `weight.reshape(groups, d_out, d_in)` is the matrix.
-        bias: The bias, if any; `bias.reshape(groups, d_out)` goes with it.
+        input: What the gradient of the weight depends on: the layer's input.
+        weight: The weight, if any.
+        bias: The bias, if any.
+        groups: Number of independent blocks of the weight.
     """
 
     input: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
 
     groups: int = 1
 
+    joins_bias: ClassVar[bool] = True
+    """Whether weight and bias can have a joint block."""
+
     @property
     @abstractmethod
     def batch_axes(self) -> tuple[int, ...]:
-        """Axes of the input that can hold the examples, the most likely one first."""
+        """Axes of the input, and of the output, that can hold the examples, likely ones first."""
+
+    @property
+    def weight_form(self) -> Form:
+        """How the weight becomes a block."""
+        return Form(Factors.OUTER_PRODUCTS, self.groups, input_basis=True)
+
+    @property
+    def bias_form(self) -> Form:
+        """How the bias becomes a block."""
+        return Form(groups=self.groups)
+
+    def elements(self, output_gradient: Tensor) -> int:
+        """Return how many numbers `activations` and `gradients` of all examples hold together."""
+        return self.input.numel() + output_gradient.numel()
 
     @abstractmethod
-    def activations(self, layer_input: Tensor, num_examples: int, batch_axis: int) -> Tensor:
-        """Turn (a part of) the input into a `[groups, num_examples, shared, d_in]`."""
+    def activations(self, inputs: Tensor) -> Tensor:
+        """Turn inputs into a `[groups, n, shared, d_in]`."""
 
     @abstractmethod
-    def gradients(self, output_gradient: Tensor, num_examples: int, batch_axis: int) -> Tensor:
-        """Turn (a part of) the output's gradient into g `[groups, num_examples, shared, d_out]`."""
+    def gradients(self, output_gradients: Tensor) -> Tensor:
+        """Turn output gradients into g `[groups, n, shared, d_out]`."""
+
+    def weight_gradients(self, inputs: Tensor, output_gradients: Tensor) -> Tensor:
+        """Return the gradient of the weight for every example, `[n, *weight.shape]`."""
+        a, g = self.activations(inputs), self.gradients(output_gradients)
+        pattern = "n g i o" if self.weight_form.transposed else "n g o i"
+        outer_products = einsum(g, a, f"g n s o, g n s i -> {pattern}")
+        return outer_products.reshape(len(inputs), *_shape(self.weight))
+
+    def bias_gradients(self, output_gradients: Tensor) -> Tensor:
+        """Return the gradient of the bias for every example, `[n, *bias.shape]`."""
+        summed = self.gradients(output_gradients).sum(dim=2)
+        return rearrange(summed, "g n o -> n (g o)")
+
+
+Rule = Callable[..., LayerCall | None]
+"""From `is_parameter` (does a tensor come from parameters alone?) and the arguments of a torch
+function to what it is a call of; None if these arguments are not what the rule is for."""
+
+
+def _shape(tensor: Tensor | None) -> torch.Size:
+    return torch.Size() if tensor is None else tensor.shape

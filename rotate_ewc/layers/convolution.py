@@ -6,16 +6,15 @@ replicating padding pad the input first, and it is the padded input that the ope
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from rotate_ewc.layers.base import LayerCall
-
-IntOrTuple = int | Sequence[int]
+from rotate_ewc.layers.base import LayerCall, Rule
+from rotate_ewc.layers.windows import IntOrTuple, numbered, per_axis, windows
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,13 @@ class ConvolutionCall(LayerCall):
     """A convolution over `len(stride)` spatial axes.
 
     Attributes:
+        kernel: Size of the kernel along each spatial axis.
         stride: Step of the kernel along each spatial axis.
         padding: Zeros added before and after each spatial axis.
         dilation: Distance between kernel elements along each spatial axis.
     """
 
+    kernel: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     padding: tuple[tuple[int, int], ...] = ()
     dilation: tuple[int, ...] = ()
@@ -35,50 +36,39 @@ class ConvolutionCall(LayerCall):
     @property
     def batch_axes(self) -> tuple[int, ...]:
         """The first axis; an input without a batch axis has none."""
-        return (0,) if self.input.ndim == len(self.stride) + 2 else ()
+        return (0,) if self.input.ndim == len(self.kernel) + 2 else ()
 
-    def activations(self, layer_input: Tensor, num_examples: int, batch_axis: int) -> Tensor:
-        """Cut the input into windows: `[groups, num_examples, shared, d_in]`.
+    def elements(self, output_gradient: Tensor) -> int:
+        """Every output position has a window of inputs."""
+        channels = output_gradient.shape[1]
+        window = self.input.shape[1] * math.prod(self.kernel)
+        return output_gradient.numel() // channels * (window + channels)
+
+    def activations(self, inputs: Tensor) -> Tensor:
+        """Cut the input into windows: `[groups, n, shared, d_in]`.
 
         `shared` runs over output positions, `d_in` over (input channels of a group, kernel).
         """
-        kernel = self.weight.shape[2:]
-        padded = F.pad(layer_input, [p for pair in reversed(self.padding) for p in pair])
-        sizes = [
-            (size - d * (k - 1) - 1) // step + 1
-            for size, k, step, d in zip(
-                padded.shape[2:], kernel, self.stride, self.dilation, strict=True
-            )
-        ]
-        memory_steps = padded.stride()[2:]
-        windows = padded.as_strided(
-            (*padded.shape[:2], *sizes, *kernel),
-            (
-                *padded.stride()[:2],
-                *(m * step for m, step in zip(memory_steps, self.stride, strict=True)),
-                *(m * d for m, d in zip(memory_steps, self.dilation, strict=True)),
-            ),
-            padded.storage_offset(),
-        )
-        positions = " ".join(f"o{axis}" for axis in range(len(sizes)))
-        offsets = " ".join(f"k{axis}" for axis in range(len(sizes)))
+        cut = windows(inputs.flatten(0, 1), self.kernel, self.stride, self.dilation, self.padding)
+        positions, offsets = numbered("o", len(self.kernel)), numbered("k", len(self.kernel))
         return rearrange(
-            windows,
+            cut,
             f"(n t) (g c) {positions} {offsets} -> g n (t {positions}) (c {offsets})",
-            n=num_examples,
+            n=len(inputs),
             g=self.groups,
         )
 
-    def gradients(self, output_gradient: Tensor, num_examples: int, batch_axis: int) -> Tensor:
-        """Lay out the output's gradient as `[groups, num_examples, shared, d_out]`."""
-        by_position = output_gradient.flatten(2)
-        return rearrange(by_position, "(n t) (g o) s -> g n (t s) o", n=num_examples, g=self.groups)
+    def gradients(self, output_gradients: Tensor) -> Tensor:
+        """Lay out the output's gradient as `[groups, n, shared, d_out]`."""
+        by_position = output_gradients.flatten(3)
+        return rearrange(by_position, "n t (g o) s -> g n (t s) o", g=self.groups)
 
 
-def convolution(spatial_axes: int) -> Callable[..., ConvolutionCall]:
+def convolution(spatial_axes: int) -> Rule:
     """Return the reader of the arguments of `torch.conv1d`, `conv2d` or `conv3d`."""
 
     def read(
+        _: Callable[[object], bool],
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -87,23 +77,19 @@ def convolution(spatial_axes: int) -> Callable[..., ConvolutionCall]:
         dilation: IntOrTuple = 1,
         groups: int = 1,
     ) -> ConvolutionCall:
-        dilations = _per_axis(dilation, spatial_axes)
+        kernel, dilations = tuple(weight.shape[2:]), per_axis(dilation, spatial_axes)
         return ConvolutionCall(
             input,
             weight,
             bias,
             groups,
-            stride=_per_axis(stride, spatial_axes),
-            padding=_zeros_around(padding, weight.shape[2:], dilations),
+            kernel=kernel,
+            stride=per_axis(stride, spatial_axes),
+            padding=_zeros_around(padding, kernel, dilations),
             dilation=dilations,
         )
 
     return read
-
-
-def _per_axis(value: IntOrTuple, axes: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * axes if len(values) == 1 else values
 
 
 def _zeros_around(
@@ -117,4 +103,4 @@ def _zeros_around(
         return tuple((total // 2, total - total // 2) for total in totals)
     if isinstance(padding, str):
         raise ValueError(f"padding is {padding!r}; expected 'same', 'valid' or integers")
-    return tuple((zeros, zeros) for zeros in _per_axis(padding, len(kernel)))
+    return tuple((zeros, zeros) for zeros in per_axis(padding, len(kernel)))

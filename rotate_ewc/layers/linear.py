@@ -1,40 +1,68 @@
-"""`torch.nn.functional.linear`, with any number of leading axes."""
+"""Linear maps: `linear` with any number of leading axes, `matmul`, `mm` and `addmm`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from einops import rearrange
 from torch import Tensor
 
-from rotate_ewc.layers.base import LayerCall
+from rotate_ewc.layers.base import Factors, Form, LayerCall
 
 
 @dataclass(frozen=True)
 class LinearCall(LayerCall):
-    """A linear map: every axis but the batch axis and the last is shared."""
+    """`input @ weight.mT + bias`: every axis but the batch axis and the last is shared."""
 
     @property
     def batch_axes(self) -> tuple[int, ...]:
         """The first axis, or the second (time-first sequences)."""
         return tuple(range(min(self.input.ndim - 1, 2)))
 
-    def activations(self, layer_input: Tensor, num_examples: int, batch_axis: int) -> Tensor:
-        """Lay out the input as `[1, num_examples, shared, d_in]`."""
-        return _by_example(layer_input, num_examples, batch_axis)
+    def activations(self, inputs: Tensor) -> Tensor:
+        """Lay out the input as `[1, n, shared, d_in]`."""
+        return rearrange(inputs, "n ... d -> 1 n (...) d")
 
-    def gradients(self, output_gradient: Tensor, num_examples: int, batch_axis: int) -> Tensor:
-        """Lay out the output's gradient as `[1, num_examples, shared, d_out]`."""
-        return _by_example(output_gradient, num_examples, batch_axis)
+    def gradients(self, output_gradients: Tensor) -> Tensor:
+        """Lay out the output's gradient as `[1, n, shared, d_out]`."""
+        return rearrange(output_gradients, "n ... d -> 1 n (...) d")
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearCall:
+@dataclass(frozen=True)
+class MatmulCall(LinearCall):
+    """`input @ weight + bias`."""
+
+    weight_form: ClassVar[Form] = Form(Factors.OUTER_PRODUCTS, transposed=True, input_basis=True)
+
+
+def linear(
+    _: Callable[[object], bool], input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> LinearCall:
     """Read the arguments of `torch.nn.functional.linear`."""
     return LinearCall(input, weight, bias)
 
 
-def _by_example(tensor: Tensor, num_examples: int, batch_axis: int) -> Tensor:
-    """Move the batch axis to the front; an example may own several consecutive rows of it."""
-    batch_first = tensor.movedim(batch_axis, 0)
-    rows = batch_first.reshape(batch_first.shape[0], -1, tensor.shape[-1])
-    return rearrange(rows, "(n t) s d -> 1 n (t s) d", n=num_examples)
+def matmul(
+    is_parameter: Callable[[object], bool], input: Tensor, other: Tensor
+) -> MatmulCall | None:
+    """Read the arguments of `torch.matmul`, where the second factor is a matrix of parameters."""
+    if is_parameter(input) or other.ndim != 2:
+        return None
+    return MatmulCall(input, other, None)
+
+
+def addmm(
+    is_parameter: Callable[[object], bool],
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> MatmulCall | None:
+    """Read the arguments of `torch.addmm`, where `input` is a bias and `mat2` a weight."""
+    if is_parameter(mat1) or not is_parameter(input) or input.ndim != 1 or (alpha, beta) != (1, 1):
+        return None
+    return MatmulCall(mat1, mat2, input)

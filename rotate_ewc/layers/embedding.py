@@ -1,0 +1,73 @@
+"""`embedding`: a linear map of one-hot vectors, which are never written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from einops import rearrange
+from torch import Tensor
+
+from rotate_ewc import kernels
+from rotate_ewc.layers.base import Factors, Form, LayerCall
+
+
+@dataclass(frozen=True)
+class EmbeddingCall(LayerCall):
+    """A look-up of rows of `weight`, `[vocabulary, d_out]`.
+
+    Attributes:
+        padding_index: The row that no gradient reaches; -1 if there is none.
+    """
+
+    padding_index: int = -1
+
+    # The covariance of one-hot vectors is diagonal: the identity is their eigenbasis.
+    weight_form: ClassVar[Form] = Form(Factors.LOOKUP, transposed=True)
+
+    @property
+    def batch_axes(self) -> tuple[int, ...]:
+        """The first axis, or the second (time-first sequences)."""
+        return tuple(range(min(self.input.ndim, 2)))
+
+    def activations(self, inputs: Tensor) -> Tensor:
+        """Lay out the indices as `[1, n, shared, 1]`; -1 for padding."""
+        indices = inputs.masked_fill(inputs == self.padding_index, -1)
+        return rearrange(indices, "n ... -> 1 n (...) 1")
+
+    def gradients(self, output_gradients: Tensor) -> Tensor:
+        """Lay out the output's gradient as `[1, n, shared, d_out]`."""
+        return rearrange(output_gradients, "n ... d -> 1 n (...) d")
+
+    def weight_gradients(self, inputs: Tensor, output_gradients: Tensor) -> Tensor:
+        """Add the gradients to the rows looked up, `[n, vocabulary, d_out]`."""
+        indices = self.activations(inputs)[0, :, :, 0]
+        vocabulary = 0 if self.weight is None else len(self.weight)
+        return kernels.scatter_rows(self.gradients(output_gradients)[0], indices, vocabulary)
+
+
+def embedding(
+    _: Callable[[object], bool],
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> EmbeddingCall:
+    """Read the arguments of `torch.nn.functional.embedding`."""
+    del norm_type, sparse
+    if max_norm is not None:
+        raise ValueError(
+            "an embedding has max_norm set, which rescales its weight whenever it is used; "
+            "expected max_norm=None"
+        )
+    if scale_grad_by_freq:
+        raise ValueError(
+            "an embedding has scale_grad_by_freq set, with which its gradient is not that of the "
+            "loss; expected scale_grad_by_freq=False"
+        )
+    padding = -1 if padding_idx is None else padding_idx % len(weight)
+    return EmbeddingCall(input, weight, None, padding_index=padding)

@@ -1,0 +1,132 @@
+"""What a loss must tell: the vectors whose outer products make the Fisher matrix.
+
+A loss is the negative log-likelihood of a distribution over labels. For a batch of outputs f, a
+likelihood yields vectors v of the shape of f such that, for each example n,
+
+    Σ_v v_n v_nᵀ  =  Hessian of the example's summed loss with respect to f_n
+
+exactly (`FisherType.TYPE2`) or in expectation (`FisherType.MC`). Back-propagating the vectors gives
+per-example gradients whose outer products sum to the Fisher matrix of the summed loss; dividing by
+the sum of the *terms*, which is what the reduction `mean` divides by, gives that of the mean.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from rotate_ewc.options import FisherType
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihood(ABC):
+    """The distribution over labels behind a loss function.
+
+    To teach the package a loss, subclass this with three methods, `exact_vectors`, `sampled_vector`
+    and `gradient` (plus `terms` where `mean` does not simply count the rows of the outputs), and
+    hand it to `register_likelihood`. Outputs arrive detached, in float32 or better.
+
+    Attributes:
+        name: Class name of the loss, for messages and snapshots.
+        reduction: The loss's reduction, `"mean"` or `"sum"`.
+
+    Example:
+        A Poisson likelihood with outputs `log rate`, whose Hessian is the rate:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from rotate_ewc import EKFACLinearOperator, Likelihood, register_likelihood
+        >>> class Poisson(Likelihood):
+        ...     def exact_vectors(self, outputs, targets, num_examples):
+        ...         for element in range(outputs.shape[1]):
+        ...             vector = torch.zeros_like(outputs)
+        ...             vector[:, element] = outputs[:, element].div(2).exp()
+        ...             yield vector
+        ...     def sampled_vector(self, outputs, targets, generator):
+        ...         rate = outputs.exp()
+        ...         return rate - torch.poisson(rate, generator=generator)
+        ...     def gradient(self, outputs, targets):
+        ...         return outputs.exp() - targets
+        ...     def terms(self, outputs, targets):
+        ...         return torch.full_like(outputs[:, 0], outputs.shape[1])
+        >>> register_likelihood(nn.PoissonNLLLoss, lambda loss: Poisson("Poisson", loss.reduction))
+        >>> model = nn.Linear(3, 2)
+        >>> data = [(torch.randn(8, 3), torch.ones(8, 2))]
+        >>> params = list(model.parameters())
+        >>> EKFACLinearOperator(model, nn.PoissonNLLLoss(), params, data).shape
+        (8, 8)
+    """
+
+    name: str
+    reduction: str
+
+    @abstractmethod
+    def exact_vectors(
+        self, outputs: Tensor, targets: Tensor, num_examples: int
+    ) -> Iterator[Tensor]:
+        """Yield vectors whose outer products sum to the Hessian of the summed loss.
+
+        Args:
+            outputs: The model's outputs; an example owns `len(outputs) / num_examples` rows.
+            targets: The labels given, on which weights may depend.
+            num_examples: Number of examples. A vector may have one prediction for each of them and
+                no more, or cross-terms between the positions of an example would come in.
+        """
+
+    @abstractmethod
+    def sampled_vector(self, outputs: Tensor, targets: Tensor, generator: Generator) -> Tensor:
+        """Return the summed loss's output gradient for labels drawn from the model."""
+
+    @abstractmethod
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed loss's gradient with respect to the outputs for the labels given."""
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return what each row adds to the number that `mean` divides by, `[len(outputs)]`."""
+        return torch.ones_like(outputs.reshape(len(outputs), -1)[:, 0])
+
+    def predictions(self, outputs: Tensor) -> int:
+        """Number of predictions (such as tokens) in a batch of outputs."""
+        return len(outputs)
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise `ValueError` or `TypeError` unless outputs and targets fit the loss."""
+        del outputs, targets
+
+    def vectors(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        num_examples: int,
+        fisher_type: FisherType,
+        mc_samples: int,
+        generator: Generator,
+    ) -> Iterator[Tensor]:
+        """Yield the vectors to back-propagate, each of the shape of the outputs.
+
+        For `FisherType.EMPIRICAL` the one vector holds, for every example, the gradient of the loss
+        (under its own reduction) of that example alone, times the root of its terms: the examples
+        are averaged in proportion to their terms, as the loss averages them.
+        """
+        if fisher_type is FisherType.TYPE2:
+            yield from self.exact_vectors(outputs, targets, num_examples)
+        elif fisher_type is FisherType.MC:
+            for _ in range(mc_samples):
+                yield self.sampled_vector(outputs, targets, generator) / math.sqrt(mc_samples)
+        else:
+            gradient = self.gradient(outputs, targets)
+            if self.reduction == "mean":
+                terms = self.terms(outputs, targets).reshape(num_examples, -1).sum(dim=1)
+                scale = torch.where(terms > 0, terms, torch.ones_like(terms)).rsqrt()
+                gradient = (gradient.reshape(num_examples, -1) * scale[:, None]).view_as(gradient)
+            yield gradient
+
+
+def shape_of(tensor: Tensor) -> str:
+    """Return a tensor's shape as messages show it."""
+    return str(list(tensor.shape))

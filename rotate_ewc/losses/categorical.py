@@ -1,0 +1,173 @@
+"""Cross-entropy: class weights, ignored labels, label smoothing and soft targets."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from rotate_ewc.losses.base import Likelihood, shape_of
+
+
+@dataclass(frozen=True, eq=False)
+class Categorical(Likelihood):
+    """Softmax over classes: outputs `[N, C]` or `[N, C, ...]`, labels `[N]` or `[N, ...]`.
+
+    Every variant of the loss is `-Σ_c q_c log p_c` with some weights q: one-hot, smoothed, given as
+    probabilities, multiplied by class weights, zero where the label is ignored. With `s = Σ_c q_c`
+    its gradient is `s p - q` and its Hessian `s (diag(p) - p pᵀ)`.
+
+    Attributes:
+        class_weights: `[C]`, or None for ones.
+        ignore_index: Label of predictions that count nothing.
+        label_smoothing: Part of a label that is spread over all classes.
+    """
+
+    class_weights: Tensor | None = None
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+    @classmethod
+    def of(cls, loss: nn.CrossEntropyLoss) -> Categorical:
+        """Read the options of a `CrossEntropyLoss`."""
+        weights = loss.weight
+        if weights is not None and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+            raise ValueError(
+                f"loss_func CrossEntropyLoss has class weights {weights.tolist()}; expected finite "
+                f"numbers of at least 0"
+            )
+        return cls(
+            "CrossEntropyLoss", loss.reduction, weights, loss.ignore_index, loss.label_smoothing
+        )
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Check shapes, and the range of labels or of class probabilities."""
+        if outputs.ndim < 2:
+            raise ValueError(
+                f"{self.name} needs outputs [batch, classes, ...]; got {shape_of(outputs)}"
+            )
+        if self.class_weights is not None and len(self.class_weights) != outputs.shape[1]:
+            raise ValueError(
+                f"{self.name} has {len(self.class_weights)} class weights; expected "
+                f"{outputs.shape[1]}, one for each of the model's outputs"
+            )
+        if targets.is_floating_point():
+            self._check_probabilities(outputs, targets)
+        else:
+            self._check_labels(outputs, targets)
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Sum the weights of a row's labels; with class probabilities, count its predictions."""
+        if targets.is_floating_point():
+            per_row = outputs.numel() // (len(outputs) * outputs.shape[1])
+            return torch.full_like(outputs.flatten(1)[:, 0], per_row)
+        kept = (targets != self.ignore_index).to(outputs.dtype)
+        if self.class_weights is not None:
+            weights = self.class_weights.to(outputs)
+            kept = kept * weights[torch.where(targets == self.ignore_index, 0, targets).long()]
+        return kept.reshape(len(outputs), -1).sum(dim=1)
+
+    def predictions(self, outputs: Tensor) -> int:
+        """All axes but the class axis."""
+        return outputs.numel() // outputs.shape[1]
+
+    def exact_vectors(
+        self, outputs: Tensor, targets: Tensor, num_examples: int
+    ) -> Iterator[Tensor]:
+        """Yield `√s √p_c (e_c - p)` for every class c at every position."""
+        probabilities = outputs.softmax(dim=1)
+        roots = self._strengths(outputs, targets).sqrt()
+        num_classes = outputs.shape[1]
+        rows = outputs.shape[0] // num_examples
+        axes = (range(rows), *map(range, outputs.shape[2:]))
+        for row, *position in itertools.product(*axes):
+            at_position: tuple[Any, ...] = (slice(row, None, rows), slice(None), *position)
+            p = probabilities[at_position]
+            for c in range(num_classes):
+                vector = torch.zeros_like(outputs)
+                one_hot = F.one_hot(torch.tensor(c, device=p.device), num_classes)
+                vector[at_position] = roots[at_position] * p[:, c : c + 1].sqrt() * (one_hot - p)
+                yield vector
+
+    def sampled_vector(self, outputs: Tensor, targets: Tensor, generator: Generator) -> Tensor:
+        """Return `√s (p - e_y)` with labels y drawn from p."""
+        probabilities = outputs.softmax(dim=1)
+        rows = probabilities.movedim(1, -1).flatten(0, -2)
+        drawn = torch.multinomial(rows, 1, generator=generator)
+        labels = drawn.view(outputs.shape[0], *outputs.shape[2:])
+        roots = self._strengths(outputs, targets).sqrt()
+        ones = torch.ones_like(probabilities[:, :1])
+        return probabilities.scatter_add_(1, labels.unsqueeze(1), -ones).mul_(roots)
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return `s p - q`."""
+        strengths = self._strengths(outputs, targets)
+        return outputs.softmax(dim=1).mul_(strengths).sub_(self._target_weights(outputs, targets))
+
+    def _strengths(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return s, `[N, 1, ...]`."""
+        plain = self.class_weights is None and not self.label_smoothing
+        if plain and not targets.is_floating_point():
+            return (targets != self.ignore_index).to(outputs.dtype).unsqueeze(1)
+        return self._target_weights(outputs, targets).sum(dim=1, keepdim=True)
+
+    def _target_weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return q, of the outputs' shape."""
+        kept = None
+        if targets.is_floating_point():
+            weights = targets.to(outputs.dtype)
+        else:
+            ignored = targets == self.ignore_index
+            weights = _one_hot(torch.where(ignored, 0, targets), outputs)
+            kept = ~ignored.unsqueeze(1)
+        if self.label_smoothing:
+            smoothing = self.label_smoothing
+            weights = (1 - smoothing) * weights + smoothing / outputs.shape[1]
+        if self.class_weights is not None:
+            along_classes = (-1, *(1 for _ in outputs.shape[2:]))
+            weights = weights * self.class_weights.to(outputs).view(along_classes)
+        return weights if kept is None else weights * kept
+
+    def _check_labels(self, outputs: Tensor, targets: Tensor) -> None:
+        expected = (outputs.shape[0], *outputs.shape[2:])
+        if targets.is_complex() or targets.dtype == torch.bool:
+            raise TypeError(
+                f"{self.name} targets have dtype {targets.dtype}; expected class indices "
+                f"(torch.long) or class probabilities (floating-point)"
+            )
+        if targets.shape != expected:
+            raise ValueError(
+                f"{self.name} outputs {shape_of(outputs)} and targets {shape_of(targets)} do not "
+                f"fit; expected targets {list(expected)} (the classes are the outputs' second axis)"
+            )
+        labels = targets[targets != self.ignore_index]
+        if labels.numel() == 0:
+            return
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= outputs.shape[1]:
+            raise ValueError(
+                f"{self.name} targets run from {low} to {high}; expected class indices from 0 to "
+                f"{outputs.shape[1] - 1}, since the model has {outputs.shape[1]} outputs"
+            )
+
+    def _check_probabilities(self, outputs: Tensor, targets: Tensor) -> None:
+        if targets.shape != outputs.shape:
+            raise ValueError(
+                f"{self.name} outputs {shape_of(outputs)} and targets {shape_of(targets)} (class "
+                f"probabilities) do not fit; expected the same shape, or integer class indices"
+            )
+        if not bool((torch.isfinite(targets) & (targets >= 0)).all()):
+            raise ValueError(
+                f"{self.name} targets are floating-point, but not class probabilities; expected "
+                f"finite numbers of at least 0, or integer class indices"
+            )
+
+
+def _one_hot(labels: Tensor, outputs: Tensor) -> Tensor:
+    """Return labels `[N, ...]` as one-hot vectors `[N, C, ...]` in the outputs' dtype."""
+    return torch.zeros_like(outputs).scatter_(1, labels.long().unsqueeze(1), 1.0)
