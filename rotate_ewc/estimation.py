@@ -123,7 +123,7 @@ class _Accumulator:
             )
         reduce = self._settings.kfac_approx is KFACType.REDUCE
         for plan in observation.plans:
-            for portion in observation.portions(plan, self._settings.memory_budget // 8):
+            for portion in observation.portions(plan, self._settings.memory_budget // 4):
                 total = self._covariances.setdefault(plan.key, Covariances.of(portion))
                 if total.form != plan.form:
                     raise ValueError(
@@ -156,7 +156,7 @@ class _Accumulator:
                     f"{plan.key.label!r} was used in the second pass over the data but not in the "
                     f"first; the model and the data must be the same in both"
                 )
-            for portion in observation.portions(plan, self._settings.memory_budget // 8):
+            for portion in observation.portions(plan, self._settings.memory_budget // 4):
                 add_eigenvalues(portion, self.blocks[plan.key])
 
     def diagonal_blocks(self) -> list[Block]:

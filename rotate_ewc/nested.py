@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,13 +21,20 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return a nested value with every tensor replaced by `function` of it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if not isinstance(value, (tuple, list)):
+        return value
+    mapped = [map_tensors(function, item) for item in value]
+    return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """Move the tensors in a nested value to a device; a value that is there already is kept."""
     if all(tensor.device == device for tensor in tensors_in(value)):
         return value
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
-    moved = [to_device(item, device) for item in value]
-    return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
+    return map_tensors(lambda tensor: tensor.to(device), value)

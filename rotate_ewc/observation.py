@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rotate_ewc.layers import Factors
+from rotate_ewc.layers import Factors, LayerCall
 from rotate_ewc.placement import Placement
 from rotate_ewc.plan import Contribution, Plan
 from rotate_ewc.recorder import Computed, Use
@@ -65,7 +65,10 @@ class Observation:
             elements += self.uses[index].call.elements(gradient) // self.num_examples
             itemsize = max(itemsize, gradient.itemsize)
         if plan.form.factors is Factors.NONE:
-            elements += self.parameters[plan.key.weight].numel()
+            size = self.parameters[plan.key.weight].numel()
+            through = {c.through for c in plan.contributions if c.through is not None}
+            elements += size
+            elements += sum(size + self.computed[key].tensor.numel() for key in through)
         return 4 * elements * itemsize
 
 
@@ -129,16 +132,19 @@ class Portion:
     def _contributed(self, contribution: Contribution, which: int, parameter: Tensor) -> Tensor:
         """Return one use's part of the per-example gradients, `[n, *parameter.shape]`."""
         call = self.observation.uses[contribution.use].call
+        # The model may run under autocast; its statistics do not.
+        with torch.autocast(parameter.device.type, enabled=False):
+            gradients = self._per_example(call, contribution, which)
+            if contribution.through is None:
+                return gradients
+            computed = self.observation.computed[contribution.through]
+            return computed.pull_back(gradients, parameter)
+
+    def _per_example(self, call: LayerCall, contribution: Contribution, which: int) -> Tensor:
         outputs = _as_statistics(self._output_gradients(which, contribution.use))
         if contribution.is_weight:
-            gradients = call.weight_gradients(
-                _as_statistics(self._inputs(contribution.use)), outputs
-            )
-        else:
-            gradients = call.bias_gradients(outputs)
-        if contribution.through is None:
-            return gradients
-        return self.observation.computed[contribution.through].pull_back(gradients, parameter)
+            return call.weight_gradients(_as_statistics(self._inputs(contribution.use)), outputs)
+        return call.bias_gradients(outputs)
 
     def _inputs(self, use: int) -> Tensor:
         return self._own(self.observation.uses[use].call.input, use)

@@ -110,6 +110,7 @@ class Observer:
             add_squares(squares, one_by_one, self.forward, inputs, recorded, vector, num_examples)
             gradient_sets.append(recorded.gradients(vector, last=following is None))
             held += sum(g.nbytes for g in gradient_sets[-1])
+            del vector
             if following is None or held > settings.memory_budget // 4:
                 done = following is None
                 yield replace(

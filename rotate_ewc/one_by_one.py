@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rotate_ewc.capture import Trace, back_propagate
+from rotate_ewc.nested import map_tensors, tensors_in
 
 
 def squares_like(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -50,16 +51,13 @@ def _zeros(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
 
 
-def _check_same(alone: Tensor, in_batch: Tensor, example: int) -> None:
-    """Raise unless an example has the same outputs alone as in its batch, up to rounding."""
+def _same(alone: Tensor, in_batch: Tensor) -> bool:
+    """Whether an example has the same outputs alone as in its batch, up to rounding."""
     tolerance = 1e-1 if alone.dtype.itemsize < torch.float32.itemsize else 1e-2
     scale = max(1e-30, float(in_batch.abs().max()))
-    if alone.shape != in_batch.shape or float((alone - in_batch).abs().max()) > tolerance * scale:
-        raise ValueError(
-            f"the outputs of example {example} are not the same when it is run by itself: the "
-            f"outputs of one example depend on other examples, or the model is random; expected "
-            f"independent examples and a deterministic model"
-        )
+    if alone.shape != in_batch.shape:
+        return False
+    return float((alone - in_batch).abs().max()) <= tolerance * scale
 
 
 def _by_example(
@@ -69,18 +67,33 @@ def _by_example(
     vector: Tensor,
     num_examples: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield, for every example, outputs and the vector by which its gradient comes from them."""
+    """Yield, for every example, outputs and the vector by which its gradient comes from them.
+
+    The model is run again on the example by itself, which is far less work than the whole batch,
+    where the inputs can be cut into examples; else the example's part of the batch's outputs is
+    taken.
+    """
     rows = len(vector) // num_examples
-    alone = isinstance(inputs, Tensor) and len(inputs) == num_examples
+    tensors = list(tensors_in(inputs))
+    can_be_cut = bool(tensors) and all(t.ndim and len(t) == num_examples for t in tensors)
     for example in range(num_examples):
         own = slice(example * rows, (example + 1) * rows)
-        if alone:
-            # The model is run again on the example by itself: far less than the whole batch.
+        if can_be_cut:
             with torch.enable_grad():
-                outputs = forward(inputs[example : example + 1])
-            _check_same(outputs.detach(), recorded.outputs.detach()[own], example)
-            yield outputs, vector[own]
-        else:
-            of_example = torch.zeros_like(vector)
-            of_example[own] = vector[own]
-            yield recorded.outputs, of_example
+                outputs = forward(_cut(inputs, example))
+            if _same(outputs.detach(), recorded.outputs.detach()[own]):
+                yield outputs, vector[own]
+                continue
+            if isinstance(inputs, Tensor):
+                raise ValueError(
+                    f"the outputs of example {example} are not the same when it is run by itself: "
+                    f"the outputs of one example depend on other examples, or the model is random; "
+                    f"expected independent examples and a deterministic model"
+                )
+        of_example = torch.zeros_like(vector)
+        of_example[own] = vector[own]
+        yield recorded.outputs, of_example
+
+
+def _cut(inputs: Any, example: int) -> Any:
+    return map_tensors(lambda tensor: tensor[example : example + 1], inputs)

@@ -57,11 +57,13 @@ class Plan:
         key: The block's parameters.
         form: How its matrix is made.
         contributions: Where its gradient comes from.
+        uniform: Whether all contributions are direct and of this form.
     """
 
     key: BlockKey
     form: Form
     contributions: tuple[Contribution, ...]
+    uniform: bool
 
     @property
     def uses(self) -> tuple[int, ...]:
@@ -86,7 +88,7 @@ def plan_blocks(
     """
     contributions = _contributions(uses, computed)
     plans = {
-        name: Plan(BlockKey(name), _form(found, uses, parameters[name]), tuple(found))
+        name: _plan(name, found, uses, parameters[name])
         for name, found in contributions.items()
         if name in parameters
     }
@@ -111,19 +113,24 @@ def _contributions(
     return found
 
 
-def _form(contributions: Sequence[Contribution], uses: Sequence[Use], parameter: Tensor) -> Form:
-    """Return the one form of all uses, or the most that they have in common."""
+def _plan(
+    name: str, contributions: Sequence[Contribution], uses: Sequence[Use], parameter: Tensor
+) -> Plan:
+    """Plan a parameter's own block, in the form of all its uses or the most they have in common."""
     forms = set()
     for contribution in contributions:
         call = uses[contribution.use].call
         forms.add(call.weight_form if contribution.is_weight else call.bias_form)
     direct = all(contribution.through is None for contribution in contributions)
-    if direct and len(forms) == 1:
-        return forms.pop()
-    if direct and any(form.factors is Factors.LOOKUP for form in forms):
+    uniform = direct and len(forms) == 1
+    if uniform:
+        form = forms.pop()
+    elif direct and any(form.factors is Factors.LOOKUP for form in forms):
         # An embedding tied to an output layer: no basis for the vocabulary.
-        return Form(transposed=True)
-    return Form(input_basis=parameter.ndim > 1)
+        form = Form(transposed=True)
+    else:
+        form = Form(input_basis=parameter.ndim > 1)
+    return Plan(BlockKey(name), form, tuple(contributions), uniform)
 
 
 def _pairs(uses: Sequence[Use], plans: Mapping[str, Plan]) -> dict[str, str]:
@@ -137,7 +144,7 @@ def _pairs(uses: Sequence[Use], plans: Mapping[str, Plan]) -> dict[str, str]:
         weight, bias = plans.get(use.weight or ""), plans.get(use.bias or "")
         if weight is None or bias is None or not use.call.joins_bias:
             continue
-        if weight.form.factors is not Factors.OUTER_PRODUCTS or bias.form != use.call.bias_form:
+        if weight.form.factors is not Factors.OUTER_PRODUCTS or not bias.uniform:
             continue
         if weight.uses != bias.uses:
             raise ValueError(

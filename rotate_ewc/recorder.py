@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from rotate_ewc.layers import RULES, LayerCall
+from rotate_ewc.layers import BROADCASTING, RULES, LayerCall
 from rotate_ewc.nested import tensors_in
 
 # What these make depends on no data. But of the second kind may also be the first state of a
@@ -21,6 +21,7 @@ _CONSTANT: Final = frozenset({torch.arange, torch.eye})
 _BLANK: Final = frozenset(
     {torch.zeros, torch.ones, torch.full, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full}
 )
+_EXPANDING: Final = frozenset({Tensor.expand, Tensor.expand_as, torch.broadcast_to})
 _REPEATING: Final = frozenset({Tensor.expand, Tensor.repeat, torch.broadcast_to})
 
 # How functions of torch.nn.functional ask whether somebody wants to see them called.
@@ -145,6 +146,7 @@ class Recorder(TorchFunctionMode):
         self._sources = {id(tensor): frozenset({name}) for name, tensor in parameters.items()}
         # Held, so that no later tensor can get the identity of one of them.
         self._constants: dict[int, _Constant] = {}
+        self._expanded: dict[int, tuple[Tensor, Tensor]] = {}
         for tensor in constants:
             self._hold_constant(tensor)
 
@@ -164,6 +166,9 @@ class Recorder(TorchFunctionMode):
             with self:
                 return _opened(func)(*args, **kwargs)
         result = func(*args, **kwargs)
+        expanding = func in _EXPANDING and self._is_parameter(args[0])
+        if expanding:
+            self._expanded[id(result)] = (result, args[0])
         if fixed and (tensors or func in _CONSTANT or func in _BLANK):
             blank = func in _BLANK or any(self._is_blank(tensor) for tensor in tensors)
             for tensor in tensors_in(result):
@@ -173,7 +178,8 @@ class Recorder(TorchFunctionMode):
         outputs = [t for t in tensors_in(result) if t.requires_grad and not t.is_leaf]
         if not sources or not outputs:
             return result
-        if fixed and not (func in RULES and any(self._is_blank(tensor) for tensor in tensors)):
+        holds_examples = func in RULES and any(self._is_blank(tensor) for tensor in tensors)
+        if expanding or (fixed and not holds_examples):
             self._note_computed(outputs, sources)
         else:
             self._note_use(func, args, kwargs, sources, outputs)
@@ -230,6 +236,8 @@ class Recorder(TorchFunctionMode):
     ) -> Use | None:
         """Return the use that an operation makes of parameters, or None if no rule knows it."""
         rule = RULES.get(func)
+        if func in BROADCASTING:
+            args = [self._expanded.get(id(value), (value, value))[1] for value in args]
         try:
             call = None if rule is None else rule(self._is_parameter, *args, **kwargs)
         except ValueError as error:

@@ -242,9 +242,9 @@ def test_statistics_of_a_model_in_a_lower_precision() -> None:
     assert operator.trace.item() == pytest.approx(exact.trace.item(), rel=3e-2)
 
 
-@pytest.mark.parametrize("inputs", ["tensor", "tuple"])
+@pytest.mark.parametrize("inputs", ["tensor", "pair", "with a stranger", "with a table"])
 def test_one_by_one_is_exact_whatever_the_inputs(inputs: str) -> None:
-    """A tensor of examples is run one by one; other inputs are kept whole."""
+    """Inputs are cut into examples where they can be; others are kept whole."""
 
     class Recurrent(nn.Module):
         def __init__(self) -> None:
@@ -257,14 +257,20 @@ def test_one_by_one_is_exact_whatever_the_inputs(inputs: str) -> None:
 
     model, x, y = Recurrent(), seeded(5, 4, 3), seeded(5, 2)
     params = dict(model.named_parameters())
+    batches: dict[str, tuple[Any, Callable[[Any], Tensor]]] = {
+        "tensor": (x, model),
+        "pair": ((x, torch.ones(5)), lambda pair: model(pair[0])),
+        "with a stranger": ((x, torch.ones(3)), lambda pair: model(pair[0])),
+        # Of as many rows as there are examples, but not theirs: cut, it makes other outputs.
+        "with a table": (
+            (x * 2, x.new_full((5,), 0.1)),
+            lambda pair: model(pair[0] * pair[1].sum()),
+        ),
+    }
+    batch, forward = batches[inputs]
     with pytest.warns(UserWarning, match="exact diagonal"):
         operator = EKFACLinearOperator(
-            model if inputs == "tensor" else lambda pair: model(pair[0]),
-            MSE,
-            params,
-            [(x if inputs == "tensor" else (x, 1.0), y)],
-            fisher_type="type2",
-            unsupported="diagonal",
+            forward, MSE, params, [(batch, y)], fisher_type="type2", unsupported="diagonal"
         )
     exact = dense_ggn(model, MSE, list(params), x, y).diagonal()
     torch.testing.assert_close(

@@ -56,9 +56,14 @@ RULES: Final[Mapping[Callable[..., Any], Rule]] = {
     Tensor.sub_: shift(-1),
 }
 
+BROADCASTING: Final = frozenset(
+    {torch.mul, Tensor.mul, torch.add, Tensor.add, Tensor.add_, torch.sub, Tensor.sub, Tensor.sub_}
+)
+"""Functions to which a parameter and the same parameter expanded are the same."""
+
 SUPPORTED: Final = (
     "linear and (transposed) convolution layers, embeddings, attention, normalization layers, and "
     "parameters that scale or shift data"
 )
 
-__all__ = ["DIAGONAL", "RULES", "SUPPORTED", "Factors", "Form", "LayerCall", "Rule"]
+__all__ = ["BROADCASTING", "DIAGONAL", "RULES", "SUPPORTED", "Factors", "Form", "LayerCall", "Rule"]

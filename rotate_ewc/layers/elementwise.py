@@ -77,7 +77,7 @@ def scale(
     if not isinstance(data, Tensor) or is_parameter(data):
         return None
     expanded = torch.broadcast_tensors(data, parameter)[0]  # type: ignore[no-untyped-call]
-    return ElementwiseCall(expanded, parameter, None, view=tuple(parameter.shape))
+    return _if_shared(ElementwiseCall(expanded, parameter, None, view=tuple(parameter.shape)))
 
 
 def shift(sign: float) -> Callable[..., ElementwiseCall | None]:
@@ -95,6 +95,12 @@ def shift(sign: float) -> Callable[..., ElementwiseCall | None]:
         number = torch.zeros((), dtype=data.dtype, device=data.device)
         shapes = (number, data.detach(), parameter.detach())
         like = torch.broadcast_tensors(*shapes)[0]  # type: ignore[no-untyped-call]
-        return ElementwiseCall(like, None, parameter, view=tuple(parameter.shape), sign=factor)
+        view = tuple(parameter.shape)
+        return _if_shared(ElementwiseCall(like, None, parameter, view=view, sign=factor))
 
     return read
+
+
+def _if_shared(call: ElementwiseCall) -> ElementwiseCall | None:
+    """Return the call unless the parameter varies along every axis that could hold examples."""
+    return call if call.batch_axes else None

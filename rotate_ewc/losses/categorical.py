@@ -106,13 +106,22 @@ class Categorical(Likelihood):
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return `s p - q`."""
-        strengths = self._strengths(outputs, targets)
-        return outputs.softmax(dim=1).mul_(strengths).sub_(self._target_weights(outputs, targets))
+        scaled = outputs.softmax(dim=1).mul_(self._strengths(outputs, targets))
+        if self._plain(targets):
+            # No second tensor of the outputs' size, which a large vocabulary makes large.
+            kept = (targets != self.ignore_index).unsqueeze(1)
+            labels = targets.unsqueeze(1).long().where(kept, 0)
+            return scaled.scatter_add_(1, labels, -kept.to(scaled.dtype))
+        return scaled.sub_(self._target_weights(outputs, targets))
+
+    def _plain(self, targets: Tensor) -> bool:
+        """Whether q is one-hot, or zero where the label is ignored."""
+        options = self.class_weights is not None or bool(self.label_smoothing)
+        return not options and not targets.is_floating_point()
 
     def _strengths(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return s, `[N, 1, ...]`."""
-        plain = self.class_weights is None and not self.label_smoothing
-        if plain and not targets.is_floating_point():
+        if self._plain(targets):
             return (targets != self.ignore_index).to(outputs.dtype).unsqueeze(1)
         return self._target_weights(outputs, targets).sum(dim=1, keepdim=True)
 
