@@ -48,7 +48,7 @@ def apply(function: Callable[[Tensor], Tensor], blocks: Sequence[Block]) -> list
         TypeError: If it is no function, or does not return a tensor.
     """
     if not callable(function):
-        raise TypeError(f"function is {function!r}; expected one of a tensor of eigenvalues")
+        raise TypeError(f"function is {function!r}; expected a function from tensor to tensor")
     return [block.with_eigenvalues(_applied(function, block)) for block in blocks]
 
 
@@ -86,10 +86,13 @@ def sample(
 
 
 def _applied(function: Callable[[Tensor], Tensor], block: Block) -> Tensor:
-    values = function(block.eigenvalues)
+    # A copy, for functions that work in place.
+    values = function(block.eigenvalues.clone())
     what = f"the function of the eigenvalues of {block.label!r} returned"
     if not isinstance(values, Tensor):
         raise TypeError(f"{what} {type(values).__name__}; expected a tensor")
+    if values.dtype != block.eigenvalues.dtype:
+        raise ValueError(f"{what} dtype {values.dtype}; expected {block.eigenvalues.dtype}")
     if values.shape != block.eigenvalues.shape:
         raise ValueError(
             f"{what} shape {list(values.shape)}; expected {list(block.eigenvalues.shape)}"

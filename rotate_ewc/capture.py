@@ -48,7 +48,8 @@ class Trace:
         Returns:
             For every use, the gradient at its output; zeros where the outputs do not depend on it.
         """
-        return back_propagate(self.outputs, self.edges, vector, retain_graph=not last)
+        gradients = back_propagate(self.outputs, self.edges, vector, retain_graph=not last)
+        return [g.reshape(use.output_shape) for g, use in zip(gradients, self.uses, strict=True)]
 
     def check_inputs_unmodified(self) -> None:
         """Raise if a layer's input was changed in place after the layer used it."""
@@ -110,8 +111,8 @@ def trace(
         raise TypeError(f"model returned {type(outputs).__name__}; expected a tensor")
     if not outputs.is_floating_point():
         raise TypeError(f"model returned dtype {outputs.dtype}; expected floating-point")
-    nodes = _reachable_nodes(outputs)
-    refused = _refused(recorder, parameters, nodes)
+    nodes = _reachable_nodes(outputs, {})
+    refused = _refused(recorder, parameters, outputs, nodes)
     if refused and unsupported is Unsupported.ERROR:
         raise ValueError(_refusal_message(*next(iter(refused.items()))))
     kept = [i for i, edge in enumerate(recorder.edges) if edge.node in nodes]
@@ -127,18 +128,19 @@ def trace(
 
 
 def _refused(
-    recorder: Recorder, parameters: Mapping[str, Tensor], nodes: set[Any]
+    recorder: Recorder, parameters: Mapping[str, Tensor], outputs: Tensor, nodes: set[Any]
 ) -> dict[frozenset[str], str]:
-    """Return the parameters that the outputs depend on through uses without a rule, and these."""
+    """Return the parameters that the outputs depend on through uses without a rule, and these.
+
+    A use that was not seen is found in the autograd graph: from the outputs, past every operation
+    that was seen only to the data it used, no parameter can be reached but through such a use.
+    """
     reached: list[Refusal] = [r for r in recorder.refusals if r.edge.node in nodes]
     refused = {refusal.names: refusal.operation for refusal in reached}
-    seen = {name for names in refused for name in names}
-    for use in recorder.uses:
-        for name in (use.weight, use.bias):
-            computed = recorder.computed.get(name or "")
-            seen |= computed.sources if computed else {name or ""}
-    variables = {id(node.variable) for node in nodes if hasattr(node, "variable")}
-    unseen = {name for name, tensor in parameters.items() if id(tensor) in variables} - seen
+    around = _reachable_nodes(outputs, recorder.data_nodes)
+    variables = {id(node.variable) for node in around if hasattr(node, "variable")}
+    unseen = {name for name, tensor in parameters.items() if id(tensor) in variables}
+    unseen -= {name for names in refused for name in names}
     if unseen:
         refused[frozenset(unseen)] = (
             "an operation that cannot be observed, such as scripted code or an autograd.Function "
@@ -157,13 +159,22 @@ def _refusal_message(names: frozenset[str], used_by: str) -> str:
     )
 
 
-def _reachable_nodes(outputs: Tensor) -> set[Any]:
-    """Return every node of the outputs' autograd graph."""
+def _reachable_nodes(outputs: Tensor, instead: Mapping[Any, Sequence[Any]]) -> set[Any]:
+    """Return the nodes of the outputs' autograd graph.
+
+    Args:
+        outputs: Where to begin.
+        instead: Where to go on from some nodes, instead of to all that they depend on.
+    """
     nodes: set[Any] = set()
     pending = [outputs.grad_fn] if outputs.grad_fn is not None else []
     while pending:
         node = pending.pop()
-        if node not in nodes:
-            nodes.add(node)
+        if node in nodes:
+            continue
+        nodes.add(node)
+        if node in instead:
+            pending.extend(instead[node])
+        else:
             pending.extend(parent for parent, _ in node.next_functions if parent is not None)
     return nodes

@@ -89,6 +89,12 @@ class Portion:
     max_bytes: int
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Statistics are accumulated in float32 or better, whatever the model computes in."""
+        parameter = self.observation.parameters[self.plan.key.weight]
+        return torch.promote_types(parameter.dtype, torch.float32)
+
+    @property
     def num_vectors(self) -> int:
         """Number of output vectors."""
         return len(self.observation.gradient_sets)
@@ -104,7 +110,7 @@ class Portion:
             for index in self.plan.uses
         ]
         activations = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-        activations = _as_statistics(activations)
+        activations = self._as_statistics(activations)
         if self.plan.key.bias is None:
             return activations
         return torch.cat([torch.ones_like(activations[..., :1]), activations], dim=3)
@@ -116,7 +122,7 @@ class Portion:
                 self.observation.uses[index].call.gradients(self._output_gradients(which, index))
                 for index in self.plan.uses
             ]
-            yield _as_statistics(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
+            yield self._as_statistics(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
 
     def example_gradients(self) -> Iterator[Tensor]:
         """Yield, for every output vector, per-example gradients `[groups, n, d_out, d_in]`."""
@@ -141,9 +147,10 @@ class Portion:
             return computed.pull_back(gradients, parameter)
 
     def _per_example(self, call: LayerCall, contribution: Contribution, which: int) -> Tensor:
-        outputs = _as_statistics(self._output_gradients(which, contribution.use))
+        outputs = self._as_statistics(self._output_gradients(which, contribution.use))
         if contribution.is_weight:
-            return call.weight_gradients(_as_statistics(self._inputs(contribution.use)), outputs)
+            inputs = self._as_statistics(self._inputs(contribution.use))
+            return call.weight_gradients(inputs, outputs)
         return call.bias_gradients(outputs)
 
     def _inputs(self, use: int) -> Tensor:
@@ -157,9 +164,5 @@ class Portion:
         placement, count = self.observation.placements[use], self.observation.num_examples
         return placement.examples_first(tensor.detach(), count)[self.examples]
 
-
-def _as_statistics(tensor: Tensor) -> Tensor:
-    """Statistics are accumulated in float32 or better, whatever the model computes in."""
-    if not tensor.is_floating_point():
-        return tensor
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    def _as_statistics(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor

@@ -156,9 +156,14 @@ class EKFACLinearOperator:
             blocks: Blocks that together hold every parameter once.
             parameter_shapes: Shapes by name, in the order of the operator's parameters.
             provenance: Where the blocks come from.
+
+        Raises:
+            ValueError: If there are no blocks.
         """
         operator = cls.__new__(cls)
         operator._blocks = tuple(blocks)
+        if not operator._blocks:
+            raise ValueError("blocks is empty; expected at least one block")
         operator._shapes = {name: torch.Size(shape) for name, shape in parameter_shapes.items()}
         operator._provenance = provenance
         return operator
@@ -366,7 +371,11 @@ class EKFACLinearOperator:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> EKFACLinearOperator:
         """Return the operator with every stored tensor replaced by `function` of it."""
-        return self._with(block.map(function) for block in self._blocks)
+        return self.map_blocks(lambda block: block.map(function))
+
+    def map_blocks(self, function: Callable[[Block], Block]) -> EKFACLinearOperator:
+        """Return the operator with every block replaced by one for the same parameters."""
+        return self._with(function(block) for block in self._blocks)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the snapshot: a flat dictionary of tensors and one JSON string, `"header"`.

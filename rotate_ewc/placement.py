@@ -47,7 +47,7 @@ def find_placements(
     Wherever several placements pass, more examples are tried, but no more than five.
 
     Returns:
-        The placement for every use, and whether it is certain for all of them.
+        The placement for every use, and whether it holds for all batches of these shapes.
 
     Raises:
         ValueError: If none passes, naming the layer.
@@ -67,7 +67,8 @@ def find_placements(
             evidence[index] += int(bool(gradients[index].count_nonzero()))
         # Or two sets of gradients would live at once.
         del gradients, gradient
-    certain = all(count >= 2 for count in evidence.values())
+    # What passes is right for this batch, but only the last one left is for others too.
+    certain = all(evidence[i] >= 2 and len(fitting[i]) == 1 for i in undecided)
     return [placements[0] for placements in fitting], certain
 
 

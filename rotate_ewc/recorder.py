@@ -41,12 +41,14 @@ class Use:
         bias: Name of the bias, likewise.
         call: The operation's arguments, its input detached from the autograd graph.
         input_version: How often the input had been modified in place when it was used.
+        output_shape: Shape of the operation's output.
     """
 
     weight: str | None
     bias: str | None
     call: LayerCall
     input_version: int
+    output_shape: torch.Size = torch.Size()  # noqa: RUF009
 
     @property
     def unmodified(self) -> bool:
@@ -128,6 +130,8 @@ class Recorder(TorchFunctionMode):
         edges: An edge to the output of every use.
         computed: Tensors computed from tracked parameters and constants alone, by key.
         refusals: Uses by operations that have no rule.
+        data_nodes: For the autograd node of every operation that used parameters and data, whether
+            it has a rule or not, the nodes that its data came from.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], constants: Iterable[Tensor] = ()) -> None:
@@ -142,6 +146,7 @@ class Recorder(TorchFunctionMode):
         self.edges: list[GradientEdge] = []
         self.computed: dict[str, Computed] = {}
         self.refusals: list[Refusal] = []
+        self.data_nodes: dict[Any, list[Any]] = {}
         self._names = {id(tensor): name for name, tensor in parameters.items()}
         self._sources = {id(tensor): frozenset({name}) for name, tensor in parameters.items()}
         # Held, so that no later tensor can get the identity of one of them.
@@ -165,24 +170,32 @@ class Recorder(TorchFunctionMode):
         if sources and not fixed and func not in RULES and _is_composite(func):
             with self:
                 return _opened(func)(*args, **kwargs)
-        result = func(*args, **kwargs)
+        takes_input = func in RULES and func not in BROADCASTING
+        holds_examples = takes_input and any(self._is_blank(tensor) for tensor in tensors)
         expanding = func in _EXPANDING and self._is_parameter(args[0])
+        computing = expanding or (fixed and not holds_examples)
+        data_nodes = [t.grad_fn for t in tensors if not self._is_parameter(t)]
+        # Before it runs, since what is refused may change what it uses.
+        use = None if computing or not sources else self._read(func, args, kwargs, sources)
+        result = func(*args, **kwargs)
         if expanding:
             self._expanded[id(result)] = (result, args[0])
         if fixed and (tensors or func in _CONSTANT or func in _BLANK):
-            blank = func in _BLANK or any(self._is_blank(tensor) for tensor in tensors)
-            for tensor in tensors_in(result):
-                if not tensor.requires_grad:
-                    repeated = func in _REPEATING and not tensor.is_floating_point()
-                    self._hold_constant(tensor, blank=blank or repeated)
+            self._note_constants(func, tensors, sources, result)
         outputs = [t for t in tensors_in(result) if t.requires_grad and not t.is_leaf]
         if not sources or not outputs:
             return result
-        holds_examples = func in RULES and any(self._is_blank(tensor) for tensor in tensors)
-        if expanding or (fixed and not holds_examples):
+        if computing:
             self._note_computed(outputs, sources)
+            return result
+        edge = _output_edge(func, outputs[0])
+        self.data_nodes[edge.node] = [node for node in data_nodes if node is not None]
+        if use is None:
+            operation = resolve_name(func) or getattr(func, "__name__", repr(func))
+            self.refusals.append(Refusal(sources, f"the operation {operation}", edge))
         else:
-            self._note_use(func, args, kwargs, sources, outputs)
+            self.uses.append(replace(use, output_shape=outputs[0].shape))
+            self.edges.append(edge)
         return result
 
     def _is_parameter(self, value: object) -> bool:
@@ -210,22 +223,18 @@ class Recorder(TorchFunctionMode):
                 self.computed[key] = Computed(tensor, sources)
                 self._names[id(tensor)], self._sources[id(tensor)] = key, sources
 
-    def _note_use(
+    def _note_constants(
         self,
         func: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
+        tensors: Sequence[Tensor],
         sources: frozenset[str],
-        outputs: Sequence[Tensor],
+        result: Any,
     ) -> None:
-        use = self._read(func, args, kwargs, sources)
-        edge = get_gradient_edge(outputs[0])
-        if use is None:
-            operation = resolve_name(func) or getattr(func, "__name__", repr(func))
-            self.refusals.append(Refusal(sources, f"the operation {operation}", edge))
-        else:
-            self.uses.append(use)
-            self.edges.append(edge)
+        blank = func in _BLANK or any(self._is_blank(tensor) for tensor in tensors)
+        for tensor in tensors_in(result):
+            if not sources or not tensor.requires_grad:
+                repeated = func in _REPEATING and not tensor.is_floating_point()
+                self._hold_constant(tensor, blank=blank or repeated)
 
     def _read(
         self,
@@ -252,6 +261,21 @@ class Recorder(TorchFunctionMode):
             return None
         detached = replace(call, input=call.input.detach())
         return Use(weight, bias, detached, call.input._version)
+
+
+def _output_edge(func: Callable[..., Any], output: Tensor) -> GradientEdge:
+    """Return an edge at which an operation's output gradient can be asked for.
+
+    Some operations return a view of what they computed (`instance_norm`). An in-place operation on
+    a view gives it a new history, and leaves what was there before without successors; not so with
+    the tensor that it is a view of.
+    """
+    base = output._base
+    in_place = func.__name__.endswith("_")
+    if base is None or in_place or not base.requires_grad or base.numel() != output.numel():
+        return get_gradient_edge(output)
+    whole = base.is_contiguous() and output.is_contiguous()
+    return get_gradient_edge(base if whole else output)
 
 
 def _is_composite(func: Callable[..., Any]) -> bool:

@@ -199,7 +199,7 @@ def test_bad_input_is_refused() -> None:
         merge([operator, operator], [1.0])
     with pytest.raises(ValueError, match=r"weights\[1\] is -1.0"):
         merge([operator, operator], [1.0, -1.0])
-    with pytest.raises(ValueError, match="'w' has blocks that do not fit together.*groups"):
+    with pytest.raises(ValueError, match=r"'w' has blocks that do not fit together.*groups"):
         merge([operator, operator_of(random_block(1, groups=2))])
     joint = EKFACLinearOperator.from_blocks(
         [Block(("w", "b"), None, None, torch.ones(1, 3, 5, dtype=torch.float64))],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 import rotate_ewc
 from rotate_ewc import EKFACLinearOperator, SnapshotError
+from rotate_ewc.block import Block
+from rotate_ewc.snapshot import Provenance
 from tests.oracles import dense_operator
 
 LOSS = nn.BCEWithLogitsLoss()
@@ -83,6 +86,75 @@ def test_multiples(operator: EKFACLinearOperator) -> None:
         operator * -1
     with pytest.raises(TypeError):
         operator * "x"
+
+
+def test_functions_of_eigenvalues_are_checked(operator: EKFACLinearOperator) -> None:
+    bad: list[tuple[Callable[[Tensor], Any], type[Exception], str]] = [
+        (lambda values: values - 1e3, ValueError, "0.weight.*(negative|at least 0)"),
+        (lambda values: values / 0, ValueError, "0.weight.*finite"),
+        (lambda values: values * math.inf, ValueError, "0.weight.*finite"),
+        (lambda values: values.sum(), ValueError, "0.weight.*shape"),
+        (lambda values: values[..., :1, :1], ValueError, "0.weight.*shape"),
+        (lambda values: values > 0, ValueError, r"0.weight.*torch\.bool.*torch\.float64"),
+        (lambda values: 1.0, TypeError, "float; expected a tensor"),
+    ]
+    before = dense(operator)
+    for function, error, message in bad:
+        with pytest.raises(error, match=message):
+            operator.apply(function)
+    with pytest.raises(TypeError, match=r"'sqrt'"):
+        operator.apply("sqrt")
+    assert torch.equal(dense(operator), before)
+
+
+def test_functions_may_work_in_place(operator: EKFACLinearOperator) -> None:
+    before = dense(operator)
+    check_close(operator.apply(lambda values: values.add_(0.5)).trace, before.trace() + 19)
+    assert torch.equal(dense(operator), before)
+
+
+def test_damping_is_checked(operator: EKFACLinearOperator) -> None:
+    for damping in (-1, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"damping is {damping}"):
+            operator.damped(damping)
+        with pytest.raises(ValueError, match=f"damping is {damping}"):
+            operator.sample(damping=damping)
+    with pytest.raises(TypeError, match="damping is '1'"):
+        operator.damped("1")
+
+
+def test_arguments_of_samples_are_checked(operator: EKFACLinearOperator) -> None:
+    with pytest.raises(ValueError, match="num_samples is 0"):
+        operator.sample(0, damping=1.0)
+    with pytest.raises(TypeError, match=r"num_samples is 1\.5"):
+        operator.sample(1.5, damping=1.0)
+    with pytest.raises(ValueError, match=r"'0.weight.*singular.*damping"):
+        (operator * 0.0).sample(damping=0.0)
+
+
+def test_samples_leave_the_global_random_state_alone(operator: EKFACLinearOperator) -> None:
+    state = torch.get_rng_state()
+    operator.sample(3, damping=1.0, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    first = operator.sample(damping=1.0)
+    torch.manual_seed(5)
+    for one, other in zip(first, operator.sample(damping=1.0), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_unknown_parameter_has_no_block(operator: EKFACLinearOperator) -> None:
+    with pytest.raises((KeyError, ValueError), match=r"'nothing'.*0\.weight.*3\.bias"):
+        operator.block("nothing")
+
+
+def test_what_is_too_large_is_not_written_out() -> None:
+    numbers = torch.ones(1).expand(1, 3000, 4000)
+    large = EKFACLinearOperator.from_blocks(
+        [Block(("w",), None, None, numbers)], {"w": (3000, 4000)}, Provenance("L", "sum", "mc", 1)
+    )
+    with pytest.raises(ValueError, match=r"12000000 × 12000000"):
+        large.to_dense()
 
 
 def test_moves_and_casts(operator: EKFACLinearOperator) -> None:
@@ -170,6 +242,7 @@ def test_bad_snapshots_are_refused(operator: EKFACLinearOperator) -> None:
         ([1], "snapshot is list; expected a dictionary"),
         (with_header(state, format="rotate_ewc.operator/99"), "format is 'rotate_ewc.operator/99'"),
         (with_header(state, provenance={}), "'header' is incomplete"),
+        (with_header(state, blocks=[{"parameters": ["w"]}]), "'header' is incomplete"),
         (with_header(state, parameters={"w": [2]}), "blocks are for parameters"),
         ({**state, "more": torch.zeros(1)}, "unexpected key 'more'"),
         ({**state, eigenvalues: "x"}, "is str; expected a tensor"),

@@ -370,11 +370,11 @@ def test_names_are_chosen_by_patterns() -> None:
 def test_parameters_without_a_rule_are_skipped_or_diagonal() -> None:
     model = nn.Sequential(net()[0], nn.PReLU().double(), *net()[2:])
     names = [name for name, _ in model.named_parameters()]
+    skipping = EKFACPenalty(1.0, unsupported="skip")
+    diagonal = EKFACPenalty(1.0, unsupported="diagonal", fisher_type="type2")
     with pytest.warns(UserWarning, match=r"no rule .*'1.weight'; they are left out"):
-        skipping = EKFACPenalty(1.0, unsupported="skip")
         skipping.consolidate(model, CE, task(0))
     with pytest.warns(UserWarning, match=r"no rule .*'1.weight'; .*exact diagonal"):
-        diagonal = EKFACPenalty(1.0, unsupported="diagonal", fisher_type="type2")
         diagonal.consolidate(model, CE, task(0))
     assert list(skipping.terms[0].anchor) == [name for name in names if name != "1.weight"]
     assert list(diagonal.terms[0].anchor) == names

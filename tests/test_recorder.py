@@ -289,3 +289,20 @@ def test_one_by_one_notices_examples_that_are_not_independent() -> None:
 
     with pytest.raises(ValueError, match="example 0 are not the same when it is run by itself"):
         estimate(Mixed(), [(seeded(5, 4, 3), seeded(5, 2))], unsupported="diagonal")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_parameters_converted_in_the_forward_pass(dtype: torch.dtype) -> None:
+    """Statistics are in the parameters' dtype or float32, whatever the layer computes in."""
+
+    def use(layer: Layer, x: Tensor) -> Tensor:
+        hidden = F.linear(x.float(), layer.weight.float()) * layer.mask.float()[:, 0]
+        return hidden.to(layer.weight.dtype)
+
+    model = Layer(use, 5, 4).to(dtype)
+    x, y = seeded(6, 4).to(dtype), seeded(6, 2, seed=1).to(dtype)
+    operator = estimate(model, [(x, y)])
+    exact = estimate(Layer(use, 5, 4), [(seeded(6, 4), seeded(6, 2, seed=1))])
+    assert operator.dtype == torch.promote_types(dtype, torch.float32)
+    tolerance = 1e-5 if dtype is torch.float64 else 5e-2
+    assert operator.trace.item() == pytest.approx(exact.trace.item(), rel=tolerance)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from rotate_ewc.losses.base import Likelihood, shape_of
+
+_DRAWN_AT_ONCE: Final = 2**18
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +99,9 @@ class Categorical(Likelihood):
     def sampled_vector(self, outputs: Tensor, targets: Tensor, generator: Generator) -> Tensor:
         """Return `√s (p - e_y)` with labels y drawn from p."""
         probabilities = outputs.softmax(dim=1)
-        rows = probabilities.movedim(1, -1).flatten(0, -2)
-        drawn = torch.multinomial(rows, 1, generator=generator)
-        labels = drawn.view(outputs.shape[0], *outputs.shape[2:])
+        # In parts, since drawing takes copies of the probabilities.
+        size = max(1, _DRAWN_AT_ONCE // max(1, outputs[0].numel()))
+        labels = torch.cat([_drawn(part, generator) for part in torch.split(probabilities, size)])
         roots = self._strengths(outputs, targets).sqrt()
         ones = torch.ones_like(probabilities[:, :1])
         return probabilities.scatter_add_(1, labels.unsqueeze(1), -ones).mul_(roots)
@@ -175,6 +177,13 @@ class Categorical(Likelihood):
                 f"{self.name} targets are floating-point, but not class probabilities; expected "
                 f"finite numbers of at least 0, or integer class indices"
             )
+
+
+def _drawn(probabilities: Tensor, generator: Generator) -> Tensor:
+    """Draw labels `[N, ...]` from probabilities `[N, C, ...]`."""
+    rows = probabilities.movedim(1, -1)
+    drawn = torch.multinomial(rows.flatten(0, -2), 1, generator=generator)
+    return drawn.view(rows.shape[:-1])
 
 
 def _one_hot(labels: Tensor, outputs: Tensor) -> Tensor:

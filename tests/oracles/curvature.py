@@ -1,0 +1,274 @@
+"""Dense curvature, one example at a time."""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, vjp
+
+Fisher = Literal["type2", "empirical"]
+Shapes = Mapping[str, tuple[int, ...]]
+Loss = nn.Module
+
+
+# --------------------------------------------------------------------------- losses
+
+
+def with_reduction(loss_func: Loss, reduction: str) -> Loss:
+    """Return the same loss, with all of its options, under another reduction.
+
+    Args:
+        loss_func: A loss module.
+        reduction: ``"sum"`` or ``"mean"``.
+
+    Returns:
+        A copy of the loss.
+    """
+    other = copy.deepcopy(loss_func)
+    other.reduction = reduction
+    return other
+
+
+def loss_mass(loss_func: Loss, outputs: Tensor, targets: Tensor) -> float:
+    """Measure what ``mean`` divides by, by asking the loss itself.
+
+    Args:
+        loss_func: The loss; its reduction is ignored.
+        outputs: Outputs of some examples, or of the whole data set.
+        targets: Their targets.
+
+    Returns:
+        The ratio of the summed to the averaged loss; 0 where nothing is averaged.
+    """
+    summed = float(with_reduction(loss_func, "sum")(outputs, targets))
+    averaged = float(with_reduction(loss_func, "mean")(outputs, targets))
+    return 0.0 if math.isnan(averaged) else summed / averaged
+
+
+def output_hessian(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:
+    """Differentiate the summed loss of one example twice with respect to the model's output.
+
+    Args:
+        loss_func: The loss; its reduction is ignored.
+        output: Output of one example, ``[rows, *]``.
+        target: Target of that example, ``[rows, *]``.
+
+    Returns:
+        The Hessian, ``[M, M]`` with M the number of output elements.
+    """
+    summed = with_reduction(loss_func, "sum")
+
+    def loss_of(flat_output: Tensor) -> Tensor:
+        loss: Tensor = summed(flat_output.reshape(output.shape), target)
+        return loss
+
+    curvature: Tensor = jacrev(jacrev(loss_of))(output.reshape(-1))
+    return curvature
+
+
+# --------------------------------------------------------------------------- models
+
+
+def evaluation_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in evaluation mode, leaving the original alone.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The copy, whose parameters do not require gradients.
+    """
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def by_example(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Go through examples, of which each may own several consecutive rows of outputs and targets.
+
+    Args:
+        x: All inputs, ``[N, *]``.
+        *others: Tensors ``[N * rows, *]``.
+
+    Yields:
+        One input without the batch axis, and the ``[rows, *]`` that belong to it.
+    """
+    pieces = [torch.split(other, len(other) // len(x)) for other in others]
+    yield from zip(x, *pieces, strict=True)
+
+
+def parameter_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the named parameters, in the order of the names.
+
+    Args:
+        model: The model.
+        names: Names as in ``model.named_parameters()``.
+
+    Returns:
+        Name to shape.
+    """
+    parameters = dict(model.named_parameters())
+    return {name: tuple(parameters[name].shape) for name in names}
+
+
+def flatten_parameters(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    """Flatten and concatenate tensors shaped like the parameters.
+
+    Args:
+        tensors: Name to tensor.
+        names: The order.
+
+    Returns:
+        A vector of all parameters.
+    """
+    return torch.cat([tensors[name].reshape(-1) for name in names])
+
+
+def detached_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the values of the named parameters.
+
+    Args:
+        model: The model.
+        names: Names as in ``model.named_parameters()``.
+
+    Returns:
+        Name to value.
+    """
+    named = dict(model.named_parameters())
+    return {name: named[name].detach() for name in names}
+
+
+def example_jacobian(model: nn.Module, names: Sequence[str], x: Tensor) -> Tensor:
+    """Differentiate all outputs of one example with respect to the named parameters.
+
+    One row after the other, since not every operation has a batched derivative.
+
+    Args:
+        model: The model, already in evaluation mode.
+        names: The parameters, in the order of the columns.
+        x: One input, without the batch axis.
+
+    Returns:
+        The Jacobian ``[M, D]``.
+    """
+
+    def outputs(values: dict[str, Tensor]) -> Tensor:
+        output: Tensor = functional_call(model, values, (x[None],))
+        return output.reshape(-1)
+
+    value, pull_back = vjp(outputs, detached_parameters(model, names))
+    units = torch.eye(len(value), dtype=value.dtype)
+    return torch.stack([flatten_parameters(pull_back(unit)[0], names) for unit in units])
+
+
+def example_gradient(
+    model: nn.Module, loss_func: Loss, names: Sequence[str], x: Tensor, y: Tensor
+) -> Tensor:
+    """Differentiate the loss of one example alone, under the loss's own reduction.
+
+    Args:
+        model: The model, already in evaluation mode.
+        loss_func: The loss.
+        names: The parameters, in the order of the entries.
+        x: One input, without the batch axis.
+        y: Its target, ``[rows, *]``.
+
+    Returns:
+        The gradient ``[D]``.
+    """
+
+    def loss_of(values: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = loss_func(functional_call(model, values, (x[None],)), y)
+        return loss
+
+    return flatten_parameters(grad(loss_of)(detached_parameters(model, names)), names)
+
+
+# --------------------------------------------------------------------------- dense curvature
+
+
+def dense_ggn(
+    model: nn.Module, loss_func: Loss, names: Sequence[str], x: Tensor, y: Tensor
+) -> Tensor:
+    """Assemble the generalised Gauss-Newton matrix over the named parameters.
+
+    Args:
+        model: The model; it is evaluated in evaluation mode.
+        loss_func: The loss, whose reduction sets the scale.
+        names: The parameters, in the order of rows and columns.
+        x: All inputs, ``[N, *]``.
+        y: All targets, ``[N, *]`` or ``[N * rows, *]``.
+
+    Returns:
+        The matrix ``[D, D]``.
+    """
+    model = evaluation_copy(model)
+    with torch.no_grad():
+        outputs = model(x)
+    total: Tensor | None = None
+    for x_n, y_n, output in by_example(x, y, outputs):
+        jacobian = example_jacobian(model, names, x_n)
+        term = jacobian.T @ output_hessian(loss_func, output, y_n) @ jacobian
+        total = term if total is None else total + term
+    assert total is not None
+    return total / loss_mass(loss_func, outputs, y) if loss_func.reduction == "mean" else total
+
+
+def dense_empirical_fisher(
+    model: nn.Module, loss_func: Loss, names: Sequence[str], x: Tensor, y: Tensor
+) -> Tensor:
+    """Sum (or, under ``mean``, average) the outer products of per-example gradients.
+
+    Under ``mean`` an example counts with its share of what the loss of all data divides by. That is
+    the same for all examples unless the loss weights or ignores some.
+
+    Args:
+        model: The model; it is evaluated in evaluation mode.
+        loss_func: The loss, applied to every example alone under its own reduction.
+        names: The parameters, in the order of rows and columns.
+        x: All inputs, ``[N, *]``.
+        y: All targets, ``[N, *]`` or ``[N * rows, *]``.
+
+    Returns:
+        The matrix ``[D, D]``.
+    """
+    model = evaluation_copy(model)
+    with torch.no_grad():
+        outputs = model(x)
+    total: Tensor | None = None
+    for x_n, y_n, output in by_example(x, y, outputs):
+        share = 1.0
+        if loss_func.reduction == "mean":
+            share = loss_mass(loss_func, output, y_n) / loss_mass(loss_func, outputs, y)
+        if share > 0:
+            gradient = example_gradient(model, loss_func, names, x_n, y_n)
+            term = share * torch.outer(gradient, gradient)
+            total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def dense_fisher(
+    model: nn.Module,
+    loss_func: Loss,
+    names: Sequence[str],
+    x: Tensor,
+    y: Tensor,
+    fisher: Fisher,
+) -> Tensor:
+    """Assemble the exact matrix that a Fisher type stands for.
+
+    Args:
+        model: The model; it is evaluated in evaluation mode.
+        loss_func: The loss, whose reduction sets the scale.
+        names: The parameters, in the order of rows and columns.
+        x: All inputs, ``[N, *]``.
+        y: All targets, ``[N, *]`` or ``[N * rows, *]``.
+        fisher: Which Fisher matrix.
+
+    Returns:
+        The matrix ``[D, D]``.
+    """
+    build = dense_ggn if fisher == "type2" else dense_empirical_fisher
+    return build(model, loss_func, names, x, y)
