@@ -1,0 +1,107 @@
+"""The exact matrices, from plain automatic differentiation of one example at a time.
+
+No closed form of a layer or loss is used, and nothing of any package that is measured.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import jacrev
+
+from benchmarks.peers.problem import Fisher, Problem
+
+
+@dataclass(frozen=True)
+class DenseMatrix:
+    """A dense matrix over named parameters.
+
+    Attributes:
+        matrix: ``[D, D]``; every parameter flattened row-major, in the order of ``shapes``.
+        shapes: Parameter shapes by name.
+    """
+
+    matrix: Tensor
+    shapes: Mapping[str, torch.Size]
+
+    def positions(self, names: Sequence[str]) -> Tensor:
+        """Where the entries of some parameters lie, in the order of the names."""
+        first, ranges = 0, {}
+        for name, shape in self.shapes.items():
+            ranges[name] = torch.arange(first, first + shape.numel())
+            first += shape.numel()
+        return torch.cat([ranges[name] for name in names])
+
+    def block(self, names: Sequence[str]) -> Tensor:
+        """The part of the matrix that belongs to some parameters."""
+        positions = self.positions(names)
+        return self.matrix[positions][:, positions]
+
+
+def exact_matrix(problem: Problem, fisher: Fisher) -> DenseMatrix:
+    """Assemble the matrix that a problem asks for.
+
+    ``type2`` is the generalised Gauss-Newton matrix of the loss under its own reduction over all
+    examples; ``empirical`` the sum of the outer products of the examples' gradients.
+    """
+    model = problem.model()
+    parameters = problem.parameters(model)
+    shapes = {name: model.get_parameter(name).shape for name in problem.names(model)}
+    size = sum(shape.numel() for shape in shapes.values())
+    matrix = torch.zeros(size, size, dtype=parameters[0].dtype)
+    summed = with_reduction(problem.loss_for(fisher), "sum")
+    for x, y in problem.seen():
+        output = model(x)
+        if fisher == "empirical":
+            gradient = flat_gradients(summed(output, y)[None], parameters)
+            matrix += gradient.T @ gradient
+        else:
+            jacobian = flat_gradients(output.flatten(), parameters)
+            matrix += jacobian.T @ output_hessian(summed, output.detach(), y) @ jacobian
+    if fisher == "type2" and problem.reduction == "mean":
+        matrix /= mean_divisor(problem)
+    return DenseMatrix(matrix, shapes)
+
+
+def with_reduction(loss: Any, reduction: str) -> Any:
+    """A copy of a loss with another reduction and the same options."""
+    changed = copy.copy(loss)
+    changed.reduction = reduction
+    return changed
+
+
+def mean_divisor(problem: Problem) -> float:
+    """What the reduction ``mean`` divides by over all examples: asked of the loss itself."""
+    model = problem.model()
+    with torch.no_grad():
+        outputs = torch.cat([model(x) for x, _ in problem.seen()])
+    targets = torch.cat([y for _, y in problem.seen()])
+    losses = [problem.loss(reduction)(outputs, targets) for reduction in ("sum", "mean")]
+    return float(losses[0] / losses[1])
+
+
+def flat_gradients(values: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Gradients ``[M, D]`` of values ``[M]``; a parameter that is not used has zeros."""
+    rows = []
+    for value in values:
+        gradients = torch.autograd.grad(
+            value, list(parameters), retain_graph=True, allow_unused=True
+        )
+        pairs = zip(gradients, parameters, strict=True)
+        filled = [torch.zeros_like(p) if gradient is None else gradient for gradient, p in pairs]
+        rows.append(torch.cat([gradient.flatten() for gradient in filled]))
+    return torch.stack(rows).detach()
+
+
+def output_hessian(summed: Any, output: Tensor, target: Tensor) -> Tensor:
+    """Second derivative ``[M, M]`` of the summed loss by the M numbers of one example's output."""
+
+    def loss_of(flat: Tensor) -> Tensor:
+        loss: Tensor = summed(flat.reshape(output.shape), target)
+        return loss
+
+    hessian: Tensor = jacrev(jacrev(loss_of))(output.flatten())
+    return hessian
