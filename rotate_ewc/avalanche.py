@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, Subset
 
 try:
@@ -34,7 +34,11 @@ from rotate_ewc.options import (
     as_non_negative_number,
     check_positive_integer,
 )
+from rotate_ewc.parameters import parameters_of
 from rotate_ewc.penalty import EKFACPenalty
+from rotate_ewc.step_size import StepSizes, check_optimizer, learning_rate_of, step_sizes_of
+
+UPDATES: Final = ("penalty", "proximal")
 
 
 class RotatedEWCPlugin(SupervisedPlugin):
@@ -61,6 +65,11 @@ class RotatedEWCPlugin(SupervisedPlugin):
         ewc_lambda: float = 1.0,
         mode: str = "merged",
         *,
+        update: str = "penalty",
+        every: int = 1,
+        step_size: float | None = None,
+        weighting: str = "examples",
+        decay: float = 1.0,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         num_samples: int | None = None,
@@ -81,6 +90,15 @@ class RotatedEWCPlugin(SupervisedPlugin):
                 3 a good practical value.
             mode: `"merged"`: one penalty for all experiences, at constant time and memory; or
                 `"separate"`: one for each experience.
+            update: `"penalty"`: the penalty is added to every loss; or `"proximal"`: the parameters
+                are moved after the optimizer's step (`EKFACPenalty.proximal_step_`), which is
+                stable for every `ewc_lambda`, in mode `"merged"`.
+            every: After how many steps of the optimizer a proximal step is taken, of so many times
+                its size; the cost is divided by it.
+            step_size: That of the proximal step; None takes the optimizer's own, which must then be
+                SGD, Adam or AdamW with one learning rate.
+            weighting: `"examples"` or `"uniform"`: how the experiences weigh in.
+            decay: What earlier experiences are multiplied with at the end of each, from 0 to 1.
             include: Patterns such as `"features.*"` for the names of the parameters to protect.
             exclude: Patterns for names to leave out, such as those of unsupported layers.
             num_samples: Examples to draw from each experience for its snapshot; None takes all. A
@@ -104,9 +122,18 @@ class RotatedEWCPlugin(SupervisedPlugin):
         super().__init__()
         check_positive_integer("num_samples", num_samples, optional=True)
         check_positive_integer("estimation_mb_size", estimation_mb_size, optional=True)
+        check_positive_integer("every", every)
+        if update not in UPDATES:
+            raise ValueError(
+                f"update is {update!r}; expected one of {', '.join(map(repr, UPDATES))}"
+            )
+        if update == "proximal" and mode != "merged":
+            raise ValueError(f"update is 'proximal' and mode {mode!r}; expected mode 'merged'")
         self.penalty = EKFACPenalty(
             as_non_negative_number("ewc_lambda", ewc_lambda),
             mode,
+            weighting=weighting,
+            decay=decay,
             include=include,
             exclude=exclude,
             fisher_type=fisher_type,
@@ -118,9 +145,16 @@ class RotatedEWCPlugin(SupervisedPlugin):
             unsupported=unsupported,
             progressbar=progressbar,
         )
+        self.update = update
+        self.every = every
+        self.step_size = (
+            None if step_size is None else as_non_negative_number("step_size", step_size)
+        )
         self.num_samples = num_samples
         self.estimation_mb_size = estimation_mb_size
         self._sub_experiences = 0
+        self._waiting, self._waiting_updates = 0.0, 0
+        self._learning_rate_checked = False
 
     @property
     def ewc_lambda(self) -> float:
@@ -130,14 +164,29 @@ class RotatedEWCPlugin(SupervisedPlugin):
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Tell the penalty how many examples the task at hand has."""
         self.penalty.current_examples = len(_task(strategy.experience).dataset)
+        self._learning_rate_checked = False
+        if self.update == "proximal" and self.step_size is None:
+            check_optimizer(strategy.optimizer)
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Add the penalty to the loss."""
-        if self.penalty.num_tasks > 0:
+        if self.update == "penalty" and self.penalty.num_tasks > 0:
+            self._check_learning_rate(strategy.optimizer)
             strategy.loss = strategy.loss + self.penalty(strategy.model)
+
+    def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Take a proximal step, after every so many steps of the optimizer."""
+        if self.update != "proximal" or self.penalty.num_tasks == 0:
+            return
+        own = self.step_size is None
+        self._waiting += learning_rate_of(strategy.optimizer) if own else self.step_size or 0.0
+        self._waiting_updates += 1
+        if self._waiting_updates == self.every:
+            self._proximal_step(strategy)
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Take the snapshot, at the end of a task."""
+        self._proximal_step(strategy)
         if not self._ends_task(strategy.experience):
             return
         dataset = _task(strategy.experience).dataset
@@ -161,6 +210,25 @@ class RotatedEWCPlugin(SupervisedPlugin):
             ValueError: If the state is not whole or not consistent, naming the key.
         """
         self.penalty.load_state_dict(state)
+
+    def _proximal_step(self, strategy: Any) -> None:
+        """Take the step for all updates since the last one."""
+        if self._waiting_updates:
+            parameters = parameters_of(strategy.model)
+            sizes: StepSizes = self._waiting
+            if self.step_size is None:
+                sizes = step_sizes_of(strategy.optimizer, parameters, self._waiting)
+            self.penalty.proximal_step_(parameters, sizes)
+        self._waiting, self._waiting_updates = 0.0, 0
+
+    def _check_learning_rate(self, optimizer: Optimizer) -> None:
+        """Warn once for each task if plain gradient descent will diverge.
+
+        Adaptive optimizers take steps of bounded size, and are not checked.
+        """
+        if not self._learning_rate_checked and isinstance(optimizer, SGD):
+            self.penalty.check_learning_rate(max(map(_plain_rate, optimizer.param_groups)))
+        self._learning_rate_checked = True
 
     def _ends_task(self, experience: Any) -> bool:
         """Whether a task ends here; online streams cut each task into many experiences.
@@ -203,6 +271,11 @@ class RotatedEWC(SupervisedTemplate):
         criterion: Callable[..., Any] | None = None,
         ewc_lambda: float = 1.0,
         mode: str = "merged",
+        update: str = "penalty",
+        every: int = 1,
+        step_size: float | None = None,
+        weighting: str = "examples",
+        decay: float = 1.0,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         num_samples: int | None = None,
@@ -231,6 +304,11 @@ class RotatedEWC(SupervisedTemplate):
             criterion: The loss, `CrossEntropyLoss()` if None.
             ewc_lambda: See `RotatedEWCPlugin`, also for the arguments down to `memory_budget`.
             mode: `"merged"` or `"separate"`.
+            update: `"penalty"` or `"proximal"`.
+            every: Optimizer steps for each proximal step.
+            step_size: That of the proximal step; None takes the optimizer's.
+            weighting: `"examples"` or `"uniform"`.
+            decay: What earlier experiences are multiplied with at the end of each.
             include: Name patterns of the parameters to protect.
             exclude: Name patterns of parameters to leave out.
             num_samples: Examples for each snapshot; None is all.
@@ -254,6 +332,11 @@ class RotatedEWC(SupervisedTemplate):
         plugin = RotatedEWCPlugin(
             ewc_lambda,
             mode,
+            update=update,
+            every=every,
+            step_size=step_size,
+            weighting=weighting,
+            decay=decay,
             include=include,
             exclude=exclude,
             num_samples=num_samples,
@@ -294,6 +377,12 @@ class _Batches:
     def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor | None], Tensor]]:
         for batch in self._loader:
             yield (batch[0], batch[-1] if len(batch) > 2 else None), batch[1]
+
+
+def _plain_rate(group: Mapping[str, Any]) -> float:
+    """Return the learning rate that is as stable without momentum; heavy balls roll no worse."""
+    rate, momentum = float(group["lr"]), float(group["momentum"])
+    return rate * (1 + 2 * momentum) / (1 + momentum) if group["nesterov"] else rate
 
 
 def _forward(model: nn.Module, inputs: tuple[Tensor, Tensor | None]) -> Tensor:

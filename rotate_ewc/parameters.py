@@ -102,13 +102,22 @@ def parameters_of(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tenso
     )
 
 
+def fits(name: str, parameters: Mapping[str, Tensor], anchor: Tensor) -> bool:
+    """Whether there is a parameter of a name that is as large as its anchor along every axis."""
+    parameter = parameters.get(name)
+    if parameter is None or parameter.ndim != anchor.ndim:
+        return False
+    return not any(map(int.__lt__, parameter.shape, anchor.shape))
+
+
 def protected_slice(name: str, parameters: Mapping[str, Tensor], anchor: Tensor) -> Tensor:
     """Return the leading slice of a parameter that existed when its anchor was set."""
     parameter = parameters.get(name)
     if parameter is None:
         raise ValueError(
             f"parameter {name!r} is protected by the penalty, but the model has no such parameter; "
-            f"expected the model that was consolidated, or one grown from it"
+            f"expected the model that was consolidated, or one grown from it (strict=False leaves "
+            f"such parameters out)"
         )
     if parameter.device != anchor.device:
         raise ValueError(
@@ -117,9 +126,10 @@ def protected_slice(name: str, parameters: Mapping[str, Tensor], anchor: Tensor)
         )
     if parameter.shape == anchor.shape:
         return parameter
-    if parameter.ndim != anchor.ndim or any(map(int.__lt__, parameter.shape, anchor.shape)):
+    if not fits(name, parameters, anchor):
         raise ValueError(
             f"parameter {name!r} has shape {list(parameter.shape)}, but the penalty protects "
-            f"{list(anchor.shape)}; expected at least that size along every axis"
+            f"{list(anchor.shape)}; expected at least that size along every axis (strict=False "
+            f"leaves such parameters out)"
         )
     return parameter[tuple(slice(size) for size in anchor.shape)]

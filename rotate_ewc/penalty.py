@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -26,26 +27,22 @@ from rotate_ewc.options import (
 )
 from rotate_ewc.parameters import (
     Parameters,
+    fits,
     name_parameters,
     parameters_of,
     protected_slice,
     select_parameters,
     unwrapped,
 )
+from rotate_ewc.proximal import check_step_size, proximal_step_
 from rotate_ewc.quadratic import quadratic_form
 from rotate_ewc.snapshot import HEADER, SnapshotError
+from rotate_ewc.stability import largest_curvature, warn_if_divergent
+from rotate_ewc.terms import Stack, Term, stack_terms
 
 FORMAT: Final = "rotate_ewc.penalty/1"
 MODES: Final = ("merged", "separate")
-
-
-@dataclass(frozen=True)
-class Term:
-    """One quadratic term of the penalty: an operator, the point it pulls to, and its weight."""
-
-    operator: EKFACLinearOperator
-    anchor: dict[str, Tensor]
-    weight: float
+WEIGHTINGS: Final = ("examples", "uniform")
 
 
 class EKFACPenalty(nn.Module):
@@ -54,15 +51,20 @@ class EKFACPenalty(nn.Module):
     After each task, `consolidate` estimates the Fisher matrix F_t at the solution θ*. On later
     tasks, the penalty is added to the loss:
 
-        ½ · strength · Σ_t (N_t / N_now) (θ - θ*)ᵀ F_t (θ - θ*)
+        ½ · strength · Σ_t ω_t (θ - θ*)ᵀ F_t (θ - θ*),    ω_t = w_t · decay^(T - t) · N_t / N_now
 
-    With a mean loss, strength 1 is Bayes' rule: N_t are the example counts of the past tasks, N_now
-    that of the task being trained (Huszár 2018, "Note on the quadratic penalties in elastic weight
-    consolidation"). Larger strengths protect more; 3 is a good practical value.
+    for the T tasks of the past. With a mean loss and nothing else given (w_t = decay = 1), strength
+    1 is Bayes' rule: N_t are the example counts of the past tasks, N_now that of the task being
+    trained (Huszár 2018, "Note on the quadratic penalties in elastic weight consolidation").
+    `weighting="uniform"` leaves the counts out; w_t is given to `consolidate`. Larger strengths
+    protect more; 3 is a good practical value.
 
     In mode `"merged"` the operators of all tasks are merged into one, anchored at the latest
     solution: time and memory do not depend on the number of tasks. In mode `"separate"` every task
     keeps its operator and its own anchor.
+
+    The penalty can be used without being added to the loss: `proximal_step_` moves the parameters
+    after the optimizer did, stably for any strength.
 
     Example:
         >>> import torch
@@ -88,8 +90,11 @@ class EKFACPenalty(nn.Module):
         strength: float = 1.0,
         mode: str = "merged",
         *,
+        weighting: str = "examples",
+        decay: float = 1.0,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
+        strict: bool = True,
         fisher_type: FisherType | str = FisherType.MC,
         mc_samples: int = 1,
         kfac_approx: KFACType | str = KFACType.EXPAND,
@@ -104,8 +109,13 @@ class EKFACPenalty(nn.Module):
         Args:
             strength: λ, at least 0.
             mode: `"merged"` (constant cost) or `"separate"`.
+            weighting: `"examples"` (tasks weigh in by their numbers of examples) or `"uniform"`.
+            decay: What the weights of earlier tasks are multiplied with whenever a task is
+                consolidated, from 0 to 1 (the γ of online EWC, Schwarz et al. 2018).
             include: Patterns such as `"encoder.*"` for the names of the parameters to protect.
             exclude: Patterns for names to leave out, such as those of unsupported layers.
+            strict: Whether a protected parameter that is missing, or smaller than it was, is an
+                error; otherwise it is left out, with a warning.
             fisher_type: `MC` (sampled labels), `TYPE2` (exact expectation) or `EMPIRICAL`.
             mc_samples: Sampled labels per example, for `MC`.
             kfac_approx: `EXPAND` or `REDUCE`: how shared positions enter the basis.
@@ -124,8 +134,17 @@ class EKFACPenalty(nn.Module):
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, MODES))}")
+        if weighting not in WEIGHTINGS:
+            raise ValueError(
+                f"weighting is {weighting!r}; expected one of {', '.join(map(repr, WEIGHTINGS))}"
+            )
         self.strength = strength
         self.mode = mode
+        self.weighting = weighting
+        self.decay = as_non_negative_number("decay", decay)
+        if self.decay > 1:
+            raise ValueError(f"decay is {decay}; expected a number from 0 to 1")
+        self.strict = bool(strict)
         self.include = as_patterns("include", include)
         self.exclude = as_patterns("exclude", exclude)
         self.current_examples = None
@@ -140,8 +159,10 @@ class EKFACPenalty(nn.Module):
             unsupported=as_choice("unsupported", unsupported, Unsupported),
         )
         self._terms: list[Term] = []
+        self._stacks: tuple[Stack, ...] = ()
         self._num_tasks = 0
         self._last_examples = 1
+        self._left_out: set[str] = set()
 
     @property
     def strength(self) -> float:
@@ -181,6 +202,7 @@ class EKFACPenalty(nn.Module):
         params: Parameters | None = None,
         forward: Callable[[Any], Tensor] | None = None,
         num_examples: int | None = None,
+        weight: float = 1.0,
         batch_size_fn: Callable[[Any], int] | None = None,
     ) -> None:
         """Remember a task: estimate its Fisher matrix at the current solution and fold it in.
@@ -197,6 +219,7 @@ class EKFACPenalty(nn.Module):
                 all that require gradients and that `include` and `exclude` choose.
             forward: From a batch's inputs to outputs, where that is not `model(inputs)`.
             num_examples: The task's number of examples, where `data` is only a sample of them.
+            weight: w_t, what this task weighs in comparison with the others, at least 0.
             batch_size_fn: From a batch's inputs to its number of examples, where that is not the
                 length of their first axis.
 
@@ -207,6 +230,7 @@ class EKFACPenalty(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
         check_positive_integer("num_examples", num_examples, optional=True)
+        weight = as_non_negative_number("weight", weight)
         model = unwrapped(model)
         if params is None:
             params = select_parameters(model, self.include, self.exclude)
@@ -224,7 +248,7 @@ class EKFACPenalty(nn.Module):
             *fit_blocks(forward or model, loss_func, named, data, settings, model=model)
         )
         anchor = {name: named[name].detach().clone() for name in operator.parameter_shapes}
-        self._fold_in(operator, anchor)
+        self._fold_in(operator, anchor, weight, parameters_of(model))
 
     def forward(self, model: nn.Module | Mapping[str, Tensor]) -> Tensor:
         """Return the penalty, a scalar tensor; zero before the first task.
@@ -238,25 +262,100 @@ class EKFACPenalty(nn.Module):
             TypeError: If `model` is neither a module nor a mapping.
         """
         parameters = parameters_of(model)
-        if not self._terms:
+        if not self._stacks:
             like = next(iter(parameters.values()), torch.zeros(()))
             return like.new_zeros(())
-        values = []
-        for term in self._terms:
-            deltas = {
-                name: protected_slice(name, parameters, anchor) - anchor
-                for name, anchor in term.anchor.items()
-            }
-            values.append(term.weight * quadratic_form(term.operator.blocks, deltas))
-        return 0.5 * self.strength / self._reference() * torch.stack(values).sum()
+        deltas = self._deltas(parameters)
+        value = quadratic_form([stack.block for stack in self._stacks], deltas)
+        return 0.5 * self._scale() * value
+
+    @torch.no_grad()
+    def proximal_step_(
+        self, model: nn.Module | Mapping[str, Tensor], step_size: float | Mapping[str, float]
+    ) -> None:
+        """Move the parameters towards the anchor, in place: an implicit step on the penalty.
+
+        The step is `θ ← argmin ½ |θ' - θ|² + η · penalty(θ')`, elementwise in the eigenbasis:
+
+            θ ← θ* + Q [Qᵀ(θ - θ*) / (1 + η λ Λ)]
+
+        It is stable for every strength: in the limit, the directions that matter to old tasks do
+        not move at all. Take it after the optimizer's step on the loss without the penalty, or
+        after every k-th with k times the step size. The gradients are not touched.
+
+        Args:
+            model: The model, or its parameters by name.
+            step_size: η, that of the optimizer: the learning rate, for SGD with momentum μ divided
+                by `1 - μ`. Or one for each parameter, by name.
+
+        Raises:
+            ValueError: If the mode is not `"merged"`, a step size is out of range, or a protected
+                parameter is missing or has lost its shape.
+        """
+        if self.mode != "merged":
+            raise ValueError(
+                f"mode is {self.mode!r}; expected 'merged': the terms of separate tasks have no "
+                f"common eigenbasis in which to take a proximal step"
+            )
+        check_step_size(step_size)
+        parameters = parameters_of(model)
+        if self._stacks:
+            deltas = self._deltas(parameters)
+            proximal_step_(self._stacks, parameters, deltas, step_size, self._scale())
+
+    @property
+    def max_curvature(self) -> float:
+        """Largest second derivative of the penalty, or a bound of it where tasks are separate.
+
+        Gradient descent on the penalty diverges when the learning rate is more than two over this.
+        """
+        return self._scale() * largest_curvature(self._stacks) if self._stacks else 0.0
+
+    def check_learning_rate(self, learning_rate: float) -> bool:
+        """Warn if gradient descent on the penalty diverges at a learning rate; say whether not."""
+        learning_rate = as_non_negative_number("learning_rate", learning_rate)
+        return warn_if_divergent(learning_rate, self.max_curvature, self.strength)
+
+    def _deltas(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return `θ - θ*` for every parameter of every stack, `[T, *shape]`."""
+        deltas = {}
+        for stack in self._stacks:
+            for key, name, anchor in zip(
+                stack.block.parameters, stack.names, stack.anchors, strict=True
+            ):
+                found = self._protected(name, parameters, anchor[0])
+                deltas[key] = torch.zeros_like(anchor) if found is None else found - anchor
+        return deltas
+
+    def _protected(
+        self, name: str, parameters: Mapping[str, Tensor], anchor: Tensor
+    ) -> Tensor | None:
+        """Return the protected slice of a parameter; None for one that is left out."""
+        if self.strict or fits(name, parameters, anchor):
+            return protected_slice(name, parameters, anchor)
+        if name not in self._left_out:
+            self._left_out.add(name)
+            warnings.warn(
+                f"parameter {name!r} is missing in the model, or smaller than when it was "
+                f"consolidated, and is not protected any more (strict=False)",
+                UserWarning,
+                stacklevel=4,
+            )
+        return None
 
     def _check_protected(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise if a parameter of an earlier task is missing, or smaller than it was."""
-        for term in self._terms:
-            for name, anchor in term.anchor.items():
-                protected_slice(name, parameters, anchor)
+        for stack in self._stacks:
+            for name, anchor in zip(stack.names, stack.anchors, strict=True):
+                self._protected(name, parameters, anchor[0])
 
-    def _fold_in(self, operator: EKFACLinearOperator, anchor: dict[str, Tensor]) -> None:
+    def _fold_in(
+        self,
+        operator: EKFACLinearOperator,
+        anchor: dict[str, Tensor],
+        weight: float,
+        parameters: Mapping[str, Tensor],
+    ) -> None:
         """Add a task's operator; everything that can fail comes before the first change."""
         reductions = {term.operator.provenance.reduction for term in self._terms}
         reduction = operator.provenance.reduction
@@ -265,36 +364,40 @@ class EKFACPenalty(nn.Module):
                 f"loss_func has reduction {reduction!r}, but earlier tasks had "
                 f"{reductions.pop()!r}; expected the same for all tasks"
             )
-        weight = float(operator.num_data) if reduction == "mean" else 1.0
-        term = Term(operator, anchor, weight)
+        if reduction == "mean" and self.weighting == "examples":
+            weight *= operator.num_data
+        elif reduction == "sum" and self.weighting == "uniform":
+            # A summed loss has its example count inside.
+            weight /= operator.num_data
+        left = (term.only(lambda name, a: fits(name, parameters, a)) for term in self._terms)
+        terms = [replace(term, weight=self.decay * term.weight) for term in left if term]
+        terms.append(Term(operator, anchor, weight))
         if self.mode == "merged":
-            parts = [*self._terms, term]
-            merged = merge([part.operator for part in parts], [part.weight for part in parts])
-            older = self._terms[0].anchor if self._terms else {}
+            merged = merge([term.operator for term in terms], [term.weight for term in terms])
+            older = terms[0].anchor if len(terms) > 1 else {}
             terms = [Term(merged, {**older, **anchor}, 1.0)]
-        else:
-            terms = [*self._terms, term]
-        self._terms = terms
+        self._replace_terms(terms)
         self._num_tasks += 1
         self._last_examples = operator.num_data
 
-    def _reference(self) -> float:
-        """N_now for a mean loss; a summed loss has its example counts inside."""
-        if self._terms[0].operator.provenance.reduction == "sum":
-            return 1.0
-        return float(self.current_examples or self._last_examples)
+    def _replace_terms(self, terms: Sequence[Term]) -> None:
+        self._terms, self._stacks = stack_terms(terms)
+
+    def _scale(self) -> float:
+        """λ, divided by N_now where tasks weigh in by their numbers of examples.
+
+        A summed loss has the numbers inside; there, only uniform weights are to be multiplied.
+        """
+        now = float(self.current_examples or self._last_examples)
+        summed = self._terms[0].operator.provenance.reduction == "sum"
+        if self.weighting == "examples":
+            return self.strength if summed else self.strength / now
+        return self.strength * now if summed else self.strength
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EKFACPenalty:
         """Move or cast the state, as `nn.Module.to` and its relatives ask for."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._terms = [
-            Term(
-                term.operator.map(fn),
-                {name: fn(anchor) for name, anchor in term.anchor.items()},
-                term.weight,
-            )
-            for term in self._terms
-        ]
+        self._replace_terms([term.map(fn) for term in self._terms])
         return self
 
     def _save_to_state_dict(
@@ -303,16 +406,14 @@ class EKFACPenalty(nn.Module):
         header = {
             "format": FORMAT,
             "mode": self.mode,
+            "weighting": self.weighting,
             "weights": [term.weight for term in self._terms],
             "num_tasks": self._num_tasks,
             "last_examples": self._last_examples,
         }
         destination[prefix + HEADER] = json.dumps(header)
         for index, term in enumerate(self._terms):
-            for key, value in term.operator.state_dict().items():
-                destination[f"{prefix}{index}/operator/{key}"] = value
-            for name, anchor in term.anchor.items():
-                destination[f"{prefix}{index}/anchor/{name}"] = anchor
+            destination.update(term.state(f"{prefix}{index}/"))
 
     def _load_from_state_dict(
         self,
@@ -327,11 +428,12 @@ class EKFACPenalty(nn.Module):
         """Check the whole state before anything is replaced."""
         state = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
         header = snapshot.read_header(state, FORMAT)
-        if header.get("mode") != self.mode:
-            raise SnapshotError(
-                f"snapshot is of a penalty with mode {header.get('mode')!r}; expected "
-                f"{self.mode!r}, the mode of this one"
-            )
+        for option in ("mode", "weighting"):
+            if header.get(option) != getattr(self, option):
+                raise SnapshotError(
+                    f"snapshot is of a penalty with {option} {header.get(option)!r}; expected "
+                    f"{getattr(self, option)!r}, the {option} of this one"
+                )
         try:
             weights = [as_non_negative_number("weights", w) for w in header["weights"]]
             num_tasks, last_examples = int(header["num_tasks"]), int(header["last_examples"])
@@ -341,39 +443,9 @@ class EKFACPenalty(nn.Module):
         for key in state:
             if key != HEADER and key[: key.find("/") + 1] not in known:
                 raise SnapshotError(f"snapshot has the unexpected key {key!r}")
-        self._terms = [_load_term(state, index, weight) for index, weight in enumerate(weights)]
+        self._replace_terms([Term.from_state(state, f"{i}/", w) for i, w in enumerate(weights)])
         self._num_tasks, self._last_examples = num_tasks, last_examples
 
     def extra_repr(self) -> str:
         """Show strength, mode and tasks."""
         return f"strength={self.strength}, mode={self.mode!r}, tasks={self._num_tasks}"
-
-
-def _load_term(state: Mapping[str, Any], index: int, weight: float) -> Term:
-    operator_prefix, anchor_prefix = f"{index}/operator/", f"{index}/anchor/"
-    operator = EKFACLinearOperator.from_state_dict(
-        {
-            key[len(operator_prefix) :]: value
-            for key, value in state.items()
-            if key.startswith(operator_prefix)
-        }
-    )
-    anchor = {
-        key[len(anchor_prefix) :]: value
-        for key, value in state.items()
-        if key.startswith(anchor_prefix)
-    }
-    shapes = operator.parameter_shapes
-    for name in sorted(set(shapes) ^ set(anchor)):
-        raise SnapshotError(f"snapshot key {anchor_prefix + name!r} is missing or unexpected")
-    for name, shape in shapes.items():
-        value = anchor[name]
-        if not isinstance(value, Tensor) or value.shape != shape:
-            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise SnapshotError(
-                f"snapshot key {anchor_prefix + name!r} is {got}; expected a tensor of shape "
-                f"{list(shape)}"
-            )
-        if not bool(torch.isfinite(value).all()):
-            raise SnapshotError(f"snapshot key {anchor_prefix + name!r} is not finite")
-    return Term(operator, {name: anchor[name].detach() for name in shapes}, weight)
