@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import METHODS
+from benchmarks.methods import DEFAULT_METHODS, METHODS
 from benchmarks.option_types import (
     LARGEST_SEED,
     device,
@@ -24,6 +24,7 @@ from benchmarks.option_types import (
 
 DATA_ROOT_VARIABLE = "ROTATE_EWC_DATA"
 OPTIMIZERS = ("adam", "sgd")
+SCHEDULES = ("constant", "linear")
 FISHER_TYPES = ("mc", "type2", "empirical")
 
 # The digits are a fortieth of MNIST: this makes about as many steps per task.
@@ -46,8 +47,10 @@ class Configuration:
         batch_size: Examples per training step.
         learning_rate: Step size of the optimizer.
         optimizer: ``"adam"`` or ``"sgd"``.
+        schedule: ``"constant"``, or ``"linear"``: the step size falls to zero in every task.
         ewc_lambda: Strength of the rotated methods.
         baseline_ewc_lambda: Strengths of Avalanche's EWC; one run for each.
+        proximal_every: Steps of the optimizer for each proximal step.
         fisher_samples: Examples per snapshot of the rotated methods; 0 for all.
         fisher_type: ``"mc"``, ``"type2"`` or ``"empirical"``.
         methods: Names of the methods to run, keys of :data:`benchmarks.methods.METHODS`.
@@ -65,11 +68,13 @@ class Configuration:
     batch_size: int = 250
     learning_rate: float = 1e-3
     optimizer: str = "adam"
+    schedule: str = "constant"
     ewc_lambda: float = 3.0
     baseline_ewc_lambda: tuple[float, ...] = (100.0,)
+    proximal_every: int = 10
     fisher_samples: int = 10_000
     fisher_type: str = "mc"
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = DEFAULT_METHODS
     seeds: tuple[int, ...] = (0,)
     data_root: Path = field(default_factory=default_data_root)
     output: Path = Path("results")
@@ -187,6 +192,13 @@ def _add_training_arguments(parser: argparse.ArgumentParser, defaults: Configura
         help=f"adam, or sgd with momentum 0.9 (default: {defaults.optimizer}); its state is "
         "kept from task to task",
     )
+    add(
+        "--schedule",
+        type=one_of(SCHEDULES),
+        metavar="NAME",
+        help="constant, or linear: the step size falls to zero in every task "
+        f"(default: {defaults.schedule})",
+    )
 
 
 def _add_method_arguments(parser: argparse.ArgumentParser, defaults: Configuration) -> None:
@@ -197,7 +209,7 @@ def _add_method_arguments(parser: argparse.ArgumentParser, defaults: Configurati
         type=several(one_of(METHODS)),
         nargs="+",
         metavar="METHOD",
-        help=f"any of {_words(METHODS)} (default: all)",
+        help=f"any of {_words(METHODS)} (default: {_words(DEFAULT_METHODS)})",
     )
     add(
         "--ewc-lambda",
@@ -212,6 +224,13 @@ def _add_method_arguments(parser: argparse.ArgumentParser, defaults: Configurati
         metavar="λ",
         help="strength of Avalanche's EWC; with several values, one run for each "
         f"(default: {_words(f'{value:g}' for value in defaults.baseline_ewc_lambda)})",
+    )
+    add(
+        "--proximal-every",
+        type=whole_number(1),
+        metavar="K",
+        help="steps of the optimizer for each proximal step of rotated-ewc-proximal "
+        f"(default: {defaults.proximal_every})",
     )
     add(
         "--fisher-samples",

@@ -26,12 +26,14 @@ class PluginSettings:
         fisher_type: Labels in the Fisher matrix, for methods that have the choice.
         samples: Examples per snapshot; None for all.
         seed: Seed of the run.
+        proximal_every: Steps of the optimizer for each proximal step.
     """
 
     strength: float
     fisher_type: str
     samples: int | None
     seed: int
+    proximal_every: int
 
 
 def _no_plugin(settings: PluginSettings) -> None:
@@ -45,8 +47,8 @@ def _ewc(settings: PluginSettings) -> Any:
     return EWCPlugin(ewc_lambda=settings.strength, mode="separate")
 
 
-def _rotated_ewc(mode: str) -> Callable[[PluginSettings], Any]:
-    """Elastic weight consolidation in the rotated basis, in one of its modes."""
+def _rotated_ewc(mode: str, update: str = "penalty") -> Callable[[PluginSettings], Any]:
+    """Elastic weight consolidation in the rotated basis, in one of its modes and updates."""
 
     def make(settings: PluginSettings) -> Any:
         from rotate_ewc.avalanche import RotatedEWCPlugin
@@ -54,6 +56,8 @@ def _rotated_ewc(mode: str) -> Callable[[PluginSettings], Any]:
         return RotatedEWCPlugin(
             ewc_lambda=settings.strength,
             mode=mode,
+            update=update,
+            every=settings.proximal_every if update == "proximal" else 1,
             fisher_type=settings.fisher_type,
             num_samples=settings.samples,
             seed=settings.seed,
@@ -78,11 +82,13 @@ class Method:
         make_plugin: Makes the plugin that sets the method apart, or None for plain training.
         strengths: Picks the values of λ to run from a configuration; None where there is no λ.
         trained_jointly: Whether all tasks are learned at once.
+        by_default: Whether it is among the methods that run when none are named.
     """
 
     make_plugin: Callable[[PluginSettings], Any]
     strengths: Callable[["Configuration"], Sequence[float]] | None = None
     trained_jointly: bool = False
+    by_default: bool = True
 
 
 METHODS: dict[str, Method] = {
@@ -90,8 +96,12 @@ METHODS: dict[str, Method] = {
     "ewc": Method(_ewc, _baseline_strengths),
     "rotated-ewc": Method(_rotated_ewc("merged"), _rotated_strengths),
     "rotated-ewc-separate": Method(_rotated_ewc("separate"), _rotated_strengths),
+    "rotated-ewc-proximal": Method(
+        _rotated_ewc("merged", "proximal"), _rotated_strengths, by_default=False
+    ),
     "joint": Method(_no_plugin, trained_jointly=True),
 }
+DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.by_default)
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,7 @@ def make_plugin(
         fisher_type=configuration.fisher_type,
         samples=samples if 0 < samples < examples else None,
         seed=seed,
+        proximal_every=configuration.proximal_every,
     )
     return variant.method.make_plugin(settings)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.configuration import Configuration, parse_configuration
+from benchmarks.methods import METHODS
 
 
 def parse(*words: str) -> Configuration:
@@ -116,7 +117,7 @@ def test_an_unknown_method_is_answered_with_the_known_ones(
 ) -> None:
     with pytest.raises(SystemExit):
         parse("--methods", "magic")
-    expected = "expected one of naive, ewc, rotated-ewc, rotated-ewc-separate, joint, got 'magic'"
+    expected = f"expected one of {', '.join(METHODS)}, got 'magic'"
     assert expected in capsys.readouterr().err
 
 
