@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rotate_ewc.layers import Factors, LayerCall
+from rotate_ewc.layers import FactoredCall, Factors, LayerCall
 from rotate_ewc.placement import Placement
 from rotate_ewc.plan import Contribution, Plan
 from rotate_ewc.recorder import Computed, Use
@@ -105,10 +105,7 @@ class Portion:
         In a joint block the first feature is a one, which stands for the bias. Of an embedding they
         are the indices, `[1, n, shared, 1]`.
         """
-        parts = [
-            self.observation.uses[index].call.activations(self._inputs(index))
-            for index in self.plan.uses
-        ]
+        parts = [call.activations(self._inputs(index)) for index, call in self._factored_calls()]
         activations = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
         activations = self._as_statistics(activations)
         if self.plan.key.bias is None:
@@ -119,8 +116,8 @@ class Portion:
         """Yield, for every output vector, the block's gradients g, `[groups, n, shared, d_out]`."""
         for which in range(self.num_vectors):
             parts = [
-                self.observation.uses[index].call.gradients(self._output_gradients(which, index))
-                for index in self.plan.uses
+                call.gradients(self._output_gradients(which, index))
+                for index, call in self._factored_calls()
             ]
             yield self._as_statistics(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
 
@@ -134,6 +131,13 @@ class Portion:
                 total = part if total is None else total + part
             if total is not None:
                 yield self.plan.form.matrices(total)
+
+    def _factored_calls(self) -> Iterator[tuple[int, FactoredCall]]:
+        """Yield the block's uses; in a block of factored form all are of this kind."""
+        for index in self.plan.uses:
+            call = self.observation.uses[index].call
+            if isinstance(call, FactoredCall):
+                yield index, call
 
     def _contributed(self, contribution: Contribution, which: int, parameter: Tensor) -> Tensor:
         """Return one use's part of the per-example gradients, `[n, *parameter.shape]`."""

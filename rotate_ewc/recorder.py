@@ -48,7 +48,7 @@ class Use:
     bias: str | None
     call: LayerCall
     input_version: int
-    output_shape: torch.Size = torch.Size()  # noqa: RUF009
+    output_shape: tuple[int, ...] = ()
 
     @property
     def unmodified(self) -> bool:

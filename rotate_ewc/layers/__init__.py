@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rotate_ewc.layers.base import DIAGONAL, Factors, Form, LayerCall, Rule
+from rotate_ewc.layers.base import FactoredCall, Factors, Form, LayerCall, Rule
 from rotate_ewc.layers.convolution import convolution
 from rotate_ewc.layers.elementwise import scale, shift
 from rotate_ewc.layers.embedding import embedding
@@ -66,4 +66,14 @@ SUPPORTED: Final = (
     "parameters that scale or shift data"
 )
 
-__all__ = ["BROADCASTING", "DIAGONAL", "RULES", "SUPPORTED", "Factors", "Form", "LayerCall", "Rule"]
+__all__ = [
+    "BROADCASTING",
+    "DIAGONAL",
+    "RULES",
+    "SUPPORTED",
+    "FactoredCall",
+    "Factors",
+    "Form",
+    "LayerCall",
+    "Rule",
+]

@@ -70,7 +70,7 @@ class LayerCall(ABC):
     """One use of a layer's parameters.
 
     Tensors come *examples first*, `[n, rows, *rest]`: n examples, the rows that each of them has
-    along the batch axis, and the operation's other axes. They leave in the canonical layout
+    along the batch axis, and the operation's other axes. Factors leave in the canonical layout
     `[groups, n, shared, features]`.
 
     Attributes:
@@ -86,7 +86,7 @@ class LayerCall(ABC):
 
     groups: int = 1
 
-    joins_bias: ClassVar[bool] = True
+    joins_bias: ClassVar[bool] = False
     """Whether weight and bias can have a joint block."""
 
     @property
@@ -95,18 +95,43 @@ class LayerCall(ABC):
         """Axes of the input, and of the output, that can hold the examples, likely ones first."""
 
     @property
+    @abstractmethod
     def weight_form(self) -> Form:
         """How the weight becomes a block."""
+
+    @property
+    @abstractmethod
+    def bias_form(self) -> Form:
+        """How the bias becomes a block."""
+
+    def elements(self, output_gradient: Tensor) -> int:
+        """Return how many numbers have to be laid out for all examples together."""
+        return self.input.numel() + output_gradient.numel()
+
+    @abstractmethod
+    def weight_gradients(self, inputs: Tensor, output_gradients: Tensor) -> Tensor:
+        """Return the gradient of the weight for every example, `[n, *weight.shape]`."""
+
+    @abstractmethod
+    def bias_gradients(self, output_gradients: Tensor) -> Tensor:
+        """Return the gradient of the bias for every example, `[n, *bias.shape]`."""
+
+
+@dataclass(frozen=True)
+class FactoredCall(LayerCall):
+    """A use whose weight gradients are sums of outer products, `G_n = Σ_s g_ns a_nsᵀ`."""
+
+    joins_bias: ClassVar[bool] = True
+
+    @property
+    def weight_form(self) -> Form:
+        """Both sides get a basis, from the covariances of g and a."""
         return Form(Factors.OUTER_PRODUCTS, self.groups, input_basis=True)
 
     @property
     def bias_form(self) -> Form:
-        """How the bias becomes a block."""
+        """One basis, from the exact covariance."""
         return Form(groups=self.groups)
-
-    def elements(self, output_gradient: Tensor) -> int:
-        """Return how many numbers `activations` and `gradients` of all examples hold together."""
-        return self.input.numel() + output_gradient.numel()
 
     @abstractmethod
     def activations(self, inputs: Tensor) -> Tensor:
@@ -117,14 +142,15 @@ class LayerCall(ABC):
         """Turn output gradients into g `[groups, n, shared, d_out]`."""
 
     def weight_gradients(self, inputs: Tensor, output_gradients: Tensor) -> Tensor:
-        """Return the gradient of the weight for every example, `[n, *weight.shape]`."""
+        """Sum the outer products over shared positions."""
         a, g = self.activations(inputs), self.gradients(output_gradients)
         pattern = "n g i o" if self.weight_form.transposed else "n g o i"
         outer_products = einsum(g, a, f"g n s o, g n s i -> {pattern}")
-        return outer_products.reshape(len(inputs), *_shape(self.weight))
+        shape = () if self.weight is None else self.weight.shape
+        return outer_products.reshape(len(inputs), *shape)
 
     def bias_gradients(self, output_gradients: Tensor) -> Tensor:
-        """Return the gradient of the bias for every example, `[n, *bias.shape]`."""
+        """Sum g over shared positions."""
         summed = self.gradients(output_gradients).sum(dim=2)
         return rearrange(summed, "g n o -> n (g o)")
 
@@ -132,7 +158,3 @@ class LayerCall(ABC):
 Rule = Callable[..., LayerCall | None]
 """From `is_parameter` (does a tensor come from parameters alone?) and the arguments of a torch
 function to what it is a call of; None if these arguments are not what the rule is for."""
-
-
-def _shape(tensor: Tensor | None) -> torch.Size:
-    return torch.Size() if tensor is None else tensor.shape

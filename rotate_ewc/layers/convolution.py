@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from einops import rearrange
 from torch import Tensor
 
-from rotate_ewc.layers.base import LayerCall, Rule
+from rotate_ewc.layers.base import FactoredCall, Rule
 from rotate_ewc.layers.windows import IntOrTuple, numbered, per_axis, windows
 
 
 @dataclass(frozen=True)
-class ConvolutionCall(LayerCall):
+class ConvolutionCall(FactoredCall):
     """A convolution over `len(stride)` spatial axes.
 
     Attributes:

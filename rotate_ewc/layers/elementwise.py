@@ -27,7 +27,6 @@ class ElementwiseCall(LayerCall):
     sign: float = 1.0
     normalize: Callable[[Tensor], Tensor] | None = None
 
-    joins_bias: ClassVar[bool] = False
     weight_form: ClassVar[Form] = DIAGONAL
     bias_form: ClassVar[Form] = DIAGONAL
 
@@ -40,14 +39,6 @@ class ElementwiseCall(LayerCall):
             for axis in range(min(self.input.ndim, 2))
             if axis < missing or self.view[axis - missing] == 1
         )
-
-    def activations(self, inputs: Tensor) -> Tensor:
-        """There are no factors to ask for."""
-        raise NotImplementedError
-
-    def gradients(self, output_gradients: Tensor) -> Tensor:
-        """There are no factors to ask for."""
-        raise NotImplementedError
 
     def weight_gradients(self, inputs: Tensor, output_gradients: Tensor) -> Tensor:
         """Multiply inputs and output gradients, and sum where the weight was broadcast."""

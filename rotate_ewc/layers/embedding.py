@@ -10,11 +10,11 @@ from einops import rearrange
 from torch import Tensor
 
 from rotate_ewc import kernels
-from rotate_ewc.layers.base import Factors, Form, LayerCall
+from rotate_ewc.layers.base import FactoredCall, Factors, Form
 
 
 @dataclass(frozen=True)
-class EmbeddingCall(LayerCall):
+class EmbeddingCall(FactoredCall):
     """A look-up of rows of `weight`, `[vocabulary, d_out]`.
 
     Attributes:

@@ -9,11 +9,11 @@ from typing import ClassVar
 from einops import rearrange
 from torch import Tensor
 
-from rotate_ewc.layers.base import Factors, Form, LayerCall
+from rotate_ewc.layers.base import FactoredCall, Factors, Form
 
 
 @dataclass(frozen=True)
-class LinearCall(LayerCall):
+class LinearCall(FactoredCall):
     """`input @ weight.mT + bias`: every axis but the batch axis and the last is shared."""
 
     @property

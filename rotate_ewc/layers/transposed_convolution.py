@@ -15,12 +15,12 @@ from typing import ClassVar
 from einops import rearrange, reduce
 from torch import Tensor
 
-from rotate_ewc.layers.base import Factors, Form, LayerCall, Rule
+from rotate_ewc.layers.base import FactoredCall, Factors, Form, Rule
 from rotate_ewc.layers.windows import IntOrTuple, numbered, per_axis, windows
 
 
 @dataclass(frozen=True)
-class TransposedConvolutionCall(LayerCall):
+class TransposedConvolutionCall(FactoredCall):
     """A transposed convolution over `len(stride)` spatial axes.
 
     Attributes:
