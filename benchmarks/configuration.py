@@ -48,6 +48,7 @@ class Configuration:
         learning_rate: Step size of the optimizer.
         optimizer: ``"adam"`` or ``"sgd"``.
         schedule: ``"constant"``, or ``"linear"``: the step size falls to zero in every task.
+        warm_up: Part of every task, from 0 to 1, in which the step size rises from zero.
         ewc_lambda: Strength of the rotated methods.
         baseline_ewc_lambda: Strengths of Avalanche's EWC; one run for each.
         proximal_every: Steps of the optimizer for each proximal step.
@@ -69,6 +70,7 @@ class Configuration:
     learning_rate: float = 1e-3
     optimizer: str = "adam"
     schedule: str = "constant"
+    warm_up: float = 0.0
     ewc_lambda: float = 3.0
     baseline_ewc_lambda: tuple[float, ...] = (100.0,)
     proximal_every: int = 10
@@ -198,6 +200,13 @@ def _add_training_arguments(parser: argparse.ArgumentParser, defaults: Configura
         metavar="NAME",
         help="constant, or linear: the step size falls to zero in every task "
         f"(default: {defaults.schedule})",
+    )
+    add(
+        "--warm-up",
+        type=number(zero=True, largest=1.0),
+        metavar="PART",
+        help="part of every task in which the step size rises from zero "
+        f"(default: {defaults.warm_up:g})",
     )
 
 

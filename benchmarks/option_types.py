@@ -35,16 +35,19 @@ def whole_number(smallest: int, largest: int | None = None) -> Callable[[str], i
     return convert
 
 
-def number(*, zero: bool) -> Callable[[str], float]:
-    """Accept finite numbers above zero, and zero too where ``zero`` says so."""
+def number(*, zero: bool, largest: float = math.inf) -> Callable[[str], float]:
+    """Accept finite numbers above zero, and zero too where ``zero`` says so, up to a largest."""
     expected = f"a finite number {'≥' if zero else '>'} 0"
+    if math.isfinite(largest):
+        expected += f" and ≤ {largest:g}"
 
     def convert(word: str) -> float:
         try:
             value = float(word)
         except ValueError:
             raise _refuse(expected, word) from None
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        outside = value < 0 or value > largest or (value == 0 and not zero)
+        if not math.isfinite(value) or outside:
             raise _refuse(expected, word)
         return value
 

@@ -18,7 +18,7 @@ from benchmarks.models import multilayer_perceptron
 from benchmarks.progress import ProgressPlugin
 from benchmarks.records import Record
 from benchmarks.scenarios import Scenario, training_experiences
-from benchmarks.schedule import LinearDecay
+from benchmarks.schedule import Schedule
 from benchmarks.timing import Stopwatch, penalty_milliseconds, time_callback
 
 
@@ -57,9 +57,10 @@ def run(
 
     progress = _progress(variant, scenario, configuration, seed, examples)
     plugins = [progress] if plugin is None else [plugin, progress]
-    if configuration.schedule == "linear":
+    decays = configuration.schedule == "linear"
+    if decays or configuration.warm_up:
         # First, so that a proximal step is as long as the step that it follows.
-        plugins = [LinearDecay(), *plugins]
+        plugins = [Schedule(decays=decays, warm_up=configuration.warm_up), *plugins]
     strategy = make_strategy(model, configuration, plugins)
     matrix = _train(strategy, experiences, scenario, training, progress)
     return Record(
