@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotate_ewc import kernels
 from rotate_ewc.batches import check_reiterable
 from rotate_ewc.block import Block
 from rotate_ewc.factors import Covariances, add_covariances, add_eigenvalues, empty_block
@@ -124,7 +125,9 @@ class _Accumulator:
         reduce = self._settings.kfac_approx is KFACType.REDUCE
         for plan in observation.plans:
             for portion in observation.portions(plan, self._settings.memory_budget // 4):
-                total = self._covariances.setdefault(plan.key, Covariances.of(portion))
+                if plan.key not in self._covariances:
+                    self._covariances[plan.key] = Covariances.of(portion)
+                total = self._covariances[plan.key]
                 if total.form != plan.form:
                     raise ValueError(
                         f"{plan.key.label!r} was used in different ways in different batches; "
@@ -197,7 +200,7 @@ class _Accumulator:
 
 def _diagonal(name: str, values: Tensor) -> Block:
     """Return a block with the identity for both bases."""
-    dtype = torch.promote_types(values.dtype, torch.float32)
+    dtype = kernels.statistics_dtype(values.dtype)
     rows = values.shape[0] if values.ndim else 1
     columns = values.numel() // max(1, rows)
     return Block((name,), None, None, values.detach().reshape(1, rows, columns).to(dtype))

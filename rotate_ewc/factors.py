@@ -39,9 +39,8 @@ class Covariances:
         form, key = portion.plan.form, portion.plan.key
         parameter = portion.observation.parameters[key.weight]
         groups, d_out, d_in = form.shape(parameter.shape)
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
         shape = (groups, d_out, d_in + (key.bias is not None))
-        return cls(form, shape, parameter.new_empty(0, dtype=dtype))
+        return cls(form, shape, parameter.new_empty(0, dtype=portion.dtype))
 
 
 def add_covariances(portion: Portion, total: Covariances, *, reduce: bool) -> None:

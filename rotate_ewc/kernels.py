@@ -46,6 +46,11 @@ def full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments,
     return wrapped
 
 
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which statistics of a model in some dtype are kept: float32 or better."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 @full_precision
 def covariance_sum(vectors: Tensor) -> Tensor:
     """Sum the outer products of vectors `[groups, batch, shared, d]` → `[groups, d, d]`."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rotate_ewc import kernels
 from rotate_ewc.layers import FactoredCall, Factors, LayerCall
 from rotate_ewc.placement import Placement
 from rotate_ewc.plan import Contribution, Plan
@@ -92,7 +93,7 @@ class Portion:
     def dtype(self) -> torch.dtype:
         """Statistics are accumulated in float32 or better, whatever the model computes in."""
         parameter = self.observation.parameters[self.plan.key.weight]
-        return torch.promote_types(parameter.dtype, torch.float32)
+        return kernels.statistics_dtype(parameter.dtype)
 
     @property
     def num_vectors(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotate_ewc import kernels
 from rotate_ewc.batches import batches, count_examples
 from rotate_ewc.capture import Trace, trace
 from rotate_ewc.losses import Likelihood
@@ -82,7 +83,7 @@ class Observer:
         num_examples = count_examples(inputs, settings.batch_size_fn)
         recorded = self._trace(inputs)
         outputs = recorded.outputs.detach()
-        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        outputs = outputs.to(kernels.statistics_dtype(outputs.dtype))
         self._check_outputs(outputs, targets, num_examples)
         observation = Observation(
             num_examples,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotate_ewc import kernels
 from rotate_ewc.capture import Trace, back_propagate
 from rotate_ewc.nested import map_tensors, tensors_in
 
@@ -47,7 +48,7 @@ def add_squares(
 
 
 def _zeros(parameter: Tensor) -> Tensor:
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    dtype = kernels.statistics_dtype(parameter.dtype)
     return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
 
 
