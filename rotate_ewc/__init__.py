@@ -1,10 +1,12 @@
 """Elastic weight consolidation in a rotated basis, for PyTorch."""
 
+from rotate_ewc.calibration import calibrated_strength
 from rotate_ewc.losses import Likelihood, register_likelihood
 from rotate_ewc.merging import merge
 from rotate_ewc.operator import EKFACLinearOperator
 from rotate_ewc.options import FisherType, KFACType
 from rotate_ewc.penalty import EKFACPenalty
+from rotate_ewc.rotated_adam import RotatedAdam
 from rotate_ewc.snapshot import SnapshotError
 from rotate_ewc.version import __version__
 
@@ -14,8 +16,10 @@ __all__ = [
     "FisherType",
     "KFACType",
     "Likelihood",
+    "RotatedAdam",
     "SnapshotError",
     "__version__",
+    "calibrated_strength",
     "merge",
     "register_likelihood",
 ]

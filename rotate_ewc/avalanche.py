@@ -1,7 +1,7 @@
 """Avalanche: the plugin, and a ready strategy around it.
 
 `RotatedEWCPlugin` does for Avalanche's training loop what a loop of your own does with
-`EKFACPenalty`: it adds the penalty to every loss and consolidates after every experience.
+`EKFACPenalty`: it applies the penalty in every step and consolidates after every experience.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ from rotate_ewc.options import (
 )
 from rotate_ewc.parameters import parameters_of
 from rotate_ewc.penalty import EKFACPenalty
+from rotate_ewc.rotated_adam import RotatedAdam
 from rotate_ewc.step_size import StepSizes, check_optimizer, learning_rate_of, step_sizes_of
 
-UPDATES: Final = ("penalty", "proximal")
+UPDATES: Final = ("penalty", "proximal", "optimizer")
 
 
 class RotatedEWCPlugin(SupervisedPlugin):
     """Elastic weight consolidation in a rotated basis, as a plugin for any supervised strategy.
 
     After each experience a snapshot of the Fisher matrix is taken on the experience's data, with
-    its evaluation transforms. On later experiences the loss carries the penalty
+    its evaluation transforms. Later experiences are trained under the penalty
 
         ½ · ewc_lambda · Σ_t (N_t / N_now) (θ - θ*)ᵀ F_t (θ - θ*)
 
@@ -70,6 +71,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
         step_size: float | None = None,
         weighting: str = "examples",
         decay: float = 1.0,
+        temperature: float = 1.0,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         num_samples: int | None = None,
@@ -92,13 +94,16 @@ class RotatedEWCPlugin(SupervisedPlugin):
                 `"separate"`: one for each experience.
             update: `"penalty"`: the penalty is added to every loss; or `"proximal"`: the parameters
                 are moved after the optimizer's step (`EKFACPenalty.proximal_step_`), which is
-                stable for every `ewc_lambda`, in mode `"merged"`.
+                stable for every `ewc_lambda`; or `"optimizer"`: the strategy's optimizer is a
+                `RotatedAdam(model, lr=...)`, which gets this plugin's penalty and obeys it. The
+                last two need mode `"merged"`.
             every: After how many steps of the optimizer a proximal step is taken, of so many times
                 its size; the cost is divided by it.
             step_size: That of the proximal step; None takes the optimizer's own, which must then be
                 SGD, Adam or AdamW with one learning rate.
             weighting: `"examples"` or `"uniform"`: how the experiences weigh in.
             decay: What earlier experiences are multiplied with at the end of each, from 0 to 1.
+            temperature: What the outputs are divided by in a snapshot; see `EKFACPenalty`.
             include: Patterns such as `"features.*"` for the names of the parameters to protect.
             exclude: Patterns for names to leave out, such as those of unsupported layers.
             num_samples: Examples to draw from each experience for its snapshot; None takes all. A
@@ -127,13 +132,21 @@ class RotatedEWCPlugin(SupervisedPlugin):
             raise ValueError(
                 f"update is {update!r}; expected one of {', '.join(map(repr, UPDATES))}"
             )
-        if update == "proximal" and mode != "merged":
-            raise ValueError(f"update is 'proximal' and mode {mode!r}; expected mode 'merged'")
+        if update != "penalty" and mode != "merged":
+            raise ValueError(f"update is {update!r} and mode {mode!r}; expected mode 'merged'")
+        if step_size is not None:
+            step_size = as_non_negative_number("step_size", step_size)
+        if update != "proximal" and (every != 1 or step_size is not None):
+            raise ValueError(
+                f"every is {every} and step_size {step_size}, but update {update!r}; expected them "
+                f"with update 'proximal' only"
+            )
         self.penalty = EKFACPenalty(
             as_non_negative_number("ewc_lambda", ewc_lambda),
             mode,
             weighting=weighting,
             decay=decay,
+            temperature=temperature,
             include=include,
             exclude=exclude,
             fisher_type=fisher_type,
@@ -147,9 +160,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
         )
         self.update = update
         self.every = every
-        self.step_size = (
-            None if step_size is None else as_non_negative_number("step_size", step_size)
-        )
+        self.step_size = step_size
         self.num_samples = num_samples
         self.estimation_mb_size = estimation_mb_size
         self._sub_experiences = 0
@@ -167,6 +178,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self._learning_rate_checked = False
         if self.update == "proximal" and self.step_size is None:
             check_optimizer(strategy.optimizer)
+        self._connect(strategy.optimizer)
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Add the penalty to the loss."""
@@ -210,6 +222,17 @@ class RotatedEWCPlugin(SupervisedPlugin):
             ValueError: If the state is not whole or not consistent, naming the key.
         """
         self.penalty.load_state_dict(state)
+
+    def _connect(self, optimizer: Optimizer) -> None:
+        """Give the penalty to a `RotatedAdam`, which must not obey it unknown to this plugin."""
+        rotated = isinstance(optimizer, RotatedAdam)
+        if rotated != (self.update == "optimizer"):
+            raise ValueError(
+                f"update is {self.update!r} and the optimizer {type(optimizer).__name__}; expected "
+                f"update 'optimizer' with RotatedAdam, and only with it"
+            )
+        if isinstance(optimizer, RotatedAdam):
+            optimizer.penalty = self.penalty
 
     def _proximal_step(self, strategy: Any) -> None:
         """Take the step for all updates since the last one."""
@@ -276,6 +299,7 @@ class RotatedEWC(SupervisedTemplate):
         step_size: float | None = None,
         weighting: str = "examples",
         decay: float = 1.0,
+        temperature: float = 1.0,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         num_samples: int | None = None,
@@ -304,11 +328,12 @@ class RotatedEWC(SupervisedTemplate):
             criterion: The loss, `CrossEntropyLoss()` if None.
             ewc_lambda: See `RotatedEWCPlugin`, also for the arguments down to `memory_budget`.
             mode: `"merged"` or `"separate"`.
-            update: `"penalty"` or `"proximal"`.
+            update: `"penalty"`, `"proximal"` or `"optimizer"`.
             every: Optimizer steps for each proximal step.
             step_size: That of the proximal step; None takes the optimizer's.
             weighting: `"examples"` or `"uniform"`.
             decay: What earlier experiences are multiplied with at the end of each.
+            temperature: What the outputs are divided by in a snapshot.
             include: Name patterns of the parameters to protect.
             exclude: Name patterns of parameters to leave out.
             num_samples: Examples for each snapshot; None is all.
@@ -337,6 +362,7 @@ class RotatedEWC(SupervisedTemplate):
             step_size=step_size,
             weighting=weighting,
             decay=decay,
+            temperature=temperature,
             include=include,
             exclude=exclude,
             num_samples=num_samples,

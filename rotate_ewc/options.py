@@ -81,6 +81,14 @@ def as_non_negative_number(name: str, value: object) -> float:
     return float(value)
 
 
+def as_temperature(value: object) -> float:
+    """Return a temperature as a float, or raise unless it is a finite number of more than zero."""
+    temperature = as_non_negative_number("temperature", value)
+    if temperature == 0:
+        raise ValueError(f"temperature is {value}; expected more than 0")
+    return temperature
+
+
 def as_patterns(name: str, value: object) -> tuple[str, ...]:
     """Return name patterns as a tuple, or raise unless `value` is a sequence of strings."""
     if isinstance(value, str) or not isinstance(value, Sequence):

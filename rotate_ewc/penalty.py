@@ -23,6 +23,7 @@ from rotate_ewc.options import (
     as_choice,
     as_non_negative_number,
     as_patterns,
+    as_temperature,
     check_positive_integer,
 )
 from rotate_ewc.parameters import (
@@ -92,6 +93,7 @@ class EKFACPenalty(nn.Module):
         *,
         weighting: str = "examples",
         decay: float = 1.0,
+        temperature: float = 1.0,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         strict: bool = True,
@@ -112,6 +114,9 @@ class EKFACPenalty(nn.Module):
             weighting: `"examples"` (tasks weigh in by their numbers of examples) or `"uniform"`.
             decay: What the weights of earlier tasks are multiplied with whenever a task is
                 consolidated, from 0 to 1 (the γ of online EWC, Schwarz et al. 2018).
+            temperature: T, more than 0. The Fisher matrix is that of the outputs divided by T,
+                times T² to stay in proportion. Above 1 the predictions are softened, so that
+                examples of which the model is sure count too; the strength can then be smaller.
             include: Patterns such as `"encoder.*"` for the names of the parameters to protect.
             exclude: Patterns for names to leave out, such as those of unsupported layers.
             strict: Whether a protected parameter that is missing, or smaller than it was, is an
@@ -144,6 +149,7 @@ class EKFACPenalty(nn.Module):
         self.decay = as_non_negative_number("decay", decay)
         if self.decay > 1:
             raise ValueError(f"decay is {decay}; expected a number from 0 to 1")
+        self.temperature = as_temperature(temperature)
         self.strict = bool(strict)
         self.include = as_patterns("include", include)
         self.exclude = as_patterns("exclude", exclude)
@@ -192,6 +198,25 @@ class EKFACPenalty(nn.Module):
     def terms(self) -> tuple[Term, ...]:
         """The quadratic terms: one for each task, or one in all."""
         return tuple(self._terms)
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The blocks of all terms with their weights, those of the same form in one."""
+        return self._stacks
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the stacks: λ, over N_now where tasks weigh in by their examples.
+
+        A summed loss has the numbers inside; there, only uniform weights are to be multiplied.
+        """
+        if not self._terms:
+            return self.strength
+        now = float(self.current_examples or self._last_examples)
+        summed = self._terms[0].operator.provenance.reduction == "sum"
+        if self.weighting == "examples":
+            return self.strength if summed else self.strength / now
+        return self.strength * now if summed else self.strength
 
     def consolidate(
         self,
@@ -244,9 +269,11 @@ class EKFACPenalty(nn.Module):
             num_data=num_examples,
             batch_size_fn=batch_size_fn,
         )
-        operator = EKFACLinearOperator.from_blocks(
-            *fit_blocks(forward or model, loss_func, named, data, settings, model=model)
+        blocks, shapes, provenance = fit_blocks(
+            self._softened(forward or model), loss_func, named, data, settings, model=model
         )
+        scaled = [b.with_eigenvalues(b.eigenvalues * self.temperature**2) for b in blocks]
+        operator = EKFACLinearOperator.from_blocks(scaled, shapes, provenance)
         anchor = {name: named[name].detach().clone() for name in operator.parameter_shapes}
         self._fold_in(operator, anchor, weight, parameters_of(model))
 
@@ -265,9 +292,9 @@ class EKFACPenalty(nn.Module):
         if not self._stacks:
             like = next(iter(parameters.values()), torch.zeros(()))
             return like.new_zeros(())
-        deltas = self._deltas(parameters)
+        deltas = self.deltas(parameters)
         value = quadratic_form([stack.block for stack in self._stacks], deltas)
-        return 0.5 * self._scale() * value
+        return 0.5 * self.scale * value
 
     @torch.no_grad()
     def proximal_step_(
@@ -300,8 +327,8 @@ class EKFACPenalty(nn.Module):
         check_step_size(step_size)
         parameters = parameters_of(model)
         if self._stacks:
-            deltas = self._deltas(parameters)
-            proximal_step_(self._stacks, parameters, deltas, step_size, self._scale())
+            deltas = self.deltas(parameters)
+            proximal_step_(self._stacks, parameters, deltas, step_size, self.scale)
 
     @property
     def max_curvature(self) -> float:
@@ -309,23 +336,34 @@ class EKFACPenalty(nn.Module):
 
         Gradient descent on the penalty diverges when the learning rate is more than two over this.
         """
-        return self._scale() * largest_curvature(self._stacks) if self._stacks else 0.0
+        return self.scale * largest_curvature(self._stacks) if self._stacks else 0.0
 
     def check_learning_rate(self, learning_rate: float) -> bool:
         """Warn if gradient descent on the penalty diverges at a learning rate; say whether not."""
         learning_rate = as_non_negative_number("learning_rate", learning_rate)
         return warn_if_divergent(learning_rate, self.max_curvature, self.strength)
 
-    def _deltas(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return `θ - θ*` for every parameter of every stack, `[T, *shape]`."""
+    def deltas(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return `θ - θ*` by the stacks' own names for parameters, `[T, *shape]`.
+
+        Those of parameters that are missing, and need not be there (`strict=False`), are zero.
+        """
         deltas = {}
         for stack in self._stacks:
             for key, name, anchor in zip(
                 stack.block.parameters, stack.names, stack.anchors, strict=True
             ):
                 found = self._protected(name, parameters, anchor[0])
-                deltas[key] = torch.zeros_like(anchor) if found is None else found - anchor
+                # In half precision a difference would be known less well than its terms.
+                start = anchor.to(stack.block.eigenvalues.dtype)
+                deltas[key] = torch.zeros_like(start) if found is None else found - start
         return deltas
+
+    def _softened(self, forward: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        """Divide outputs by the temperature."""
+        if self.temperature == 1.0:
+            return forward
+        return lambda inputs: forward(inputs) / self.temperature
 
     def _protected(
         self, name: str, parameters: Mapping[str, Tensor], anchor: Tensor
@@ -382,17 +420,6 @@ class EKFACPenalty(nn.Module):
 
     def _replace_terms(self, terms: Sequence[Term]) -> None:
         self._terms, self._stacks = stack_terms(terms)
-
-    def _scale(self) -> float:
-        """λ, divided by N_now where tasks weigh in by their numbers of examples.
-
-        A summed loss has the numbers inside; there, only uniform weights are to be multiplied.
-        """
-        now = float(self.current_examples or self._last_examples)
-        summed = self._terms[0].operator.provenance.reduction == "sum"
-        if self.weighting == "examples":
-            return self.strength if summed else self.strength / now
-        return self.strength * now if summed else self.strength
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EKFACPenalty:
         """Move or cast the state, as `nn.Module.to` and its relatives ask for."""
