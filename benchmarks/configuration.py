@@ -5,9 +5,8 @@ Nothing here imports PyTorch or Avalanche before the command line has been found
 
 import argparse
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,12 @@ class Configuration:
         warm_up: Part of every task, from 0 to 1, in which the step size rises from zero.
         ewc_lambda: Strength of the rotated methods.
         baseline_ewc_lambda: Strengths of Avalanche's EWC; one run for each.
+        validate: Whether to test on training images that are held out, rather than on the test
+            images.
         proximal_every: Steps of the optimizer for each proximal step.
         fisher_samples: Examples per snapshot of the rotated methods; 0 for all.
         fisher_type: ``"mc"``, ``"type2"`` or ``"empirical"``.
+        temperature: What the outputs are divided by in the rotated methods' snapshots.
         methods: Names of the methods to run, keys of :data:`benchmarks.methods.METHODS`.
         seeds: Every method is run once with each.
         data_root: Folder of the data sets.
@@ -73,9 +75,11 @@ class Configuration:
     warm_up: float = 0.0
     ewc_lambda: float = 3.0
     baseline_ewc_lambda: tuple[float, ...] = (100.0,)
+    validate: bool = False
     proximal_every: int = 10
     fisher_samples: int = 10_000
     fisher_type: str = "mc"
+    temperature: float = 1.0
     methods: tuple[str, ...] = DEFAULT_METHODS
     seeds: tuple[int, ...] = (0,)
     data_root: Path = field(default_factory=default_data_root)
@@ -133,26 +137,48 @@ def parse_configuration(
     return configuration_from(parser.parse_args(arguments), parser)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    defaults: Configuration | None = None,
+    *,
+    methods: Sequence[str] = tuple(METHODS),
+    leave_out: Collection[str] = (),
+) -> None:
     """Add all options to a parser, so that other commands can have them too.
 
     Options that are not given leave no trace in the namespace: their defaults are those of
     :class:`Configuration`, some of which depend on the data.
+
+    Args:
+        parser: The parser.
+        defaults: What ``--help`` says about defaults; None for those of :class:`Configuration`.
+        methods: What ``--methods`` accepts.
+        leave_out: Options that make no sense in the other command, such as ``"--tasks"``.
     """
-    defaults = Configuration()
-    _add_training_arguments(parser, defaults)
-    _add_method_arguments(parser, defaults)
-    _add_environment_arguments(parser, defaults)
+    defaults = defaults or Configuration()
+    _add_training_arguments(parser, defaults, leave_out)
+    _add_method_arguments(parser, defaults, leave_out, methods)
+    _add_environment_arguments(parser, defaults, leave_out)
 
 
-def _adder(group: argparse._ArgumentGroup) -> Callable[..., object]:
-    """The method that adds an option to a group, one that is absent when it is not given."""
-    return functools.partial(group.add_argument, default=argparse.SUPPRESS)
+def _adder(
+    parser: argparse.ArgumentParser, title: str, leave_out: Collection[str]
+) -> Callable[..., None]:
+    """A function that adds an option to a new group, one that is absent when it is not given."""
+    group = parser.add_argument_group(title)
+
+    def add(option: str, **settings: Any) -> None:
+        if option not in leave_out:
+            group.add_argument(option, default=argparse.SUPPRESS, **settings)
+
+    return add
 
 
-def _add_training_arguments(parser: argparse.ArgumentParser, defaults: Configuration) -> None:
+def _add_training_arguments(
+    parser: argparse.ArgumentParser, defaults: Configuration, leave_out: Collection[str]
+) -> None:
     """Options of the tasks, the network and its training."""
-    add = _adder(parser.add_argument_group("tasks and training"))
+    add = _adder(parser, "tasks and training", leave_out)
     on_digits = {name: f"; {value} on the digits" for name, value in DIGITS_DEFAULTS.items()}
     add(
         "--tasks",
@@ -192,7 +218,7 @@ def _add_training_arguments(parser: argparse.ArgumentParser, defaults: Configura
         type=one_of(OPTIMIZERS),
         metavar="NAME",
         help=f"adam, or sgd with momentum 0.9 (default: {defaults.optimizer}); its state is "
-        "kept from task to task",
+        "kept from task to task. rotated-adam has its own",
     )
     add(
         "--schedule",
@@ -208,17 +234,28 @@ def _add_training_arguments(parser: argparse.ArgumentParser, defaults: Configura
         help="part of every task in which the step size rises from zero "
         f"(default: {defaults.warm_up:g})",
     )
+    add(
+        "--validate",
+        action="store_true",
+        help="hold out a sixth of the training images and report accuracies on them, rather than "
+        "on the test images: options are chosen by these",
+    )
 
 
-def _add_method_arguments(parser: argparse.ArgumentParser, defaults: Configuration) -> None:
+def _add_method_arguments(
+    parser: argparse.ArgumentParser,
+    defaults: Configuration,
+    leave_out: Collection[str],
+    methods: Sequence[str],
+) -> None:
     """Options of the methods that are compared."""
-    add = _adder(parser.add_argument_group("methods"))
+    add = _adder(parser, "methods", leave_out)
     add(
         "--methods",
-        type=several(one_of(METHODS)),
+        type=several(one_of(methods)),
         nargs="+",
         metavar="METHOD",
-        help=f"any of {_words(METHODS)} (default: {_words(DEFAULT_METHODS)})",
+        help=f"any of {_words(methods)} (default: {_words(defaults.methods)})",
     )
     add(
         "--ewc-lambda",
@@ -257,6 +294,13 @@ def _add_method_arguments(parser: argparse.ArgumentParser, defaults: Configurati
         f"(default: {defaults.fisher_type})",
     )
     add(
+        "--temperature",
+        type=number(zero=False),
+        metavar="T",
+        help="what the outputs are divided by in the rotated methods' snapshots; above 1, examples "
+        f"of which the network is sure count too (default: {defaults.temperature:g})",
+    )
+    add(
         "--seeds",
         type=several(whole_number(0, LARGEST_SEED)),
         nargs="+",
@@ -266,9 +310,11 @@ def _add_method_arguments(parser: argparse.ArgumentParser, defaults: Configurati
     )
 
 
-def _add_environment_arguments(parser: argparse.ArgumentParser, defaults: Configuration) -> None:
+def _add_environment_arguments(
+    parser: argparse.ArgumentParser, defaults: Configuration, leave_out: Collection[str]
+) -> None:
     """Options of files and hardware."""
-    add = _adder(parser.add_argument_group("files and hardware"))
+    add = _adder(parser, "files and hardware", leave_out)
     add(
         "--data-root",
         type=Path,
@@ -302,13 +348,16 @@ def _words(values: Iterable[object]) -> str:
 
 
 def configuration_from(
-    namespace: argparse.Namespace, parser: argparse.ArgumentParser
+    namespace: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    defaults: Configuration | None = None,
 ) -> Configuration:
     """Turn parsed options into a configuration.
 
     Args:
         namespace: What a parser made by :func:`add_arguments` returned.
         parser: That parser, to report errors.
+        defaults: For options that were not given; None for those of :class:`Configuration`.
 
     Returns:
         The configuration.
@@ -317,16 +366,18 @@ def configuration_from(
     given = {name: value for name, value in vars(namespace).items() if name in names}
     for name, value in given.items():
         if isinstance(value, list):
-            given[name] = _flatten(name, value, parser)
-    output = given.get("output")
+            given[name] = flatten(name, value, parser)
+    check_output(given.get("output"), parser)
+    return dataclasses.replace(defaults or Configuration(), **given, chosen=frozenset(given))
+
+
+def check_output(output: Path | None, parser: argparse.ArgumentParser) -> None:
+    """Report an ``--output`` that is a file."""
     if output is not None and output.exists() and not output.is_dir():
         parser.error(f"argument --output: expected a folder, got the file '{output}'")
-    return Configuration(**given, chosen=frozenset(given))
 
 
-def _flatten(
-    name: str, groups: list[list[Any]], parser: argparse.ArgumentParser
-) -> tuple[Any, ...]:
+def flatten(name: str, groups: list[list[Any]], parser: argparse.ArgumentParser) -> tuple[Any, ...]:
     """Join the values of ``--option a,b c``, where the order and, but for widths, each counts."""
     values = tuple(value for group in groups for value in group)
     option = "--" + name.replace("_", "-")

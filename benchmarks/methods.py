@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
 
     from benchmarks.configuration import Configuration
 
@@ -27,6 +28,7 @@ class PluginSettings:
         samples: Examples per snapshot; None for all.
         seed: Seed of the run.
         proximal_every: Steps of the optimizer for each proximal step.
+        temperature: What the outputs are divided by in a snapshot.
     """
 
     strength: float
@@ -34,6 +36,7 @@ class PluginSettings:
     samples: int | None
     seed: int
     proximal_every: int
+    temperature: float
 
 
 def _no_plugin(settings: PluginSettings) -> None:
@@ -58,6 +61,7 @@ def _rotated_ewc(mode: str, update: str = "penalty") -> Callable[[PluginSettings
             mode=mode,
             update=update,
             every=settings.proximal_every if update == "proximal" else 1,
+            temperature=settings.temperature,
             fisher_type=settings.fisher_type,
             num_samples=settings.samples,
             seed=settings.seed,
@@ -82,12 +86,15 @@ class Method:
         make_plugin: Makes the plugin that sets the method apart, or None for plain training.
         strengths: Picks the values of λ to run from a configuration; None where there is no λ.
         trained_jointly: Whether all tasks are learned at once.
+        rotates_adam: Whether the optimizer is Adam in the eigenbasis of the plugin's penalty,
+            whatever ``--optimizer`` says.
         by_default: Whether it is among the methods that run when none are named.
     """
 
     make_plugin: Callable[[PluginSettings], Any]
     strengths: Callable[["Configuration"], Sequence[float]] | None = None
     trained_jointly: bool = False
+    rotates_adam: bool = False
     by_default: bool = True
 
 
@@ -98,6 +105,9 @@ METHODS: dict[str, Method] = {
     "rotated-ewc-separate": Method(_rotated_ewc("separate"), _rotated_strengths),
     "rotated-ewc-proximal": Method(
         _rotated_ewc("merged", "proximal"), _rotated_strengths, by_default=False
+    ),
+    "rotated-adam": Method(
+        _rotated_ewc("merged", "optimizer"), _rotated_strengths, rotates_adam=True
     ),
     "joint": Method(_no_plugin, trained_jointly=True),
 }
@@ -157,12 +167,32 @@ def make_plugin(
         samples=samples if 0 < samples < examples else None,
         seed=seed,
         proximal_every=configuration.proximal_every,
+        temperature=configuration.temperature,
     )
     return variant.method.make_plugin(settings)
 
 
+def make_optimizer(
+    model: "nn.Module", configuration: "Configuration", method: Method
+) -> "Optimizer":
+    """Make the optimizer of a configuration, or that of a method which has its own."""
+    from torch import optim
+
+    from rotate_ewc import RotatedAdam
+
+    rate = configuration.learning_rate
+    if method.rotates_adam:
+        return RotatedAdam(model, lr=rate)
+    if configuration.optimizer == "adam":
+        return optim.Adam(model.parameters(), lr=rate)
+    return optim.SGD(model.parameters(), lr=rate, momentum=SGD_MOMENTUM)
+
+
 def make_strategy(
-    model: "nn.Module", configuration: "Configuration", plugins: Sequence[Any]
+    model: "nn.Module",
+    configuration: "Configuration",
+    optimizer: "Optimizer",
+    plugins: Sequence[Any],
 ) -> Any:
     """Make a strategy that trains a model and neither evaluates nor logs.
 
@@ -171,21 +201,16 @@ def make_strategy(
     Args:
         model: The network.
         configuration: The options.
+        optimizer: The optimizer of its parameters.
         plugins: Avalanche plugins.
 
     Returns:
         An Avalanche strategy for cross-entropy.
     """
-    from torch import nn, optim
+    from torch import nn
 
     from benchmarks.avalanche_names import Naive
 
-    rate = configuration.learning_rate
-    optimizer: optim.Optimizer
-    if configuration.optimizer == "adam":
-        optimizer = optim.Adam(model.parameters(), lr=rate)
-    else:
-        optimizer = optim.SGD(model.parameters(), lr=rate, momentum=SGD_MOMENTUM)
     with warnings.catch_warnings():
         # That there are no loggers is the point of evaluator=None.
         warnings.filterwarnings("ignore", message="No loggers specified", category=UserWarning)

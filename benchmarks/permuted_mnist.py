@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.command import complain, make_console, obstacle, prepare
 from benchmarks.configuration import Configuration, parse_configuration
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ REQUIREMENTS = {
     "tqdm": "tqdm",
 }
 EXIT_INTERRUPTED = 130
-LOG_WIDTH = 110
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,12 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments, program=f"python -m benchmarks.{NAME}", description=DESCRIPTION
     )
     missing = [package for module, package in REQUIREMENTS.items() if not find_spec(module)]
-    if missing:
-        return _complain(f"something is missing; it comes with: pip install {' '.join(missing)}")
-    try:
-        configuration.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return _complain(f"--output: cannot make the folder: {error}")
+    if problem := obstacle(missing, configuration.output):
+        return complain(NAME, problem)
     records: list[Record] = []
     results = configuration.output / f"{NAME}.json"
     try:
@@ -67,12 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _complain(message: str) -> int:
-    """Say what prevents the benchmark from running, and return the exit code for it."""
-    print(f"benchmarks.{NAME}: error: {message}", file=sys.stderr)
-    return 1
-
-
 def _run_all(configuration: Configuration, results: Path, records: "list[Record]") -> None:
     """Load the data, run everything, and present the results.
 
@@ -81,21 +71,7 @@ def _run_all(configuration: Configuration, results: Path, records: "list[Record]
         results: The JSON file, rewritten after every run.
         records: Gets a record for every finished run.
     """
-    import torch
-
-    from benchmarks.data import load_images
-
-    if configuration.threads is not None:
-        torch.set_num_threads(configuration.threads)
-    data = load_images(configuration.data_root)
-    print(data.announcement, flush=True)
-    if data.source == "digits":
-        configuration = configuration.for_digits()
-        print(
-            f"So few images are learned with --epochs {configuration.epochs} "
-            f"--batch-size {configuration.batch_size}.",
-            flush=True,
-        )
+    configuration, data = prepare(configuration)
     _train_all(configuration, data, results, records)
     _present(configuration, data, results, records)
 
@@ -121,17 +97,13 @@ def _present(
     configuration: Configuration, data: "ImageData", results: Path, records: "list[Record]"
 ) -> None:
     """Print the table, and draw the figure next to the results."""
-    from rich.console import Console
-
     from benchmarks.plots import draw
     from benchmarks.report import results_table
 
     shown = "MNIST" if data.source == "mnist" else "digits (not MNIST)"
     seeds = len(configuration.seeds)
     title = f"Permuted {shown}: {configuration.tasks} tasks, {seeds} seed{'s' * (seeds > 1)}"
-    # A log has no width, and the guess for it would break the lines.
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
-    console.print(results_table(records, title))
+    make_console().print(results_table(records, title))
     picture = results.with_suffix(".png")
     draw(records, title).savefig(picture)
     print(f"Wrote {results} and {picture}.")

@@ -45,11 +45,12 @@ STYLES = {
     "rotated-ewc": Style("#D55E00", "-", "o"),
     "rotated-ewc-separate": Style("#0072B2", (0, (6, 2, 1, 2)), "D", filled=False),
     "rotated-ewc-proximal": Style("#009E73", (0, (3, 1, 1, 1)), "^"),
+    "rotated-adam": Style("#CC79A7", (0, (8, 2)), "P"),
     "joint": Style("#000000", (0, (1, 3)), ""),
 }
 OTHER_STYLES = (
     Style("#009E73", (0, (3, 1, 1, 1, 1, 1)), "*"),
-    Style("#CC79A7", (0, (5, 1)), "P"),
+    Style("#CC79A7", (0, (5, 1)), "p", filled=False),
     Style("#999999", (0, (2, 2)), "X"),
     Style("#56B4E9", (0, (8, 3)), "<", filled=False),
     Style("#009E73", (0, (1, 2)), ">", filled=False),

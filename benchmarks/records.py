@@ -10,7 +10,7 @@ with one object per record, its keys being the fields of :class:`Record`.
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,19 @@ def write_records(path: Path, scenario: str, records: Sequence[Record]) -> None:
         "scenario": scenario,
         "records": [dataclasses.asdict(record) for record in records],
     }
+    write_document(path, document)
+
+
+def write_document(path: Path, document: Mapping[str, Any]) -> None:
+    """Write JSON to a file that is, at every moment, the old one or the new one.
+
+    Args:
+        path: The file; its folder must exist.
+        document: Plain values.
+
+    Raises:
+        ValueError: If a number is not finite, which JSON cannot hold.
+    """
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     # A rename is atomic only within one file system, hence the temporary file next to the target.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,9 +1,6 @@
 """One run: a method learns all tasks of a scenario at one seed, and becomes a record."""
 
-import os
-import platform
 from collections.abc import Sequence
-from importlib import metadata
 from math import ceil
 from statistics import fmean
 from typing import Any
@@ -12,7 +9,7 @@ import torch
 
 from benchmarks.configuration import Configuration
 from benchmarks.evaluation import accuracies
-from benchmarks.methods import Variant, make_plugin, make_strategy
+from benchmarks.methods import Variant, make_optimizer, make_plugin, make_strategy
 from benchmarks.metrics import average_accuracy, backward_transfer, forgetting
 from benchmarks.models import multilayer_perceptron
 from benchmarks.progress import ProgressPlugin
@@ -20,6 +17,9 @@ from benchmarks.records import Record
 from benchmarks.scenarios import Scenario, training_experiences
 from benchmarks.schedule import Schedule
 from benchmarks.timing import Stopwatch, penalty_milliseconds, time_callback
+from benchmarks.versions import versions
+
+__all__ = ["run", "versions"]
 
 
 def run(
@@ -29,6 +29,7 @@ def run(
     *,
     seed: int,
     data_source: str,
+    extra_plugins: Sequence[Any] = (),
 ) -> Record:
     """Train and test one method.
 
@@ -40,6 +41,8 @@ def run(
         configuration: The options.
         seed: Seed of PyTorch's global random state, which is set.
         data_source: Where the images are from, for the record.
+        extra_plugins: Avalanche plugins that are called before the method's own, and so see the
+            end of a task before it is consolidated.
 
     Returns:
         The results.
@@ -56,12 +59,11 @@ def run(
         time_callback(plugin, "after_training_exp", estimation)
 
     progress = _progress(variant, scenario, configuration, seed, examples)
-    plugins = [progress] if plugin is None else [plugin, progress]
-    decays = configuration.schedule == "linear"
-    if decays or configuration.warm_up:
-        # First, so that a proximal step is as long as the step that it follows.
-        plugins = [Schedule(decays=decays, warm_up=configuration.warm_up), *plugins]
-    strategy = make_strategy(model, configuration, plugins)
+    own = [] if plugin is None else [plugin]
+    # The schedule first, so that a proximal step is as long as the step that it follows.
+    plugins = [*_schedule(configuration), *extra_plugins, *own, progress]
+    optimizer = make_optimizer(model, configuration, variant.method)
+    strategy = make_strategy(model, configuration, optimizer, plugins)
     matrix = _train(strategy, experiences, scenario, training, progress)
     return Record(
         method=variant.name,
@@ -78,6 +80,14 @@ def run(
         configuration=_resolved(configuration, variant, data_source),
         versions=versions(),
     )
+
+
+def _schedule(configuration: Configuration) -> list[Schedule]:
+    """The plugin for a learning rate that changes, if it does."""
+    decays = configuration.schedule == "linear"
+    if not decays and not configuration.warm_up:
+        return []
+    return [Schedule(decays=decays, warm_up=configuration.warm_up)]
 
 
 def _train(
@@ -130,23 +140,3 @@ def _resolved(configuration: Configuration, variant: Variant, data_source: str) 
         "strength": variant.strength,
         "threads": torch.get_num_threads(),
     }
-
-
-def versions() -> dict[str, Any]:
-    """Versions of the software, and the processor, for a record."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "avalanche": _version("avalanche-lib"),
-        "rotate_ewc": _version("rotate-ewc"),
-        "processor": platform.processor() or platform.machine(),
-        "cpu_count": os.cpu_count(),
-    }
-
-
-def _version(distribution: str) -> str:
-    """Version of an installed distribution; of one that is run from its sources, no version."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "unknown"

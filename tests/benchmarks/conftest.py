@@ -25,6 +25,24 @@ def tiny_images() -> ImageData:
 
 
 @pytest.fixture
+def learnable_images() -> ImageData:
+    """Images of twelve pixels that a small network learns in a moment, in four classes."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(160) % 4
+    centres = 2 * torch.randn(4, 12, generator=generator)
+    inputs = centres[labels] + torch.randn(160, 12, generator=generator)
+    return ImageData(
+        source="mnist",
+        announcement="Data: learnable.",
+        train_inputs=inputs[:120],
+        train_labels=labels[:120],
+        test_inputs=inputs[120:],
+        test_labels=labels[120:],
+        classes=4,
+    )
+
+
+@pytest.fixture
 def make_record() -> Callable[..., Record]:
     """A function that makes a record from a label, an accuracy matrix and changes."""
 

@@ -1,12 +1,18 @@
 """Command lines, good and bad."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.configuration import Configuration, parse_configuration
+from benchmarks.configuration import (
+    Configuration,
+    add_arguments,
+    configuration_from,
+    parse_configuration,
+)
 from benchmarks.methods import METHODS
 
 
@@ -20,7 +26,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert configuration == Configuration()
     assert configuration.tasks == 10
     assert configuration.hidden == (100, 100)
-    assert configuration.methods == ("naive", "ewc", "rotated-ewc", "rotated-ewc-separate", "joint")
+    rotated = ("rotated-ewc", "rotated-ewc-separate", "rotated-adam")
+    assert configuration.methods == ("naive", "ewc", *rotated, "joint")
     assert configuration.data_root == Path("data")
     assert configuration.chosen == frozenset()
 
@@ -59,6 +66,37 @@ def test_every_option_reaches_its_field() -> None:
     )
     assert configuration == expected
     assert len(configuration.chosen) == 16
+
+
+def test_validation_is_asked_for_and_recorded() -> None:
+    assert not parse().validate
+    configuration = parse("--validate")
+    assert configuration.validate
+    assert configuration.chosen == {"validate"}
+    assert configuration.as_dict()["validate"] is True
+
+
+def test_another_command_can_have_the_same_options_with_defaults_of_its_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = argparse.ArgumentParser()
+    defaults = Configuration(tasks=2, ewc_lambda=7.0, methods=("rotated-ewc",))
+    add_arguments(parser, defaults, methods=("rotated-ewc", "joint"), leave_out=["--tasks"])
+
+    def parse_other(*words: str) -> Configuration:
+        return configuration_from(parser.parse_args(words), parser, defaults)
+
+    assert parse_other() == defaults
+    changed = parse_other("--methods", "joint", "--ewc-lambda", "3")
+    assert (changed.tasks, changed.methods, changed.ewc_lambda) == (2, ("joint",), 3.0)
+    assert changed.chosen == {"methods", "ewc_lambda"}
+    for words in (["--tasks", "3"], ["--methods", "naive"]):
+        with pytest.raises(SystemExit):
+            parse_other(*words)
+    assert "expected one of rotated-ewc, joint, got 'naive'" in capsys.readouterr().err
+    text = parser.format_help()
+    assert "(default: 7)" in text
+    assert "--tasks" not in text
 
 
 @pytest.mark.parametrize("words", [["1", "2", "3"], ["1,2,3"], ["1,", "2,3"], ["1,2", "3"]])

@@ -12,6 +12,7 @@ import torch
 from benchmarks.data import (
     MNIST_MEAN,
     MNIST_STANDARD_DEVIATION,
+    ImageData,
     load_digits,
     load_images,
 )
@@ -142,3 +143,21 @@ def test_digits_have_all_classes_alike_in_both_parts() -> None:
     shares = torch.bincount(data.train_labels) / 1497 - torch.bincount(data.test_labels) / 300
     assert len(shares) == 10
     assert shares.abs().max() < 0.005
+
+
+def test_validation_holds_out_the_last_sixth_of_the_training_images(tiny_images: ImageData) -> None:
+    held_out = tiny_images.for_validation()
+    assert torch.equal(held_out.train_inputs, tiny_images.train_inputs[:17])
+    assert torch.equal(held_out.train_labels, tiny_images.train_labels[:17])
+    assert torch.equal(held_out.test_inputs, tiny_images.train_inputs[17:])
+    assert torch.equal(held_out.test_labels, tiny_images.train_labels[17:])
+    assert (held_out.source, held_out.classes) == (tiny_images.source, tiny_images.classes)
+    assert len(tiny_images.train_inputs) == 20, "the original is as it was"
+
+
+def test_validation_is_announced_in_the_same_line() -> None:
+    data = load_digits()
+    announcement = data.for_validation().announcement
+    assert announcement.startswith(data.announcement)
+    assert announcement.endswith("the last 249 training images, which are not trained on.")
+    assert "\n" not in announcement

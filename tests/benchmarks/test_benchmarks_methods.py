@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from benchmarks.configuration import Configuration
-from benchmarks.methods import METHODS, make_plugin, make_strategy, variants
+from benchmarks.methods import METHODS, make_optimizer, make_plugin, make_strategy, variants
 from benchmarks.models import multilayer_perceptron
+from rotate_ewc import RotatedAdam
 
 
 def labels(configuration: Configuration) -> list[str]:
@@ -66,12 +67,35 @@ def test_a_sample_is_drawn_only_from_more_examples(samples, examples, expected) 
 )
 def test_the_optimizer_is_the_one_asked_for(name, kind, momentum) -> None:
     configuration = Configuration(optimizer=name, learning_rate=0.25)
-    strategy = make_strategy(multilayer_perceptron(6, (4,), 10), configuration, [])
+    model = multilayer_perceptron(6, (4,), 10)
+    optimizer = make_optimizer(model, configuration, METHODS["rotated-ewc"])
+    strategy = make_strategy(model, configuration, optimizer, [])
     (group,) = strategy.optimizer.param_groups
     assert type(strategy.optimizer) is kind
     assert group["lr"] == 0.25
     assert group.get("momentum") == momentum
     assert group["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_rotated_adam_has_an_optimizer_of_its_own(name: str) -> None:
+    configuration = Configuration(methods=("rotated-adam",), optimizer=name, learning_rate=0.25)
+    (variant,) = variants(configuration)
+    plugin = make_plugin(variant, configuration, seed=1, examples=50)
+    assert (plugin.update, plugin.penalty.mode, plugin.ewc_lambda) == ("optimizer", "merged", 3.0)
+    model = multilayer_perceptron(6, (4,), 10)
+    optimizer = make_optimizer(model, configuration, variant.method)
+    assert isinstance(optimizer, RotatedAdam)
+    assert optimizer.model is model
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    assert len(optimizer.param_groups[0]["params"]) == 4
+
+
+def test_no_other_method_has_an_optimizer_of_its_own() -> None:
+    model = multilayer_perceptron(6, (4,), 10)
+    for name, method in METHODS.items():
+        optimizer = make_optimizer(model, Configuration(), method)
+        assert isinstance(optimizer, RotatedAdam) == (name == "rotated-adam")
 
 
 def test_the_network_has_the_layers_asked_for() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import benchmarks.runner
+from benchmarks.data import ImageData
 from benchmarks.permuted_mnist import main
 
 pytestmark = [pytest.mark.usefixtures("no_download")]
@@ -95,6 +96,20 @@ def test_rotated_methods_forget_less(tmp_path: Path) -> None:
         assert record["estimation_seconds"] > 0
         assert record["penalty_ms_per_step"] > 0
     assert merged["accuracy_matrix"][2] != separate["accuracy_matrix"][2]
+
+
+def test_validation_looks_at_no_test_image(
+    tmp_path: Path, learnable_images: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnable_images.test_inputs.fill_(np.nan)
+    monkeypatch.setattr("benchmarks.data.load_images", lambda root: learnable_images)
+    words = "--methods naive --tasks 1 --epochs 20 --hidden 8 --batch-size 8 --lr 0.01"
+    _, (record,) = call(tmp_path, f"{words} --validate")
+    assert record["average_accuracy"] > 0.9
+    assert record["configuration"]["validate"] is True
+    _, (record,) = call(tmp_path, words)
+    assert record["average_accuracy"] < 0.5, "there is nothing to be seen on the test images"
+    assert record["configuration"]["validate"] is False
 
 
 def test_the_same_seed_gives_the_same_results(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.image import AxesImage
 
 from benchmarks.methods import METHODS
-from benchmarks.plots import STYLES, draw, task_ticks
+from benchmarks.plots import OTHER_STYLES, STYLES, draw, task_ticks
 
 MATRIX = [[0.9, 0.1, 0.2], [0.8, 0.6, 0.1], [0.5, 0.4, 0.3]]
 
@@ -90,6 +90,18 @@ def test_lines_can_be_told_apart_without_colour(make_record) -> None:
     records = [make_record(f"ewc[λ={number}]", MATRIX) for number in range(5)]
     lines = draw(records).axes[0].get_lines()
     assert len({line.get_marker() for line in lines}) == 5
+
+
+def test_known_methods_keep_their_looks_whatever_else_is_drawn(make_record) -> None:
+    others = [make_record(f"ewc[λ={number}]", MATRIX) for number in range(len(OTHER_STYLES))]
+    lines = draw([*others, make_record("rotated-adam", MATRIX)]).axes[0].get_lines()
+    style = STYLES["rotated-adam"]
+    assert lines[-1].get_label() == "rotated-adam"
+    assert (lines[-1].get_color(), lines[-1].get_marker()) == (style.colour, style.marker)
+    looks = [(line.get_linestyle(), line.get_marker()) for line in lines]
+    assert len(set(looks)) == len(looks)
+    known = {(style.line, style.marker) for style in STYLES.values()}
+    assert not known & {(style.line, style.marker) for style in OTHER_STYLES}
 
 
 @pytest.mark.parametrize("jointly", [False, True])

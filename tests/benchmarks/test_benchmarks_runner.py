@@ -1,6 +1,7 @@
 """One run, with a plugin that is watched."""
 
 import time
+from dataclasses import replace
 from importlib import metadata
 
 import pytest
@@ -13,6 +14,7 @@ from benchmarks.methods import Variant
 from benchmarks.records import Record
 from benchmarks.runner import run, versions
 from benchmarks.scenarios import PermutedImages
+from rotate_ewc import RotatedAdam
 
 PAUSE = 0.3
 CONFIGURATION = Configuration(tasks=2, epochs=3, hidden=(4,), batch_size=8)
@@ -86,6 +88,52 @@ def test_logs_tell_the_accuracy_on_tasks_seen(
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [f"{name}, seed 7, {line}" for line in lines]
     assert captured.err == ""
+
+
+def test_extra_plugins_see_the_end_of_a_task_before_the_method_does(
+    tiny_images: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    class Named:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def after_training_exp(self, strategy, **keywords) -> None:
+            calls.append(self.name)
+
+    monkeypatch.setattr(benchmarks.runner, "make_plugin", lambda *_, **__: Named("own"))
+    monkeypatch.setattr(benchmarks.runner, "penalty_milliseconds", lambda *_: 0.0)
+    scenario = PermutedImages(tiny_images, tasks=2, seed=7)
+    extra = [Named("first"), Named("second")]
+    variant = Variant("naive", "naive", None)
+    run(variant, scenario, CONFIGURATION, seed=7, data_source="tiny", extra_plugins=extra)
+    assert calls == ["first", "second", "own"] * 2
+
+
+def test_rotated_adam_obeys_the_penalty_of_its_plugin(
+    learnable_images: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategies = []
+    make = benchmarks.runner.make_strategy
+
+    def spy(*arguments):
+        strategies.append(make(*arguments))
+        return strategies[-1]
+
+    monkeypatch.setattr(benchmarks.runner, "make_strategy", spy)
+    scenario = PermutedImages(learnable_images, tasks=2, seed=7)
+    configuration = replace(CONFIGURATION, learning_rate=1e-2, epochs=10)
+    learned = []
+    for strength in (0.0, 1e6):
+        variant = Variant("rotated-adam", "rotated-adam", strength)
+        record = run(variant, scenario, configuration, seed=7, data_source="tiny")
+        learned.append(record.accuracy_matrix[1][1])
+        assert record.penalty_ms_per_step == 0.0, "it is no part of the loss"
+        optimizer = strategies[-1].optimizer
+        assert isinstance(optimizer, RotatedAdam)
+        assert (optimizer.penalty.num_tasks, optimizer.penalty.strength) == (2, strength)
+    assert learned[0] > learned[1] + 0.2, "with such a strength nothing new is learned"
 
 
 def test_versions_are_looked_up_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
