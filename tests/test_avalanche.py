@@ -224,6 +224,39 @@ def test_state_continues_in_a_new_plugin() -> None:
         assert torch.equal(parameter, model.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_state_continues_in_the_middle_of_an_online_task(stop: int) -> None:
+    """Bit for bit, wherever the run was stopped."""
+    parts = list(split_online_stream(domain_benchmark(2).train_stream, experience_size=8))
+    whole, model = RotatedEWCPlugin(3.0), net(dropout=0.0)
+    run(model, parts, [whole], shuffle=False)
+
+    first, other = RotatedEWCPlugin(3.0), net(dropout=0.0)
+    run(other, parts[:stop], [first], shuffle=False)
+    resumed = RotatedEWCPlugin(3.0)
+    resumed.load_state_dict(first.state_dict())
+    run(other, parts[stop:], [resumed], shuffle=False)
+    assert resumed.penalty.num_tasks == whole.penalty.num_tasks == 2
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    "damage", [None, "{}", "no JSON", '{"sub_experiences": -1}', '{"sub_experiences": "2"}']
+)
+def test_damaged_progress_is_refused(damage: str | None) -> None:
+    source, model = RotatedEWCPlugin(3.0), net()
+    run(model, [domain_benchmark(1).train_stream[0]], [source])
+    state = source.state_dict()
+    state["progress"] = damage
+    if damage is None:
+        del state["progress"]
+    plugin = RotatedEWCPlugin(3.0)
+    with pytest.raises(ValueError, match="snapshot key 'progress' is missing or damaged"):
+        plugin.load_state_dict(state)
+    assert plugin.penalty.num_tasks == 0
+
+
 def test_plugin_can_be_pickled() -> None:
     """Avalanche's checkpoints pickle whole strategies."""
     plugin, model = RotatedEWCPlugin(3.0), net()

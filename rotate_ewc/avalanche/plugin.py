@@ -1,32 +1,18 @@
-"""Avalanche: the plugin, and a ready strategy around it.
-
-`RotatedEWCPlugin` does for Avalanche's training loop what a loop of your own does with
-`EKFACPenalty`: it applies the penalty in every step and consolidates after every experience.
-"""
+"""`RotatedEWCPlugin`: the penalty at the right places of Avalanche's training loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from avalanche.core import SupervisedPlugin
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, Subset
 
-try:
-    from avalanche.core import SupervisedPlugin
-    from avalanche.models import avalanche_forward
-    from avalanche.training.plugins import EvaluationPlugin
-    from avalanche.training.plugins.evaluation import default_evaluator
-    from avalanche.training.templates import SupervisedTemplate
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"rotate_ewc.avalanche needs Avalanche ({error}); "
-        f"install it with: pip install 'rotate-ewc[avalanche]'"
-    ) from error
-
+from rotate_ewc.avalanche.batches import Batches, forward_batch, whole_task
 from rotate_ewc.options import (
     FisherType,
     KFACType,
@@ -37,8 +23,10 @@ from rotate_ewc.options import (
 from rotate_ewc.parameters import parameters_of
 from rotate_ewc.penalty import EKFACPenalty
 from rotate_ewc.rotated_adam import RotatedAdam
+from rotate_ewc.snapshot import SnapshotError
 from rotate_ewc.step_size import StepSizes, check_optimizer, learning_rate_of, step_sizes_of
 
+PROGRESS: Final = "progress"
 UPDATES: Final = ("penalty", "proximal", "optimizer")
 
 
@@ -54,7 +42,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
     `ewc_lambda` is half of this one.) Nothing is registered on the model or the optimizer.
 
     Attributes:
-        penalty: The `EKFACPenalty` at work; `state_dict` and `load_state_dict` are its own.
+        penalty: The `EKFACPenalty` at work.
 
     Example:
         strategy = Naive(model=model, optimizer=optimizer, criterion=CrossEntropyLoss(),
@@ -174,7 +162,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Tell the penalty how many examples the task at hand has."""
-        self.penalty.current_examples = len(_task(strategy.experience).dataset)
+        self.penalty.current_examples = len(whole_task(strategy.experience).dataset)
         self._learning_rate_checked = False
         if self.update == "proximal" and self.step_size is None:
             check_optimizer(strategy.optimizer)
@@ -201,19 +189,23 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self._proximal_step(strategy)
         if not self._ends_task(strategy.experience):
             return
-        dataset = _task(strategy.experience).dataset
+        dataset = whole_task(strategy.experience).dataset
         num_examples = len(dataset)
         self.penalty.consolidate(
             strategy.model,
             strategy._criterion,
             self._batches(dataset.eval(), strategy),
-            forward=partial(_forward, strategy.model),
+            forward=partial(forward_batch, strategy.model),
             num_examples=num_examples,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all snapshots and anchors: a flat dictionary of tensors and JSON strings."""
-        return dict(self.penalty.state_dict())
+        """Return all snapshots and anchors: a flat dictionary of tensors and JSON strings.
+
+        To be saved between experiences, or between the parts into which an online stream cuts them.
+        """
+        progress = {"sub_experiences": self._sub_experiences}
+        return {**self.penalty.state_dict(), PROGRESS: json.dumps(progress)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state; the model's weights are not touched.
@@ -221,7 +213,17 @@ class RotatedEWCPlugin(SupervisedPlugin):
         Raises:
             ValueError: If the state is not whole or not consistent, naming the key.
         """
-        self.penalty.load_state_dict(state)
+        try:
+            sub_experiences = json.loads(state[PROGRESS])["sub_experiences"]
+            if isinstance(sub_experiences, bool) or sub_experiences < 0:
+                raise ValueError(f"sub_experiences is {sub_experiences}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise SnapshotError(
+                f"snapshot key {PROGRESS!r} is missing or damaged ({error}); expected the state of "
+                f"a RotatedEWCPlugin"
+            ) from None
+        self.penalty.load_state_dict({k: v for k, v in state.items() if k != PROGRESS})
+        self._sub_experiences = int(sub_experiences)
 
     def _connect(self, optimizer: Optimizer) -> None:
         """Give the penalty to a `RotatedAdam`, which must not obey it unknown to this plugin."""
@@ -265,7 +267,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self._sub_experiences = 1 if part.is_first_subexp else self._sub_experiences + 1
         return bool(part.is_last_subexp) or self._sub_experiences == part.sub_stream_length
 
-    def _batches(self, dataset: Any, strategy: Any) -> _Batches:
+    def _batches(self, dataset: Any, strategy: Any) -> Batches:
         collate = getattr(dataset, "collate_fn", None)
         if self.num_samples is not None and self.num_samples < len(dataset):
             generator = torch.Generator().manual_seed(
@@ -275,148 +277,10 @@ class RotatedEWCPlugin(SupervisedPlugin):
             drawn = torch.randperm(len(dataset), generator=generator)[: self.num_samples]
             dataset = Subset(dataset, drawn.tolist())
         size = self.estimation_mb_size or strategy.train_mb_size
-        return _Batches(DataLoader(dataset, batch_size=size, collate_fn=collate))
-
-
-class RotatedEWC(SupervisedTemplate):
-    """A strategy with `RotatedEWCPlugin`, to be used as Avalanche's `EWC` is.
-
-    Example:
-        strategy = RotatedEWC(model=model, optimizer=optimizer, criterion=CrossEntropyLoss(),
-                              ewc_lambda=3.0, train_mb_size=128, train_epochs=2)
-    """
-
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        optimizer: Optimizer,
-        criterion: Callable[..., Any] | None = None,
-        ewc_lambda: float = 1.0,
-        mode: str = "merged",
-        update: str = "penalty",
-        every: int = 1,
-        step_size: float | None = None,
-        weighting: str = "examples",
-        decay: float = 1.0,
-        temperature: float = 1.0,
-        include: Sequence[str] = ("*",),
-        exclude: Sequence[str] = (),
-        num_samples: int | None = None,
-        estimation_mb_size: int | None = None,
-        fisher_type: FisherType | str = FisherType.MC,
-        mc_samples: int = 1,
-        kfac_approx: KFACType | str = KFACType.EXPAND,
-        separate_weight_and_bias: bool = True,
-        seed: int = 2147483647,
-        memory_budget: int = 2**30,
-        unsupported: Unsupported | str = Unsupported.ERROR,
-        train_mb_size: int = 1,
-        train_epochs: int = 1,
-        eval_mb_size: int | None = None,
-        device: str | torch.device = "cpu",
-        plugins: Sequence[Any] | None = None,
-        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] = default_evaluator,
-        eval_every: int = -1,
-        **base_kwargs: Any,
-    ) -> None:
-        """Make the strategy.
-
-        Args:
-            model: The model.
-            optimizer: Its optimizer.
-            criterion: The loss, `CrossEntropyLoss()` if None.
-            ewc_lambda: See `RotatedEWCPlugin`, also for the arguments down to `memory_budget`.
-            mode: `"merged"` or `"separate"`.
-            update: `"penalty"`, `"proximal"` or `"optimizer"`.
-            every: Optimizer steps for each proximal step.
-            step_size: That of the proximal step; None takes the optimizer's.
-            weighting: `"examples"` or `"uniform"`.
-            decay: What earlier experiences are multiplied with at the end of each.
-            temperature: What the outputs are divided by in a snapshot.
-            include: Name patterns of the parameters to protect.
-            exclude: Name patterns of parameters to leave out.
-            num_samples: Examples for each snapshot; None is all.
-            estimation_mb_size: Mini-batch size of the snapshot.
-            fisher_type: `MC`, `TYPE2` or `EMPIRICAL`.
-            mc_samples: Sampled labels per example.
-            kfac_approx: `EXPAND` or `REDUCE`.
-            separate_weight_and_bias: Separate blocks, or a joint one.
-            seed: Seed of the drawn examples and labels.
-            memory_budget: Bytes that a snapshot may use.
-            unsupported: `"error"`, `"diagonal"` or `"skip"`.
-            train_mb_size: Training mini-batch size.
-            train_epochs: Epochs for each experience.
-            eval_mb_size: Evaluation mini-batch size.
-            device: Where to train.
-            plugins: More plugins; the list is not changed.
-            evaluator: Metrics and loggers.
-            eval_every: When to evaluate during training, as in every Avalanche strategy.
-            **base_kwargs: Handed on to Avalanche's `SupervisedTemplate`.
-        """
-        plugin = RotatedEWCPlugin(
-            ewc_lambda,
-            mode,
-            update=update,
-            every=every,
-            step_size=step_size,
-            weighting=weighting,
-            decay=decay,
-            temperature=temperature,
-            include=include,
-            exclude=exclude,
-            num_samples=num_samples,
-            estimation_mb_size=estimation_mb_size,
-            fisher_type=fisher_type,
-            mc_samples=mc_samples,
-            kfac_approx=kfac_approx,
-            separate_weight_and_bias=separate_weight_and_bias,
-            seed=seed,
-            memory_budget=memory_budget,
-            unsupported=unsupported,
-        )
-        super().__init__(
-            model=model,
-            optimizer=optimizer,
-            criterion=nn.CrossEntropyLoss() if criterion is None else criterion,
-            train_mb_size=train_mb_size,
-            train_epochs=train_epochs,
-            eval_mb_size=eval_mb_size,
-            device=device,
-            plugins=[*(plugins or ()), plugin],
-            evaluator=evaluator,
-            eval_every=eval_every,
-            **base_kwargs,
-        )
-        self.rotated_ewc = plugin
-
-
-class _Batches:
-    """Avalanche's batches (x, y) or (x, y, ..., task labels) as ((x, task labels), y)."""
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor | None], Tensor]]:
-        for batch in self._loader:
-            yield (batch[0], batch[-1] if len(batch) > 2 else None), batch[1]
+        return Batches(DataLoader(dataset, batch_size=size, collate_fn=collate))
 
 
 def _plain_rate(group: Mapping[str, Any]) -> float:
     """Return the learning rate that is as stable without momentum; heavy balls roll no worse."""
     rate, momentum = float(group["lr"]), float(group["momentum"])
     return rate * (1 + 2 * momentum) / (1 + momentum) if group["nesterov"] else rate
-
-
-def _forward(model: nn.Module, inputs: tuple[Tensor, Tensor | None]) -> Tensor:
-    x, task_labels = inputs
-    outputs: Tensor = avalanche_forward(model, x, task_labels)
-    return outputs
-
-
-def _task(experience: Any) -> Any:
-    """Return the experience that holds the whole task."""
-    return getattr(experience.logging(), "origin_experience", experience)

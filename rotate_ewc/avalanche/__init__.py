@@ -1,0 +1,18 @@
+"""Avalanche: the plugin, and a ready strategy around it.
+
+`RotatedEWCPlugin` does for Avalanche's training loop what a loop of your own does with
+`EKFACPenalty`: it applies the penalty in every step and consolidates after every experience.
+"""
+
+try:
+    import avalanche as _avalanche  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"rotate_ewc.avalanche needs Avalanche ({error}); "
+        f"install it with: pip install 'rotate-ewc[avalanche]'"
+    ) from error
+
+from rotate_ewc.avalanche.plugin import RotatedEWCPlugin
+from rotate_ewc.avalanche.strategy import RotatedEWC
+
+__all__ = ["RotatedEWC", "RotatedEWCPlugin"]
