@@ -172,7 +172,7 @@ def _measure(options: Options) -> "list[Cost]":
     """Consolidate, and time everything that is there then."""
     import torch
 
-    from benchmarks.contenders import MODES, contenders, network, penalties, state_bytes
+    from benchmarks.contenders import MODES, contenders, network, penalties
     from benchmarks.cost_report import Penalty, summarise
     from benchmarks.rounds import time_in_rounds
 
@@ -185,7 +185,7 @@ def _measure(options: Options) -> "list[Cost]":
         contenders(model, found), rounds=options.rounds, repetitions=options.repetitions
     )
     sizes: dict[Penalty, int] = {
-        (penalty.mode, penalty.num_tasks): state_bytes(penalty) for penalty in found
+        (penalty.mode, penalty.num_tasks): penalty.nbytes for penalty in found
     }
     return summarise(medians, sizes, REFERENCE)
 

@@ -81,12 +81,6 @@ def _move(model: nn.Module) -> None:
         parameter.add_(MOVE * torch.randn_like(parameter))
 
 
-def state_bytes(penalty: EKFACPenalty) -> int:
-    """Size of the tensors that a penalty keeps."""
-    state = penalty.state_dict().values()
-    return sum(entry.nbytes for entry in state if isinstance(entry, Tensor))
-
-
 def contenders(
     model: nn.Module, found: Iterable[EKFACPenalty]
 ) -> dict[Contender, Callable[[], object]]:

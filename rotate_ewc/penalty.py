@@ -205,6 +205,11 @@ class EKFACPenalty(nn.Module):
         return self._stacks
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are kept: bases, eigenvalues and anchors."""
+        return sum(t.nbytes for t in self.state_dict().values() if isinstance(t, Tensor))
+
+    @property
     def scale(self) -> float:
         """What multiplies the stacks: λ, over N_now where tasks weigh in by their examples.
 

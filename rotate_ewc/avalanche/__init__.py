@@ -12,7 +12,8 @@ except ModuleNotFoundError as error:
         f"install it with: pip install 'rotate-ewc[avalanche]'"
     ) from error
 
+from rotate_ewc.avalanche.metrics import rotated_ewc_metrics
 from rotate_ewc.avalanche.plugin import RotatedEWCPlugin
 from rotate_ewc.avalanche.strategy import RotatedEWC
 
-__all__ = ["RotatedEWC", "RotatedEWCPlugin"]
+__all__ = ["RotatedEWC", "RotatedEWCPlugin", "rotated_ewc_metrics"]

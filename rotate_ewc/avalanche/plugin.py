@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
 import torch
 from avalanche.core import SupervisedPlugin
+from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, Subset
 
@@ -43,6 +45,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
 
     Attributes:
         penalty: The `EKFACPenalty` at work.
+        penalty_in_loss: What was added to the last loss.
+        snapshot_seconds: How long the snapshot of the last experience took; None without one.
 
     Example:
         strategy = Naive(model=model, optimizer=optimizer, criterion=CrossEntropyLoss(),
@@ -151,6 +155,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self.step_size = step_size
         self.num_samples = num_samples
         self.estimation_mb_size = estimation_mb_size
+        self.penalty_in_loss: Tensor | float = 0.0
+        self.snapshot_seconds: float | None = None
         self._sub_experiences = 0
         self._waiting, self._waiting_updates = 0.0, 0
         self._learning_rate_checked = False
@@ -172,7 +178,9 @@ class RotatedEWCPlugin(SupervisedPlugin):
         """Add the penalty to the loss."""
         if self.update == "penalty" and self.penalty.num_tasks > 0:
             self._check_learning_rate(strategy.optimizer)
-            strategy.loss = strategy.loss + self.penalty(strategy.model)
+            penalty = self.penalty(strategy.model)
+            self.penalty_in_loss = penalty.detach()
+            strategy.loss = strategy.loss + penalty
 
     def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Take a proximal step, after every so many steps of the optimizer."""
@@ -187,8 +195,10 @@ class RotatedEWCPlugin(SupervisedPlugin):
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Take the snapshot, at the end of a task."""
         self._proximal_step(strategy)
+        self.snapshot_seconds = None
         if not self._ends_task(strategy.experience):
             return
+        start = time.perf_counter()
         dataset = whole_task(strategy.experience).dataset
         num_examples = len(dataset)
         self.penalty.consolidate(
@@ -198,6 +208,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
             forward=partial(forward_batch, strategy.model),
             num_examples=num_examples,
         )
+        self.snapshot_seconds = time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
         """Return all snapshots and anchors: a flat dictionary of tensors and JSON strings.

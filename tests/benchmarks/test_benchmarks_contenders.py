@@ -16,7 +16,6 @@ from benchmarks.contenders import (
     contenders,
     network,
     penalties,
-    state_bytes,
 )
 from rotate_ewc import EKFACPenalty
 
@@ -61,7 +60,7 @@ def test_copies_are_what_was_there_after_so_many_tasks(mode: str) -> None:
 
 def test_only_separate_tasks_need_more_memory() -> None:
     sizes = {
-        mode: [state_bytes(penalty) for penalty in penalties(network((5,)), mode, TASKS).values()]
+        mode: [penalty.nbytes for penalty in penalties(network((5,)), mode, TASKS).values()]
         for mode in MODES
     }
     # Per layer: two bases for the weight, one for the bias, eigenvalues and anchors of both.
