@@ -19,8 +19,6 @@ from benchmarks.schedule import Schedule
 from benchmarks.timing import Stopwatch, penalty_milliseconds, time_callback
 from benchmarks.versions import versions
 
-__all__ = ["run", "versions"]
-
 
 def run(
     variant: Variant,

@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.configuration import default_data_root
+from benchmarks.command import complain, make_console, obstacle
+from benchmarks.configuration import check_output, default_data_root, flatten
 from benchmarks.option_types import LARGEST_SEED, number, one_of, several, whole_number
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
+    if problem := obstacle((), options.output):
+        return complain(NAME, problem)
     import torch
 
     from benchmarks.data import load_images
@@ -48,14 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     data = load_images(options.data_root).for_validation()
     print(data.announcement, flush=True)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        records = _run_all(options, data)
-    except OSError as error:
-        print(f"benchmarks.{NAME}: error: {error}", file=sys.stderr)
-        return 1
-    _present(records)
+    _present(_run_all(options, data))
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line, with lists that are separated by spaces or commas."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    for name, value in vars(options).items():
+        if isinstance(value, list):
+            setattr(options, name, flatten(name, value, parser))
+    check_output(options.output, parser)
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,12 +116,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _chosen(values: Sequence[Any]) -> tuple[Any, ...]:
-    """Join the values of ``--option a,b c``."""
-    nested = [value if isinstance(value, list) else [value] for value in values]
-    return tuple(value for values in nested for value in values)
-
-
 def _run_all(options: argparse.Namespace, data: "ImageData") -> list[dict[str, Any]]:
     """Run every combination, writing the records after each."""
     from benchmarks.causes.training import Settings
@@ -124,15 +126,15 @@ def _run_all(options: argparse.Namespace, data: "ImageData") -> list[dict[str, A
         epochs=options.epochs,
         batch_size=options.batch_size,
         learning_rate=options.lr,
-        hidden=_chosen(options.hidden),
+        hidden=options.hidden,
         strength=options.ewc_lambda,
         snapshot_examples=options.fisher_samples,
         exact_examples=options.exact_samples,
     )
     records: list[dict[str, Any]] = []
-    for seed in _chosen(options.seeds):
-        for curvature in _chosen(options.curvatures):
-            for optimizer in _chosen(options.optimizers):
+    for seed in options.seeds:
+        for curvature in options.curvatures:
+            for optimizer in options.optimizers:
                 combination = {"optimizer": optimizer, "curvature": curvature, "seed": seed}
                 accuracies = _run(data, settings, options.tasks, combination)
                 records.append({**combination, "accuracies": accuracies})
@@ -171,7 +173,6 @@ def _run(
 
 def _present(records: Sequence[dict[str, Any]]) -> None:
     """Print the table: means over seeds, and their deviations."""
-    from benchmarks.command import make_console
     from benchmarks.report import add_number_columns, empty_table, percent
 
     table = empty_table("Accuracy after the last task [%]")

@@ -12,8 +12,9 @@ from benchmarks.configuration import Configuration
 from benchmarks.data import ImageData
 from benchmarks.methods import Variant
 from benchmarks.records import Record
-from benchmarks.runner import run, versions
+from benchmarks.runner import run
 from benchmarks.scenarios import PermutedImages
+from benchmarks.versions import versions
 from rotate_ewc import RotatedAdam
 
 PAUSE = 0.3
