@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, Subset
 
 from rotate_ewc.avalanche.batches import Batches, forward_batch, whole_task
+from rotate_ewc.avalanche.verbosity import shows_progress
 from rotate_ewc.options import (
     FisherType,
     KFACType,
@@ -75,7 +77,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
         seed: int = 2147483647,
         memory_budget: int = 2**30,
         unsupported: Unsupported | str = Unsupported.ERROR,
-        progressbar: bool = False,
+        progressbar: bool | None = None,
     ) -> None:
         """Make a plugin that does nothing until the first experience has ended.
 
@@ -110,7 +112,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
             memory_budget: Bytes that a snapshot may use beyond the model's own passes.
             unsupported: `"error"`, `"diagonal"` or `"skip"`: what to do about parameters that are
                 used in a way for which there is no rule; see `EKFACPenalty`.
-            progressbar: Whether to show progress while a snapshot is taken.
+            progressbar: Whether to show progress while a snapshot is taken; None does where the
+                strategy has an `InteractiveLogger`, which shows that of training.
 
         Raises:
             ValueError: If a value is out of range, naming the argument.
@@ -148,8 +151,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
             seed=seed,
             memory_budget=memory_budget,
             unsupported=unsupported,
-            progressbar=progressbar,
         )
+        self.progressbar = progressbar
         self.update = update
         self.every = every
         self.step_size = step_size
@@ -201,6 +204,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
         start = time.perf_counter()
         dataset = whole_task(strategy.experience).dataset
         num_examples = len(dataset)
+        shown = shows_progress(strategy) if self.progressbar is None else self.progressbar
+        self.penalty.settings = replace(self.penalty.settings, progressbar=shown)
         self.penalty.consolidate(
             strategy.model,
             strategy._criterion,

@@ -49,6 +49,7 @@ class RotatedEWC(SupervisedTemplate):
         seed: int = 2147483647,
         memory_budget: int = 2**30,
         unsupported: Unsupported | str = Unsupported.ERROR,
+        progressbar: bool | None = None,
         train_mb_size: int = 1,
         train_epochs: int = 1,
         eval_mb_size: int | None = None,
@@ -83,6 +84,7 @@ class RotatedEWC(SupervisedTemplate):
             seed: Seed of the drawn examples and labels.
             memory_budget: Bytes that a snapshot may use.
             unsupported: `"error"`, `"diagonal"` or `"skip"`.
+            progressbar: Whether to show progress of a snapshot; None follows the loggers.
             train_mb_size: Training mini-batch size.
             train_epochs: Epochs for each experience.
             eval_mb_size: Evaluation mini-batch size.
@@ -112,6 +114,7 @@ class RotatedEWC(SupervisedTemplate):
             seed=seed,
             memory_budget=memory_budget,
             unsupported=unsupported,
+            progressbar=progressbar,
         )
         super().__init__(
             model=model,
