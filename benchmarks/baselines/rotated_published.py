@@ -1,0 +1,253 @@
+"""R-EWC: elastic weight consolidation after rotating the layers by the last task's moments.
+
+Liu, Masana, Herranz, Van de Weijer, López and Bagdanov, "Rotate your networks: better weight
+consolidation and less catastrophic forgetting", ICPR 2018.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from opt_einsum import contract
+from torch import Tensor, nn
+
+from benchmarks.baselines.capture import Capture, Outer
+from benchmarks.baselines.diagonal_fisher import CHUNK
+from benchmarks.baselines.examples import (
+    LABELLING,
+    Examples,
+    evaluating,
+    forward,
+    make_generator,
+    sampled_gradients,
+)
+from benchmarks.baselines.growth import leading
+from benchmarks.baselines.layers import Layer, is_layer, parameter_name, trained_layers
+from benchmarks.baselines.plugin import QuadraticPlugin, present
+from benchmarks.baselines.rotation import (
+    Rotation,
+    is_rotated,
+    rotate,
+    rotate_back,
+    trained_weight,
+)
+
+
+@dataclass(frozen=True)
+class RotatedFisher:
+    """The diagonal of a layer's Fisher matrix in rotated coordinates, and where it is anchored.
+
+    Attributes:
+        rotation: The coordinates.
+        weight: The diagonal for ``W'``, in the shape of the weight.
+        anchor: ``W'`` when the task ended.
+        bias: The diagonal for the bias; None without one.
+        bias_anchor: The bias when the task ended.
+    """
+
+    rotation: Rotation
+    weight: Tensor
+    anchor: Tensor
+    bias: Tensor | None
+    bias_anchor: Tensor | None
+
+
+class PublishedRotatedEWC(QuadraticPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Trains ``W' = U2ᵀ W U1`` in place of ``W``, under ``½ λ Σ_i F'_i (θ'_i - θ'*_i)²``.
+
+    ``U1`` and ``U2`` are the eigenvectors of the uncentred second moments of the layer's inputs and
+    of the gradients of its outputs, over the examples of the last task. For a convolution these
+    are moments of channels, over all pixels, and only the channels are rotated, as by the 1×1
+    convolutions of the paper. After the next task the rotation is taken back and that of the new
+    task put in its place; the function of the network does not change in either step. Rotation,
+    diagonal and anchor are those of the last task alone (for the head of another task, which the
+    last one did not use: those of the last task that did). Biases are not rotated.
+
+    The Fisher matrix is that of the model's own predictions: the gradients, for the moments and
+    for the diagonal, are those of one label for each example, drawn from the predictions. So the
+    paper defines it, and so its authors' program computes it. All layers are rotated here, the
+    last included, which that program leaves as it is on MNIST.
+
+    A parametrisation of ``torch.nn.utils.parametrize`` does the rotation, so that any optimizer
+    works in rotated coordinates. The parameter remains the same object, under another name. What
+    the optimizer knows of it (Adam's moments, momentum) belongs to the old coordinates and is
+    dropped; what it knows of biases remains. A layer that Avalanche replaces by a larger one is
+    rotated again before the next task, with identity for the new inputs and outputs.
+
+    Attributes:
+        fisher: By name of layer; none for layers that no task has used.
+    """
+
+    def __init__(self, strength: float, *, samples: int | None, seed: int) -> None:
+        """Protect nothing yet; for the arguments see :class:`QuadraticPlugin`."""
+        super().__init__(strength, samples=samples, seed=seed)
+        self.fisher: dict[str, RotatedFisher] = {}
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Rotate the layers that have been replaced since."""
+        modules = dict(strategy.model.named_modules())
+        for name, fisher in self.fisher.items():
+            layer = _layer(modules, name)
+            if not is_rotated(layer):
+                rotate(layer, fisher.rotation.padded(layer.weight))
+                _forget(strategy.optimizer, layer)
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """Return the penalty, a scalar with a gradient."""
+        modules = dict(model.named_modules())
+        terms = []
+        for name, fisher in self.fisher.items():
+            layer = _layer(modules, name)
+            weight = leading(
+                trained_weight(layer), fisher.anchor.shape, parameter_name(name, "weight")
+            )
+            if not is_rotated(layer):  # replaced in the middle of a task
+                weight = fisher.rotation.to_rotated(weight)
+            terms.append((fisher.weight * (weight - fisher.anchor).square()).sum())
+            if fisher.bias is not None and fisher.bias_anchor is not None:
+                full = parameter_name(name, "bias")
+                bias = leading(
+                    present(dict(layer.named_parameters(name)), full), fisher.bias.shape, full
+                )
+                terms.append((fisher.bias * (bias - fisher.bias_anchor).square()).sum())
+        return 0.5 * self.strength * torch.stack(terms).sum()
+
+    def consolidate(self, strategy: Any, examples: Examples) -> None:
+        """Rotate the layers that the task used, and anchor their weights."""
+        model = strategy.model
+        # The rotations of earlier tasks are not parameters of their own, but hide those that are.
+        old = _rotated_layers(model)
+        for layer in old.values():
+            rotate_back(layer)
+        layers = trained_layers(model)
+        seed = (self._seed, self.tasks, LABELLING)
+        rotations = moment_bases(model, layers, examples, make_generator(*seed))
+        diagonals = rotated_diagonals(model, layers, rotations, examples, make_generator(*seed))
+        for name, rotation in rotations.items():
+            layer = layers[name]
+            rotate(layer, rotation)
+            _forget(strategy.optimizer, layer)
+            weight, bias = diagonals[name]
+            self.fisher[name] = RotatedFisher(
+                rotation=rotation,
+                weight=weight,
+                anchor=trained_weight(layer).detach().clone(),
+                bias=None if layer.bias is None else bias,
+                bias_anchor=None if layer.bias is None else layer.bias.detach().clone(),
+            )
+        for name in old.keys() - rotations.keys():
+            layer = old[name]
+            rotate(layer, self.fisher[name].rotation.padded(layer.weight))
+
+
+def moment_bases(
+    model: nn.Module, layers: dict[str, Layer], examples: Examples, generator: torch.Generator
+) -> dict[str, Rotation]:
+    """Find the eigenvectors of both moments of all layers that the examples use.
+
+    Args:
+        model: The network, left as it is.
+        layers: Its trained layers by name, none of them rotated.
+        examples: The data.
+        generator: Of the labels.
+
+    Returns:
+        The bases by name of layer.
+    """
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    for outers in _passes(model, layers, examples, generator):
+        for name, outer in outers.items():
+            a, g = outer.pixels, outer.gradients
+            inputs[name] = inputs.get(name, 0) + contract("nsi,nsj->ij", a, a)
+            outputs[name] = outputs.get(name, 0) + contract("nsi,nsj->ij", g, g)
+    return {name: Rotation(_basis(outputs[name]), _basis(inputs[name])) for name in inputs}
+
+
+def rotated_diagonals(
+    model: nn.Module,
+    layers: dict[str, Layer],
+    rotations: dict[str, Rotation],
+    examples: Examples,
+    generator: torch.Generator,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Estimate the diagonal of the Fisher matrix in rotated coordinates.
+
+    Args:
+        model: The network, left as it is.
+        layers: Its trained layers by name, none of them rotated.
+        rotations: The coordinates of those that the examples use.
+        examples: The data.
+        generator: Of the labels; in the state in which the moments found it.
+
+    Returns:
+        By name of layer the mean squares of the gradients of single examples: of ``W'``, in the
+        shape of the weight, and of the bias ``[d_out]``.
+    """
+    weights = {name: torch.zeros_like(layers[name].weight) for name in rotations}
+    biases = {name: weights[name].new_zeros(len(weights[name])) for name in rotations}
+    for outers in _passes(model, layers, examples, generator):
+        for name, outer in outers.items():
+            weights[name] += _sum_of_squares(layers[name], rotations[name], outer)
+            biases[name] += outer.gradients.sum(1).square().sum(0)
+    count = len(examples)
+    return {name: (weights[name] / count, biases[name] / count) for name in rotations}
+
+
+def _passes(
+    model: nn.Module, layers: dict[str, Layer], examples: Examples, generator: torch.Generator
+) -> Any:
+    """Yield the layers' inputs and gradients for each batch, with labels drawn from the model."""
+    for number, batch in enumerate(examples):
+        with evaluating(model):
+            with Capture(layers) as capture:
+                logits = forward(model, batch)
+            if number == 0:
+                capture.check(logits)
+            outers = capture.backward(logits, sampled_gradients(logits, generator))
+        yield outers
+
+
+def _sum_of_squares(layer: Layer, rotation: Rotation, outer: Outer) -> Tensor:
+    """Sum the squares of the gradients of ``W'`` over the examples of a batch."""
+    a, g = outer.inputs, outer.gradients @ rotation.outputs
+    if isinstance(layer, nn.Linear) and a.shape[1] == 1:
+        squares: Tensor = g.squeeze(1).square().T @ (a @ rotation.inputs).squeeze(1).square()
+        return squares
+    total: Tensor = torch.zeros_like(layer.weight, requires_grad=False)
+    for start in range(0, len(a), CHUNK):
+        part = slice(start, start + CHUNK)
+        gradients = contract("nso,nsi->noi", g[part], a[part])
+        # The input channels come first in d_in, before the pixels of a convolution's kernel.
+        kernels = gradients.unflatten(2, (len(rotation.inputs), -1))
+        rotated = contract("noik,ij->nojk", kernels, rotation.inputs)
+        total += rotated.square().sum(0).reshape(total.shape)
+    return total
+
+
+def _basis(moment: Tensor) -> Tensor:
+    """Return the eigenvectors of a symmetric matrix, in columns."""
+    vectors: Tensor = torch.linalg.eigh(moment.double()).eigenvectors
+    return vectors.to(moment.dtype)
+
+
+def _rotated_layers(model: nn.Module) -> dict[str, Layer]:
+    """List the layers that are trained in rotated coordinates."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_layer(module) and is_rotated(module)
+    }
+
+
+def _layer(modules: dict[str, nn.Module], name: str) -> Layer:
+    """Look up a protected layer."""
+    module = present(modules, name)
+    if not is_layer(module):
+        raise ValueError(f"the protected layer {name!r} has become a {type(module).__name__}")
+    return module
+
+
+def _forget(optimizer: torch.optim.Optimizer, layer: Layer) -> None:
+    """Drop what an optimizer knows of a layer's weight, which is of other coordinates."""
+    optimizer.state.pop(trained_weight(layer), None)

@@ -1,0 +1,128 @@
+"""SI: importances from the path that training took.
+
+Zenke, Poole and Ganguli, "Continual learning through synaptic intelligence", ICML 2017.
+
+Avalanche 0.6 has a plugin of that name, but on a CPU its records of old weights share the memory of
+the weights in training, so that every difference is zero and nothing is protected.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.avalanche_names import SupervisedPlugin
+from benchmarks.baselines.growth import grown
+
+DAMPING = 0.1
+
+
+@dataclass
+class Path:
+    """What is known of one parameter.
+
+    Attributes:
+        before_step: The parameter before the optimizer's step.
+        start: The parameter when the task began: the anchor.
+        gain: ``ω``, by how much its changes have lowered the loss of the task.
+        importance: ``Ω``, summed over the tasks that are finished.
+    """
+
+    before_step: Tensor
+    start: Tensor
+    gain: Tensor
+    importance: Tensor
+
+
+class SynapticIntelligence(SupervisedPlugin, supports_distributed=True):  # type: ignore[misc, call-arg]
+    """Adds ``λ Σ_i Ω_i (θ_i - θ*_i)²`` to the loss (the paper's equation 4, where λ is ``c``).
+
+    ``Ω_i`` sums ``ω_i / (Δ_i² + ξ)`` over the tasks (equation 5), where ``ω_i`` is the integral of
+    minus the gradient of the task's own loss along the path of the parameter, and ``Δ_i`` how far
+    the task moved it. ``ξ`` is 0.1, as for permuted MNIST in the paper; negative importances count
+    as zero.
+
+    Attributes:
+        strength: λ.
+        tasks: Number of tasks that are protected.
+    """
+
+    def __init__(self, strength: float) -> None:
+        """Protect nothing yet.
+
+        Args:
+            strength: λ, at least 0.
+
+        Raises:
+            ValueError: If the strength is negative.
+        """
+        super().__init__()
+        if not strength >= 0:
+            raise ValueError(f"strength is {strength}; expected at least 0")
+        self.strength = strength
+        self.tasks = 0
+        self._paths: dict[str, Path] = {}
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Begin a path for every parameter, or go on where it has ended."""
+        known = self._paths
+        self._paths = {
+            name: _begun(parameter.detach(), known.get(name))
+            for name, parameter in _trained(strategy.model).items()
+        }
+
+    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Add the penalty to the loss."""
+        if self.tasks > 0:
+            strategy.loss = strategy.loss + self.penalty(strategy.model)
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """Return the penalty, a scalar with a gradient."""
+        trained = _trained(model)
+        terms = [
+            (path.importance * (trained[name] - path.start) ** 2).sum()
+            for name, path in self._paths.items()
+        ]
+        return self.strength * torch.stack(terms).sum()
+
+    def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Remember where the step begins."""
+        for name, parameter in _trained(strategy.model).items():
+            self._paths[name].before_step.copy_(parameter.detach())
+
+    @torch.no_grad()
+    def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Add the step to the path."""
+        for name, parameter in _trained(strategy.model).items():
+            if parameter.grad is None:  # another task's head
+                continue
+            path = self._paths[name]
+            from_start = path.before_step - path.start
+            of_the_penalty = 2 * self.strength * path.importance * from_start
+            path.gain -= (parameter.grad - of_the_penalty) * (parameter - path.before_step)
+
+    @torch.no_grad()
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Turn the path into importances."""
+        for name, parameter in _trained(strategy.model).items():
+            path = self._paths[name]
+            moved = parameter - path.start
+            path.importance += (path.gain / (moved**2 + DAMPING)).clamp(min=0)
+        self.tasks += 1
+
+
+def _trained(model: nn.Module) -> Mapping[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _begun(parameter: Tensor, known: Path | None) -> Path:
+    """A path that begins at a parameter, with the importances of those that have ended.
+
+    Entries by which the parameter has grown since have no importance.
+    """
+    nothing = torch.zeros_like(parameter)
+    importance = nothing.clone() if known is None else grown(known.importance, parameter.shape)
+    return Path(parameter.clone(), parameter.clone(), nothing, importance)
