@@ -15,18 +15,20 @@ if TYPE_CHECKING:
 LOG_WIDTH = 110
 
 
-def obstacle(missing: Sequence[str], output: Path) -> str | None:
+def obstacle(missing: Sequence[str], output: Path | None) -> str | None:
     """Make the folder of the results, if nothing else is in the way.
 
     Args:
         missing: Packages that are needed and not there.
-        output: The folder.
+        output: The folder; None where nothing is written.
 
     Returns:
         What prevents the command from running; None if nothing does.
     """
     if missing:
         return f"something is missing; it comes with: pip install {' '.join(missing)}"
+    if output is None:
+        return None
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,13 +53,11 @@ def prepare(configuration: Configuration) -> "tuple[Configuration, ImageData]":
     """
     import torch
 
-    from benchmarks.data import load_images
+    from benchmarks.scenarios import load_data
 
     if configuration.threads is not None:
         torch.set_num_threads(configuration.threads)
-    data = load_images(configuration.data_root)
-    if configuration.validate:
-        data = data.for_validation()
+    data = load_data(configuration)
     print(data.announcement, flush=True)
     if data.source == "digits":
         configuration = configuration.for_digits()

@@ -6,7 +6,7 @@ Nothing here imports PyTorch or Avalanche before the command line has been found
 import argparse
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,16 @@ OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "linear")
 FISHER_TYPES = ("mc", "type2", "empirical")
 
+# Fields that mean something else to a scenario than to permuted MNIST.
+SCENARIO_DEFAULTS: dict[str, dict[str, Any]] = {
+    "permuted_mnist": {},
+    "rotated_mnist": {},
+    "split_mnist": {"tasks": 5, "epochs": 4, "batch_size": 128},
+    "split_cifar10": {"tasks": 5, "epochs": 10, "batch_size": 128, "hidden": (256,)},
+    "split_cifar100": {"tasks": 10, "epochs": 20, "batch_size": 128, "hidden": (256,)},
+}
+INCREMENTS = ("task", "domain", "class")
+
 # The digits are a fortieth of MNIST: this makes about as many steps per task.
 DIGITS_DEFAULTS: dict[str, Any] = {"epochs": 10, "batch_size": 32}
 
@@ -40,6 +50,11 @@ class Configuration:
     """All options of one call.
 
     Attributes:
+        scenario: Key in :data:`SCENARIO_DEFAULTS`.
+        increment: What the network is to tell in split streams: ``"task"``, ``"domain"`` or
+            ``"class"``.
+        training_images: Training images to use, those of all tasks together in split streams; 0 for
+            all.
         tasks: Number of tasks ``T``.
         epochs: Passes over the data of each task.
         hidden: Widths of the hidden layers.
@@ -57,6 +72,7 @@ class Configuration:
         fisher_type: ``"mc"``, ``"type2"`` or ``"empirical"``.
         temperature: What the outputs are divided by in the rotated methods' snapshots.
         methods: Names of the methods to run, keys of :data:`benchmarks.methods.METHODS`.
+        replay: Examples in a replay buffer beside every method; 0 for none.
         seeds: Every method is run once with each.
         data_root: Folder of the data sets.
         output: Folder of the results.
@@ -65,6 +81,9 @@ class Configuration:
         chosen: Names of the fields that the user gave, which no other default may replace.
     """
 
+    scenario: str = "permuted_mnist"
+    increment: str = "task"
+    training_images: int = 0
     tasks: int = 10
     epochs: int = 2
     hidden: tuple[int, ...] = (100, 100)
@@ -80,6 +99,7 @@ class Configuration:
     fisher_samples: int = 10_000
     fisher_type: str = "mc"
     temperature: float = 1.0
+    replay: int = 0
     methods: tuple[str, ...] = DEFAULT_METHODS
     seeds: tuple[int, ...] = (0,)
     data_root: Path = field(default_factory=default_data_root)
@@ -89,14 +109,21 @@ class Configuration:
     chosen: frozenset[str] = frozenset()
 
     def for_digits(self) -> "Configuration":
-        """Replace the defaults that are meant for MNIST by :data:`DIGITS_DEFAULTS`.
+        """Replace the defaults that are meant for MNIST by :data:`DIGITS_DEFAULTS`."""
+        return self.with_defaults(DIGITS_DEFAULTS)
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> "Configuration":
+        """Replace some defaults by others.
+
+        Args:
+            defaults: Values by field.
 
         Returns:
             A configuration in which options the user gave are as the user gave them.
         """
         return dataclasses.replace(
             self,
-            **{name: value for name, value in DIGITS_DEFAULTS.items() if name not in self.chosen},
+            **{name: value for name, value in defaults.items() if name not in self.chosen},
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -326,7 +353,7 @@ def _add_environment_arguments(
         "--output",
         type=Path,
         metavar="FOLDER",
-        help=f"where results go, replacing those of an earlier call (default: {defaults.output})",
+        help=f"where results go (default: {defaults.output})",
     )
     add(
         "--device",

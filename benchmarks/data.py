@@ -5,16 +5,14 @@ that every benchmark runs on a machine without a network; their figures are not 
 MNIST's, which is why :class:`ImageData` carries a line to announce its origin.
 """
 
-import contextlib
 import dataclasses
-import io
-import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from benchmarks.download import DataUnavailableError, download, reason
 
 MNIST_MEAN = 0.1307
 MNIST_STANDARD_DEVIATION = 0.3081
@@ -24,7 +22,8 @@ MNIST_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-NETWORK_TIMEOUT_SECONDS = 10.0
+MNIST_SHAPE = (1, 28, 28)
+DIGITS_SHAPE = (1, 8, 8)
 DIGITS_TEST_IMAGES = 300
 VALIDATION_PART = 6
 
@@ -34,12 +33,13 @@ class ImageData:
     """A training and a test set of images.
 
     Attributes:
-        source: ``"mnist"`` or ``"digits"``.
+        source: ``"mnist"``, ``"digits"``, ``"cifar10"`` or ``"cifar100"``.
         announcement: One line that tells a reader which data these are and where they are from.
         train_inputs: Normalised pixels, ``float32`` ``[N, D]``.
         train_labels: Classes, ``int64`` ``[N]``.
         test_inputs: Normalised pixels, ``float32`` ``[M, D]``.
         test_labels: Classes, ``int64`` ``[M]``.
+        shape: Channels, height and width of an image; their product is ``D``.
         classes: Number of classes.
     """
 
@@ -49,6 +49,7 @@ class ImageData:
     train_labels: Tensor
     test_inputs: Tensor
     test_labels: Tensor
+    shape: tuple[int, ...]
     classes: int = 10
 
     def for_validation(self) -> "ImageData":
@@ -69,9 +70,21 @@ class ImageData:
             test_labels=self.train_labels[kept:],
         )
 
+    def limited(self, training_images: int) -> "ImageData":
+        """Keep the first training images only.
 
-class MNISTUnavailableError(Exception):
-    """MNIST can be neither read nor downloaded; the message completes "MNIST ..."."""
+        Args:
+            training_images: How many; 0 keeps all.
+        """
+        if not 0 < training_images < len(self.train_inputs):
+            return self
+        return dataclasses.replace(
+            self,
+            announcement=f"{self.announcement} Of the training images, the first "
+            f"{training_images:,} are used.",
+            train_inputs=self.train_inputs[:training_images],
+            train_labels=self.train_labels[:training_images],
+        )
 
 
 def load_images(data_root: Path) -> ImageData:
@@ -85,8 +98,8 @@ def load_images(data_root: Path) -> ImageData:
     """
     try:
         return load_mnist(data_root)
-    except MNISTUnavailableError as error:
-        return load_digits(reason=str(error))
+    except DataUnavailableError as error:
+        return load_digits(why=str(error))
 
 
 def load_mnist(data_root: Path) -> ImageData:
@@ -99,7 +112,7 @@ def load_mnist(data_root: Path) -> ImageData:
         The images.
 
     Raises:
-        MNISTUnavailableError: If the files are damaged, or missing and cannot be downloaded.
+        DataUnavailableError: If the files are damaged, or missing and cannot be downloaded.
     """
     from torchvision.datasets import MNIST
 
@@ -111,22 +124,23 @@ def load_mnist(data_root: Path) -> ImageData:
         training, test = MNIST(data_root, train=True), MNIST(data_root, train=False)
     # Truncated files fail in the parser, in whatever way their bytes make it fail.
     except Exception as error:
-        raise MNISTUnavailableError(f"in {data_root} is damaged ({_reason(error)})") from error
+        raise DataUnavailableError(f"in {data_root} is damaged ({reason(error)})") from error
     return ImageData(
         source="mnist",
-        announcement=f"Data: MNIST {_sizes(len(training), len(test), 28)} {origin}.",
+        announcement=f"Data: MNIST {sizes(len(training), len(test), MNIST_SHAPE)} {origin}.",
         train_inputs=_normalised(training.data / 255, MNIST_MEAN, MNIST_STANDARD_DEVIATION),
         train_labels=training.targets.long(),
         test_inputs=_normalised(test.data / 255, MNIST_MEAN, MNIST_STANDARD_DEVIATION),
         test_labels=test.targets.long(),
+        shape=MNIST_SHAPE,
     )
 
 
-def load_digits(reason: str = "was not asked for") -> ImageData:
+def load_digits(why: str = "was not asked for") -> ImageData:
     """Load the handwritten digits that come with scikit-learn, split the same way every time.
 
     Args:
-        reason: Why these and not MNIST, completing "MNIST ...".
+        why: Why these and not MNIST, completing "MNIST ...".
 
     Returns:
         1,497 training and 300 test images, each class alike in both.
@@ -142,61 +156,29 @@ def load_digits(reason: str = "was not asked for") -> ImageData:
     mean, deviation = train_inputs.mean().item(), train_inputs.std().item()
     return ImageData(
         source="digits",
-        announcement=f"Data: scikit-learn digits {_sizes(len(train_pixels), len(test_pixels), 8)}: "
-        f"MNIST {reason}. The figures below are not comparable with MNIST's.",
+        announcement="Data: scikit-learn digits "
+        f"{sizes(len(train_pixels), len(test_pixels), DIGITS_SHAPE)}: "
+        f"MNIST {why}. The figures below are not comparable with MNIST's.",
         train_inputs=_normalised(train_inputs, mean, deviation),
         train_labels=torch.from_numpy(train_classes).long(),
         test_inputs=_normalised(torch.from_numpy(test_pixels), mean, deviation),
         test_labels=torch.from_numpy(test_classes).long(),
+        shape=DIGITS_SHAPE,
     )
 
 
 def _download_mnist(data_root: Path) -> None:
-    """Download the four files of MNIST in silence, or raise within about twenty seconds."""
+    """Download the four files of MNIST, or raise."""
     from torchvision.datasets import MNIST
 
-    raw = data_root / "MNIST" / "raw"
-    missing_folders = [folder for folder in (raw, *raw.parents) if not folder.exists()]
-    try:
-        with _silence(), _network_timeout(NETWORK_TIMEOUT_SECONDS):
-            MNIST(data_root, download=True)
-    # No network, a full disk, a folder that cannot be written: the digits help with all of them.
-    except Exception as error:
-        for folder in missing_folders:
-            with contextlib.suppress(OSError):  # one that holds something is kept
-                folder.rmdir()
-        raise MNISTUnavailableError(
-            f"is not in {data_root} and could not be downloaded ({_reason(error)})"
-        ) from error
+    download(lambda: MNIST(data_root, download=True), data_root / "MNIST" / "raw", data_root)
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep progress bars and mirror lists from preceding the announcement."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
-@contextlib.contextmanager
-def _network_timeout(seconds: float) -> Iterator[None]:
-    """Give up on connections that hang, torchvision having no option for it."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _reason(error: Exception) -> str:
-    """The last line of an error's message, which for torchvision is the cause."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
-
-
-def _sizes(training: int, test: int, side: int) -> str:
-    """Describe the size of a data set of square images."""
-    return f"({training:,} training and {test:,} test images of {side}×{side})"
+def sizes(training: int, test: int, shape: tuple[int, ...]) -> str:
+    """Describe the size of a data set of images ``[channels, height, width]``."""
+    channels, height, width = shape
+    colours = f"×{channels}" if channels > 1 else ""
+    return f"({training:,} training and {test:,} test images of {height}×{width}{colours})"
 
 
 def _normalised(pixels: Tensor, mean: float, deviation: float) -> Tensor:

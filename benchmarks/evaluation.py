@@ -6,13 +6,16 @@ Avalanche's evaluation loop would load every test image by itself, which takes l
 import torch
 from torch import Tensor, nn
 
+from benchmarks.avalanche_names import avalanche_forward
 from benchmarks.scenarios import Scenario
 
 EVALUATION_BATCH_SIZE = 2_000
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor, device: torch.device) -> float:
+def accuracy(
+    model: nn.Module, inputs: Tensor, labels: Tensor, device: torch.device, task: int = 0
+) -> float:
     """Fraction of examples whose largest logit is that of their class.
 
     Args:
@@ -20,6 +23,7 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor, device: torch.dev
         inputs: Inputs ``[M, ...]``.
         labels: Classes ``[M]``.
         device: Where the network is.
+        task: What a network with a head for every task is told.
 
     Returns:
         A fraction between 0 and 1.
@@ -31,9 +35,10 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor, device: torch.dev
         torch.split(labels, EVALUATION_BATCH_SIZE),
         strict=True,
     )
-    correct = sum(
-        int((model(x.to(device)).argmax(1) == y.to(device)).sum().item()) for x, y in batches
-    )
+    correct = 0
+    for x, y in batches:
+        logits = avalanche_forward(model, x.to(device), torch.full((len(x),), task))
+        correct += int((logits.argmax(1) == y.to(device)).sum().item())
     model.train(was_training)
     return correct / len(labels)
 
@@ -49,4 +54,6 @@ def accuracies(model: nn.Module, scenario: Scenario, device: torch.device) -> li
     Returns:
         ``T`` fractions, one row of an accuracy matrix.
     """
-    return [accuracy(model, *scenario.test_set(task), device) for task in range(scenario.tasks)]
+    return [
+        accuracy(model, *scenario.test_set(task), device, task) for task in range(scenario.tasks)
+    ]
