@@ -50,6 +50,55 @@ def _ewc(settings: PluginSettings) -> Any:
     return EWCPlugin(ewc_lambda=settings.strength, mode="separate")
 
 
+def _ewc_online(settings: PluginSettings) -> Any:
+    """Avalanche's elastic weight consolidation with one penalty: importances add up."""
+    from benchmarks.avalanche_names import EWCPlugin
+
+    return EWCPlugin(ewc_lambda=settings.strength, mode="online", decay_factor=1.0)
+
+
+def _si(settings: PluginSettings) -> Any:
+    """Synaptic intelligence (Zenke et al., 2017); Avalanche's own protects nothing on a CPU."""
+    from benchmarks.baselines import SynapticIntelligence
+
+    return SynapticIntelligence(settings.strength)
+
+
+def _mas(settings: PluginSettings) -> Any:
+    """Avalanche's memory aware synapses (Aljundi et al., 2018)."""
+    from benchmarks.avalanche_names import MASPlugin
+
+    return MASPlugin(lambda_reg=settings.strength)
+
+
+def _lwf(settings: PluginSettings) -> Any:
+    """Avalanche's learning without forgetting (Li and Hoiem, 2016)."""
+    from benchmarks.avalanche_names import LwFPlugin
+
+    return LwFPlugin(alpha=settings.strength)
+
+
+def _r_ewc(settings: PluginSettings) -> Any:
+    """Rotated EWC as published: the last task's rotation and diagonal (Liu et al., 2018)."""
+    from benchmarks.baselines import PublishedRotatedEWC
+
+    return PublishedRotatedEWC(settings.strength, samples=settings.samples, seed=settings.seed)
+
+
+def _kronecker_laplace(settings: PluginSettings) -> Any:
+    """Kronecker-factored Laplace with sums of factors (Ritter et al., 2018)."""
+    from benchmarks.baselines import KroneckerLaplace
+
+    return KroneckerLaplace(settings.strength, samples=settings.samples, seed=settings.seed)
+
+
+def _diagonal_ewc(settings: PluginSettings) -> Any:
+    """Elastic weight consolidation with the exact diagonal of the Fisher matrix."""
+    from benchmarks.baselines import DiagonalFisherEWC
+
+    return DiagonalFisherEWC(settings.strength, samples=settings.samples, seed=settings.seed)
+
+
 def _rotated_ewc(mode: str, update: str = "penalty") -> Callable[[PluginSettings], Any]:
     """Elastic weight consolidation in the rotated basis, in one of its modes and updates."""
 
@@ -84,7 +133,10 @@ class Method:
 
     Attributes:
         make_plugin: Makes the plugin that sets the method apart, or None for plain training.
-        strengths: Picks the values of λ to run from a configuration; None where there is no λ.
+        default_strength: λ by default: that of the plugin's own signature, else 1; None where there
+            is no λ.
+        centre: Middle of the range of λ that is searched, a power of ten.
+        strengths: Picks the values of λ to run from a configuration, where an option sets them.
         trained_jointly: Whether all tasks are learned at once.
         rotates_adam: Whether the optimizer is Adam in the eigenbasis of the plugin's penalty,
             whatever ``--optimizer`` says.
@@ -92,23 +144,33 @@ class Method:
     """
 
     make_plugin: Callable[[PluginSettings], Any]
+    default_strength: float | None = None
+    centre: float = 1.0
     strengths: Callable[["Configuration"], Sequence[float]] | None = None
     trained_jointly: bool = False
     rotates_adam: bool = False
     by_default: bool = True
 
 
+def _ours(mode: str, update: str = "penalty", **others: Any) -> Method:
+    """One of the rotated methods."""
+    return Method(_rotated_ewc(mode, update), 1.0, strengths=_rotated_strengths, **others)
+
+
 METHODS: dict[str, Method] = {
     "naive": Method(_no_plugin),
-    "ewc": Method(_ewc, _baseline_strengths),
-    "rotated-ewc": Method(_rotated_ewc("merged"), _rotated_strengths),
-    "rotated-ewc-separate": Method(_rotated_ewc("separate"), _rotated_strengths),
-    "rotated-ewc-proximal": Method(
-        _rotated_ewc("merged", "proximal"), _rotated_strengths, by_default=False
-    ),
-    "rotated-adam": Method(
-        _rotated_ewc("merged", "optimizer"), _rotated_strengths, rotates_adam=True
-    ),
+    "ewc": Method(_ewc, 1.0, centre=100.0, strengths=_baseline_strengths),
+    "ewc-online": Method(_ewc_online, 1.0, centre=100.0, by_default=False),
+    "si": Method(_si, 1.0, by_default=False),
+    "mas": Method(_mas, 1.0, centre=0.1, by_default=False),
+    "lwf": Method(_lwf, 1.0, by_default=False),
+    "r-ewc": Method(_r_ewc, 1.0, centre=100.0, by_default=False),
+    "kronecker-laplace": Method(_kronecker_laplace, 1.0, by_default=False),
+    "diagonal-ewc": Method(_diagonal_ewc, 1.0, centre=10.0, by_default=False),
+    "rotated-ewc": _ours("merged"),
+    "rotated-ewc-separate": _ours("separate"),
+    "rotated-ewc-proximal": _ours("merged", "proximal", by_default=False),
+    "rotated-adam": _ours("merged", "optimizer", rotates_adam=True),
     "joint": Method(_no_plugin, trained_jointly=True),
 }
 DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.by_default)
@@ -138,8 +200,10 @@ def variants(configuration: "Configuration") -> list[Variant]:
     """List what is to be run, in the order of ``--methods``."""
     found = []
     for name in configuration.methods:
-        strengths = METHODS[name].strengths
-        values: Sequence[float | None] = strengths(configuration) if strengths else (None,)
+        method = METHODS[name]
+        values: Sequence[float | None] = (method.default_strength,)
+        if method.strengths:
+            values = method.strengths(configuration)
         for value in values:
             label = name if len(values) == 1 else f"{name}[λ={value:g}]"
             found.append(Variant(name, label, value))

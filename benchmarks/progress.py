@@ -15,20 +15,24 @@ class ProgressPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
     Use it as a context, and as a plugin of the strategy.
     """
 
-    def __init__(self, title: str, experiences: Sequence[str], steps: int) -> None:
+    def __init__(
+        self, title: str, experiences: Sequence[str], steps: int, *, quiet: bool = False
+    ) -> None:
         """Say what is coming.
 
         Args:
             title: Method and seed.
             experiences: What each experience is called, in order.
             steps: Training steps in all of them.
+            quiet: Whether to show nothing.
         """
         super().__init__()
         self._title = title
         self._experiences = experiences
         self._finished = 0
+        self._quiet = quiet
         # disable=None: no bar unless standard error is a terminal
-        self._bar: tqdm[Any] = tqdm(total=steps, unit="step", disable=None)
+        self._bar: tqdm[Any] = tqdm(total=steps, unit="step", disable=quiet or None)
 
     def __enter__(self) -> "ProgressPlugin":
         """Show the first experience."""
@@ -55,7 +59,7 @@ class ProgressPlugin(SupervisedPlugin, supports_distributed=True):  # type: igno
             accuracy: Mean accuracy over the tasks learned so far, a fraction.
         """
         text = f"average accuracy {accuracy:.2%}"
-        if self._bar.disable:
+        if self._bar.disable and not self._quiet:
             print(f"{self._title}, {self._experiences[self._finished]}: {text}", flush=True)
         self._bar.set_postfix_str(text)
         self._finished += 1

@@ -38,9 +38,14 @@ class Record:
         estimation_seconds: Wall time of what the method does at the ends of tasks.
         penalty_ms_per_step: Milliseconds for the value and gradient of the penalty, after the
             last task; 0 where there is no penalty.
+        state_bytes: What the method keeps for the next task, besides the network: anchors,
+            importances, copies.
+        spectra: For each block of a snapshot, after the last task, eigenvalues at some ranks; empty
+            for methods without. See :func:`benchmarks.inspection.spectra`.
         trained_jointly: Whether all tasks were learned at once.
         configuration: The options of the run, data source and thread count.
         versions: Versions of the software, and the processor.
+        diverged: Whether parameters became infinite.
     """
 
     method: str
@@ -53,9 +58,28 @@ class Record:
     training_seconds: float
     estimation_seconds: float
     penalty_ms_per_step: float
+    state_bytes: int
+    spectra: dict[str, dict[str, list[float]]]
     trained_jointly: bool
     configuration: dict[str, Any]
     versions: dict[str, Any]
+    diverged: bool = False
+
+    @property
+    def strength(self) -> float | None:
+        """The λ of the run; None for methods that have none."""
+        strength: float | None = self.configuration["strength"]
+        return strength
+
+    @property
+    def for_validation(self) -> bool:
+        """Whether accuracies are those on held-out training images."""
+        return bool(self.configuration["validate"])
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of training and of what the method does at the ends of tasks."""
+        return self.training_seconds + self.estimation_seconds
 
 
 def group_by_label(records: Iterable[Record]) -> dict[str, list[Record]]:

@@ -6,12 +6,15 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import nn
 
+from benchmarks.avalanche_names import ReplayPlugin
 from benchmarks.configuration import Configuration
 from benchmarks.evaluation import accuracies
+from benchmarks.inspection import spectra, state_bytes
 from benchmarks.methods import Variant, make_optimizer, make_plugin, make_strategy
 from benchmarks.metrics import average_accuracy, backward_transfer, forgetting
-from benchmarks.models import multilayer_perceptron
+from benchmarks.models import make_model
 from benchmarks.progress import ProgressPlugin
 from benchmarks.records import Record
 from benchmarks.scenarios import Scenario, training_experiences
@@ -28,6 +31,7 @@ def run(
     seed: int,
     data_source: str,
     extra_plugins: Sequence[Any] = (),
+    quiet: bool = False,
 ) -> Record:
     """Train and test one method.
 
@@ -41,6 +45,7 @@ def run(
         data_source: Where the images are from, for the record.
         extra_plugins: Avalanche plugins that are called before the method's own, and so see the
             end of a task before it is consolidated.
+        quiet: Whether to keep progress to itself.
 
     Returns:
         The results.
@@ -48,7 +53,7 @@ def run(
     torch.manual_seed(seed)
     device = torch.device(configuration.device)
     jointly = variant.method.trained_jointly
-    model = multilayer_perceptron(scenario.features, configuration.hidden, scenario.classes)
+    model = make_model(scenario, configuration.hidden)
     experiences = training_experiences(scenario, jointly=jointly)
     examples = len(experiences[0].dataset)
     plugin = make_plugin(variant, configuration, seed=seed, examples=examples)
@@ -56,10 +61,10 @@ def run(
     if plugin is not None:
         time_callback(plugin, "after_training_exp", estimation)
 
-    progress = _progress(variant, scenario, configuration, seed, examples)
+    progress = _progress(variant, scenario, configuration, seed, examples, quiet=quiet)
     own = [] if plugin is None else [plugin]
     # The schedule first, so that a proximal step is as long as the step that it follows.
-    plugins = [*_schedule(configuration), *extra_plugins, *own, progress]
+    plugins = [*_schedule(configuration), *extra_plugins, *own, *_replay(configuration), progress]
     optimizer = make_optimizer(model, configuration, variant.method)
     strategy = make_strategy(model, configuration, optimizer, plugins)
     matrix = _train(strategy, experiences, scenario, training, progress)
@@ -74,9 +79,12 @@ def run(
         training_seconds=training.seconds - estimation.seconds,
         estimation_seconds=estimation.seconds,
         penalty_ms_per_step=penalty_milliseconds(plugin, strategy, experiences[-1]),
+        state_bytes=state_bytes(plugin, strategy.model),
+        spectra=spectra(plugin),
         trained_jointly=jointly,
         configuration=_resolved(configuration, variant, data_source),
         versions=versions(),
+        diverged=diverged(strategy.model),
     )
 
 
@@ -86,6 +94,11 @@ def _schedule(configuration: Configuration) -> list[Schedule]:
     if not decays and not configuration.warm_up:
         return []
     return [Schedule(decays=decays, warm_up=configuration.warm_up)]
+
+
+def _replay(configuration: Configuration) -> list[Any]:
+    """The plugin for a buffer of old examples, if there is one."""
+    return [ReplayPlugin(mem_size=configuration.replay)] if configuration.replay else []
 
 
 def _train(
@@ -112,22 +125,43 @@ def _train(
     with progress:
         for task, experience in enumerate(experiences):
             with stopwatch:
-                strategy.train(experience)
+                _train_once(strategy, experience)
             row = accuracies(strategy.model, scenario, strategy.device)
             matrix.append(row)
             progress.finish_experience(fmean(row if jointly else row[: task + 1]))
     return matrix * scenario.tasks if jointly else matrix
 
 
+def _train_once(strategy: Any, experience: Any) -> None:
+    """Train on one experience; where the network diverges, its accuracy will tell."""
+    try:
+        strategy.train(experience)
+    except ValueError:
+        # No snapshot can be taken of a network that has diverged.
+        if not diverged(strategy.model):
+            raise
+
+
+def diverged(model: nn.Module) -> bool:
+    """Whether any parameter is not a number, or infinite."""
+    return not all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
 def _progress(
-    variant: Variant, scenario: Scenario, configuration: Configuration, seed: int, examples: int
+    variant: Variant,
+    scenario: Scenario,
+    configuration: Configuration,
+    seed: int,
+    examples: int,
+    *,
+    quiet: bool,
 ) -> ProgressPlugin:
-    """The progress of a run, whose experiences have the same number of examples."""
+    """The progress of a run, whose experiences have about the same number of examples."""
     names = [f"task {task}/{scenario.tasks}" for task in range(1, scenario.tasks + 1)]
     if variant.method.trained_jointly:
         names = [f"all {scenario.tasks} tasks"]
     steps = len(names) * configuration.epochs * ceil(examples / configuration.batch_size)
-    return ProgressPlugin(f"{variant.label}, seed {seed}", names, steps)
+    return ProgressPlugin(f"{variant.label}, seed {seed}", names, steps, quiet=quiet)
 
 
 def _resolved(configuration: Configuration, variant: Variant, data_source: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 WARM_UPS = 3
 REPETITIONS = 20
@@ -85,17 +86,20 @@ def penalty_milliseconds(plugin: Any | None, strategy: Any, experience: Any) -> 
     if plugin is None:
         return 0.0
     # Strategies forget their experience after training, but a penalty may weigh past tasks
-    # by the size of the present one.
+    # by the size of the present one, or look at the mini-batch.
     strategy.experience = experience
+    loader = DataLoader(experience.dataset, batch_size=strategy.train_mb_size)
+    strategy.mbatch = [tensor.to(strategy.device) for tensor in next(iter(loader))]
     durations = [_penalty_seconds(plugin, strategy) for _ in range(WARM_UPS + REPETITIONS)]
-    strategy.experience = None
+    strategy.experience = strategy.mbatch = strategy.mb_output = None
     strategy.loss = torch.zeros(1)
     return 1_000 * statistics.median(durations[WARM_UPS:])
 
 
 def _penalty_seconds(plugin: Any, strategy: Any) -> float:
     """Wall time of one evaluation of a penalty and its gradient."""
-    strategy.loss = torch.zeros(1, device=strategy.device)
+    strategy.mb_output = strategy.forward()
+    strategy.loss = torch.ones(1, device=strategy.device)
     stopwatch = Stopwatch(strategy.device)
     with stopwatch:
         plugin.before_backward(strategy)

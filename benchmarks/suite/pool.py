@@ -1,0 +1,171 @@
+"""Runs many jobs, in this process or in several, and keeps each record when it is there."""
+
+import dataclasses
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from functools import lru_cache
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from benchmarks.configuration import Configuration
+from benchmarks.records import Record
+from benchmarks.suite.store import Job, load, save
+
+if TYPE_CHECKING:
+    from benchmarks.data import ImageData
+
+
+class Pool:
+    """Workers that do jobs; a context, at the end of which they are gone.
+
+    Attributes:
+        failures: What went wrong, by job.
+    """
+
+    def __init__(self, folder: Path, workers: int, threads: int | None) -> None:
+        """Say where the records go.
+
+        Args:
+            folder: Folder of the results.
+            workers: Number of processes; with 1, this one does the work.
+            threads: CPU threads of PyTorch for each; None shares the processors out.
+        """
+        self.failures: dict[str, str] = {}
+        self._folder = folder
+        self._workers = workers
+        self._threads = threads or max(1, (os.cpu_count() or 1) // workers)
+        self._executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Pool":
+        """Start the workers, if there are several."""
+        if self._workers > 1:
+            # A fork of a process in which PyTorch has threads may hang.
+            context = get_context("spawn")
+            self._executor = ProcessPoolExecutor(
+                self._workers, mp_context=context, initializer=_begin_worker
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop: runs that have not begun are dropped, those under way are ended."""
+        if self._executor is None:
+            return
+        if error[0] is not None:
+            for worker in active_children():
+                worker.terminate()
+        self._executor.shutdown(cancel_futures=True)
+
+    def execute(self, jobs: Sequence[Job]) -> list[Record]:
+        """Do those jobs that have no record yet.
+
+        Args:
+            jobs: The jobs.
+
+        Returns:
+            The records of all jobs, in their order, but for those that failed, which are in
+            ``failures`` from then on.
+        """
+        waiting = [job for job in jobs if load(job, self._folder) is None]
+        # disable=None: no bar unless standard error is a terminal
+        with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), disable=None) as bar:
+            for job, outcome in self._outcomes(waiting):
+                self._note(job, outcome, quiet=not bar.disable)
+                bar.set_description(str(job))
+                bar.update()
+        records = [load(job, self._folder) for job in jobs]
+        return [record for record in records if record is not None]
+
+    def _outcomes(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, float | str]]:
+        """Do jobs, and yield each with its accuracy or with what went wrong."""
+        if self._executor is None:
+            for job in jobs:
+                yield job, work(job, self._folder, self._threads, self._workers)
+            return
+        futures: dict[Future[float | str], Job] = {
+            self._executor.submit(work, job, self._folder, self._threads, self._workers): job
+            for job in jobs
+        }
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+    def _note(self, job: Job, outcome: float | str, *, quiet: bool) -> None:
+        """Remember a failure, and print what came out unless a bar shows it."""
+        if isinstance(outcome, str):
+            self.failures[str(job)] = outcome
+            print(f"{job}: failed: {outcome.strip().splitlines()[-1]}", flush=True)
+        elif not quiet:
+            print(f"{job}: {outcome:.2%}", flush=True)
+
+
+def _begin_worker() -> None:
+    """Leave interruptions to the parent, and end with it, even if it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """Wait for a process to end, and end this one at once: nobody waits for its result."""
+    wait([sentinel])
+    os._exit(1)
+
+
+def work(job: Job, folder: Path, threads: int, workers: int) -> float | str:
+    """Do a job and keep its record.
+
+    Args:
+        job: The job.
+        folder: Folder of the results.
+        threads: CPU threads of PyTorch.
+        workers: Number of processes that work at the same time, for the record.
+
+    Returns:
+        The average accuracy; or, if it failed, the traceback, so that others can go on.
+    """
+    try:
+        record = _run(job, threads)
+    except Exception:
+        return traceback.format_exc()
+    configuration = {**record.configuration, "jobs": workers}
+    save(dataclasses.replace(record, configuration=configuration), job, folder)
+    return record.average_accuracy
+
+
+def _run(job: Job, threads: int) -> Record:
+    """Train and test."""
+    import torch
+
+    from benchmarks.runner import run
+    from benchmarks.scenarios import make_scenario
+
+    torch.set_num_threads(threads)
+    # The images are those of all runs with these options, whatever else differs.
+    kept = ("scenario", "data_root", "training_images", "validate")
+    options = {name: getattr(job.configuration, name) for name in kept}
+    data = _images(Configuration(**options))
+    scenario = make_scenario(job.configuration, data, job.seed)
+    return run(
+        job.variant,
+        scenario,
+        job.configuration,
+        seed=job.seed,
+        data_source=data.source,
+        quiet=True,
+    )
+
+
+@lru_cache(maxsize=1)
+def _images(configuration: Configuration) -> "ImageData":
+    """The images of the last run, which are mostly those of the next."""
+    from benchmarks.scenarios import load_data
+
+    return load_data(configuration)

@@ -1,0 +1,144 @@
+"""What is to be run: for every method the same search, then the test.
+
+The search has two stages. The first tries powers of ten around a middle that is fixed for each
+method in :data:`benchmarks.methods.METHODS`; the second goes half a power of ten to either side of
+the best.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.configuration import Configuration
+from benchmarks.methods import METHODS, Variant
+from benchmarks.records import Record
+from benchmarks.suite.protocol import best_strength, by_strength
+from benchmarks.suite.store import Job
+
+Execute = Callable[[Sequence[Job]], list[Record]]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How strengths are chosen.
+
+    Attributes:
+        values: Powers of ten to try first, an odd number; 0 for no search.
+        refine: Whether to try half a power of ten to either side of the best.
+        seeds: Every strength is tried with each.
+    """
+
+    values: int = 5
+    refine: bool = True
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All runs of one experiment.
+
+    Attributes:
+        configuration: The options.
+        search: How strengths are chosen.
+        scenario: Name of the results.
+        data_source: Where the images are from.
+    """
+
+    configuration: Configuration
+    search: Search
+    scenario: str
+    data_source: str
+
+    def run(self, execute: Execute) -> list[Record]:
+        """Search, refine and test, each stage for all methods at once.
+
+        Args:
+            execute: Does those jobs that are not done already, and returns the records of all but
+                those that failed.
+
+        Returns:
+            All records.
+        """
+        found = execute(self.first_search()) if self.search.values else []
+        if self.search.values and self.search.refine:
+            found += execute(self.second_search(found))
+        return found + execute(self.tests(found))
+
+    def first_search(self) -> list[Job]:
+        """Powers of ten around the middle of each method's range."""
+        half = self.search.values // 2
+        return self._searches(
+            Variant(name, self._label(name), _rounded(METHODS[name].centre * 10.0**power))
+            for name in self._searched_methods()
+            for power in range(-half, half + 1)
+        )
+
+    def second_search(self, found: Sequence[Record]) -> list[Job]:
+        """Half a power of ten to either side of each method's best so far.
+
+        Args:
+            found: Records of the first search.
+        """
+        return self._searches(
+            Variant(name, self._label(name), _rounded(best * factor))
+            for name in self._searched_methods()
+            if (best := _best(name, found)) is not None
+            for factor in (10.0**-0.5, 10.0**0.5)
+        )
+
+    def tests(self, found: Sequence[Record]) -> list[Job]:
+        """Every method at its best and at its default strength, which may be the same.
+
+        Args:
+            found: Records of the search.
+        """
+        strengths = {
+            name: dict.fromkeys(
+                (
+                    METHODS[name].default_strength,
+                    _best(name, found) or METHODS[name].default_strength,
+                )
+            )
+            for name in self.configuration.methods
+        }
+        return [
+            self._job(Variant(name, self._label(name), strength), seed, validate=False)
+            for seed in self.configuration.seeds
+            for name, values in strengths.items()
+            for strength in values
+        ]
+
+    def _searches(self, variants: Iterable[Variant]) -> list[Job]:
+        """Jobs on held-out training images."""
+        chosen = list(variants)
+        return [
+            self._job(variant, seed, validate=True)
+            for seed in self.search.seeds
+            for variant in chosen
+        ]
+
+    def _job(self, variant: Variant, seed: int, *, validate: bool) -> Job:
+        """One run."""
+        configuration = dataclasses.replace(self.configuration, validate=validate)
+        return Job(variant, seed, configuration, self.scenario, self.data_source)
+
+    def _searched_methods(self) -> list[str]:
+        """The methods that have a strength."""
+        methods = self.configuration.methods
+        return [name for name in methods if METHODS[name].default_strength is not None]
+
+    def _label(self, name: str) -> str:
+        """A method's name, with what stands beside it."""
+        replay = self.configuration.replay
+        return f"{name} + replay {replay}" if replay else name
+
+
+def _best(name: str, found: Iterable[Record]) -> float | None:
+    """The best strength of a method so far; None where nothing was searched."""
+    groups = by_strength(record for record in found if record.method == name)
+    return best_strength(groups) if groups else None
+
+
+def _rounded(strength: float) -> float:
+    """A strength as people write it."""
+    return float(f"{strength:.3g}")
