@@ -72,6 +72,12 @@ def check_positive_integer(name: str, value: object, *, optional: bool = False) 
         raise ValueError(f"{name} is {value}; expected a positive integer")
 
 
+def check_boolean(name: str, value: object) -> None:
+    """Raise unless `value` is True or False; other values would count as one or the other."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected True or False")
+
+
 def as_non_negative_number(name: str, value: object) -> float:
     """Return `value` as a float, or raise unless it is a finite number of at least zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -131,6 +137,8 @@ class EstimationSettings:
 
     def __post_init__(self) -> None:
         """Check every value."""
+        check_boolean("separate_weight_and_bias", self.separate_weight_and_bias)
+        check_boolean("progressbar", self.progressbar)
         check_positive_integer("mc_samples", self.mc_samples)
         check_positive_integer("memory_budget", self.memory_budget)
         check_positive_integer(

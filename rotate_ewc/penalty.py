@@ -331,7 +331,7 @@ class EKFACPenalty(nn.Module):
             )
         check_step_size(step_size)
         parameters = parameters_of(model)
-        if self._stacks:
+        if self._stacks and self.scale > 0:
             deltas = self.deltas(parameters)
             proximal_step_(self._stacks, parameters, deltas, step_size, self.scale)
 

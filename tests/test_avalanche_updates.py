@@ -54,15 +54,16 @@ def by_hand(
     make_optimizer: MakeOptimizer = sgd,
     schedule: float = 1.0,
 ) -> nn.Module:
-    """The same in a plain loop, with what is left over applied at the end of each task."""
+    """The same in a plain loop, with what is left over applied at the end of each epoch."""
     model, penalty = net(dropout=0.0), EKFACPenalty(30.0, seed=5)
     optimizer = make_optimizer(model)
     for t in range(TASKS):
         x, y = dataset(t).tensors
         penalty.current_examples = len(x)
-        rate, steps, waiting = 0.05, 0, 0.0
+        rate = 0.05
         optimizer.param_groups[0]["lr"] = rate
         for _ in range(EPOCHS):
+            steps, waiting = 0, 0.0
             for rows in torch.arange(24).split(8):
                 optimizer.zero_grad()
                 CE(model(x[rows]), y[rows]).backward()
@@ -72,10 +73,10 @@ def by_hand(
                 if steps % every == 0:
                     penalty.proximal_step_(model, waiting)
                     waiting = 0.0
+            if steps % every != 0:
+                penalty.proximal_step_(model, waiting)
             rate *= schedule
             optimizer.param_groups[0]["lr"] = rate
-        if steps % every != 0:
-            penalty.proximal_step_(model, waiting)
         batches = [(x[rows], y[rows]) for rows in torch.arange(24).split(8)]
         penalty.consolidate(model, CE, batches)
     return model
@@ -85,9 +86,9 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("every", [1, 3, 4, 100])
+@pytest.mark.parametrize("every", [1, 2, 3, 100])
 def test_is_the_same_as_a_loop_written_by_hand(every: int) -> None:
-    """Bit for bit; six steps a task are a multiple of 1 and 3, but not of 4 or 100."""
+    """Bit for bit; three steps an epoch are a multiple of 1 and 3, but not of 2 or 100."""
     plugin = RotatedEWCPlugin(30.0, update="proximal", every=every, seed=5)
     model = trained([plugin])
     assert torch.equal(flat(model), flat(by_hand(every)))
@@ -95,7 +96,7 @@ def test_is_the_same_as_a_loop_written_by_hand(every: int) -> None:
     assert (flat(model) - flat(trained([]))).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("every", [1, 2])
 def test_learning_rate_schedule(every: int) -> None:
     """Every step counts with the learning rate that it was made with."""
 
@@ -113,8 +114,8 @@ def test_learning_rate_schedule(every: int) -> None:
 
 
 def test_step_size_that_is_given() -> None:
-    plugin = RotatedEWCPlugin(30.0, update="proximal", every=4, step_size=0.7, seed=5)
-    assert torch.equal(flat(trained([plugin])), flat(by_hand(4, step_size=0.7)))
+    plugin = RotatedEWCPlugin(30.0, update="proximal", every=2, step_size=0.7, seed=5)
+    assert torch.equal(flat(trained([plugin])), flat(by_hand(2, step_size=0.7)))
 
 
 def test_step_size_of_zero_protects_nothing() -> None:
@@ -172,7 +173,7 @@ def typical_step(optimizer: Optimizer, parameter: Tensor, rate: float) -> float:
     return rate * math.exp(-sum(logarithms) / len(logarithms))
 
 
-@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("every", [1, 2])
 def test_adam_steps_by_the_geometric_mean_of_its_scales(every: int) -> None:
     plugin = RotatedEWCPlugin(30.0, update="proximal", every=every, seed=5)
     model = trained([plugin], adam)
@@ -186,7 +187,8 @@ def test_adam_steps_by_the_geometric_mean_of_its_scales(every: int) -> None:
             optimizer.zero_grad()
             CE(expected(x[rows]), y[rows]).backward()
             optimizer.step()
-            waiting = every if step % every == 0 else step % every if step == 6 else 0
+            in_epoch = (step - 1) % len(parts) + 1
+            waiting = every if in_epoch % every == 0 else in_epoch % every if in_epoch == 3 else 0
             if waiting:
                 named = expected.named_parameters()
                 sizes = {n: typical_step(optimizer, p, 0.01 * waiting) for n, p in named}

@@ -35,5 +35,8 @@ def forward_batch(model: nn.Module, inputs: tuple[Tensor, Tensor | None]) -> Ten
 
 
 def whole_task(experience: Any) -> Any:
-    """Return the experience that holds the whole task; online streams cut it into parts."""
-    return getattr(experience.logging(), "origin_experience", experience)
+    """Return the experience that holds the whole task; online streams cut it into parts.
+
+    The parts of streams that fade from task to task belong to none, and stand for themselves.
+    """
+    return getattr(experience.logging(), "origin_experience", None) or experience

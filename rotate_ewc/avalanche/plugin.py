@@ -22,6 +22,7 @@ from rotate_ewc.options import (
     KFACType,
     Unsupported,
     as_non_negative_number,
+    check_boolean,
     check_positive_integer,
 )
 from rotate_ewc.parameters import parameters_of
@@ -92,7 +93,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
                 `RotatedAdam(model, lr=...)`, which gets this plugin's penalty and obeys it. The
                 last two need mode `"merged"`.
             every: After how many steps of the optimizer a proximal step is taken, of so many times
-                its size; the cost is divided by it.
+                its size; the cost is divided by it. What is left over when an epoch ends is taken
+                then.
             step_size: That of the proximal step; None takes the optimizer's own, which must then be
                 SGD, Adam or AdamW with one learning rate.
             weighting: `"examples"` or `"uniform"`: how the experiences weigh in.
@@ -123,6 +125,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
         check_positive_integer("num_samples", num_samples, optional=True)
         check_positive_integer("estimation_mb_size", estimation_mb_size, optional=True)
         check_positive_integer("every", every)
+        if progressbar is not None:
+            check_boolean("progressbar", progressbar)
         if update not in UPDATES:
             raise ValueError(
                 f"update is {update!r}; expected one of {', '.join(map(repr, UPDATES))}"
@@ -176,6 +180,9 @@ class RotatedEWCPlugin(SupervisedPlugin):
         if self.update == "proximal" and self.step_size is None:
             check_optimizer(strategy.optimizer)
         self._connect(strategy.optimizer)
+        with torch.no_grad():
+            # A model that does not fit is refused before anything is learned.
+            self.penalty.deltas(parameters_of(strategy.model))
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Add the penalty to the loss."""
@@ -195,9 +202,16 @@ class RotatedEWCPlugin(SupervisedPlugin):
         if self._waiting_updates == self.every:
             self._proximal_step(strategy)
 
+    def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Take a proximal step for the updates that are left over.
+
+        Not at the end of the experience: there other plugins have gone back to the best weights,
+        or are looking at them, before this one or after it.
+        """
+        self._proximal_step(strategy)
+
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Take the snapshot, at the end of a task."""
-        self._proximal_step(strategy)
         self.snapshot_seconds = None
         if not self._ends_task(strategy.experience):
             return
