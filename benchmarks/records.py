@@ -38,7 +38,7 @@ class Record:
         estimation_seconds: Wall time of what the method does at the ends of tasks.
         penalty_ms_per_step: Milliseconds for the value and gradient of the penalty, after the
             last task; 0 where there is no penalty.
-        state_bytes: What the method keeps for the next task, besides the network: anchors,
+        state_bytes: Memory that the method holds between tasks, besides the network: anchors,
             importances, copies.
         spectra: For each block of a snapshot, after the last task, eigenvalues at some ranks; empty
             for methods without. See :func:`benchmarks.inspection.spectra`.

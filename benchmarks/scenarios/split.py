@@ -38,7 +38,7 @@ class SplitImages:
             name: Names the results, with the increment.
 
         Raises:
-            ValueError: If the classes cannot be shared out evenly.
+            ValueError: If the classes cannot be shared out evenly, or there is no image of some.
         """
         if data.classes % tasks:
             raise ValueError(
@@ -55,6 +55,12 @@ class SplitImages:
         self._increment = increment
         self._data = data
         self._rows = data.train_inputs.unbind(0)
+        for labels, kind in ((data.train_labels, "training"), (data.test_labels, "test")):
+            if len(set((labels // self._classes_per_task).tolist())) < tasks:
+                raise ValueError(
+                    f"training_images: got so few that a task has no {kind} images "
+                    f"({len(labels)} for {tasks} tasks); expected more"
+                )
 
     def training_sets(self) -> list["SplitTask"]:
         """The training set of every task, in the order of the tasks."""

@@ -131,13 +131,10 @@ class RotatedImages(TransformedImages):
         """Images ``[M, D]`` rotated by the angle of a task, between pixels by bilinear weights."""
         from torchvision.transforms.functional import InterpolationMode, rotate
 
-        rotated: Tensor = rotate(
-            inputs.view(-1, *self.shape),
-            self.angles[task],
-            InterpolationMode.BILINEAR,
-            fill=[self._background],
-        )
-        return rotated.flatten(1)
+        # With any other background than zero, torchvision gets pixels on the edge wrong.
+        images = inputs.view(-1, *self.shape) - self._background
+        rotated: Tensor = rotate(images, self.angles[task], InterpolationMode.BILINEAR, fill=[0.0])
+        return rotated.flatten(1) + self._background
 
 
 @dataclass(frozen=True, eq=False)

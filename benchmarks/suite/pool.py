@@ -36,12 +36,13 @@ class Pool:
         Args:
             folder: Folder of the results.
             workers: Number of processes; with 1, this one does the work.
-            threads: CPU threads of PyTorch for each; None shares the processors out.
+            threads: CPU threads of PyTorch for each; None shares out those that one process would
+                use.
         """
         self.failures: dict[str, str] = {}
         self._folder = folder
         self._workers = workers
-        self._threads = threads or max(1, (os.cpu_count() or 1) // workers)
+        self._threads = threads
         self._executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Pool":
@@ -61,6 +62,7 @@ class Pool:
         if error[0] is not None:
             for worker in active_children():
                 worker.terminate()
+                worker.join()
         self._executor.shutdown(cancel_futures=True)
 
     def execute(self, jobs: Sequence[Job]) -> list[Record]:
@@ -119,20 +121,20 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def work(job: Job, folder: Path, threads: int, workers: int) -> float | str:
+def work(job: Job, folder: Path, threads: int | None, workers: int) -> float | str:
     """Do a job and keep its record.
 
     Args:
         job: The job.
         folder: Folder of the results.
-        threads: CPU threads of PyTorch.
+        threads: CPU threads of PyTorch; None shares out those that one process would use.
         workers: Number of processes that work at the same time, for the record.
 
     Returns:
         The average accuracy; or, if it failed, the traceback, so that others can go on.
     """
     try:
-        record = _run(job, threads)
+        record = _run(job, threads, workers)
     except Exception:
         return traceback.format_exc()
     configuration = {**record.configuration, "jobs": workers}
@@ -140,14 +142,14 @@ def work(job: Job, folder: Path, threads: int, workers: int) -> float | str:
     return record.average_accuracy
 
 
-def _run(job: Job, threads: int) -> Record:
+def _run(job: Job, threads: int | None, workers: int) -> Record:
     """Train and test."""
     import torch
 
     from benchmarks.runner import run
     from benchmarks.scenarios import make_scenario
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads or _share(workers))
     # The images are those of all runs with these options, whatever else differs.
     kept = ("scenario", "data_root", "training_images", "validate")
     options = {name: getattr(job.configuration, name) for name in kept}
@@ -161,6 +163,14 @@ def _run(job: Job, threads: int) -> Record:
         data_source=data.source,
         quiet=True,
     )
+
+
+@lru_cache(maxsize=1)
+def _share(workers: int) -> int:
+    """How many threads of PyTorch's own choice, when this process began, one of several gets."""
+    import torch
+
+    return max(1, torch.get_num_threads() // workers)
 
 
 @lru_cache(maxsize=1)

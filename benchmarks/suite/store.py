@@ -15,7 +15,8 @@ from benchmarks.configuration import Configuration
 from benchmarks.methods import Variant
 from benchmarks.records import Record, read_records, write_records
 
-# Options of the command line that a single run does not depend on, or that change its time alone.
+# Options of the command line that a single run does not depend on. The number of threads changes
+# time and rounding: a sweep may go on with another.
 NOT_OF_A_RUN = ("methods", "seeds", "ewc_lambda", "baseline_ewc_lambda", "threads")
 DIGEST_LENGTH = 10
 
@@ -109,7 +110,7 @@ def load_all(folders: Iterable[Path]) -> list[tuple[str, Record]]:
         ValueError: If a folder does not exist, or there is no record in any.
     """
     found = []
-    for path in _files(folders):
+    for path in dict.fromkeys(path.resolve() for path in _files(folders)):
         try:
             scenario, records = read_records(path)
         except (ValueError, TypeError, KeyError):  # other programs write JSON too

@@ -43,6 +43,6 @@ def _check(output: Path, source: str) -> None:
 
 
 def _unavailable(root: Path) -> None:
-    from benchmarks.data import MNISTUnavailableError
+    from benchmarks.download import DataUnavailableError
 
-    raise MNISTUnavailableError("was left aside")
+    raise DataUnavailableError("was left aside")
