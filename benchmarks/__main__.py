@@ -76,11 +76,12 @@ def _run_one(configuration: Configuration, search: "Search", pool: "Pool") -> "l
 
 def _print_tables(found: "Sequence[Experiment]") -> None:
     """Print a table for each experiment."""
-    from benchmarks.suite.tables import terminal_table
+    from benchmarks.suite.tables import terminal_notes, terminal_table
 
     console = make_console()
     for experiment in found:
         console.print(terminal_table(experiment))
+    console.print(terminal_notes())
 
 
 def _verdict(options: RunOptions, found: "Sequence[Experiment]", pool: "Pool") -> int:

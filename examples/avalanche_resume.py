@@ -45,7 +45,7 @@ benchmark = benchmark_from_datasets(train=[make_task(seed) for seed in range(5)]
 model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
 optimizer = RotatedAdam(model, lr=3e-3)
 strategy = RotatedEWC(
-    model=model, optimizer=optimizer, update="optimizer", ewc_lambda=3.0,
+    model=model, optimizer=optimizer, update="optimizer", ewc_lambda=30.0,
     train_mb_size=32, train_epochs=5, evaluator=EvaluationPlugin(),
 )  # fmt: skip
 checkpoint = Path("checkpoint.dill")

@@ -13,19 +13,48 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-def test_plain_pytorch(tmp_path: Path) -> None:
-    script = ROOT / "examples" / "plain_pytorch.py"
+def start(name: str, folder: Path) -> subprocess.Popen[str]:
+    """Run an example in a folder of its own."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    result = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "examples" / name)],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+
+
+def lines_of(process: subprocess.Popen[str]) -> list[str]:
+    """What a program prints until it ends, as it should."""
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output.splitlines()
+
+
+def test_avalanche_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
+    """One run is killed after its second task, the other is not."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    expected = lines_of(start("avalanche_resume.py", whole))
+    assert len(expected) == 5
+    killed = start("avalanche_resume.py", parts)
+    assert killed.stdout is not None
+    found = [killed.stdout.readline().rstrip("\n") for _ in range(2)]
+    killed.kill()
+    killed.communicate()
+    found += lines_of(start("avalanche_resume.py", parts))
+    done = min(int(re.search(r"\d+", line)[0]) for line in found[2:])
+    assert done in (3, 4), "it goes on with the third task, or with the fourth if it was fast"
+    assert found == [*expected[:2], *expected[done - 1 :]]
+    last = [float(number) for number in re.findall(r"([\d.]+) %", expected[-1])]
+    assert min(last) > 70
+
+
+def test_plain_pytorch(tmp_path: Path) -> None:
+    lines = lines_of(start("plain_pytorch.py", tmp_path))
     assert [line.split("task 1 ")[0].strip() for line in lines] == [
         "after the first task",
         "task 2, with the penalty",

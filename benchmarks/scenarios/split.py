@@ -38,7 +38,7 @@ class SplitImages:
             name: Names the results, with the increment.
 
         Raises:
-            ValueError: If the classes cannot be shared out evenly, or there is no image of some.
+            ValueError: If the classes cannot be shared out evenly.
         """
         if data.classes % tasks:
             raise ValueError(
@@ -55,12 +55,6 @@ class SplitImages:
         self._increment = increment
         self._data = data
         self._rows = data.train_inputs.unbind(0)
-        for labels, kind in ((data.train_labels, "training"), (data.test_labels, "test")):
-            if len(set((labels // self._classes_per_task).tolist())) < tasks:
-                raise ValueError(
-                    f"training_images: got so few that a task has no {kind} images "
-                    f"({len(labels)} for {tasks} tasks); expected more"
-                )
 
     def training_sets(self) -> list["SplitTask"]:
         """The training set of every task, in the order of the tasks."""
@@ -90,8 +84,18 @@ class SplitImages:
         )
 
     def _rows_of(self, classes: Tensor, task: int) -> Tensor:
-        """Where the classes of a task are among others."""
-        return torch.nonzero(classes // self._classes_per_task == task).flatten()
+        """Where the classes of a task are among others.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        rows = torch.nonzero(classes // self._classes_per_task == task).flatten()
+        if not len(rows):
+            raise ValueError(
+                f"training_images: got so few that none of {len(classes)} images is for task "
+                f"{task + 1} of {self.tasks}; expected more"
+            )
+        return rows
 
     def _labels(self, classes: Tensor) -> Tensor:
         """What the network is to answer for images of some classes."""

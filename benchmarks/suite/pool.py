@@ -134,7 +134,7 @@ def work(job: Job, folder: Path, threads: int | None, workers: int) -> float | s
         The average accuracy; or, if it failed, the traceback, so that others can go on.
     """
     try:
-        record = _run(job, threads, workers)
+        record = _run(job, threads or _share(workers))
     except Exception:
         return traceback.format_exc()
     configuration = {**record.configuration, "jobs": workers}
@@ -142,14 +142,14 @@ def work(job: Job, folder: Path, threads: int | None, workers: int) -> float | s
     return record.average_accuracy
 
 
-def _run(job: Job, threads: int | None, workers: int) -> Record:
+def _run(job: Job, threads: int) -> Record:
     """Train and test."""
     import torch
 
     from benchmarks.runner import run
     from benchmarks.scenarios import make_scenario
 
-    torch.set_num_threads(threads or _share(workers))
+    torch.set_num_threads(threads)
     # The images are those of all runs with these options, whatever else differs.
     kept = ("scenario", "data_root", "training_images", "validate")
     options = {name: getattr(job.configuration, name) for name in kept}

@@ -130,7 +130,7 @@ def terminal_table(experiment: Experiment) -> Group:
         experiment: Records sorted by the protocol; any of them may be missing.
 
     Returns:
-        Something for ``rich`` to print in 110 columns: the setting, the table, and notes.
+        Something for ``rich`` to print in 110 columns: the setting and the table.
     """
     columns = [column for column in COLUMNS if column.in_terminal]
     columns.insert(-1, TERMINAL_SEARCH)
@@ -155,8 +155,12 @@ def terminal_table(experiment: Experiment) -> Group:
         "",
         table,
         "",
-        *(Text(note, style="dim") for note in (*NOTES, ABBREVIATIONS)),
     )
+
+
+def terminal_notes() -> Group:
+    """What the tables of any number of experiments mean, to print once below them."""
+    return Group(*(Text(note, style="dim") for note in (*NOTES, ABBREVIATIONS)))
 
 
 def _bold(column: Column, row: SummaryRow) -> bool:

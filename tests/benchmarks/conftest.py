@@ -21,6 +21,7 @@ def tiny_images() -> ImageData:
         train_labels=torch.arange(20) % 10,
         test_inputs=1_000 + torch.arange(48.0).reshape(8, 6),
         test_labels=torch.arange(8),
+        shape=(1, 2, 3),
     )
 
 
@@ -38,6 +39,7 @@ def learnable_images() -> ImageData:
         train_labels=labels[:120],
         test_inputs=inputs[120:],
         test_labels=labels[120:],
+        shape=(1, 3, 4),
         classes=4,
     )
 
@@ -58,8 +60,15 @@ def make_record() -> Callable[..., Record]:
             "training_seconds": 12.34,
             "estimation_seconds": 0.5,
             "penalty_ms_per_step": 1.5,
+            "state_bytes": 0,
+            "spectra": {},
             "trained_jointly": False,
-            "configuration": {"tasks": len(matrix), "hidden": [4]},
+            "configuration": {
+                "tasks": len(matrix),
+                "hidden": [4],
+                "strength": None,
+                "validate": False,
+            },
             "versions": {"python": "3"},
         }
         return Record(**(fields | changes))

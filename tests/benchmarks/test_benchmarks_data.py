@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.configuration import Configuration
 from benchmarks.data import (
     MNIST_MEAN,
     MNIST_STANDARD_DEVIATION,
@@ -16,6 +17,7 @@ from benchmarks.data import (
     load_digits,
     load_images,
 )
+from benchmarks.scenarios import load_data
 
 TRAINING_IMAGES = 6
 TEST_IMAGES = 4
@@ -161,3 +163,52 @@ def test_validation_is_announced_in_the_same_line() -> None:
     assert announcement.startswith(data.announcement)
     assert announcement.endswith("the last 249 training images, which are not trained on.")
     assert "\n" not in announcement
+
+
+def test_a_limit_keeps_the_first_training_images_and_all_test_images(
+    tiny_images: ImageData,
+) -> None:
+    limited = tiny_images.limited(7)
+    assert torch.equal(limited.train_inputs, tiny_images.train_inputs[:7])
+    assert torch.equal(limited.train_labels, tiny_images.train_labels[:7])
+    assert torch.equal(limited.test_inputs, tiny_images.test_inputs)
+    assert limited.announcement.endswith("the first 7 are used.")
+    assert (limited.shape, limited.classes) == (tiny_images.shape, tiny_images.classes)
+
+
+@pytest.mark.parametrize("images", [0, 20, 21])
+def test_without_a_limit_that_matters_nothing_changes(tiny_images: ImageData, images) -> None:
+    assert tiny_images.limited(images) is tiny_images
+
+
+def test_validation_after_a_limit_has_no_image_beyond_it_and_no_test_image(
+    tiny_images: ImageData,
+) -> None:
+    data = tiny_images.limited(12).for_validation()
+    rows = [(inputs[:, 0] // 6).tolist() for inputs in (data.train_inputs, data.test_inputs)]
+    assert rows == [list(range(10)), [10, 11]], "test images begin with 1000"
+
+
+@pytest.mark.parametrize("validate", [False, True])
+@pytest.mark.parametrize(
+    ("scenario", "classes"),
+    [("permuted_mnist", 10), ("split_cifar10", 10), ("split_cifar100", 100)],
+)
+def test_a_scenario_has_its_data(
+    tiny_images: ImageData, monkeypatch: pytest.MonkeyPatch, scenario, classes, validate
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def load(*arguments: object) -> ImageData:
+        asked.append(arguments)
+        return tiny_images
+
+    root = Path("root")
+    monkeypatch.setattr("benchmarks.data.load_images", load)
+    monkeypatch.setattr("benchmarks.cifar.load_cifar", load)
+    configuration = Configuration(
+        scenario=scenario, data_root=root, training_images=12, validate=validate
+    )
+    data = load_data(configuration)
+    assert asked == [(root, classes) if "cifar" in scenario else (root,)]
+    assert (len(data.train_inputs), len(data.test_inputs)) == ((10, 2) if validate else (12, 8))

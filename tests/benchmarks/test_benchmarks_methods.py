@@ -1,10 +1,21 @@
 """Which runs a configuration asks for, and the strategies they are made with."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 
 from benchmarks.configuration import Configuration
-from benchmarks.methods import METHODS, make_optimizer, make_plugin, make_strategy, variants
+from benchmarks.methods import (
+    DEFAULT_METHODS,
+    METHODS,
+    Variant,
+    make_optimizer,
+    make_plugin,
+    make_strategy,
+    variants,
+)
 from benchmarks.models import multilayer_perceptron
 from rotate_ewc import RotatedAdam
 
@@ -13,9 +24,45 @@ def labels(configuration: Configuration) -> list[str]:
     return [variant.label for variant in variants(configuration)]
 
 
-def test_every_method_is_run_once_by_default() -> None:
-    expected = [name for name in METHODS if name != "rotated-ewc-proximal"]
-    assert labels(Configuration()) == expected
+def test_every_default_method_is_run_once() -> None:
+    assert labels(Configuration()) == list(DEFAULT_METHODS)
+    rotated = ("rotated-ewc", "rotated-ewc-separate", "rotated-adam")
+    assert ("naive", "ewc", *rotated, "joint") == DEFAULT_METHODS
+
+
+def test_any_method_can_be_asked_for() -> None:
+    assert labels(Configuration(methods=tuple(METHODS))) == list(METHODS)
+
+
+def strength_of(plugin: Any) -> float:
+    """λ of a plugin, under the name that its author gave it."""
+    names = ("ewc_lambda", "si_lambda", "_lambda", "strength")
+    (found,) = [getattr(plugin, name) for name in names if hasattr(plugin, name)] or [
+        plugin.lwf.alpha
+    ]
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if method.default_strength is not None]
+)
+def test_the_strength_of_a_variant_reaches_its_plugin(name: str) -> None:
+    plugin = make_plugin(Variant(name, name, 7.0), Configuration(), seed=1, examples=50)
+    assert strength_of(plugin) == 7.0
+
+
+def test_searches_are_around_powers_of_ten() -> None:
+    for method in METHODS.values():
+        assert math.log10(method.centre).is_integer()
+
+
+def test_online_ewc_adds_importances_up_and_ewc_keeps_them_apart() -> None:
+    online, separate = (
+        make_plugin(Variant(name, name, 1.0), Configuration(), seed=1, examples=50)
+        for name in ("ewc-online", "ewc")
+    )
+    assert (online.mode, online.decay_factor) == ("online", 1.0)
+    assert (separate.mode, separate.decay_factor) == ("separate", None)
 
 
 def test_several_strengths_are_told_apart() -> None:
@@ -96,13 +143,3 @@ def test_no_other_method_has_an_optimizer_of_its_own() -> None:
     for name, method in METHODS.items():
         optimizer = make_optimizer(model, Configuration(), method)
         assert isinstance(optimizer, RotatedAdam) == (name == "rotated-adam")
-
-
-def test_the_network_has_the_layers_asked_for() -> None:
-    model = multilayer_perceptron(6, (5, 4), 3)
-    assert [tuple(parameter.shape) for parameter in model.parameters()] == [
-        *((5, 6), (5,)),
-        *((4, 5), (4,)),
-        *((3, 4), (3,)),
-    ]
-    assert [type(layer).__name__ for layer in model] == ["Linear", "ReLU"] * 2 + ["Linear"]

@@ -63,12 +63,41 @@ def test_tasks_may_be_read_in_any_order(scenario: PermutedImages) -> None:
     assert torch.equal(first[3][0], before)
 
 
-def test_only_one_permuted_copy_exists(scenario: PermutedImages) -> None:
-    datasets = scenario.training_sets()
-    rows = scenario.training_rows(0)
-    assert scenario.training_rows(0) is rows
-    assert datasets[1][0][0].shape == (6,)
-    assert scenario.training_rows(0) is not rows
+def test_all_images_are_permuted_once_for_each_task(
+    scenario: PermutedImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[tuple[int, int]] = []
+    transform = scenario.transform
+
+    def count(inputs: torch.Tensor, task: int) -> torch.Tensor:
+        sizes.append((task, len(inputs)))
+        return transform(inputs, task)
+
+    monkeypatch.setattr(scenario, "transform", count)
+    for dataset in scenario.training_sets()[:2]:
+        for index in range(20):
+            dataset[index]
+    assert sizes == [(0, 20), (1, 20)]
+
+
+def test_earlier_images_are_permuted_alone_while_a_later_task_is_current(
+    scenario: PermutedImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _, third = scenario.training_sets()[:3]
+    expected = [first[index][0].clone() for index in range(20)]
+    current = third[0][0]
+    sizes: list[int] = []
+    transform = scenario.transform
+
+    def count(inputs: torch.Tensor, task: int) -> torch.Tensor:
+        sizes.append(len(inputs))
+        return transform(inputs, task)
+
+    monkeypatch.setattr(scenario, "transform", count)
+    for index in (3, 19, 0):
+        assert torch.equal(first[index][0], expected[index])
+    assert third[0][0] is current, "the copy of the later task is still there"
+    assert sizes == [1, 1, 1]
 
 
 def test_joint_training_has_every_image_of_every_task(scenario: PermutedImages) -> None:

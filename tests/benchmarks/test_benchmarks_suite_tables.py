@@ -17,7 +17,7 @@ from suite_records import (
 
 from benchmarks.suite.setting import setting_lines
 from benchmarks.suite.summary import Statistic, summary_rows
-from benchmarks.suite.tables import headings, markdown_table, terminal_table
+from benchmarks.suite.tables import headings, markdown_table, terminal_notes, terminal_table
 from benchmarks.suite.widths import Width, interval_within, width_within
 
 MATRIX = [[0.9, 0.1], [0.6, 0.8]]
@@ -26,6 +26,7 @@ MATRIX = [[0.9, 0.1], [0.6, 0.8]]
 def rendered(shown, width: int = 110) -> str:
     console = Console(width=width, file=io.StringIO())
     console.print(terminal_table(shown))
+    console.print(terminal_notes())
     return console.file.getvalue()
 
 
