@@ -67,7 +67,12 @@ OTHER_STYLES = (
     Style("#CC79A7", (0, (5, 1)), "p", filled=False),
     Style("#999999", (0, (2, 2)), "X"),
     Style("#56B4E9", (0, (8, 3)), "<", filled=False),
-    Style("#009E73", (0, (1, 2, 3, 2)), ">", filled=False),
+    Style("#D55E00", (0, (1, 2, 3, 2)), ">", filled=False),
+    Style("#0072B2", "-", "d"),
+    Style("#000000", (0, (1, 1)), "D", filled=False),
+    Style("#E69F00", (0, (6, 1, 1, 1)), "s"),
+    Style("#332288", (0, (10, 2)), "v", filled=False),
+    Style("#999933", (0, (4, 2)), "h"),
 )
 
 

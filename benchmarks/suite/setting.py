@@ -57,6 +57,8 @@ def _options(experiment: Experiment) -> str:
     setting = experiment.setting
     names = [name for name in PHRASES if name in setting]
     names += [name for name in setting if name not in PHRASES and name not in NOT_SAID]
+    if not experiment.scenario.startswith("split"):
+        names = [name for name in names if name != "increment"]
     return "Setting: " + ", ".join(_phrase(name, setting[name]) for name in names) + "."
 
 
