@@ -4,16 +4,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH ?= # more options, e.g. make bench BENCH="--seeds 0 1 2"
+SUITE ?= run all --quick --jobs 2
 TEST ?= # more options, e.g. make test TEST="-m slow"
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test lint clean
+.PHONY: help bench suite test lint clean
 
 help: ## Show the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
 bench: $(VENV)/.installed-bench ## Learn ten permuted-MNIST tasks with every method
 	@$(VENV)/bin/python -m benchmarks.permuted_mnist $(BENCH)
+
+suite: $(VENV)/.installed-bench ## Run the benchmark suite, by default a small version of everything
+	@$(VENV)/bin/python -m benchmarks $(SUITE)
 
 test: $(VENV)/.installed-test ## Run the test suite
 	$(VENV)/bin/python -m pytest $(TEST)
