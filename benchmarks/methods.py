@@ -135,7 +135,8 @@ class Method:
         make_plugin: Makes the plugin that sets the method apart, or None for plain training.
         default_strength: λ by default: that of the plugin's own signature, else 1; None where there
             is no λ.
-        centre: Middle of the range of λ that is searched, a power of ten.
+        centre: Middle of the range of λ that is searched, a power of ten; see
+            :mod:`benchmarks.suite.sweep`.
         strengths: Picks the values of λ to run from a configuration, where an option sets them.
         trained_jointly: Whether all tasks are learned at once.
         rotates_adam: Whether the optimizer is Adam in the eigenbasis of the plugin's penalty,

@@ -84,6 +84,19 @@ def test_the_first_search_is_powers_of_ten_around_the_middle() -> None:
         assert strengths(executor.stages[0], name) == pytest.approx(expected)
 
 
+def test_split_streams_are_searched_a_hundred_times_higher() -> None:
+    executor = Executor(at_centre)
+    Sweep(
+        Configuration(scenario="split_mnist", methods=tuple(METHODS)),
+        Search(3),
+        "split_mnist_class",
+        "mnist",
+    ).run(executor)
+    for name in SEARCHED:
+        expected = [METHODS[name].centre * factor for factor in (10, 100, 1_000)]
+        assert strengths(executor.stages[0], name) == pytest.approx(expected)
+
+
 def test_the_second_search_is_half_a_power_around_the_best_of_each_method() -> None:
     off = {name: METHODS[name].centre * 10.0 ** (n % 3 - 1) for n, name in enumerate(SEARCHED)}
     executor = Executor(off.__getitem__)
