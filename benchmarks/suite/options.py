@@ -21,7 +21,6 @@ from benchmarks.suite.sweep import Search
 
 PROGRAM = "python -m benchmarks"
 ALL = "all"
-MULTI_HEADED_ONLY = ("split_cifar10", "split_cifar100")
 NOT_IN_THE_SUITE = ("--ewc-lambda", "--baseline-ewc-lambda", "--validate")
 # Small enough for a check of everything in a few minutes, large enough for methods to differ.
 QUICK_DEFAULTS = {"training_images": 6_000, "epochs": 2, "batch_size": 50, "fisher_samples": 1_000}
@@ -130,8 +129,9 @@ def _add_run(
         type=several(one_of(INCREMENTS)),
         nargs="+",
         metavar="KIND",
-        help="what the network is to tell in split_mnist: which class of a given task (task), of a "
-        "task that is not given (domain), or of all (class) (default: task domain class)",
+        help="what the network is to tell in split streams: which class of a given task (task), of "
+        "a task that is not given (domain), or of all (class) (default: all three, one after "
+        "another, for split_mnist; task for CIFAR)",
     )
     protocol.add_argument(
         "--search-values",
@@ -216,16 +216,25 @@ def _run_options(namespace: argparse.Namespace, parser: argparse.ArgumentParser)
     defaults = Configuration(methods=tuple(METHODS), seeds=(0,) if namespace.quick else (0, 1, 2))
     scenario = namespace.scenario
     del namespace.scenario
-    increments = flatten("increment", namespace.increment or [list(INCREMENTS)], parser)
+    given = flatten("increment", namespace.increment, parser) if namespace.increment else ()
     del namespace.increment
+    if given and scenario in SCENARIO_DEFAULTS and not scenario.startswith("split"):
+        parser.error(f"argument --increment: expected a split stream, got {scenario}")
     configuration = configuration_from(namespace, parser, defaults)
     names = list(SCENARIO_DEFAULTS) if scenario == ALL else [scenario]
     configurations = [
         _for_scenario(configuration, name, increment, quick=namespace.quick)
         for name in names
-        for increment in (increments if name == "split_mnist" else ("task",))
+        for increment in _increments(name, given)
     ]
     return RunOptions(configurations, _search(namespace, parser), namespace.jobs, namespace.quick)
+
+
+def _increments(scenario: str, given: Sequence[str]) -> Sequence[str]:
+    """What the network is to tell in a scenario; streams that are not split know only one."""
+    if not scenario.startswith("split"):
+        return (Configuration.increment,)
+    return given or (INCREMENTS if scenario == "split_mnist" else ("task",))
 
 
 def _for_scenario(

@@ -128,6 +128,15 @@ def test_bad_values_are_refused_by_name(
     assert f", got {got}" in message
 
 
+def test_increments_are_those_of_split_streams(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [one.increment for one in run("split_cifar10 --increment class").configurations]
+    assert found == ["class"]
+    with pytest.raises(SystemExit):
+        run("permuted_mnist --increment task")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "argument --increment: expected a split stream, got permuted_mnist" in message
+
+
 @pytest.mark.parametrize("words", ["--validate", "--ewc-lambda 3", "--baseline-ewc-lambda 3"])
 def test_what_the_protocol_decides_is_no_option(
     words: str, capsys: pytest.CaptureFixture[str]
