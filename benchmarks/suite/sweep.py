@@ -123,7 +123,8 @@ class Sweep:
 
     def _job(self, variant: Variant, seed: int, *, validate: bool) -> Job:
         """One run."""
-        configuration = dataclasses.replace(self.configuration, validate=validate)
+        replay = self._replay(variant.name)
+        configuration = dataclasses.replace(self.configuration, validate=validate, replay=replay)
         return Job(variant, seed, configuration, self.scenario, self.data_source)
 
     def _searched_methods(self) -> list[str]:
@@ -133,8 +134,12 @@ class Sweep:
 
     def _label(self, name: str) -> str:
         """A method's name, with what stands beside it."""
-        replay = self.configuration.replay
+        replay = self._replay(name)
         return f"{name} + replay {replay}" if replay else name
+
+    def _replay(self, name: str) -> int:
+        """Examples in the buffer beside a method; joint training has all of them anyway."""
+        return 0 if METHODS[name].trained_jointly else self.configuration.replay
 
 
 def _best(name: str, found: Iterable[Record]) -> float | None:

@@ -187,3 +187,11 @@ def test_a_replay_buffer_is_in_the_label_alone() -> None:
     sweep(Search(1), methods=("ewc", "naive"), replay=20).run(executor)
     variants = {(job.variant.name, job.variant.label) for job in executor.stages[-1]}
     assert variants == {("ewc", "ewc + replay 20"), ("naive", "naive + replay 20")}
+
+
+def test_joint_training_needs_no_buffer() -> None:
+    executor = Executor(at_centre)
+    sweep(Search(0), methods=("joint", "naive"), replay=20).run(executor)
+    (tests,) = executor.stages
+    found = {job.variant.label: job.configuration.replay for job in tests}
+    assert found == {"joint": 0, "naive + replay 20": 20}
