@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     from avalanche.benchmarks.utils import DataAttribute
     from avalanche.benchmarks.utils.classification_dataset import TaskAwareClassificationDataset
     from avalanche.core import SupervisedPlugin
-    from avalanche.models import MultiHeadClassifier, MultiTaskModule, avalanche_forward
+    from avalanche.models import MultiTaskModule, avalanche_forward
     from avalanche.training.plugins import (
         EvaluationPlugin,
         EWCPlugin,
@@ -35,7 +35,6 @@ __all__ = [
     "EvaluationPlugin",
     "LwFPlugin",
     "MASPlugin",
-    "MultiHeadClassifier",
     "MultiTaskModule",
     "Naive",
     "ReplayPlugin",

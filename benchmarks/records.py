@@ -9,11 +9,12 @@ with one object per record, its keys being the fields of :class:`Record`.
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.files import replace_file
 
 FORMAT = "rotate_ewc.benchmarks/1"
 
@@ -120,13 +121,7 @@ def write_document(path: Path, document: Mapping[str, Any]) -> None:
         ValueError: If a number is not finite, which JSON cannot hold.
     """
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    # A rename is atomic only within one file system, hence the temporary file next to the target.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, text)
 
 
 def read_records(path: Path) -> tuple[str, list[Record]]:

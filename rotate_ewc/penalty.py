@@ -267,7 +267,7 @@ class EKFACPenalty(nn.Module):
         # Whatever names they were given, the penalty will look for them by those in the model.
         chosen = name_parameters(params, model)
         named = name_parameters(list(chosen.values()), model)
-        self._check_protected(parameters_of(model))
+        self.check_protected(parameters_of(model))
         settings = replace(
             self.settings,
             seed=self.settings.seed + self._num_tasks,
@@ -364,6 +364,12 @@ class EKFACPenalty(nn.Module):
                 deltas[key] = torch.zeros_like(start) if found is None else found - start
         return deltas
 
+    def check_protected(self, parameters: Mapping[str, Tensor]) -> None:
+        """Raise if a parameter of an earlier task is missing, or smaller than it was."""
+        for stack in self._stacks:
+            for name, anchor in zip(stack.names, stack.anchors, strict=True):
+                self._protected(name, parameters, anchor[0])
+
     def _softened(self, forward: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
         """Divide outputs by the temperature."""
         if self.temperature == 1.0:
@@ -385,12 +391,6 @@ class EKFACPenalty(nn.Module):
                 stacklevel=4,
             )
         return None
-
-    def _check_protected(self, parameters: Mapping[str, Tensor]) -> None:
-        """Raise if a parameter of an earlier task is missing, or smaller than it was."""
-        for stack in self._stacks:
-            for name, anchor in zip(stack.names, stack.anchors, strict=True):
-                self._protected(name, parameters, anchor[0])
 
     def _fold_in(
         self,

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from benchmarks.avalanche_names import avalanche_forward
+
 BATCH_SIZE = 256
 DRAWING, LABELLING = 0, 1
 
@@ -97,8 +99,6 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
 
 def call(model: nn.Module, inputs: Tensor, task_labels: Tensor | None) -> Tensor:
     """Call a model, with the task labels if it takes any."""
-    from avalanche.models import avalanche_forward
-
     outputs: Tensor = avalanche_forward(model, inputs, task_labels)
     return outputs
 

@@ -1,10 +1,8 @@
-"""Files of a report: their names, and how they are written."""
+"""Files of a report: their names, and figures as bytes."""
 
-import os
 import re
 from collections.abc import Sequence
 from io import BytesIO
-from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -13,27 +11,6 @@ from benchmarks.plots import DOTS_PER_INCH
 
 # Without a fixed salt and with a date, the same records would not make the same file.
 SALT = "rotate_ewc.benchmarks"
-
-
-def replace_file(path: Path, content: bytes | str) -> Path:
-    """Write a file that is, at every moment, the old one or the new one.
-
-    Args:
-        path: The file; its folder must exist.
-        content: Bytes, or text that is to be encoded in UTF-8.
-
-    Returns:
-        The path.
-    """
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    # A rename is atomic only within one file system, hence the temporary file next to the target.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def unique_names(scenarios: Sequence[str]) -> list[str]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from benchmarks.files import replace_file
 from benchmarks.suite.figures import DRAWINGS, Drawing
-from benchmarks.suite.files import png_of, replace_file, svg_of, unique_names
+from benchmarks.suite.files import png_of, svg_of, unique_names
 from benchmarks.suite.protocol import Experiment
 from benchmarks.suite.setting import setting_lines
 from benchmarks.suite.summary import summary_rows

@@ -16,7 +16,7 @@ from benchmarks.records import Record
 # Options that say how a run was made, or that the protocol varies: all others are the setting.
 NOT_OF_THE_SETTING = frozenset(
     {"methods", "seeds", "strength", "ewc_lambda", "baseline_ewc_lambda", "validate"}
-    | {"threads", "device", "jobs"}
+    | {"threads", "device", "jobs", "replay"}
 )
 
 
@@ -100,7 +100,7 @@ def setting_of(record: Record) -> dict[str, Any]:
     return {
         name: value
         for name, value in record.configuration.items()
-        if name not in NOT_OF_THE_SETTING | {"replay"}
+        if name not in NOT_OF_THE_SETTING
     }
 
 

@@ -180,9 +180,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
         if self.update == "proximal" and self.step_size is None:
             check_optimizer(strategy.optimizer)
         self._connect(strategy.optimizer)
-        with torch.no_grad():
-            # A model that does not fit is refused before anything is learned.
-            self.penalty.deltas(parameters_of(strategy.model))
+        # A model that does not fit is refused before anything is learned.
+        self.penalty.check_protected(parameters_of(strategy.model))
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Add the penalty to the loss."""

@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 import pytest
 from suite_records import SPECTRA, experiment, flat, result, searched
 
+from benchmarks.files import replace_file
 from benchmarks.suite.figures import DRAWINGS
-from benchmarks.suite.files import replace_file, unique_names
+from benchmarks.suite.files import unique_names
 from benchmarks.suite.page import html_report, write_figures, write_report
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}

@@ -1,0 +1,25 @@
+"""How results are written: never by halves."""
+
+import os
+from pathlib import Path
+
+
+def replace_file(path: Path, content: bytes | str) -> Path:
+    """Write a file that is, at every moment, the old one or the new one.
+
+    Args:
+        path: The file; its folder must exist.
+        content: Bytes, or text that is to be encoded in UTF-8.
+
+    Returns:
+        The path.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    # A rename is atomic only within one file system, hence the temporary file next to the target.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
