@@ -22,7 +22,7 @@ from rotate_ewc.losses import Likelihood
 from rotate_ewc.observation import Observation
 from rotate_ewc.observer import Observer
 from rotate_ewc.options import EstimationSettings, KFACType, Unsupported
-from rotate_ewc.plan import BlockKey
+from rotate_ewc.plan import BlockKey, Plan
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,10 @@ class _Accumulator:
         self._mass = 0.0
         self._covariances: dict[BlockKey, Covariances] = {}
         self._squares: dict[str, Tensor] = {}
+        self._leaders: dict[BlockKey, BlockKey] = {}
         self._kept: list[Observation] = []
-        self._budget_left = settings.memory_budget // 2
+        self._storages: dict[int, int] = {}
+        self._keeping = True
 
     def add_factors(self, observation: Observation) -> None:
         """Pass one: add an observation to the Kronecker factors, and keep it if there is room."""
@@ -122,25 +124,25 @@ class _Accumulator:
             self._squares[name] = (
                 self._squares[name] + squares if name in self._squares else squares
             )
+        self._settle_followers(observation)
         reduce = self._settings.kfac_approx is KFACType.REDUCE
         for plan in observation.plans:
+            if plan.key in self._leaders:
+                continue
+            total = self._total(plan, observation)
             for portion in observation.portions(plan, self._settings.memory_budget // 4):
-                if plan.key not in self._covariances:
-                    self._covariances[plan.key] = Covariances.of(portion)
-                total = self._covariances[plan.key]
-                if total.form != plan.form:
-                    raise ValueError(
-                        f"{plan.key.label!r} was used in different ways in different batches; "
-                        f"expected the same layers in all"
-                    )
                 add_covariances(portion, total, reduce=reduce)
         self._keep(observation)
 
     def decompose(self) -> None:
         """Between the passes: turn the factors into bases."""
         self._check_partition()
-        for key in list(self._covariances):
-            self.blocks[key] = empty_block(key, self._covariances.pop(key))
+        for key in sorted(self._covariances, key=self._leaders.__contains__):
+            leader = self._leaders.get(key)
+            # A copy, since snapshots are files of tensors that share nothing.
+            known = None if leader is None else self.blocks[leader].gradient_basis
+            basis = None if known is None else known.clone()
+            self.blocks[key] = empty_block(key, self._covariances.pop(key), basis)
 
     def kept(self) -> list[Observation]:
         """Return all observations; none where the data have to be gone over again.
@@ -153,14 +155,22 @@ class _Accumulator:
 
     def add_eigenvalues(self, observation: Observation) -> None:
         """Pass two: add an observation's squared per-example gradients in the eigenbases."""
+        following = {
+            bias: weight
+            for bias, weight in observation.followers.items()
+            if self._leaders.get(bias) == weight
+        }
         for plan in observation.plans:
+            if plan.key in following:
+                continue
             if plan.key not in self.blocks:
                 raise ValueError(
                     f"{plan.key.label!r} was used in the second pass over the data but not in the "
                     f"first; the model and the data must be the same in both"
                 )
+            follower = self.blocks[plan.follower] if plan.follower in following else None
             for portion in observation.portions(plan, self._settings.memory_budget // 4):
-                add_eigenvalues(portion, self.blocks[plan.key])
+                add_eigenvalues(portion, self.blocks[plan.key], follower)
 
     def diagonal_blocks(self) -> list[Block]:
         """Return the blocks of the parameters for whose uses there is no rule."""
@@ -177,9 +187,43 @@ class _Accumulator:
             return 1.0 / self._mass
         return (self._settings.num_data or self.num_examples) / max(1, self.num_examples)
 
+    def _total(self, plan: Plan, observation: Observation) -> Covariances:
+        """Return the factors of a block so far, which begin with its first observation."""
+        key = plan.key
+        if key not in self._covariances:
+            self._covariances[key] = Covariances.of(plan, observation.parameters[key.weight])
+        if self._covariances[key].form != plan.form:
+            raise ValueError(
+                f"{key.label!r} was used in different ways in different batches; "
+                f"expected the same layers in all"
+            )
+        return self._covariances[key]
+
+    def _settle_followers(self, observation: Observation) -> None:
+        """Say which biases have the same output factor as a weight, in all observations so far.
+
+        Theirs is not computed. As soon as a bias has not, it goes on from a copy.
+        """
+        followers = observation.followers
+        for key, leader in list(self._leaders.items()):
+            if followers.get(key) != leader:
+                del self._leaders[key]
+                output = self._covariances[leader].output
+                self._covariances[key].output = None if output is None else output.clone()
+        for plan in observation.plans:
+            if plan.key not in followers:
+                continue
+            leader = followers[plan.key]
+            if not {plan.key, leader} & self._covariances.keys():
+                self._leaders[plan.key] = leader
+                self._total(plan, observation)
+
     def _keep(self, observation: Observation) -> None:
-        self._budget_left -= observation.num_bytes
-        if self._budget_left >= 0:
+        if not self._keeping:
+            return
+        self._storages.update(observation.storages)
+        self._keeping = sum(self._storages.values()) <= self._settings.memory_budget // 2
+        if self._keeping:
             self._kept.append(observation)
         else:
             self._kept.clear()

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotate_ewc import kernels
+from rotate_ewc import kernels, projections
 from rotate_ewc.block import Block
 from rotate_ewc.layers import Factors, Form
 from rotate_ewc.observation import Portion
-from rotate_ewc.plan import BlockKey
+from rotate_ewc.plan import BlockKey, Plan
 
 
 @dataclass
@@ -34,13 +34,32 @@ class Covariances:
     input: Tensor | None = None
 
     @classmethod
-    def of(cls, portion: Portion) -> Covariances:
-        """Begin the factors of the block that a portion belongs to."""
-        form, key = portion.plan.form, portion.plan.key
-        parameter = portion.observation.parameters[key.weight]
-        groups, d_out, d_in = form.shape(parameter.shape)
-        shape = (groups, d_out, d_in + (key.bias is not None))
-        return cls(form, shape, parameter.new_empty(0, dtype=portion.dtype))
+    def of(cls, plan: Plan, parameter: Tensor) -> Covariances:
+        """Begin the factors of a block.
+
+        Args:
+            plan: The block's plan.
+            parameter: Its weight, or whatever parameter it has.
+        """
+        groups, d_out, d_in = plan.form.shape(parameter.shape)
+        shape = (groups, d_out, d_in + (plan.key.bias is not None))
+        dtype = kernels.statistics_dtype(parameter.dtype)
+        return cls(plan.form, shape, parameter.detach().new_empty(0, dtype=dtype))
+
+    def add_outputs(self, vectors: Tensor, what: str) -> None:
+        """Add the outer products of output gradients `[groups, n, shared, d_out]`."""
+        self.output = self._added(self.output, vectors, self.shape[1], what)
+
+    def add_inputs(self, vectors: Tensor, what: str) -> None:
+        """Add the outer products of inputs `[groups, n, shared, d_in]`."""
+        self.input = self._added(self.input, vectors, self.shape[2], what)
+
+    def _added(self, total: Tensor | None, vectors: Tensor, size: int, what: str) -> Tensor:
+        if total is None:
+            total = self.template.new_zeros(self.shape[0], size, size)
+        kernels.add_covariance_(total, vectors)
+        _check_sum(total, what)
+        return total
 
 
 def add_covariances(portion: Portion, total: Covariances, *, reduce: bool) -> None:
@@ -62,32 +81,46 @@ def add_covariances(portion: Portion, total: Covariances, *, reduce: bool) -> No
     if factors is Factors.OUTER_PRODUCTS and portion.observation.first:
         inputs = portion.activations()
         inputs = inputs.mean(dim=2, keepdim=True) if reduce else inputs
-        covariance = kernels.covariance_sum(inputs)
-        total.input = _sum(total.input, covariance, f"layer inputs of {label!r}")
+        total.add_inputs(inputs, f"layer inputs of {label!r}")
         del inputs
     for gradients in _kept_gradients(portion):
         vectors = gradients.sum(dim=2, keepdim=True) if reduce else gradients
-        covariance = kernels.covariance_sum(vectors)
-        total.output = _sum(total.output, covariance, f"output gradients of {label!r}")
+        total.add_outputs(vectors, f"output gradients of {label!r}")
 
 
-def empty_block(key: BlockKey, covariances: Covariances) -> Block:
-    """Decompose the factors; the eigenvalues are still to be summed."""
-    gradient_basis, activation_basis = (
-        None if covariance is None else kernels.eigenbasis(covariance)
-        for covariance in (covariances.output, covariances.input)
-    )
+def empty_block(
+    key: BlockKey, covariances: Covariances, gradient_basis: Tensor | None = None
+) -> Block:
+    """Decompose the factors; the eigenvalues are still to be summed.
+
+    Args:
+        key: The block's parameters.
+        covariances: The factors.
+        gradient_basis: The output side's basis, where it is known already.
+    """
+    form, inputs = covariances.form, covariances.input
+    if gradient_basis is None and covariances.output is not None:
+        gradient_basis = kernels.eigenbasis(covariances.output)
+    activation_basis = None
+    if inputs is not None:
+        # Rows of the eigenvectors are reordered, rather than both sides of the matrix before.
+        vectors = kernels.eigenbasis(inputs)
+        activation_basis = form.columns_of(vectors.mT, leading=_leading(key)).mT.contiguous()
     eigenvalues = covariances.template.new_zeros(covariances.shape)
-    return Block(
-        key.parameters, gradient_basis, activation_basis, eigenvalues, covariances.form.transposed
-    )
+    return Block(key.parameters, gradient_basis, activation_basis, eigenvalues, form.transposed)
 
 
-def add_eigenvalues(portion: Portion, block: Block) -> None:
-    """Add a portion's squared per-example gradients, in its block's basis, to the eigenvalues."""
+def add_eigenvalues(portion: Portion, block: Block, follower: Block | None = None) -> None:
+    """Add a portion's squared per-example gradients, in its block's basis, to the eigenvalues.
+
+    Args:
+        portion: The examples.
+        block: Its block.
+        follower: The block of a bias that follows the block's weight, in the same basis.
+    """
     factors = portion.plan.form.factors
     if factors is Factors.OUTER_PRODUCTS:
-        _add_outer_products(portion, block)
+        _add_outer_products(portion, block, follower)
     elif factors is Factors.LOOKUP:
         indices = portion.activations()[0, :, :, 0]
         for gradients in portion.gradients():
@@ -103,21 +136,30 @@ def add_eigenvalues(portion: Portion, block: Block) -> None:
             block.eigenvalues.add_(squares)
 
 
-def _add_outer_products(portion: Portion, block: Block) -> None:
-    inputs = kernels.rotate(portion.activations(), block.activation_basis)
-    if inputs.shape[2] > 1:
-        for gradients in portion.gradients():
-            rotated = kernels.rotate(gradients, block.gradient_basis)
-            squares = kernels.squared_projections(rotated, inputs, portion.max_bytes)
-            block.eigenvalues.add_(squares)
+def _add_outer_products(portion: Portion, block: Block, follower: Block | None) -> None:
+    activations, basis = portion.activations(), block.activation_basis
+    if basis is not None:
+        leading = _leading(portion.plan.key)
+        basis = portion.plan.form.features_of(basis.mT, leading=leading).mT
+    if follower is not None:
+        squares = projections.squared_rotations(portion.gradients(), block.gradient_basis)
+        if squares is not None:
+            inputs = kernels.rotate(activations, basis)
+            block.eigenvalues.add_(projections.single_position_product(squares, inputs.square()))
+            follower.eigenvalues.add_(squares.sum(dim=(1, 2))[..., None])
         return
-    # With one position, the squares of all vectors can be summed before the one product.
-    total: Tensor | None = None
-    for gradients in portion.gradients():
-        squares = kernels.rotate(gradients, block.gradient_basis).square_()
-        total = squares if total is None else total.add_(squares)
+    _, d_out, d_in = block.eigenvalues.shape
+    route = projections.cheapest_route(activations.shape[2], d_out, d_in, portion.num_vectors)
+    total = projections.squared_projections(
+        portion.gradients(), activations, block.gradient_basis, basis, route, portion.max_bytes
+    )
     if total is not None:
-        block.eigenvalues.add_(kernels.single_position_product(total, inputs.square_()))
+        block.eigenvalues.add_(total)
+
+
+def _leading(key: BlockKey) -> int:
+    """Columns in front of the weight's: one in a joint block."""
+    return int(key.bias is not None)
 
 
 def _kept_gradients(portion: Portion) -> Iterator[Tensor]:
@@ -142,9 +184,13 @@ def _add_partial_traces(portion: Portion, total: Covariances) -> None:
 
 
 def _sum(total: Tensor | None, addition: Tensor, what: str) -> Tensor:
-    # A sum of squares is finite only if every number in it is.
-    _check_finite(addition.diagonal(dim1=1, dim2=2), what)
+    _check_sum(addition, what)
     return addition if total is None else total.add_(addition)
+
+
+def _check_sum(covariance: Tensor, what: str) -> None:
+    # A sum of squares is finite only if every number in it is.
+    _check_finite(covariance.diagonal(dim1=1, dim2=2), what)
 
 
 def _check_finite(squares: Tensor, what: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 import torch
 from einops import einsum, rearrange
@@ -24,12 +24,9 @@ Basis = Tensor | None
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-# Floating-point operations that a large product does in the time one element takes to be written
-# to memory and read back. With this value the faster kernel was chosen in 26 of 28 measured cases
-# (2 to 16 positions, 64 × 288 to 512 × 512 entries, two cores), and a near tie in the others.
-_OPERATIONS_PER_ELEMENT = 20.0
-
-_CHUNK_BYTES = 2**25
+# Symmetric products this large are computed by panels, above the diagonal only.
+_SMALLEST_BY_PANELS: Final = 256
+_PANELS: Final = 4
 
 
 def full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -52,10 +49,27 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @full_precision
-def covariance_sum(vectors: Tensor) -> Tensor:
-    """Sum the outer products of vectors `[groups, batch, shared, d]` → `[groups, d, d]`."""
+def add_covariance_(total: Tensor, vectors: Tensor) -> None:
+    """Add the outer products of vectors to a symmetric sum, of which the upper triangle counts.
+
+    Args:
+        total: `[groups, d, d]`, changed in place. What is below the diagonal is meaningless.
+        vectors: `[groups, batch, shared, d]`.
+    """
+    groups, _, shared, size = vectors.shape
+    if vectors.stride(3) != 1 and shared >= size:
+        # Positions lie together (as pixels do): cheaper multiplied as they are than laid out anew.
+        total.add_((vectors.mT @ vectors).sum(dim=1))
+        return
     rows = vectors.flatten(1, 2)
-    return rows.mT @ rows
+    if groups > 1 or size < _SMALLEST_BY_PANELS:
+        total.baddbmm_(rows.mT, rows)
+        return
+    width = -(-size // _PANELS)
+    for start in range(0, size, width):
+        panel = total[0, start : start + width, start:]
+        left = rows[0, :, start : start + width]
+        panel.addmm_(left.mT, rows[0, :, start:])
 
 
 @full_precision
@@ -76,14 +90,13 @@ def eigenbasis(covariance: Tensor) -> Tensor:
     """Return the eigenvectors of symmetric matrices, in ascending order of eigenvalue.
 
     Args:
-        covariance: `[groups, d, d]`; only its symmetric part is used.
+        covariance: `[groups, d, d]`; only its upper triangle is looked at.
 
     Returns:
         Orthonormal columns `[groups, d, d]`, computed in float64 where float32 fails to converge.
     """
-    symmetric = (covariance + covariance.mT) / 2
     try:
-        basis: Tensor = torch.linalg.eigh(symmetric)[1]
+        basis: Tensor = torch.linalg.eigh(covariance, UPLO="U")[1]
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         warnings.warn(
             f"eigh of a {covariance.shape[1]} × {covariance.shape[2]} factor did not converge in "
@@ -91,7 +104,7 @@ def eigenbasis(covariance: Tensor) -> Tensor:
             RuntimeWarning,
             stacklevel=2,
         )
-        basis = torch.linalg.eigh(symmetric.double())[1].to(covariance.dtype)
+        basis = torch.linalg.eigh(covariance.double(), UPLO="U")[1].to(covariance.dtype)
     return basis
 
 
@@ -100,78 +113,11 @@ def rotate(vectors: Tensor, basis: Basis) -> Tensor:
     """Express vectors `[groups, batch, shared, d]` in a basis → `[groups, batch, shared, rank]`."""
     if basis is None:
         return vectors
+    if vectors.stride(3) != 1 and vectors.shape[2] > 1:
+        # Positions lie together (as pixels do), and stay so: laying them out anew costs more.
+        return (basis.mT[:, None] @ vectors.mT).mT
     rotated = vectors.flatten(1, 2) @ basis
     return rotated.view(*vectors.shape[:3], basis.shape[2])
-
-
-def squared_projections(
-    gradients: Tensor, activations: Tensor, max_bytes: int = _CHUNK_BYTES
-) -> Tensor:
-    """Sum over examples the squared entries of per-example gradients.
-
-    `Λ_ij = Σ_n (Σ_s g_nsi a_nsj)²` (George et al. 2018, "Fast Approximate Natural Gradient Descent
-    in a Kronecker-factored Eigenbasis"; here with per-example gradients that sum over shared
-    positions). Three equivalent ways, of which the cheapest is taken:
-
-    * one position: `(g²)ᵀ (a²)`, one product, no per-example gradient;
-    * few positions: the square written out, `Σ_{s,t} (g_si g_ti) (a_sj a_tj)`, one product over
-      examples and pairs of positions;
-    * many positions: per-example gradients, in chunks of bounded memory.
-
-    Args:
-        gradients: Output gradients in their basis, `[groups, batch, shared, d_out]`.
-        activations: Layer inputs in their basis, `[groups, batch, shared, d_in]`.
-        max_bytes: What the products of one chunk of examples may take (or of one example, if that
-            takes more).
-
-    Returns:
-        `[groups, d_out, d_in]`.
-    """
-    shared, d_out, d_in = gradients.shape[2], gradients.shape[3], activations.shape[3]
-    if shared == 1:
-        return single_position_product(gradients.square(), activations.square())
-    pairs = shared * (shared + 1) // 2
-    entries, vectors = d_out * d_in, d_out + d_in
-    pair_cost = pairs * (2 * entries + _OPERATIONS_PER_ELEMENT * vectors)
-    example_cost = entries * (2 * shared + _OPERATIONS_PER_ELEMENT)
-    if pair_cost < example_cost:
-        return squared_projections_pairs(gradients, activations, max_bytes)
-    return squared_projections_per_example(gradients, activations, max_bytes)
-
-
-@full_precision
-def single_position_product(gradient_squares: Tensor, activation_squares: Tensor) -> Tensor:
-    """`squared_projections` for one shared position, from squares: `(g²)ᵀ (a²)`."""
-    return gradient_squares.flatten(1, 2).mT @ activation_squares.flatten(1, 2)
-
-
-@full_precision
-def squared_projections_pairs(
-    gradients: Tensor, activations: Tensor, max_bytes: int = _CHUNK_BYTES
-) -> Tensor:
-    """`squared_projections` through products over pairs of positions s ≤ t."""
-    shared = gradients.shape[2]
-    first, second = torch.triu_indices(shared, shared, device=gradients.device)
-    multiplicity = (2.0 - (first == second).to(gradients.dtype))[:, None]
-    pair_elements = len(first) * (gradients.shape[3] + activations.shape[3]) * gradients.shape[0]
-    total = gradients.new_zeros(gradients.shape[0], gradients.shape[3], activations.shape[3])
-    for g, a in _chunks(gradients, activations, 2 * pair_elements, max_bytes):
-        g_pairs = g[:, :, first].mul_(g[:, :, second]).mul_(multiplicity).flatten(1, 2)
-        a_pairs = a[:, :, first].mul_(a[:, :, second]).flatten(1, 2)
-        total.baddbmm_(g_pairs.mT, a_pairs)
-    return total
-
-
-@full_precision
-def squared_projections_per_example(
-    gradients: Tensor, activations: Tensor, max_bytes: int = _CHUNK_BYTES
-) -> Tensor:
-    """`squared_projections` through per-example gradients."""
-    example_elements = gradients.shape[0] * gradients.shape[3] * activations.shape[3]
-    total = gradients.new_zeros(gradients.shape[0], gradients.shape[3], activations.shape[3])
-    for g, a in _chunks(gradients, activations, example_elements, max_bytes):
-        total += (g.mT @ a).square_().sum(dim=1)
-    return total
 
 
 @full_precision
@@ -188,7 +134,8 @@ def squared_entries(gradients: Tensor, gradient_basis: Basis, activation_basis: 
     """
     rotated = gradients
     if activation_basis is not None:
-        rotated = rotated @ activation_basis[:, None]
+        # All examples in one product.
+        rotated = (rotated.flatten(1, 2) @ activation_basis).view_as(rotated)
     if gradient_basis is not None and rotated.shape[3] == 1:
         rotated = (rotated.squeeze(3) @ gradient_basis).unsqueeze(3)
     elif gradient_basis is not None:
@@ -332,17 +279,3 @@ def project_eigenvalues(
     if activation_change is not None:
         return eigenvalues @ activation_change.square().mT
     return eigenvalues
-
-
-def _chunks(
-    gradients: Tensor, activations: Tensor, elements_per_example: int, max_bytes: int
-) -> Sequence[tuple[Tensor, Tensor]]:
-    """Cut both along the batch so that the work on a chunk stays within `max_bytes`.
-
-    No more than `_CHUNK_BYTES` in any case: what leaves the processor's cache is slower.
-    """
-    bytes_per_example = max(1, elements_per_example * gradients.element_size())
-    size = max(1, min(max_bytes, _CHUNK_BYTES) // bytes_per_example)
-    return list(
-        zip(torch.split(gradients, size, dim=1), torch.split(activations, size, dim=1), strict=True)
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,8 +12,12 @@ from torch import Tensor
 from rotate_ewc import kernels
 from rotate_ewc.layers import FactoredCall, Factors, LayerCall
 from rotate_ewc.placement import Placement
-from rotate_ewc.plan import Contribution, Plan
+from rotate_ewc.plan import BlockKey, Contribution, Plan
+from rotate_ewc.projections import chunk_bytes
 from rotate_ewc.recorder import Computed, Use
+
+# What is made of a portion at a time: laid out, copied, rotated, squared.
+_TENSORS_IN_WORK: Final = 4
 
 
 @dataclass(frozen=True)
@@ -45,21 +50,40 @@ class Observation:
     squares: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
-    def num_bytes(self) -> int:
-        """Memory that keeping the observation takes: all of what its views are views of."""
+    def storages(self) -> dict[int, int]:
+        """Bytes of the memory that keeping the observation keeps, by address.
+
+        It is all of what its tensors are views of, and several observations may share some.
+        """
         tensors = [gradient for gradient_set in self.gradient_sets for gradient in gradient_set]
         tensors += [use.call.input for use in self.uses]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+    @property
+    def followers(self) -> dict[BlockKey, BlockKey]:
+        """Weights, by the biases whose per-example gradients are the weights' g, in this batch.
+
+        That is so with one shared position: what is computed from g is then computed for both.
+        """
+        return {
+            plan.follower: plan.key
+            for plan in self.plans
+            if plan.follower is not None and self._has_one_position(plan)
+        }
 
     def portions(self, plan: Plan, max_bytes: int) -> Iterator[Portion]:
-        """Cut the examples so that what is made of one portion stays within `max_bytes`."""
-        size = max(1, max_bytes // max(1, self._bytes_per_example(plan)))
+        """Cut the examples so that what is made of one portion stays within `max_bytes`.
+
+        Also, a tensor of a portion is no larger than a few chunks, for the sake of speed.
+        """
+        device = self.parameters[plan.key.weight].device
+        most = min(max_bytes, _TENSORS_IN_WORK * chunk_bytes(device))
+        size = max(1, most // max(1, self._bytes_per_example(plan)))
         for start in range(0, self.num_examples, size):
             yield Portion(self, plan, slice(start, min(start + size, self.num_examples)), max_bytes)
 
     def _bytes_per_example(self, plan: Plan) -> int:
-        """Bytes that one example takes in a block: laid out, copied, rotated, squared."""
+        """Bytes that the work on one example takes in a block."""
         elements, itemsize = 0, torch.float32.itemsize
         for index in plan.uses:
             gradient = self.gradient_sets[0][index]
@@ -70,7 +94,12 @@ class Observation:
             through = {c.through for c in plan.contributions if c.through is not None}
             elements += size
             elements += sum(size + self.computed[key].tensor.numel() for key in through)
-        return 4 * elements * itemsize
+        return _TENSORS_IN_WORK * elements * itemsize
+
+    def _has_one_position(self, plan: Plan) -> bool:
+        groups, d_out, _ = plan.form.shape(self.parameters[plan.key.weight].shape)
+        gradient = self.gradient_sets[0][plan.uses[0]]
+        return gradient.numel() == self.num_examples * groups * d_out
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,14 @@ class Plan:
         form: How its matrix is made.
         contributions: Where its gradient comes from.
         uniform: Whether all contributions are direct and of this form.
+        follower: Of a weight, the bias that has a block of its own but only this weight's use.
     """
 
     key: BlockKey
     form: Form
     contributions: tuple[Contribution, ...]
     uniform: bool
+    follower: BlockKey | None = None
 
     @property
     def uses(self) -> tuple[int, ...]:
@@ -92,11 +94,14 @@ def plan_blocks(
         for name, found in contributions.items()
         if name in parameters
     }
-    if not separate:
-        for weight, bias in _pairs(uses, plans).items():
+    for weight, bias in _pairs(uses, plans):
+        if not separate:
+            _check_pair(plans[weight], plans[bias])
             plans[weight] = replace(plans[weight], key=BlockKey(weight, bias))
-            del plans[bias]
-    return tuple(plans.values())
+        elif plans[weight].uses == plans[bias].uses and len(plans[weight].uses) == 1:
+            plans[weight] = replace(plans[weight], follower=BlockKey(bias))
+    joined = {plan.key.bias for plan in plans.values()}
+    return tuple(plan for name, plan in plans.items() if name not in joined)
 
 
 def _contributions(
@@ -133,24 +138,23 @@ def _plan(
     return Plan(BlockKey(name), form, tuple(contributions), uniform)
 
 
-def _pairs(uses: Sequence[Use], plans: Mapping[str, Plan]) -> dict[str, str]:
-    """Return the biases that share a block with a weight, by the weight's name.
-
-    Raises:
-        ValueError: If one of them is also used without the other.
-    """
-    pairs: dict[str, str] = {}
+def _pairs(uses: Sequence[Use], plans: Mapping[str, Plan]) -> dict[tuple[str, str], None]:
+    """Return the names of weights and biases that are used together and could share a block."""
+    pairs: dict[tuple[str, str], None] = {}
     for use in uses:
         weight, bias = plans.get(use.weight or ""), plans.get(use.bias or "")
         if weight is None or bias is None or not use.call.joins_bias:
             continue
-        if weight.form.factors is not Factors.OUTER_PRODUCTS or not bias.uniform:
-            continue
-        if weight.uses != bias.uses:
-            raise ValueError(
-                f"parameters {use.weight!r} and {use.bias!r} are used in different pairs of weight "
-                f"and bias (one of them also without the other), which have no joint block; pass "
-                f"separate_weight_and_bias=True"
-            )
-        pairs[weight.key.weight] = bias.key.weight
+        if weight.form.factors is Factors.OUTER_PRODUCTS and bias.uniform:
+            pairs[weight.key.weight, bias.key.weight] = None
     return pairs
+
+
+def _check_pair(weight: Plan, bias: Plan) -> None:
+    """Raise if one of a pair is also used without the other."""
+    if weight.uses != bias.uses:
+        raise ValueError(
+            f"parameters {weight.key.weight!r} and {bias.key.weight!r} are used in different pairs "
+            f"of weight and bias (one of them also without the other), which have no joint block; "
+            f"pass separate_weight_and_bias=True"
+        )

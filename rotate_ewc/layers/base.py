@@ -39,6 +39,8 @@ class Form:
         transposed: Whether the input side comes first in the parameter.
         output_basis: Whether the output side gets a basis; else the identity.
         input_basis: Whether the input side does.
+        window: Number of positions in a kernel. The features of an input run over (position,
+            channel), as its windows are cut fastest; the matrix's columns over (channel, position).
     """
 
     factors: Factors = Factors.NONE
@@ -46,6 +48,7 @@ class Form:
     transposed: bool = False
     output_basis: bool = True
     input_basis: bool = False
+    window: int = 1
 
     def shape(self, parameter: torch.Size) -> tuple[int, int, int]:
         """Return `(groups, d_out, d_in)` for a parameter's shape."""
@@ -60,6 +63,25 @@ class Form:
         if self.transposed:
             return gradients.reshape(-1, groups, d_in, d_out).mT.transpose(0, 1)
         return gradients.reshape(-1, groups, d_out, d_in).transpose(0, 1)
+
+    def columns_of(self, features: Tensor, *, leading: int = 0) -> Tensor:
+        """Reorder the last axis from input features to the matrix's columns.
+
+        Args:
+            features: `[..., leading + d_in]`.
+            leading: Entries in front that stay where they are (the one that stands for a bias).
+        """
+        return self._reordered(features, leading, "... (k c) -> ... (c k)")
+
+    def features_of(self, columns: Tensor, *, leading: int = 0) -> Tensor:
+        """Reorder the last axis from the matrix's columns to input features."""
+        return self._reordered(columns, leading, "... (c k) -> ... (k c)")
+
+    def _reordered(self, tensor: Tensor, leading: int, pattern: str) -> Tensor:
+        if self.window == 1:
+            return tensor
+        moved = rearrange(tensor[..., leading:], pattern, k=self.window)
+        return torch.cat([tensor[..., :leading], moved], dim=-1) if leading else moved
 
 
 DIAGONAL = Form(output_basis=False)
@@ -135,7 +157,7 @@ class FactoredCall(LayerCall):
 
     @abstractmethod
     def activations(self, inputs: Tensor) -> Tensor:
-        """Turn inputs into a `[groups, n, shared, d_in]`."""
+        """Turn inputs into a `[groups, n, shared, d_in]`, with features as the form has them."""
 
     @abstractmethod
     def gradients(self, output_gradients: Tensor) -> Tensor:
@@ -143,7 +165,8 @@ class FactoredCall(LayerCall):
 
     def weight_gradients(self, inputs: Tensor, output_gradients: Tensor) -> Tensor:
         """Sum the outer products over shared positions."""
-        a, g = self.activations(inputs), self.gradients(output_gradients)
+        a = self.weight_form.columns_of(self.activations(inputs))
+        g = self.gradients(output_gradients)
         pattern = "n g i o" if self.weight_form.transposed else "n g o i"
         outer_products = einsum(g, a, f"g n s o, g n s i -> {pattern}")
         shape = () if self.weight is None else self.weight.shape

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from einops import rearrange
 from torch import Tensor
 
-from rotate_ewc.layers.base import FactoredCall, Rule
+from rotate_ewc.layers.base import FactoredCall, Factors, Form, Rule
 from rotate_ewc.layers.windows import IntOrTuple, numbered, per_axis, windows
 
 
@@ -38,6 +38,12 @@ class ConvolutionCall(FactoredCall):
         """The first axis; an input without a batch axis has none."""
         return (0,) if self.input.ndim == len(self.kernel) + 2 else ()
 
+    @property
+    def weight_form(self) -> Form:
+        """Both sides get a basis; the input's features are windows."""
+        window = math.prod(self.kernel)
+        return Form(Factors.OUTER_PRODUCTS, self.groups, input_basis=True, window=window)
+
     def elements(self, output_gradient: Tensor) -> int:
         """Every output position has a window of inputs."""
         channels = output_gradient.shape[1]
@@ -47,13 +53,13 @@ class ConvolutionCall(FactoredCall):
     def activations(self, inputs: Tensor) -> Tensor:
         """Cut the input into windows: `[groups, n, shared, d_in]`.
 
-        `shared` runs over output positions, `d_in` over (input channels of a group, kernel).
+        `shared` runs over output positions, `d_in` over (kernel, input channels of a group).
         """
         cut = windows(inputs.flatten(0, 1), self.kernel, self.stride, self.dilation, self.padding)
         positions, offsets = numbered("o", len(self.kernel)), numbered("k", len(self.kernel))
         return rearrange(
             cut,
-            f"(n t) (g c) {positions} {offsets} -> g n (t {positions}) (c {offsets})",
+            f"(n t) {positions} {offsets} (g c) -> g n (t {positions}) ({offsets} c)",
             n=len(inputs),
             g=self.groups,
         )

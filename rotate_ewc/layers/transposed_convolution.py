@@ -66,7 +66,7 @@ class TransposedConvolutionCall(FactoredCall):
         positions, offsets = numbered("o", len(self.kernel)), numbered("k", len(self.kernel))
         return rearrange(
             cut,
-            f"(n t) (g c) {positions} {offsets} -> g n (t {positions}) (c {offsets})",
+            f"(n t) {positions} {offsets} (g c) -> g n (t {positions}) (c {offsets})",
             n=len(output_gradients),
             g=self.groups,
         )

@@ -23,7 +23,10 @@ def windows(
     dilation: Sequence[int],
     padding: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """Cut images into the windows a kernel sees: a view of the padded images, where possible.
+    """Cut images into the windows a kernel sees: a view of the padded images.
+
+    Channels are laid out last, so that what neighbouring columns of a window hold lies together,
+    and copying windows moves long runs of numbers rather than single ones.
 
     Args:
         images: `[batch, channels, *spatial]`.
@@ -33,22 +36,23 @@ def windows(
         padding: Zeros before and after each spatial axis; negative numbers cut off.
 
     Returns:
-        `[batch, channels, *positions, *kernel]`.
+        `[batch, *positions, *kernel, channels]`.
     """
-    padded = F.pad(images, [p for pair in reversed(padding) for p in pair])
+    around = [zeros for pair in reversed(padding) for zeros in pair]
+    padded = F.pad(images.movedim(1, -1), [0, 0, *around]).contiguous()
     sizes = [
         (size - d * (k - 1) - 1) // step + 1
-        for size, k, step, d in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
+        for size, k, step, d in zip(padded.shape[1:-1], kernel, stride, dilation, strict=True)
     ]
-    memory_steps = padded.stride()[2:]
+    memory_steps = padded.stride()[1:-1]
     return padded.as_strided(
-        (*padded.shape[:2], *sizes, *kernel),
+        (len(padded), *sizes, *kernel, padded.shape[-1]),
         (
-            *padded.stride()[:2],
+            padded.stride(0),
             *(m * step for m, step in zip(memory_steps, stride, strict=True)),
             *(m * d for m, d in zip(memory_steps, dilation, strict=True)),
+            1,
         ),
-        padded.storage_offset(),
     )
 
 

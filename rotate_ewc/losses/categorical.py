@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from rotate_ewc.losses.base import Likelihood, shape_of
@@ -81,19 +80,31 @@ class Categorical(Likelihood):
     def exact_vectors(
         self, outputs: Tensor, targets: Tensor, num_examples: int
     ) -> Iterator[Tensor]:
-        """Yield `√s √p_c (e_c - p)` for every class c at every position."""
+        """Yield √s times the columns of a root of diag(p) - ppᵀ at every position.
+
+        The matrix has rank C - 1, and a triangular root with so many columns (Tanabe and Sagae
+        1992, "An exact Cholesky decomposition and the generalized inverse of the
+        variance-covariance matrix of the multinomial distribution"): with `q_c = Σ_{i > c} p_i`,
+        column c is `√(p_c q_c / (p_c + q_c)) (e_c - Σ_{i > c} (p_i / q_c) e_i)`.
+        """
         probabilities = outputs.softmax(dim=1)
         roots = self._strengths(outputs, targets).sqrt()
-        num_classes = outputs.shape[1]
         rows = outputs.shape[0] // num_examples
         axes = (range(rows), *map(range, outputs.shape[2:]))
         for row, *position in itertools.product(*axes):
             at_position: tuple[Any, ...] = (slice(row, None, rows), slice(None), *position)
             p = probabilities[at_position]
-            for c in range(num_classes):
+            # Summed from behind, so that a small rest of probability is not lost in a large one.
+            tails = p.flip(1).cumsum(dim=1).flip(1)
+            for c in range(p.shape[1] - 1):
+                tail = tails[:, c + 1 :][:, :1]
+                size = (p[:, c : c + 1] * tail / tails[:, c : c + 1]).sqrt().nan_to_num(0.0)
+                size = size * roots[at_position]
+                column = torch.zeros_like(p)
+                column[:, c : c + 1] = size
+                column[:, c + 1 :] = -size * (p[:, c + 1 :] / tail).nan_to_num(0.0)
                 vector = torch.zeros_like(outputs)
-                one_hot = F.one_hot(torch.tensor(c, device=p.device), num_classes)
-                vector[at_position] = roots[at_position] * p[:, c : c + 1].sqrt() * (one_hot - p)
+                vector[at_position] = column
                 yield vector
 
     def sampled_vector(self, outputs: Tensor, targets: Tensor, generator: Generator) -> Tensor:
