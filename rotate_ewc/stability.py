@@ -43,6 +43,8 @@ def warn_if_divergent(learning_rate: float, curvature: float, strength: float) -
 
 
 def _rounded_down(value: float) -> str:
-    """Return two significant digits of a positive number, of which neither is rounded up."""
+    """Return two significant digits of a positive number, so that they are less than it."""
+    # On the very border, rounding errors would decide whether the advice is any good.
+    value *= 1 - 1e-9
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
     return f"{math.floor(value / unit) * unit:.2g}"
