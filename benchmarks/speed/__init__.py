@@ -1,0 +1,1 @@
+"""How long the estimation of a Fisher matrix takes, here and in other packages."""

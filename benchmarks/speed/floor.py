@@ -1,0 +1,192 @@
+"""The products that the estimation of an EKFAC snapshot cannot do without, and what they take.
+
+Floating-point operations of one example, two for a multiplication with an addition. A layer maps
+``d_in`` numbers to ``d_out`` at ``S`` shared positions; ``C`` label vectors are sent backwards,
+1 with sampled labels and one less than there are classes for the exact Fisher matrix, because
+``diag(p) - p pᵀ`` has that rank (for every token where each has a label of its own)::
+
+    forward    2 S d_in d_out
+    backward   C · 2 S d_in d_out                 unless no layer before it needs a gradient
+    attention  forward 2 T² d, backward C · 4 T² d          2 and 4 products, half of each causal
+    factors    S d_in²  +  C S d_out²             symmetric: half of the product
+               + C d_out²                         for a bias, whose covariance is exact, if S > 1
+
+Eigenvalues, S = 1: the squares of all label vectors are summed before the last product::
+
+    rotations  2 d_in²  +  C · 2 d_out²
+    Λ          2 d_in d_out
+
+Eigenvalues, S > 1: the cheapest of the gradient of every example, rotated before it is made or
+afterwards, on either side::
+
+    inputs     2 S d_in²       or   C · 2 d_out d_in²
+    outputs    C · 2 S d_out²  or   C · 2 d_in d_out²
+    Λ          C · 2 S d_in d_out
+
+and of a sum over pairs of positions of rotated vectors, whose label vectors are summed before the
+last product, as for S = 1::
+
+    rotations  2 S d_in²  +  C · 2 S d_out²
+    Λ          S (S + 1) d_in d_out
+
+Then ``eigh`` once for every factor: ``d_in`` and ``d_out`` of each layer, and ``d_out`` once more
+for a bias with S > 1, whose own covariance is not its weight's factor; with S = 1 it is. Who takes
+the weight's basis for the bias as well saves that ``eigh`` and gets a worse basis, so it is told
+apart.
+
+Only products are counted, at the rate that the machine reaches in large ones: elementwise work,
+patches of convolutions, softmax and norms take time as well, so nothing reaches the floor.
+Convolutions count as they are written down, though transforms could save multiplications.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from benchmarks.speed import names
+from benchmarks.speed.cases import Attention
+from benchmarks.speed.layers import Layer
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Floating-point operations by purpose.
+
+    Attributes:
+        forward: Of the forward pass.
+        backward: Of the backward pass to the outputs of all layers.
+        factors: Of the covariances.
+        rotations: Of turning vectors or gradients into the bases.
+        eigenvalues: Of Λ, after the rotations.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    factors: float = 0.0
+    rotations: float = 0.0
+    eigenvalues: float = 0.0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        """Add purpose by purpose."""
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def times(self, factor: float) -> "Counts":
+        """The same for so many examples."""
+        return Counts(*(factor * getattr(self, f.name) for f in fields(self)))
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return float(sum(getattr(self, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time that an estimation can take on a machine, in seconds.
+
+    Attributes:
+        gigaflop: Operations by purpose, in billions.
+        seconds: Time by purpose, with that of ``eigh``.
+        total: The sum.
+    """
+
+    gigaflop: dict[str, float]
+    seconds: dict[str, float]
+    total: float
+
+
+def label_vectors(fisher: str, classes: int) -> int:
+    """Number of vectors that must be sent backwards for one prediction."""
+    return 1 if fisher == names.MC else classes - 1
+
+
+def count_layer(layer: Layer, vectors: int) -> Counts:
+    """Count one layer's operations for one example.
+
+    Args:
+        layer: The layer.
+        vectors: Number of label vectors.
+    """
+    product = 2.0 * layer.positions * layer.d_in * layer.d_out
+    factors = layer.positions * (layer.d_in**2 + vectors * layer.d_out**2)
+    if layer.bias and layer.positions > 1:
+        factors += vectors * layer.d_out**2
+    rotations, eigenvalues = _cheapest_eigenvalues(layer, vectors)
+    return Counts(
+        forward=product,
+        backward=vectors * product if layer.backward else 0.0,
+        factors=float(factors),
+        rotations=rotations,
+        eigenvalues=eigenvalues,
+    )
+
+
+def _cheapest_eigenvalues(layer: Layer, vectors: int) -> tuple[float, float]:
+    """Operations of the rotations, and of what comes after them."""
+    positions, d_in, d_out = layer.positions, layer.d_in, layer.d_out
+    rotate_inputs = 2.0 * positions * d_in**2
+    rotate_outputs = vectors * 2.0 * positions * d_out**2
+    pairs = (rotate_inputs + rotate_outputs, float(positions * (positions + 1) * d_in * d_out))
+    if positions == 1:
+        return pairs  # the one pair is the product of squares
+    gradients = (
+        min(rotate_inputs, vectors * 2.0 * d_out * d_in**2)
+        + min(rotate_outputs, vectors * 2.0 * d_in * d_out**2),
+        vectors * 2.0 * positions * d_in * d_out,
+    )
+    return min(pairs, gradients, key=sum)
+
+
+def count_attention(attention: Attention, vectors: int) -> Counts:
+    """Count the products inside causal attention for one example."""
+    one_product = attention.blocks * float(attention.length**2 * attention.width)
+    return Counts(forward=2 * one_product, backward=vectors * 4 * one_product)
+
+
+def factor_sizes(layers: Iterable[Layer]) -> list[int]:
+    """Sizes of the factors of all weights, with repetitions."""
+    return [size for layer in layers for size in (layer.d_in, layer.d_out)]
+
+
+def bias_sizes(layers: Iterable[Layer]) -> list[int]:
+    """Sizes of the covariances of biases that have their own, with repetitions."""
+    return [layer.d_out for layer in layers if layer.bias and layer.positions > 1]
+
+
+def count(
+    layers: Sequence[Layer], attention: Attention | None, vectors: int, examples: int
+) -> Counts:
+    """Count the operations of an estimation, ``eigh`` aside.
+
+    Args:
+        layers: All layers.
+        attention: The model's attention, if it has any.
+        vectors: Number of label vectors.
+        examples: Number of examples.
+    """
+    counts = sum((count_layer(layer, vectors) for layer in layers), Counts())
+    if attention is not None:
+        counts += count_attention(attention, vectors)
+    return counts.times(examples)
+
+
+def least_time(
+    counts: Counts,
+    layers: Sequence[Layer],
+    gigaflop_per_second: float,
+    eigh_seconds: Mapping[int, float],
+) -> Floor:
+    """Divide operations by the rate of a machine, and add ``eigh``.
+
+    Args:
+        counts: Operations of the estimation.
+        layers: All layers, for the sizes of their factors.
+        gigaflop_per_second: The rate of large products.
+        eigh_seconds: Time of ``eigh`` by size.
+    """
+    gigaflop = {f.name: getattr(counts, f.name) / GIGA for f in fields(counts)}
+    seconds = {name: number / gigaflop_per_second for name, number in gigaflop.items()}
+    seconds["eigh"] = sum(eigh_seconds[size] for size in factor_sizes(layers))
+    seconds["eigh for biases"] = sum(eigh_seconds[size] for size in bias_sizes(layers))
+    return Floor(gigaflop, seconds, sum(seconds.values()))
