@@ -67,7 +67,7 @@ class Configuration:
         baseline_ewc_lambda: Strengths of Avalanche's EWC; one run for each.
         validate: Whether to test on training images that are held out, rather than on the test
             images.
-        proximal_every: Steps of the optimizer for each proximal step.
+        proximal_every: Steps of the optimizer for each proximal step or tangent plane.
         fisher_samples: Examples per snapshot of the rotated methods; 0 for all.
         fisher_type: ``"mc"``, ``"type2"`` or ``"empirical"``.
         temperature: What the outputs are divided by in the rotated methods' snapshots.
@@ -302,8 +302,8 @@ def _add_method_arguments(
         "--proximal-every",
         type=whole_number(1),
         metavar="K",
-        help="steps of the optimizer for each proximal step of rotated-ewc-proximal "
-        f"(default: {defaults.proximal_every})",
+        help="steps of the optimizer for each proximal step of rotated-ewc-proximal, and for each "
+        f"tangent plane of rotated-ewc-tangent (default: {defaults.proximal_every})",
     )
     add(
         "--fisher-samples",

@@ -68,14 +68,14 @@ def penalties(model: nn.Module, mode: str, tasks: Collection[int]) -> dict[int, 
     kept = {}
     for done in tqdm(range(1, max(tasks) + 1), desc=mode, unit="task", disable=None):
         penalty.consolidate(model, CRITERION, [random_batch()])
-        _move(model)
+        move(model)
         if done in tasks:
             kept[done] = copy.deepcopy(penalty)
     return kept
 
 
 @torch.no_grad()
-def _move(model: nn.Module) -> None:
+def move(model: nn.Module) -> None:
     """Change all parameters a little."""
     for parameter in model.parameters():
         parameter.add_(MOVE * torch.randn_like(parameter))

@@ -27,7 +27,7 @@ class PluginSettings:
         fisher_type: Labels in the Fisher matrix, for methods that have the choice.
         samples: Examples per snapshot; None for all.
         seed: Seed of the run.
-        proximal_every: Steps of the optimizer for each proximal step.
+        proximal_every: Steps of the optimizer for each proximal step or tangent plane.
         temperature: What the outputs are divided by in a snapshot.
     """
 
@@ -109,7 +109,7 @@ def _rotated_ewc(mode: str, update: str = "penalty") -> Callable[[PluginSettings
             ewc_lambda=settings.strength,
             mode=mode,
             update=update,
-            every=settings.proximal_every if update == "proximal" else 1,
+            every=settings.proximal_every if update in ("proximal", "tangent") else 1,
             temperature=settings.temperature,
             fisher_type=settings.fisher_type,
             num_samples=settings.samples,
@@ -170,6 +170,7 @@ METHODS: dict[str, Method] = {
     "diagonal-ewc": Method(_diagonal_ewc, 1.0, centre=10.0, by_default=False),
     "rotated-ewc": _ours("merged"),
     "rotated-ewc-separate": _ours("separate"),
+    "rotated-ewc-tangent": _ours("merged", "tangent", by_default=False),
     "rotated-ewc-proximal": _ours("merged", "proximal", by_default=False),
     "rotated-adam": _ours("merged", "optimizer", rotates_adam=True),
     "joint": Method(_no_plugin, trained_jointly=True),

@@ -8,6 +8,8 @@ from rotate_ewc.options import FisherType, KFACType
 from rotate_ewc.penalty import EKFACPenalty
 from rotate_ewc.rotated_adam import RotatedAdam
 from rotate_ewc.snapshot import SnapshotError
+from rotate_ewc.step_size import step_sizes_of
+from rotate_ewc.tangent import TangentPenalty
 from rotate_ewc.version import __version__
 
 __all__ = [
@@ -18,8 +20,10 @@ __all__ = [
     "Likelihood",
     "RotatedAdam",
     "SnapshotError",
+    "TangentPenalty",
     "__version__",
     "calibrated_strength",
     "merge",
     "register_likelihood",
+    "step_sizes_of",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from rotate_ewc import kernels
 from rotate_ewc.batches import check_reiterable
 from rotate_ewc.block import Block
-from rotate_ewc.factors import Covariances, add_covariances, add_eigenvalues, empty_block
+from rotate_ewc.factors import Covariances, add_covariances, add_eigenvalues, empty_blocks
 from rotate_ewc.losses import Likelihood
 from rotate_ewc.observation import Observation
 from rotate_ewc.observer import Observer
@@ -137,12 +137,8 @@ class _Accumulator:
     def decompose(self) -> None:
         """Between the passes: turn the factors into bases."""
         self._check_partition()
-        for key in sorted(self._covariances, key=self._leaders.__contains__):
-            leader = self._leaders.get(key)
-            # A copy, since snapshots are files of tensors that share nothing.
-            known = None if leader is None else self.blocks[leader].gradient_basis
-            basis = None if known is None else known.clone()
-            self.blocks[key] = empty_block(key, self._covariances.pop(key), basis)
+        self.blocks = empty_blocks(self._covariances, self._leaders)
+        self._covariances.clear()
 
     def kept(self) -> list[Observation]:
         """Return all observations; none where the data have to be gone over again.

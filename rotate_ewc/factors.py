@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -88,26 +88,39 @@ def add_covariances(portion: Portion, total: Covariances, *, reduce: bool) -> No
         total.add_outputs(vectors, f"output gradients of {label!r}")
 
 
-def empty_block(
-    key: BlockKey, covariances: Covariances, gradient_basis: Tensor | None = None
-) -> Block:
+def empty_blocks(
+    factors: Mapping[BlockKey, Covariances], leaders: Mapping[BlockKey, BlockKey]
+) -> dict[BlockKey, Block]:
     """Decompose the factors; the eigenvalues are still to be summed.
 
     Args:
-        key: The block's parameters.
-        covariances: The factors.
-        gradient_basis: The output side's basis, where it is known already.
+        factors: The factors of every block.
+        leaders: Blocks whose output factor is that of another one, and this other one.
     """
-    form, inputs = covariances.form, covariances.input
-    if gradient_basis is None and covariances.output is not None:
-        gradient_basis = kernels.eigenbasis(covariances.output)
-    activation_basis = None
-    if inputs is not None:
+    own = [(key, total) for key, total in factors.items() if key not in leaders]
+    sides = [(key, "output", total.output) for key, total in own]
+    sides += [(key, "input", total.input) for key, total in own]
+    present = [(key, side, covariance) for key, side, covariance in sides if covariance is not None]
+    bases = kernels.eigenbases([covariance for *_, covariance in present])
+    found = {place[:2]: basis for place, basis in zip(present, bases, strict=True)}
+    for key, leader in leaders.items():
+        if (leader, "output") in found:
+            # A copy, since snapshots are files of tensors that share nothing.
+            found[key, "output"] = found[leader, "output"].clone()
+    return {
+        key: _empty_block(key, total, found.get((key, "output")), found.get((key, "input")))
+        for key, total in factors.items()
+    }
+
+
+def _empty_block(
+    key: BlockKey, total: Covariances, output_basis: Tensor | None, input_basis: Tensor | None
+) -> Block:
+    if input_basis is not None:
         # Rows of the eigenvectors are reordered, rather than both sides of the matrix before.
-        vectors = kernels.eigenbasis(inputs)
-        activation_basis = form.columns_of(vectors.mT, leading=_leading(key)).mT.contiguous()
-    eigenvalues = covariances.template.new_zeros(covariances.shape)
-    return Block(key.parameters, gradient_basis, activation_basis, eigenvalues, form.transposed)
+        input_basis = total.form.columns_of(input_basis.mT, leading=_leading(key)).mT
+    eigenvalues = total.template.new_zeros(total.shape)
+    return Block(key.parameters, output_basis, input_basis, eigenvalues, total.form.transposed)
 
 
 def add_eigenvalues(portion: Portion, block: Block, follower: Block | None = None) -> None:

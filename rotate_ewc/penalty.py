@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +10,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc import snapshot
 from rotate_ewc.fitting import fit_blocks
 from rotate_ewc.merging import merge
 from rotate_ewc.operator import EKFACLinearOperator
@@ -35,13 +33,12 @@ from rotate_ewc.parameters import (
     select_parameters,
     unwrapped,
 )
+from rotate_ewc.penalty_state import PenaltyState
 from rotate_ewc.proximal import check_step_size, proximal_step_
 from rotate_ewc.quadratic import quadratic_form
-from rotate_ewc.snapshot import HEADER, SnapshotError
 from rotate_ewc.stability import largest_curvature, warn_if_divergent
 from rotate_ewc.terms import Stack, Term, stack_terms
 
-FORMAT: Final = "rotate_ewc.penalty/1"
 MODES: Final = ("merged", "separate")
 WEIGHTINGS: Final = ("examples", "uniform")
 
@@ -267,7 +264,7 @@ class EKFACPenalty(nn.Module):
         # Whatever names they were given, the penalty will look for them by those in the model.
         chosen = name_parameters(params, model)
         named = name_parameters(list(chosen.values()), model)
-        self.check_protected(parameters_of(model))
+        self.protected(parameters_of(model))
         settings = replace(
             self.settings,
             seed=self.settings.seed + self._num_tasks,
@@ -354,21 +351,32 @@ class EKFACPenalty(nn.Module):
         Those of parameters that are missing, and need not be there (`strict=False`), are zero.
         """
         deltas = {}
+        found = self.protected(parameters)
+        for stack in self._stacks:
+            for key, anchor in zip(stack.block.parameters, stack.anchors, strict=True):
+                # In half precision a difference would be known less well than its terms.
+                start = anchor.to(stack.block.eigenvalues.dtype)
+                # With an axis for the terms, autograd has nothing to sum over where there is one.
+                deltas[key] = found[key][None] - start if key in found else torch.zeros_like(start)
+        return deltas
+
+    def protected(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is protected of each parameter, by the stacks' own names for parameters.
+
+        Those that are missing, and need not be there (`strict=False`), are left out.
+
+        Raises:
+            ValueError: If one is missing, or smaller than it was.
+        """
+        found: dict[str, Tensor] = {}
         for stack in self._stacks:
             for key, name, anchor in zip(
                 stack.block.parameters, stack.names, stack.anchors, strict=True
             ):
-                found = self._protected(name, parameters, anchor[0])
-                # In half precision a difference would be known less well than its terms.
-                start = anchor.to(stack.block.eigenvalues.dtype)
-                deltas[key] = torch.zeros_like(start) if found is None else found - start
-        return deltas
-
-    def check_protected(self, parameters: Mapping[str, Tensor]) -> None:
-        """Raise if a parameter of an earlier task is missing, or smaller than it was."""
-        for stack in self._stacks:
-            for name, anchor in zip(stack.names, stack.anchors, strict=True):
-                self._protected(name, parameters, anchor[0])
+                whole = self._protected(name, parameters, anchor[0])
+                if whole is not None:
+                    found[key] = whole
+        return found
 
     def _softened(self, forward: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
         """Divide outputs by the temperature."""
@@ -435,17 +443,10 @@ class EKFACPenalty(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        header = {
-            "format": FORMAT,
-            "mode": self.mode,
-            "weighting": self.weighting,
-            "weights": [term.weight for term in self._terms],
-            "num_tasks": self._num_tasks,
-            "last_examples": self._last_examples,
-        }
-        destination[prefix + HEADER] = json.dumps(header)
-        for index, term in enumerate(self._terms):
-            destination.update(term.state(f"{prefix}{index}/"))
+        state = PenaltyState(
+            self.mode, self.weighting, tuple(self._terms), self._num_tasks, self._last_examples
+        )
+        destination.update(state.to_dict(prefix))
 
     def _load_from_state_dict(
         self,
@@ -458,25 +459,9 @@ class EKFACPenalty(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Check the whole state before anything is replaced."""
-        state = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        header = snapshot.read_header(state, FORMAT)
-        for option in ("mode", "weighting"):
-            if header.get(option) != getattr(self, option):
-                raise SnapshotError(
-                    f"snapshot is of a penalty with {option} {header.get(option)!r}; expected "
-                    f"{getattr(self, option)!r}, the {option} of this one"
-                )
-        try:
-            weights = [as_non_negative_number("weights", w) for w in header["weights"]]
-            num_tasks, last_examples = int(header["num_tasks"]), int(header["last_examples"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise SnapshotError(f"snapshot key {HEADER!r} is incomplete: {error}") from None
-        known = {f"{index}/" for index in range(len(weights))}
-        for key in state:
-            if key != HEADER and key[: key.find("/") + 1] not in known:
-                raise SnapshotError(f"snapshot has the unexpected key {key!r}")
-        self._replace_terms([Term.from_state(state, f"{i}/", w) for i, w in enumerate(weights)])
-        self._num_tasks, self._last_examples = num_tasks, last_examples
+        state = PenaltyState.from_dict(state_dict, prefix, mode=self.mode, weighting=self.weighting)
+        self._replace_terms(state.terms)
+        self._num_tasks, self._last_examples = state.num_tasks, state.last_examples
 
     def extra_repr(self) -> str:
         """Show strength, mode and tasks."""

@@ -32,7 +32,7 @@ def proximal_step_(
         step_size: η, or one for each parameter by name (a joint block takes the mean of two).
         scale: What the eigenvalues are multiplied with.
     """
-    sizes = {stack: _step_size(step_size, stack.names) for stack in stacks}
+    sizes = {stack: step_size_of(step_size, stack.names) for stack in stacks}
     for stack, size in sizes.items():
         block = stack.block
         matrix = block.matrix(deltas).to(block.eigenvalues.dtype)
@@ -56,7 +56,12 @@ def check_step_size(step_size: StepSize) -> None:
         as_non_negative_number("step_size", step_size)
 
 
-def _step_size(step_size: StepSize, names: Sequence[str]) -> float:
+def step_size_of(step_size: StepSize, names: Sequence[str]) -> float:
+    """Return the step size of a block's parameters, the mean where they have several.
+
+    Raises:
+        ValueError: If a parameter has none, naming it.
+    """
     if not isinstance(step_size, Mapping):
         return float(step_size)
     for name in names:

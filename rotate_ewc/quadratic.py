@@ -29,6 +29,20 @@ def quadratic_form(blocks: Sequence[Block], tensors: Mapping[str, Tensor]) -> Te
     return value
 
 
+def quadratic_gradient(blocks: Sequence[Block], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `F d` by parameter name, in the parameters' shapes and the blocks' dtypes.
+
+    Args:
+        blocks: The blocks of F.
+        tensors: d by parameter name.
+    """
+    products: dict[str, Tensor] = {}
+    for block in blocks:
+        weighted = block.eigenvalues * _rotated(block, tensors)
+        products.update(_rotated_back(block, weighted, tensors))
+    return products
+
+
 class _QuadraticForm(torch.autograd.Function):
     """`Δ̃ = Q_gᵀ Δ Q_a`, value `Σ Λ ∘ Δ̃²`, gradient `2 Q_g (Λ ∘ Δ̃) Q_aᵀ`.
 
@@ -51,14 +65,18 @@ class _QuadraticForm(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.blocks, tensors = inputs[0], inputs[1:]
         ctx.mark_non_differentiable(*output[1:])
+        # Else the gradients of what is not differentiable would be filled with zeros.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:], *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        grad_output = grad_outputs[0]
         blocks: Sequence[Block] = ctx.blocks
         saved = ctx.saved_tensors
         tensors = saved[len(blocks) :]
+        if grad_outputs[0] is None:
+            return None, *(None for _ in tensors)
+        factor = 2 * grad_outputs[0]
         by_name = _by_name(blocks, tensors)
         gradients: list[Tensor] = []
         for index, block in enumerate(blocks):
@@ -66,18 +84,21 @@ class _QuadraticForm(torch.autograd.Function):
             if torch.is_grad_enabled():
                 # A second derivative is wanted: start again from the tensors, differentiably.
                 weighted = block.eigenvalues * _rotated(block, by_name)
-            product = kernels.from_eigenbasis(
-                weighted, block.gradient_basis, block.activation_basis
-            )
-            product = product * (2 * grad_output)
-            for name, part in zip(block.parameters, block.parts(product), strict=True):
-                gradients.append(part.reshape(by_name[name].shape).to(by_name[name].dtype))
+            for name, product in _rotated_back(block, weighted, by_name).items():
+                gradients.append((product * factor).to(by_name[name].dtype))
         return None, *gradients
 
 
 def _rotated(block: Block, tensors: Mapping[str, Tensor]) -> Tensor:
     matrix = block.matrix(tensors).to(block.eigenvalues.dtype)
     return kernels.to_eigenbasis(matrix, block.gradient_basis, block.activation_basis)
+
+
+def _rotated_back(block: Block, matrix: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a matrix in the eigenbasis is in the shapes of the block's tensors, by name."""
+    product = kernels.from_eigenbasis(matrix, block.gradient_basis, block.activation_basis)
+    parts = zip(block.parameters, block.parts(product), strict=True)
+    return {name: part.reshape(tensors[name].shape) for name, part in parts}
 
 
 def _by_name(blocks: Sequence[Block], tensors: Sequence[Tensor]) -> dict[str, Tensor]:

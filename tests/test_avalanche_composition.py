@@ -28,14 +28,14 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import TensorDataset
 
-from rotate_ewc import EKFACPenalty, RotatedAdam
+from rotate_ewc import EKFACPenalty, RotatedAdam, TangentPenalty
 from rotate_ewc.avalanche import RotatedEWCPlugin
 from tests.avalanche_cases import plugin_of
 from tests.test_avalanche import CE, dataset, domain_benchmark, net
 from tests.test_avalanche_updates import flat
 
 TASKS, EPOCHS, NORM, LR, GAMMA, LAMBDA = 3, 2, 0.4, 0.05, 0.5, 8.0
-UPDATES = ["penalty", "proximal", "optimizer"]
+UPDATES = ["penalty", "tangent", "proximal", "optimizer"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Metric Top1_Acc_Stream used by the EarlyStopping")
 
@@ -123,6 +123,8 @@ def spread(names: Sequence[str], update: str, **options: Any) -> float:
     [
         ("penalty", ["lwf", "clip", "schedule"]),
         ("penalty", ["lwf", "replay"]),
+        ("tangent", ["lwf", "clip", "schedule"]),
+        ("tangent", ["lwf", "replay"]),
         ("proximal", ["lwf", "replay"]),
         ("optimizer", ["lwf", "replay"]),
     ],
@@ -144,10 +146,11 @@ def test_order_beside_early_stopping(update: str) -> None:
     assert spread(["ewc", "stop", "lwf"], update, epochs=6) < 1e-12
 
 
+@pytest.mark.parametrize("update", ["tangent", "proximal"])
 @pytest.mark.parametrize("names", [["lwf", "stop"], ["theirs"], ["mas"]])
-def test_order_with_proximal_steps_that_are_left_over(names: list[str]) -> None:
-    """Six steps a task: two of them wait for a proximal step when the task ends."""
-    assert spread(["ewc", *names], "proximal", every=4) < 1e-12
+def test_order_with_steps_that_are_left_over(names: list[str], update: str) -> None:
+    """Six steps a task: two of them wait for an implicit step when the task ends."""
+    assert spread(["ewc", *names], update, every=4) < 1e-12
 
 
 @pytest.mark.parametrize("update", UPDATES)
@@ -171,6 +174,7 @@ def by_hand(update: str, *, clip_penalty: bool = True) -> nn.Module:
     """A plain loop with a schedule, clipping and the penalty."""
     model, penalty = net(dropout=0.0), EKFACPenalty(LAMBDA, seed=5)
     optimizer = optimizer_for(update, model)
+    tangent = TangentPenalty(penalty)
     if isinstance(optimizer, RotatedAdam):
         optimizer.penalty = penalty
     for t in range(TASKS):
@@ -180,7 +184,7 @@ def by_hand(update: str, *, clip_penalty: bool = True) -> nn.Module:
             optimizer.param_groups[0]["lr"] = LR * GAMMA**epoch
             for rows in parts:
                 loss = CE(model(x[rows]), y[rows])
-                _step(model, optimizer, penalty, loss, update, clip_penalty)
+                _step(model, optimizer, penalty, tangent, loss, update, clip_penalty)
         penalty.consolidate(model, CE, [(x[rows], y[rows]) for rows in parts])
     return model
 
@@ -189,6 +193,7 @@ def _step(
     model: nn.Module,
     optimizer: Optimizer,
     penalty: EKFACPenalty,
+    tangent: TangentPenalty,
     loss: Tensor,
     update: str,
     clip_penalty: bool,
@@ -197,12 +202,17 @@ def _step(
     if update == "penalty" and clip_penalty:
         loss = loss + penalty(model)
     loss.backward()
+    if update == "tangent":
+        tangent.add_gradient_(model)
     clip_grad_norm_(model.parameters(), NORM)
     if update == "penalty" and not clip_penalty and penalty.num_tasks > 0:
         penalty(model).backward()
     optimizer.step()
+    size = optimizer.param_groups[0]["lr"] / (1.0 - 0.5)
+    if update == "tangent":
+        tangent.refresh_(model, size)
     if update == "proximal":
-        penalty.proximal_step_(model, optimizer.param_groups[0]["lr"] / (1.0 - 0.5))
+        penalty.proximal_step_(model, size)
 
 
 @pytest.mark.parametrize("order", list(permutations(["ewc", "clip", "schedule"])), ids="-".join)
@@ -252,9 +262,12 @@ def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("order", list(permutations(["ewc", "stop"])), ids="-".join)
 @pytest.mark.parametrize("every", [4, 5])
-def test_proximal_steps_do_not_move_restored_weights(every: int, order: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("update", ["tangent", "proximal"])
+def test_steps_do_not_move_restored_weights(
+    update: str, every: int, order: tuple[str, ...]
+) -> None:
     """The steps for which one is left over have been taken back."""
-    run = Run(order, "proximal", epochs=20, every=every)
+    run = Run(order, update, epochs=20, every=every)
     for t in run:
         assert _equal(_restored(run, t), run.plugins["ewc"].penalty.terms[-1].anchor)
 

@@ -22,6 +22,7 @@ CE = nn.CrossEntropyLoss()
 OPTIONS: dict[str, dict[str, Any]] = {
     "penalty": {},
     "separate": {"mode": "separate"},
+    "tangent": {"update": "tangent", "every": 2},
     "proximal": {"update": "proximal"},
     "optimizer": {"update": "optimizer"},
 }
@@ -79,7 +80,7 @@ def test_penalty_and_share_are_means_over_batches() -> None:
     assert 0.0 < shares[-1] < 1.0
 
 
-@pytest.mark.parametrize("options", ["proximal", "optimizer"])
+@pytest.mark.parametrize("options", ["tangent", "proximal", "optimizer"])
 def test_penalty_that_is_not_in_the_loss_is_that_of_the_moment(options: str) -> None:
     evaluator = EvaluationPlugin(rotated_ewc_metrics())
     seen: list[float] = []

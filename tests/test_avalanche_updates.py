@@ -1,4 +1,4 @@
-"""Proximal updates, and warnings about learning rates, inside Avalanche's training loop."""
+"""Proximal updates, tangents and learning rates that diverge, in Avalanche's training loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import ExponentialLR
 
-from rotate_ewc import EKFACPenalty
+from rotate_ewc import EKFACPenalty, TangentPenalty
 from rotate_ewc.avalanche import RotatedEWC, RotatedEWCPlugin
 from tests.test_avalanche import dataset, domain_benchmark, net
 
@@ -111,6 +111,63 @@ def test_learning_rate_schedule(every: int) -> None:
     model = trained([plugin], schedule=0.5)
     assert torch.equal(flat(model), flat(by_hand(every, schedule=0.5)))
     assert not torch.equal(flat(model), flat(by_hand(every)))
+
+
+def tangent_by_hand(every: int, make_optimizer: MakeOptimizer, sizes: Callable[..., Any]) -> Tensor:
+    """Tangent planes in a plain loop, with an implicit step for what is left over."""
+    model, penalty = net(dropout=0.0), EKFACPenalty(30.0, seed=5)
+    optimizer, tangent = make_optimizer(model), TangentPenalty(penalty)
+    for t in range(TASKS):
+        x, y = dataset(t).tensors
+        penalty.current_examples, parts = len(x), torch.arange(24).split(8)
+        for _ in range(EPOCHS):
+            waiting = 0
+            for number, rows in enumerate(parts, start=1):
+                optimizer.zero_grad()
+                CE(model(x[rows]), y[rows]).backward()
+                tangent.add_gradient_(model)
+                optimizer.step()
+                waiting += 1
+                if waiting == every or number == len(parts):
+                    tangent.refresh_(model, sizes(optimizer, model, waiting))
+                    waiting = 0
+        penalty.consolidate(model, CE, [(x[rows], y[rows]) for rows in parts])
+    return flat(model)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 100])
+@pytest.mark.parametrize("make_optimizer", ["sgd", "adam"])
+def test_tangents_are_the_same_as_in_a_loop_written_by_hand(
+    make_optimizer: str, every: int
+) -> None:
+    """With two epochs of three batches; proximal steps lead elsewhere."""
+    if make_optimizer == "sgd":
+        made, sizes = sgd, lambda optimizer, model, waiting: 0.05 * waiting / (1.0 - 0.8)
+    else:
+        made, sizes = adam, _adam_sizes
+    plugin = RotatedEWCPlugin(30.0, update="tangent", every=every, seed=5)
+    found = flat(trained([plugin], made))
+    expected = tangent_by_hand(every, made, sizes)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    proximal = trained([RotatedEWCPlugin(30.0, update="proximal", every=every, seed=5)], made)
+    for other in (flat(proximal), flat(trained([], made))):
+        assert (found - other).abs().max() > 1e-4
+
+
+def _adam_sizes(optimizer: Optimizer, model: nn.Module, waiting: int) -> dict[str, float]:
+    named = model.named_parameters()
+    return {name: typical_step(optimizer, p, 0.01 * waiting) for name, p in named}
+
+
+def test_tangents_need_a_step_size_that_is_known() -> None:
+    model, plugin = net(), RotatedEWCPlugin(3.0, update="tangent")
+    strategy = Naive(
+        model=model, optimizer=rmsprop(model), criterion=CE, train_mb_size=8, plugins=[plugin],
+        evaluator=None,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="optimizer is RMSprop"):
+        strategy.train(domain_benchmark(1).train_stream[0])
+    trained([RotatedEWCPlugin(3.0, update="tangent", step_size=0.01)], rmsprop)
 
 
 def test_step_size_that_is_given() -> None:
@@ -278,6 +335,7 @@ def test_warns_once_for_each_task() -> None:
         ({"ewc_lambda": 1.0}, plain_sgd),
         ({"ewc_lambda": 1e5}, adam),
         ({"ewc_lambda": 1e5, "update": "proximal"}, sgd),
+        ({"ewc_lambda": 1e5, "update": "tangent"}, sgd),
     ],
 )
 def test_does_not_warn(arguments: dict[str, Any], make_optimizer: MakeOptimizer) -> None:
@@ -322,8 +380,14 @@ def test_strategy_is_the_plugin() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message", "error"),
     [
-        ({"update": "prox"}, "update is 'prox'; expected one of 'penalty', 'proximal'", ValueError),
+        (
+            {"update": "prox"},
+            "update is 'prox'; expected one of 'penalty', 'tangent', 'pr",
+            ValueError,
+        ),
         ({"update": "proximal", "mode": "separate"}, "mode 'separate'; expected mode", ValueError),
+        ({"update": "tangent", "mode": "separate"}, "mode 'separate'; expected mode", ValueError),
+        ({"every": 2}, "every is 2 and .*'penalty'; expected them with .*'tangent' or", ValueError),
         ({"every": 0}, "every is 0; expected a positive integer", ValueError),
         ({"every": 2.0}, "every is 2.0; expected a positive integer", TypeError),
         ({"every": True}, "every is True; expected a positive integer", TypeError),

@@ -1,5 +1,7 @@
 """The ways to the eigenvalues, against a loop over examples, label vectors and positions."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
@@ -151,3 +153,41 @@ def test_eigenbasis_looks_at_the_upper_triangle_alone() -> None:
 def test_chunks_are_larger_on_accelerators() -> None:
     on_cpu = projections.chunk_bytes(torch.device("cpu"))
     assert on_cpu < projections.chunk_bytes(torch.device("cuda"))
+
+
+def test_eigenbases_in_threads_are_those_of_one_after_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each belongs to its own matrix, also of several groups, and threads are set as before."""
+    monkeypatch.setattr(kernels, "_SMALLEST_IN_THREADS", 4)
+    roots = [seeded(groups, size, size) for groups, size in ((1, 3), (2, 7), (1, 12), (1, 5))]
+    covariances = [root @ root.mT for root in roots]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        bases = kernels.eigenbases(covariances)
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(threads)
+    for covariance, basis in zip(covariances, bases, strict=True):
+        rotated = basis.mT @ covariance @ basis
+        diagonal = torch.diag_embed(rotated.diagonal(dim1=1, dim2=2))
+        torch.testing.assert_close(rotated, diagonal, atol=1e-11, rtol=0.0)
+
+
+def test_what_fails_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(covariance: Tensor) -> Tensor:
+        raise ValueError(f"no basis of size {covariance.shape[1]}")
+
+    monkeypatch.setattr(kernels, "_SMALLEST_IN_THREADS", 4)
+    monkeypatch.setattr(kernels, "eigenbasis", fails)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="no basis of size 6"):
+            kernels.eigenbases([seeded(1, 5, 5), seeded(1, 6, 6)])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

@@ -54,7 +54,7 @@ def _run(options: Options) -> None:
     configuration = _configuration(options)
     cells = read_cells(results, configuration)
     console = make_console()
-    print(_machine_line(configuration), flush=True)
+    print(machine_line(configuration), flush=True)
     if options.quick:
         print(QUICK_WARNING, flush=True)
     for combination in combinations(options.cases, options.fisher):
@@ -77,7 +77,7 @@ def _configuration(options: Options) -> dict[str, Any]:
     return {"threads": threads, "quick": options.quick, **describe_machine()}
 
 
-def _machine_line(configuration: dict[str, Any]) -> str:
+def machine_line(configuration: dict[str, Any]) -> str:
     """Say on what is measured."""
     threads = configuration["threads"]
     return (
@@ -96,7 +96,7 @@ def _write(results: Path, configuration: dict[str, Any], cells: "Sequence[Cell]"
 
     write_cells(results, configuration, cells)
     image = io.BytesIO()
-    draw(cells, _machine_line(configuration), quick=configuration["quick"]).savefig(image)
+    draw(cells, machine_line(configuration), quick=configuration["quick"]).savefig(image)
     replace_file(results.with_suffix(".png"), image.getvalue())
 
 

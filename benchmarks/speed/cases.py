@@ -137,18 +137,39 @@ def build(name: str, *, fraction: float = 1.0, quick: bool = False) -> Problem:
     Returns:
         The problem.
     """
-    case = CASES[name]
+    return build_case(CASES[name], fraction=fraction, quick=quick)
+
+
+def build_case(case: Case, *, fraction: float = 1.0, quick: bool = False) -> Problem:
+    """Make a problem, the same whenever it is called.
+
+    Args:
+        case: What it is made from.
+        fraction: The part of the examples to take, in whole batches and at least one.
+        quick: Whether to take only a few examples.
+
+    Returns:
+        The problem.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = case.network().eval()
         batch = QUICK_EXAMPLES if quick else case.batch
         count = 1 if quick else max(1, round(fraction * case.examples / case.batch))
-        batches = [_random_batch(case, batch) for _ in range(count)]
+        batches = [random_batch(case, batch) for _ in range(count)]
     return Problem(case, model, nn.CrossEntropyLoss(), batches)
 
 
-def _random_batch(case: Case, examples: int) -> Batch:
-    """Noise, and labels that have nothing to do with it."""
+def random_batch(case: Case, examples: int) -> Batch:
+    """Noise, and labels that have nothing to do with it.
+
+    Args:
+        case: What says the shapes.
+        examples: Number of examples.
+
+    Returns:
+        Inputs and labels.
+    """
     if case.attention is None:
         inputs = torch.randn(examples, *case.shape)
         return inputs, torch.randint(case.classes, (examples,))

@@ -117,7 +117,7 @@ def _draw_result(axes: Axes, row: int, result: Result, cell: Cell, left: float) 
     """Draw one contender's times, or why there are none."""
     times = cell.times_floor(result)
     if times is None:
-        _write(axes, left, row, result.status)
+        write_beside(axes, left, row, result.status)
         return
     style = STYLES[result.name]
     ends = [min(result.seconds) / cell.floor, max(result.seconds) / cell.floor]
@@ -126,7 +126,7 @@ def _draw_result(axes: Axes, row: int, result: Result, cell: Cell, left: float) 
     if result.status == WRONG:
         looks |= {"marker": "x"}
     axes.plot([times], [row], **looks)
-    _write(axes, ends[1], row, _number(result, times))
+    write_beside(axes, ends[1], row, _number(result, times))
 
 
 def _number(result: Result, times: float) -> str:
@@ -134,7 +134,7 @@ def _number(result: Result, times: float) -> str:
     return f"{times:.3g}" + (f" ({result.message})" if result.status == WRONG else "")
 
 
-def _write(axes: Axes, end: float, row: int, text: str) -> None:
+def write_beside(axes: Axes, end: float, row: int, text: str) -> None:
     """Write behind the end of a line."""
     axes.annotate(
         text,

@@ -30,9 +30,12 @@ from rotate_ewc.penalty import EKFACPenalty
 from rotate_ewc.rotated_adam import RotatedAdam
 from rotate_ewc.snapshot import SnapshotError
 from rotate_ewc.step_size import StepSizes, check_optimizer, learning_rate_of, step_sizes_of
+from rotate_ewc.tangent import TangentPenalty
 
 PROGRESS: Final = "progress"
-UPDATES: Final = ("penalty", "proximal", "optimizer")
+UPDATES: Final = ("penalty", "tangent", "proximal", "optimizer")
+# Those that move the parameters after every so many steps of the optimizer.
+IMPLICIT: Final = ("tangent", "proximal")
 
 
 class RotatedEWCPlugin(SupervisedPlugin):
@@ -87,16 +90,18 @@ class RotatedEWCPlugin(SupervisedPlugin):
                 3 a good practical value.
             mode: `"merged"`: one penalty for all experiences, at constant time and memory; or
                 `"separate"`: one for each experience.
-            update: `"penalty"`: the penalty is added to every loss; or `"proximal"`: the parameters
-                are moved after the optimizer's step (`EKFACPenalty.proximal_step_`), which is
-                stable for every `ewc_lambda`; or `"optimizer"`: the strategy's optimizer is a
-                `RotatedAdam(model, lr=...)`, which gets this plugin's penalty and obeys it. The
-                last two need mode `"merged"`.
-            every: After how many steps of the optimizer a proximal step is taken, of so many times
-                its size; the cost is divided by it. What is left over when an epoch ends is taken
-                then.
-            step_size: That of the proximal step; None takes the optimizer's own, which must then be
-                SGD, Adam or AdamW with one learning rate.
+            update: `"penalty"`: the penalty is added to every loss; or `"tangent"`: the gradient of
+                its tangent plane is added to every gradient of the loss, and the plane is taken
+                anew by an implicit step (`TangentPenalty`); or
+                `"proximal"`: the parameters are moved after the optimizer's step
+                (`EKFACPenalty.proximal_step_`), which is stable for every `ewc_lambda`; or
+                `"optimizer"`: the strategy's optimizer is a `RotatedAdam(model, lr=...)`, which
+                gets this plugin's penalty and obeys it. The last three need mode `"merged"`.
+            every: After how many steps of the optimizer an implicit or proximal step is taken, of
+                so many times its size; the cost is divided by it. What is left over when an epoch
+                ends is taken then.
+            step_size: That of the implicit or proximal step; None takes the optimizer's own, which
+                must then be SGD, Adam or AdamW with one learning rate.
             weighting: `"examples"` or `"uniform"`: how the experiences weigh in.
             decay: What earlier experiences are multiplied with at the end of each, from 0 to 1.
             temperature: What the outputs are divided by in a snapshot; see `EKFACPenalty`.
@@ -135,10 +140,10 @@ class RotatedEWCPlugin(SupervisedPlugin):
             raise ValueError(f"update is {update!r} and mode {mode!r}; expected mode 'merged'")
         if step_size is not None:
             step_size = as_non_negative_number("step_size", step_size)
-        if update != "proximal" and (every != 1 or step_size is not None):
+        if update not in IMPLICIT and (every != 1 or step_size is not None):
             raise ValueError(
                 f"every is {every} and step_size {step_size}, but update {update!r}; expected them "
-                f"with update 'proximal' only"
+                f"with update 'tangent' or 'proximal' only"
             )
         self.penalty = EKFACPenalty(
             as_non_negative_number("ewc_lambda", ewc_lambda),
@@ -164,6 +169,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self.estimation_mb_size = estimation_mb_size
         self.penalty_in_loss: Tensor | float = 0.0
         self.snapshot_seconds: float | None = None
+        self._tangent = TangentPenalty(self.penalty) if update == "tangent" else None
         self._sub_experiences = 0
         self._waiting, self._waiting_updates = 0.0, 0
         self._learning_rate_checked = False
@@ -177,11 +183,14 @@ class RotatedEWCPlugin(SupervisedPlugin):
         """Tell the penalty how many examples the task at hand has."""
         self.penalty.current_examples = len(whole_task(strategy.experience).dataset)
         self._learning_rate_checked = False
-        if self.update == "proximal" and self.step_size is None:
+        if self.update in IMPLICIT and self.step_size is None:
             check_optimizer(strategy.optimizer)
+        if self._tangent is not None:
+            # Weights may have been loaded, and a run that is resumed has no tangent either.
+            self._tangent.forget()
         self._connect(strategy.optimizer)
         # A model that does not fit is refused before anything is learned.
-        self.penalty.check_protected(parameters_of(strategy.model))
+        self.penalty.protected(parameters_of(strategy.model))
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Add the penalty to the loss."""
@@ -191,23 +200,28 @@ class RotatedEWCPlugin(SupervisedPlugin):
             self.penalty_in_loss = penalty.detach()
             strategy.loss = strategy.loss + penalty
 
+    def after_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Add the gradient of the tangent plane, before others clip in `before_update`."""
+        if self._tangent is not None:
+            self._tangent.add_gradient_(strategy.model)
+
     def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Take a proximal step, after every so many steps of the optimizer."""
-        if self.update != "proximal" or self.penalty.num_tasks == 0:
+        """Take an implicit or proximal step, after every so many steps of the optimizer."""
+        if self.update not in IMPLICIT or self.penalty.num_tasks == 0:
             return
         own = self.step_size is None
         self._waiting += learning_rate_of(strategy.optimizer) if own else self.step_size or 0.0
         self._waiting_updates += 1
         if self._waiting_updates == self.every:
-            self._proximal_step(strategy)
+            self._implicit_step(strategy)
 
     def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Take a proximal step for the updates that are left over.
+        """Take the step for the updates that are left over.
 
         Not at the end of the experience: there other plugins have gone back to the best weights,
         or are looking at them, before this one or after it.
         """
-        self._proximal_step(strategy)
+        self._implicit_step(strategy)
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Take the snapshot, at the end of a task."""
@@ -265,14 +279,17 @@ class RotatedEWCPlugin(SupervisedPlugin):
         if isinstance(optimizer, RotatedAdam):
             optimizer.penalty = self.penalty
 
-    def _proximal_step(self, strategy: Any) -> None:
+    def _implicit_step(self, strategy: Any) -> None:
         """Take the step for all updates since the last one."""
         if self._waiting_updates:
             parameters = parameters_of(strategy.model)
             sizes: StepSizes = self._waiting
             if self.step_size is None:
                 sizes = step_sizes_of(strategy.optimizer, parameters, self._waiting)
-            self.penalty.proximal_step_(parameters, sizes)
+            if self._tangent is None:
+                self.penalty.proximal_step_(parameters, sizes)
+            else:
+                self._tangent.refresh_(parameters, sizes)
         self._waiting, self._waiting_updates = 0.0, 0
 
     def _check_learning_rate(self, optimizer: Optimizer) -> None:

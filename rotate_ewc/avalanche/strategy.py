@@ -67,9 +67,9 @@ class RotatedEWC(SupervisedTemplate):
             criterion: The loss, `CrossEntropyLoss()` if None.
             ewc_lambda: See `RotatedEWCPlugin`, also for the arguments down to `memory_budget`.
             mode: `"merged"` or `"separate"`.
-            update: `"penalty"`, `"proximal"` or `"optimizer"`.
-            every: Optimizer steps for each proximal step.
-            step_size: That of the proximal step; None takes the optimizer's.
+            update: `"penalty"`, `"tangent"`, `"proximal"` or `"optimizer"`.
+            every: Optimizer steps for each implicit or proximal step.
+            step_size: That of these steps; None takes the optimizer's.
             weighting: `"examples"` or `"uniform"`.
             decay: What earlier experiences are multiplied with at the end of each.
             temperature: What the outputs are divided by in a snapshot.

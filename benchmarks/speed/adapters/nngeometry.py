@@ -18,7 +18,7 @@ def prepare(problem: Problem, fisher: str) -> Estimation:
     metrics = import_module("nngeometry.metrics")
     representation = import_module("nngeometry.object").PMatEKFAC
     metric = metrics.FIM_MonteCarlo if fisher == names.MC else metrics.FIM
-    settings = _settings(problem, fisher)
+    settings = settings_for(problem, fisher)
     data = loader(problem)
 
     def estimate(seed: int) -> float:
@@ -31,7 +31,7 @@ def prepare(problem: Problem, fisher: str) -> Estimation:
     return estimate
 
 
-def _settings(problem: Problem, fisher: str) -> dict[str, Any]:
+def settings_for(problem: Problem, fisher: str) -> dict[str, Any]:
     """Its layers, and how it is to understand the outputs."""
     layers = import_module("nngeometry.layercollection").LayerCollection()
     for module in problem.known_layers:
