@@ -13,15 +13,19 @@ WARM_UPS = 3
 
 
 def time_in_rounds(
-    contenders: Mapping[Name, Callable[[], object]], *, rounds: int, repetitions: int
+    contenders: Mapping[Name, Callable[[], object]],
+    *,
+    rounds: int,
+    repetitions: int,
+    warm_ups: int = WARM_UPS,
 ) -> dict[Name, list[float]]:
     """Time all contenders in every round.
 
     Args:
         contenders: What is timed, by name; those that are compared had best be neighbours.
         rounds: Number of rounds.
-        repetitions: How often a contender is called in its turn, after a few calls that do not
-            count.
+        repetitions: How often a contender is called in its turn.
+        warm_ups: How often before that, without being timed.
 
     Returns:
         For each contender the median time of its turn in each round, in milliseconds.
@@ -33,7 +37,7 @@ def time_in_rounds(
         # Every other round is backwards: a steady drift favours neither end.
         for name in order[:: -1 if number % 2 else 1]:
             work = contenders[name]
-            timeit.timeit(work, number=WARM_UPS)
+            timeit.timeit(work, number=warm_ups)
             seconds = timeit.repeat(work, number=1, repeat=repetitions)
             medians[name].append(1_000 * statistics.median(seconds))
     return medians

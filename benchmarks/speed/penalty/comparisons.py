@@ -107,20 +107,20 @@ def _of_separate(case: str, rounds: Rounds, tasks: int) -> Iterator[Comparison]:
 
 def _of_steps(case: str, rounds: Rounds, tasks: Sequence[int]) -> Iterator[Comparison]:
     """What steps take more than plain ones."""
-    cheap = case in names.PERCEPTRONS
+    perceptron = case in names.PERCEPTRONS
     for number in tasks:
         name = names.step_after(number)
         label, value = f"{name}: overhead", overhead(rounds, name)
-        if cheap:
+        if perceptron:
             yield Comparison(label, value, OVERHEAD)
         else:
             yield Comparison(label, value, OVERHEAD, AT_MOST, 25.0)
-    if cheap:
-        for name in (*names.CHEAP, names.ROTATED):
+    value = overhead(rounds, names.TANGENT)
+    target = 30.0 if perceptron else 25.0
+    yield Comparison(f"{names.TANGENT}: overhead", value, OVERHEAD, AT_MOST, target)
+    if perceptron:
+        for name in (names.PROXIMAL, names.ROTATED):
             yield Comparison(f"{name}: overhead", overhead(rounds, name), OVERHEAD)
-        known = [value for name in names.CHEAP if (value := overhead(rounds, name)) is not None]
-        least = min(known, default=None)
-        yield Comparison("least overhead of the cheap ways", least, OVERHEAD, AT_MOST, 30.0)
 
 
 def relative_range(rounds: Rounds, contender: str) -> tuple[float, float, float]:

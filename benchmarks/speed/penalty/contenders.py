@@ -48,8 +48,7 @@ def enter(case: str, history: History) -> Field:
     found.works[names.STEP] = steps.plain_step(history.problem)
     for tasks, penalty in history.merged.items():
         found.works[names.step_after(tasks)] = steps.plain_step(history.problem, penalty)
-    if case in names.PERCEPTRONS:
-        _enter_cheap_steps(found, history)
+    _enter_other_steps(found, case, history)
     for tasks, penalty in history.merged.items():
         found.works[names.penalty_after(tasks)] = _penalty(history.problem, penalty)
     ours = names.ours_beside_peers(case)
@@ -62,17 +61,15 @@ def enter(case: str, history: History) -> Field:
     return found
 
 
-def _enter_cheap_steps(found: Field, history: History) -> None:
+def _enter_other_steps(found: Field, case: str, history: History) -> None:
     """Add steps that do not have the whole penalty in the loss, after the most tasks."""
     penalty = history.merged[max(history.merged)]
     problem = history.problem
-    found.works |= {
-        names.INTERMITTENT: steps.intermittent_steps(problem, penalty),
-        names.TANGENT: steps.tangent_steps(problem, penalty),
-        names.PROXIMAL: steps.proximal_steps(problem, penalty),
-        names.ROTATED: steps.rotated_step(problem, penalty),
-    }
-    found.calls |= dict.fromkeys(names.CHEAP, names.EVERY)
+    found.works[names.TANGENT] = steps.tangent_steps(problem, penalty)
+    if case in names.PERCEPTRONS:
+        found.works[names.PROXIMAL] = steps.proximal_steps(problem, penalty)
+        found.works[names.ROTATED] = steps.rotated_step(problem, penalty)
+    found.calls |= names.CALLS
 
 
 def _penalty(

@@ -1,6 +1,6 @@
 """One case: all contenders take turns within one process."""
 
-from benchmarks.rounds import time_in_rounds
+from benchmarks.rounds import WARM_UPS, time_in_rounds
 from benchmarks.speed.penalty import names
 from benchmarks.speed.penalty.cases import build, repetitions
 from benchmarks.speed.penalty.comparisons import compare
@@ -25,7 +25,14 @@ def measure(case: str, options: Options) -> Record:
     found = enter(case, live(problem, options.tasks, separate))
     number = repetitions(case, quick=options.quick)
     rounds = _per_step(
-        found, time_in_rounds(found.works, rounds=options.rounds, repetitions=number)
+        found,
+        time_in_rounds(
+            found.works,
+            rounds=options.rounds,
+            repetitions=number,
+            # What is slow needs little warming up.
+            warm_ups=WARM_UPS if number > WARM_UPS else 1,
+        ),
     )
     comparable = {name: times for name, times in rounds.items() if name not in found.remarks}
     return Record(

@@ -26,9 +26,9 @@ and whole steps (Adam) with and without it. The models are
 
 Merged penalties after some numbers of tasks, and, but for e, tasks kept separate beside as many
 penalties called one by one. Peers have the matrix of one task, over linear layers and
-convolutions. For the MLPs also steps that meet the penalty every {names.EVERY}th time, or its
-tangent plane, and those of RotatedAdam. Last, how long it takes to load a snapshot, and to import
-the package.
+convolutions. After the most tasks also steps with the penalty's tangent plane; for the MLPs steps
+with a proximal one now and then, and those of RotatedAdam. Last, how long it takes to load a
+snapshot, and to import the package.
 
 All contenders of a case take turns within one process; the median of each turn counts. Ratios are
 within a round, and medians over rounds. The data are noise: cost depends on shapes alone. Targets

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.optim import Adam
 
 from benchmarks.speed.cases import Problem
-from benchmarks.speed.penalty.names import EVERY
-from rotate_ewc import EKFACPenalty, RotatedAdam, TangentPenalty
+from benchmarks.speed.penalty.names import PROXIMAL_EVERY, TANGENT_EVERY
+from rotate_ewc import EKFACPenalty, RotatedAdam, TangentPenalty, step_sizes_of
+from rotate_ewc.step_size import StepSizes
 
 Work = Callable[[], object]
 
@@ -50,6 +51,11 @@ class Training:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
+    def sizes(self, steps: int) -> StepSizes:
+        """What Adam makes of a gradient of one in so many steps."""
+        parameters = dict(self.model.named_parameters())
+        return step_sizes_of(self.optimizer, parameters, steps * LEARNING_RATE)
+
 
 def plain_step(problem: Problem, penalty: EKFACPenalty | None = None) -> Work:
     """A step of Adam, with a penalty in the loss if there is one."""
@@ -57,28 +63,14 @@ def plain_step(problem: Problem, penalty: EKFACPenalty | None = None) -> Work:
     return lambda: training.step(penalty)
 
 
-def intermittent_steps(problem: Problem, penalty: EKFACPenalty) -> Work:
-    """Some steps, the last of them with the penalty in the loss, as often as there are steps."""
-    training = Training(problem)
-    strong = copy.deepcopy(penalty)
-    strong.strength *= EVERY
-
-    def work() -> None:
-        for _ in range(EVERY - 1):
-            training.step()
-        training.step(strong)
-
-    return work
-
-
 def proximal_steps(problem: Problem, penalty: EKFACPenalty) -> Work:
     """Some steps, with a proximal step after the last."""
     training = Training(problem)
 
     def work() -> None:
-        for _ in range(EVERY):
+        for _ in range(PROXIMAL_EVERY):
             training.step()
-        penalty.proximal_step_(training.model, EVERY * LEARNING_RATE)
+        penalty.proximal_step_(training.model, training.sizes(PROXIMAL_EVERY))
 
     return work
 
@@ -88,12 +80,12 @@ def tangent_steps(problem: Problem, penalty: EKFACPenalty) -> Work:
     training, tangent = Training(problem), TangentPenalty(penalty)
 
     def work() -> None:
-        for _ in range(EVERY):
+        for _ in range(TANGENT_EVERY):
             training.optimizer.zero_grad()
             training.loss().backward()  # type: ignore[no-untyped-call]
             tangent.add_gradient_(training.model)
             training.optimizer.step()
-        tangent.refresh_(training.model, EVERY * LEARNING_RATE)
+        tangent.refresh_(training.model, training.sizes(TANGENT_EVERY))
 
     return work
 
