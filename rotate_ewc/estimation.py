@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from rotate_ewc import kernels
-from rotate_ewc.batches import check_reiterable
+from rotate_ewc.batches import check_reiterable, count_batches
 from rotate_ewc.block import Block
 from rotate_ewc.factors import Covariances, add_covariances, add_eigenvalues, empty_blocks
+from rotate_ewc.keeper import Keeper
 from rotate_ewc.losses import Likelihood
 from rotate_ewc.observation import Observation
 from rotate_ewc.observer import Observer
@@ -70,7 +71,7 @@ def estimate(
     """
     check_reiterable(data)
     observer = Observer(forward, likelihood, parameters, settings, constants)
-    found = _Accumulator(settings)
+    found = _Accumulator(settings, count_batches(data))
     for observation in observer.observe(data, "factors"):
         found.add_factors(observation)
         # Or it would live on while the model runs on the next batch.
@@ -103,7 +104,7 @@ class _Accumulator:
         num_examples: Examples seen.
     """
 
-    def __init__(self, settings: EstimationSettings) -> None:
+    def __init__(self, settings: EstimationSettings, num_batches: int | None) -> None:
         self.blocks: dict[BlockKey, Block] = {}
         self.num_examples = 0
         self._settings = settings
@@ -111,9 +112,7 @@ class _Accumulator:
         self._covariances: dict[BlockKey, Covariances] = {}
         self._squares: dict[str, Tensor] = {}
         self._leaders: dict[BlockKey, BlockKey] = {}
-        self._kept: list[Observation] = []
-        self._storages: dict[int, int] = {}
-        self._keeping = True
+        self._keeper = Keeper(settings.memory_budget // 2, num_batches)
 
     def add_factors(self, observation: Observation) -> None:
         """Pass one: add an observation to the Kronecker factors, and keep it if there is room."""
@@ -132,7 +131,7 @@ class _Accumulator:
             total = self._total(plan, observation)
             for portion in observation.portions(plan, self._settings.memory_budget // 4):
                 add_covariances(portion, total, reduce=reduce)
-        self._keep(observation)
+        self._keeper.offer(observation)
 
     def decompose(self) -> None:
         """Between the passes: turn the factors into bases."""
@@ -141,13 +140,8 @@ class _Accumulator:
         self._covariances.clear()
 
     def kept(self) -> list[Observation]:
-        """Return all observations; none where the data have to be gone over again.
-
-        That is also so for a loader that fills the same buffer for every batch: the layers' inputs
-        that were kept are then no longer those of their batches.
-        """
-        intact = all(use.unmodified for observation in self._kept for use in observation.uses)
-        return self._kept if intact else []
+        """Return all observations; none where the data have to be gone over again."""
+        return self._keeper.intact()
 
     def add_eigenvalues(self, observation: Observation) -> None:
         """Pass two: add an observation's squared per-example gradients in the eigenbases."""
@@ -213,16 +207,6 @@ class _Accumulator:
             if not {plan.key, leader} & self._covariances.keys():
                 self._leaders[plan.key] = leader
                 self._total(plan, observation)
-
-    def _keep(self, observation: Observation) -> None:
-        if not self._keeping:
-            return
-        self._storages.update(observation.storages)
-        self._keeping = sum(self._storages.values()) <= self._settings.memory_budget // 2
-        if self._keeping:
-            self._kept.append(observation)
-        else:
-            self._kept.clear()
 
     def _check_partition(self) -> None:
         """Raise if a joint block would claim a parameter that another block claims too."""

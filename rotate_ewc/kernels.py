@@ -9,8 +9,9 @@ orthonormal columns; None stands for the identity, which is never stored.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import wraps
 from typing import Final, ParamSpec, TypeVar
 
@@ -25,9 +26,10 @@ Basis = Tensor | None
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-# Symmetric products this large are computed by panels, above the diagonal only.
-_SMALLEST_BY_PANELS: Final = 256
-_PANELS: Final = 4
+# Symmetric products are computed by panels, above the diagonal only: narrower ones save more, but
+# products of less than about this width are slow.
+_NARROWEST_PANEL: Final = 96
+_MOST_PANELS: Final = 4
 
 # Below this, starting a thread costs more than it gains.
 _SMALLEST_IN_THREADS: Final = 128
@@ -66,10 +68,11 @@ def add_covariance_(total: Tensor, vectors: Tensor) -> None:
         total.add_((vectors.mT @ vectors).sum(dim=1))
         return
     rows = vectors.flatten(1, 2)
-    if groups > 1 or size < _SMALLEST_BY_PANELS:
+    panels = min(_MOST_PANELS, size // _NARROWEST_PANEL)
+    if groups > 1 or panels < 2:
         total.baddbmm_(rows.mT, rows)
         return
-    width = -(-size // _PANELS)
+    width = -(-size // panels)
     for start in range(0, size, width):
         panel = total[0, start : start + width, start:]
         left = rows[0, :, start : start + width]
@@ -115,22 +118,39 @@ def eigenbasis(covariance: Tensor) -> Tensor:
 def eigenbases(covariances: Sequence[Tensor]) -> list[Tensor]:
     """Return the eigenvectors of several symmetric matrices, each as `eigenbasis` does.
 
-    On a CPU, one `eigh` hardly gains from a second thread, but two of them run beside each other.
+    On a CPU, one `eigh` gains little from further threads, but several run beside each other. Only
+    matrices that are so large that all others would wait for them get all threads.
     """
     threads = torch.get_num_threads()
-    large = [c for c in covariances if c.shape[1] >= _SMALLEST_IN_THREADS]
-    if threads == 1 or len(large) < 2 or any(c.device.type != "cpu" for c in large):
-        return [eigenbasis(covariance) for covariance in covariances]
-    # The largest first, or it would be waited for in the end.
     order = sorted(range(len(covariances)), key=lambda i: -covariances[i].shape[1])
-    try:
-        with ThreadPoolExecutor(min(threads, len(large)), initializer=_use_one_thread) as pool:
+    bases: dict[int, Tensor] = {}
+    work = [covariances[i].shape[1] ** 3 for i in order]
+    while order and (work[0] * threads >= sum(work) or not _gains_from_company(covariances, order)):
+        bases[order[0]] = eigenbasis(covariances[order[0]])
+        del order[0], work[0]
+    if order:
+        with _one_thread_each(threads) as pool:
             found = pool.map(eigenbasis, [covariances[i] for i in order])
-            bases = dict(zip(order, found, strict=True))
+            bases.update(zip(order, found, strict=True))
+    return [bases[i] for i in range(len(covariances))]
+
+
+def _gains_from_company(covariances: Sequence[Tensor], order: Sequence[int]) -> bool:
+    """Whether at least two of some matrices, the largest first, are worth a thread of their own."""
+    largest = [covariances[i] for i in order[:2]]
+    return len(largest) == 2 and all(
+        c.device.type == "cpu" and c.shape[1] >= _SMALLEST_IN_THREADS for c in largest
+    )
+
+
+@contextmanager
+def _one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
+    try:
+        with ThreadPoolExecutor(threads, initializer=_use_one_thread) as pool:
+            yield pool
     finally:
         # What a thread sets for itself is also what threads begin with that come later.
         torch.set_num_threads(threads)
-    return [bases[i] for i in range(len(covariances))]
 
 
 def _use_one_thread() -> None:

@@ -29,10 +29,9 @@ from rotate_ewc.kernels import Basis, full_precision, rotate
 _OPERATIONS_PER_ELEMENT: Final = 20.0
 
 # On a CPU, what leaves the cache is slow, and a large tensor that is freed goes back to the
-# operating system, whose fresh pages cost several times what filling them does (products of
-# 128 × 16 and 16 × 576 in chunks of 4 MiB: 67 GFLOP/s, of 8 MiB: 36). Accelerators want more work
-# at a time.
-_CHUNK_BYTES_CPU: Final = 2**22
+# operating system, whose fresh pages cost several times what filling them does (a CNN took 3.7,
+# 3.3, 3.1, 3.1, 3.2 s with 2, 4, 8, 16, 32 MiB). Accelerators want more work at a time.
+_CHUNK_BYTES_CPU: Final = 2**23
 _CHUNK_BYTES_OTHER: Final = 2**26
 
 

@@ -350,7 +350,10 @@ def test_optimizer_of_another_plugin() -> None:
             {"update": "optimizer", "mode": "separate"},
             "update is 'optimizer' and mode 'separate'; expected mode 'merged'",
         ),
-        ({"update": "optimizer", "every": 2}, "every is 2 .* expected them with update 'proximal'"),
+        (
+            {"update": "optimizer", "every": 2},
+            "every is 2 .* expected them with update 'tangent' or 'proximal'",
+        ),
         ({"update": "optimizer", "step_size": 0.1}, "step_size 0.1, but update 'optimizer'"),
         ({"update": "adam"}, "update is 'adam'; expected one of .* 'optimizer'"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import permutations
 
 import pytest
@@ -10,6 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACLinearOperator, kernels
+from rotate_ewc.batches import count_batches
+from rotate_ewc.keeper import Keeper
+from rotate_ewc.layers.linear import LinearCall
+from rotate_ewc.observation import Observation
+from rotate_ewc.recorder import Use
 from tests.oracles import assert_close, dense_fisher
 
 LOSS = nn.CrossEntropyLoss(reduction="sum")
@@ -141,3 +147,71 @@ def test_slices_fit_in_a_budget_that_their_copies_would_exceed() -> None:
         memory_budget=2 * kept + 2000,
     )
     assert len(calls) == len(data)
+
+
+def observed(inputs: Tensor, *, first: bool = True) -> Observation:
+    """An observation that holds some inputs and nothing else."""
+    use = Use("weight", None, LinearCall(inputs, None, None), inputs._version)
+    return Observation(
+        num_examples=len(inputs),
+        mass=1.0,
+        parameters={},
+        plans=(),
+        uses=(use,),
+        placements=(),
+        computed={},
+        first=first,
+    )
+
+
+def kept_after(keeper: Keeper, inputs: list[Tensor]) -> list[int]:
+    """Offer observations, and see how many are held after each."""
+    held = []
+    for tensor in inputs:
+        keeper.offer(observed(tensor))
+        held.append(len(keeper.intact()))
+    return held
+
+
+def test_two_batches_tell_whether_all_will_fit() -> None:
+    batches = [torch.ones(10, 25) for _ in range(6)]  # 1,000 bytes each
+    assert kept_after(Keeper(6000, 6), batches) == [1, 2, 3, 4, 5, 6]
+    # Known when the third begins; without a number of batches, when there is no more room.
+    assert kept_after(Keeper(5999, 6), batches) == [1, 2, 0, 0, 0, 0]
+    assert kept_after(Keeper(5999, None), batches) == [1, 2, 3, 4, 5, 0]
+    assert kept_after(Keeper(999, 6), batches) == [0, 0, 0, 0, 0, 0]
+
+
+def test_slices_of_one_tensor_grow_by_nothing() -> None:
+    batches = list(torch.ones(60, 25).split(10))
+    assert kept_after(Keeper(6000, 6), batches) == [1, 2, 3, 4, 5, 6]
+    assert kept_after(Keeper(5999, 6), batches) == [0, 0, 0, 0, 0, 0]
+
+
+def test_parts_of_one_batch_are_no_batches() -> None:
+    keeper = Keeper(6000, 2)
+    for first in (True, False, False, True, False, False):
+        keeper.offer(observed(torch.ones(10, 25), first=first))
+    assert len(keeper.intact()) == 6
+
+
+def test_observations_that_were_written_to_are_not_returned() -> None:
+    keeper, inputs = Keeper(6000, 2), torch.ones(10, 25)
+    keeper.offer(observed(inputs))
+    assert len(keeper.intact()) == 1
+    inputs.zero_()
+    assert keeper.intact() == []
+
+
+def test_number_of_batches() -> None:
+    class Unsized:
+        def __iter__(self) -> Iterator[Batch]:
+            return iter(())
+
+    class Refusing(Unsized):
+        def __len__(self) -> int:
+            raise NotImplementedError
+
+    assert count_batches([tokens(1, 0)] * 3) == 3
+    assert count_batches(Unsized()) is None
+    assert count_batches(Refusing()) is None

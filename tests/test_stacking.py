@@ -166,7 +166,9 @@ def test_number_of_operations_does_not_grow(name: str, joint: bool) -> None:
     for t in range(6):
         penalty.consolidate(model, CE, task(name, t))
         counts.append(operations(penalty, model))
-    assert counts[0] == counts[1] == counts[5]
+    assert counts[1] == counts[2] == counts[5]
+    # A single task has nothing to sum over.
+    assert counts[0].total() <= counts[1].total()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -114,8 +114,8 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         "--contenders",
         "NAME",
         names.CONTENDERS,
-        f"all, but {names.KRONFLUENCE}, which is slow, only in {names.SMALL_MLP} with mc; names "
-        "with blanks are written in quotes",
+        f"all but {names.KRONFLUENCE}, which takes most of an hour; names with blanks are written "
+        "in quotes",
     )
 
 
