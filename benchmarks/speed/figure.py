@@ -24,7 +24,7 @@ FONT_POINTS = 7.0
 OWN_WIDTH = 2.0
 ROOM = 1.8  # on both sides of what is drawn, as a factor
 ROOM_FOR_NUMBERS = 0.4  # on the right, as a part of the decades that are drawn
-EXPLANATION = "Hollow: another quantity. Lines: the range over rounds."
+EXPLANATION = "Hollow: another quantity, budget or set of parameters. Lines: the range over rounds."
 
 # Colours of Okabe and Ito, and of Tol's muted scheme.
 STYLES = {
