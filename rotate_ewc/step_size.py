@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from rotate_ewc.options import as_non_negative_number
+from rotate_ewc.parameters import parameters_of
 
 StepSizes = float | dict[str, float]
 
@@ -30,19 +33,15 @@ def learning_rate_of(optimizer: Optimizer) -> float:
 def check_optimizer(optimizer: Optimizer) -> None:
     """Raise `ValueError` unless the step sizes of an optimizer are known."""
     learning_rate_of(optimizer)
-    if not isinstance(optimizer, (SGD, Adam, AdamW)):
-        raise ValueError(
-            f"optimizer is {type(optimizer).__name__}, whose step size is not known; expected SGD, "
-            f"Adam or AdamW, or a step_size that is given"
-        )
+    _check_kind(optimizer)
     if isinstance(optimizer, SGD):
         _momentum_factor(optimizer)
 
 
 def step_sizes_of(
-    optimizer: Optimizer, parameters: Mapping[str, Tensor], learning_rate: float
+    optimizer: Optimizer, model: nn.Module | Mapping[str, Tensor], learning_rate: float
 ) -> StepSizes:
-    """Return how far an optimizer goes in the end for a gradient of one.
+    """Return how far an optimizer goes in the end for a gradient of one, as implicit steps need it.
 
     For SGD with momentum μ and dampening τ that is the learning rate times `(1 - τ) / (1 - μ)`:
     every gradient is used again, weakened by μ, in each of the later steps.
@@ -53,12 +52,28 @@ def step_sizes_of(
 
     Args:
         optimizer: SGD, Adam or AdamW, after at least one step.
-        parameters: The parameters, by name.
-        learning_rate: The learning rate, or the sum of those of several steps.
+        model: The model, or its parameters by name.
+        learning_rate: The learning rate, or the sum of those of several steps, at least 0.
 
     Returns:
-        One step size, or one for each parameter by name.
+        One step size, or one for each parameter by name (0 for one that has not moved yet).
+
+    Raises:
+        ValueError: If the optimizer is of another kind, its groups differ in momentum, or the
+            learning rate is out of range.
+        TypeError: If `model` is neither a module nor a mapping, or the learning rate no number.
+
+    Example:
+        >>> import torch
+        >>> from rotate_ewc import step_sizes_of
+        >>> model = torch.nn.Linear(2, 2)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+        >>> step_sizes_of(sgd, model, 10 * 0.1)
+        2.0
     """
+    learning_rate = as_non_negative_number("learning_rate", learning_rate)
+    parameters = parameters_of(model)
+    _check_kind(optimizer)
     if isinstance(optimizer, SGD):
         return learning_rate * _momentum_factor(optimizer)
     eps = float(optimizer.param_groups[0]["eps"])
@@ -68,6 +83,14 @@ def step_sizes_of(
         state = optimizer.state.get(parameter)
         sizes[name] = learning_rate * _typical_scale(state, eps, beta) if state else 0.0
     return sizes
+
+
+def _check_kind(optimizer: Optimizer) -> None:
+    if not isinstance(optimizer, (SGD, Adam, AdamW)):
+        raise ValueError(
+            f"optimizer is {type(optimizer).__name__}, whose step size is not known; expected SGD, "
+            f"Adam or AdamW, or a step_size that is given"
+        )
 
 
 def _typical_scale(state: Mapping[str, Any], eps: float, beta: float) -> float:

@@ -53,8 +53,7 @@ class Training:
 
     def sizes(self, steps: int) -> StepSizes:
         """What Adam makes of a gradient of one in so many steps."""
-        parameters = dict(self.model.named_parameters())
-        return step_sizes_of(self.optimizer, parameters, steps * LEARNING_RATE)
+        return step_sizes_of(self.optimizer, self.model, steps * LEARNING_RATE)
 
 
 def plain_step(problem: Problem, penalty: EKFACPenalty | None = None) -> Work:
