@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from rotate_ewc.estimation import Estimate, estimate
 from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import EstimationSettings, Unsupported
 from rotate_ewc.preserve import undisturbed
-from rotate_ewc.snapshot import Provenance
+from rotate_ewc.provenance import Provenance
+
+# The settings that matter to what is found.
+_TOLD: Final = ("mc_samples", "kfac_approx", "separate_weight_and_bias", "seed", "unsupported")
 
 
 def fit_blocks(
@@ -69,6 +72,10 @@ def fit_blocks(
         reduction=likelihood.reduction,
         fisher_type=settings.fisher_type.value,
         num_data=settings.num_data or found.num_examples,
+        settings={
+            **{name: settings.to_json()[name] for name in _TOLD},
+            "num_examples": found.num_examples,
+        },
     )
     kept = {name for block in found.blocks for name in block.parameters}
     shapes = {name: parameter.shape for name, parameter in parameters.items() if name in kept}

@@ -149,3 +149,16 @@ class EstimationSettings:
             raise TypeError(f"seed is {self.seed!r}; expected an integer")
         if self.batch_size_fn is not None and not callable(self.batch_size_fn):
             raise TypeError(f"batch_size_fn is {self.batch_size_fn!r}; expected a function or None")
+
+    def to_json(self) -> dict[str, bool | int | str]:
+        """Return the settings that a snapshot tells, by the names of the arguments."""
+        return {
+            "fisher_type": self.fisher_type.value,
+            "mc_samples": self.mc_samples,
+            "kfac_approx": self.kfac_approx.value,
+            "separate_weight_and_bias": self.separate_weight_and_bias,
+            "seed": self.seed,
+            "memory_budget": self.memory_budget,
+            "progressbar": self.progressbar,
+            "unsupported": self.unsupported.value,
+        }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +11,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from rotate_ewc import files
+from rotate_ewc.errors import SnapshotError
 from rotate_ewc.fitting import fit_blocks
 from rotate_ewc.merging import merge
 from rotate_ewc.operator import EKFACLinearOperator
@@ -34,6 +37,7 @@ from rotate_ewc.parameters import (
     unwrapped,
 )
 from rotate_ewc.penalty_state import PenaltyState
+from rotate_ewc.precision import check_storage_dtype
 from rotate_ewc.proximal import check_step_size, proximal_step_
 from rotate_ewc.quadratic import quadratic_form
 from rotate_ewc.stability import largest_curvature, warn_if_divergent
@@ -275,6 +279,9 @@ class EKFACPenalty(nn.Module):
             self._softened(forward or model), loss_func, named, data, settings, model=model
         )
         scaled = [b.with_eigenvalues(b.eigenvalues * self.temperature**2) for b in blocks]
+        provenance = replace(
+            provenance, settings={**provenance.settings, "temperature": self.temperature}
+        )
         operator = EKFACLinearOperator.from_blocks(scaled, shapes, provenance)
         anchor = {name: named[name].detach().clone() for name in operator.parameter_shapes}
         self._fold_in(operator, anchor, weight, parameters_of(model))
@@ -344,6 +351,48 @@ class EKFACPenalty(nn.Module):
         """Warn if gradient descent on the penalty diverges at a learning rate; say whether not."""
         learning_rate = as_non_negative_number("learning_rate", learning_rate)
         return warn_if_divergent(learning_rate, self.max_curvature, self.strength)
+
+    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+        """Write what was learned, and the options, to a safetensors file: whole or not at all.
+
+        Args:
+            path: The file; an older one is replaced.
+            dtype: What bases and eigenvalues are stored in, such as `torch.bfloat16` for less than
+                half the size; anchors stay as they are. None is their own.
+
+        Raises:
+            FileNotFoundError: If the folder does not exist.
+            ValueError: If the dtype is none to store a snapshot in.
+        """
+        check_storage_dtype(dtype)
+        files.save(self._state.to_dict(dtype=dtype), path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **options: Any) -> EKFACPenalty:
+        """Read a penalty from a file that `save` wrote.
+
+        Args:
+            path: The file.
+            **options: Arguments of the constructor that are to differ from those it was saved with;
+                `mode` and `weighting` cannot.
+
+        Raises:
+            SnapshotError: If the file is damaged or is none of these, naming it, and the key.
+            FileNotFoundError: If there is no file.
+            TypeError: If there is no such option.
+            ValueError: If an option is out of range.
+        """
+        with files.loaded(path) as state:
+            found = PenaltyState.from_dict(state)
+            try:
+                saved = cls(**found.options)
+            except (TypeError, ValueError) as error:
+                raise SnapshotError(f"snapshot's 'options' cannot be used: {error}") from None
+            found.check(mode=saved.mode, weighting=saved.weighting)
+        penalty = cls(**{**found.options, **options}) if options else saved
+        found.check(mode=penalty.mode, weighting=penalty.weighting)
+        penalty._restore(found)
+        return penalty
 
     def deltas(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return `θ - θ*` by the stacks' own names for parameters, `[T, *shape]`.
@@ -443,10 +492,7 @@ class EKFACPenalty(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        state = PenaltyState(
-            self.mode, self.weighting, tuple(self._terms), self._num_tasks, self._last_examples
-        )
-        destination.update(state.to_dict(prefix))
+        destination.update(self._state.to_dict(prefix))
 
     def _load_from_state_dict(
         self,
@@ -459,7 +505,33 @@ class EKFACPenalty(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Check the whole state before anything is replaced."""
-        state = PenaltyState.from_dict(state_dict, prefix, mode=self.mode, weighting=self.weighting)
+        state = PenaltyState.from_dict(state_dict, prefix)
+        state.check(mode=self.mode, weighting=self.weighting)
+        self._restore(state)
+
+    @property
+    def _state(self) -> PenaltyState:
+        options: dict[str, Any] = {
+            "strength": self.strength,
+            "mode": self.mode,
+            "weighting": self.weighting,
+            "decay": self.decay,
+            "temperature": self.temperature,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "strict": self.strict,
+            **self.settings.to_json(),
+        }
+        return PenaltyState(
+            options,
+            self.mode,
+            self.weighting,
+            tuple(self._terms),
+            self._num_tasks,
+            self._last_examples,
+        )
+
+    def _restore(self, state: PenaltyState) -> None:
         self._replace_terms(state.terms)
         self._num_tasks, self._last_examples = state.num_tasks, state.last_examples
 
