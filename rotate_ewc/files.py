@@ -65,7 +65,8 @@ def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 def loaded(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Read a snapshot from a safetensors file; inside, errors about it name the file.
 
-    The file is mapped into memory where the platform allows it.
+    The file is mapped into memory and its tensors are copied: nothing that happens to it later can
+    change them.
 
     Raises:
         SnapshotError: If the file is not one that `save` wrote, or has been damaged.
@@ -83,7 +84,9 @@ def loaded(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            state: dict[str, Any] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            # Copies, since products give the same bits only with the same alignment, and nothing
+            # that happens to the file can change them.
+            state: dict[str, Any] = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             metadata: dict[str, str] = file.metadata() or {}
     # Dtypes that are newer than the torch at hand are no SafetensorError.
     except (

@@ -134,7 +134,7 @@ class EKFACLinearOperator:
             raise TypeError(f"model_func is {model_func!r}; expected a module or a function")
         model = model_func if isinstance(model_func, nn.Module) else None
         named = name_parameters(params, model)
-        self._blocks, self._shapes, self._provenance = fit_blocks(
+        blocks, self._shapes, self._provenance = fit_blocks(
             model_func,
             loss_func,
             named,
@@ -143,6 +143,7 @@ class EKFACLinearOperator:
             model=model,
             check_deterministic=check_deterministic,
         )
+        self._blocks = _laid_out(blocks)
 
     @classmethod
     def from_blocks(
@@ -162,7 +163,7 @@ class EKFACLinearOperator:
             ValueError: If there are no blocks.
         """
         operator = cls.__new__(cls)
-        operator._blocks = tuple(blocks)
+        operator._blocks = _laid_out(blocks)
         if not operator._blocks:
             raise ValueError("blocks is empty; expected at least one block")
         operator._shapes = {name: torch.Size(shape) for name, shape in parameter_shapes.items()}
@@ -444,3 +445,8 @@ class EKFACLinearOperator:
 
     def _with(self, blocks: Iterable[Block]) -> EKFACLinearOperator:
         return self.from_blocks(blocks, self._shapes, self._provenance)
+
+
+def _laid_out(blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """Give all tensors one layout: the bits of products depend on it, and files know no other."""
+    return tuple(block.map(Tensor.contiguous) for block in blocks)

@@ -72,6 +72,7 @@ def _inspect(options: argparse.Namespace, console: Console) -> None:
     for index, operator in enumerate(contents.operators):
         console.print(tables.operator_heading(operator, index if several else None))
         console.print(tables.summary_table(summaries(operator)))
+    console.print(tables.SUMMARY_NOTES, highlight=False)
     if options.plot is not None:
         _plot(contents, options.plot)
         console.print(f"Spectra are drawn in {options.plot}", markup=False, highlight=False)
@@ -91,6 +92,7 @@ def _diff(options: argparse.Namespace, console: Console) -> None:
     first, second = read(options.first), read(options.second)
     console.print(tables.heading(first), tables.heading(second), sep="\n")
     console.print(tables.comparison_table(compare(_latest(first), _latest(second))))
+    console.print(tables.COMPARISON_NOTES, highlight=False)
 
 
 def _latest(contents: Contents) -> EKFACLinearOperator:

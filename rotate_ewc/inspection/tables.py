@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -11,6 +12,16 @@ from rotate_ewc.inspection.comparison import Comparison
 from rotate_ewc.inspection.contents import Contents
 from rotate_ewc.inspection.summary import BlockSummary
 from rotate_ewc.operator import EKFACLinearOperator
+
+SUMMARY_NOTES = """\
+rank            eigenvalues above the rounding of the largest
+effective rank  (Σλ)² / Σλ²: as many equal eigenvalues would be spread alike
+condition       largest eigenvalue over the smallest that rank counts
+bytes           in memory"""
+COMPARISON_NOTES = """\
+cosine   tr(AB) / (‖A‖ ‖B‖): 1 where they are proportional
+k        A's effective rank
+overlap  tr(P_A P_B) / k of the projections on the k leading eigenvectors: 1 for the same space"""
 
 
 def heading(contents: Contents) -> Text:
@@ -40,17 +51,16 @@ def operator_heading(operator: EKFACLinearOperator, number: int | None) -> Text:
 
 def summary_table(rows: Sequence[BlockSummary]) -> Table:
     """Make a table of blocks."""
-    table = Table(caption=_EXPLANATION, caption_justify="left")
+    table = Table(box=box.SIMPLE)
     table.add_column("block", overflow="fold")
-    table.add_column("parameters", overflow="fold")
-    for title in ("trace", "largest λ", "rank", "effective rank", "condition", "bytes"):
+    table.add_column("shapes", overflow="fold")
+    for title in ("trace", "rank", "effective rank", "condition", "bytes"):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
             Text(row.label),
             ", ".join(_shape(shape) for shape in row.shapes),
             f"{row.trace:.4g}",
-            f"{row.largest:.3g}",
             f"{row.rank:,}",
             f"{row.effective_rank:.1f}",
             f"{row.condition:.2g}",
@@ -59,13 +69,13 @@ def summary_table(rows: Sequence[BlockSummary]) -> Table:
     if len(rows) > 1:
         table.add_section()
         total = sum(row.trace for row in rows), sum(row.nbytes for row in rows)
-        table.add_row("all", "", f"{total[0]:.4g}", "", "", "", "", _size(total[1]))
+        table.add_row("all", "", f"{total[0]:.4g}", "", "", "", _size(total[1]))
     return table
 
 
 def comparison_table(comparison: Comparison) -> Table:
     """Make a table of two operators' blocks."""
-    table = Table(caption=_COMPARED, caption_justify="left")
+    table = Table(box=box.SIMPLE)
     table.add_column("block", overflow="fold")
     for title in ("trace B / A", "cosine", "k", "overlap"):
         table.add_column(title, justify="right")
@@ -85,16 +95,6 @@ def comparison_table(comparison: Comparison) -> Table:
         for label in labels:
             table.add_row(Text(label), why, "", "", "")
     return table
-
-
-_EXPLANATION = (
-    "rank: eigenvalues above rounding; effective rank: (Σλ)² / Σλ²; condition: largest over "
-    "smallest eigenvalue above rounding; bytes: in memory"
-)
-_COMPARED = (
-    "cosine: tr(AB) / (|A| |B|); overlap: share of A's k leading eigenvectors' space that B's k "
-    "leading ones cover, k being A's effective rank"
-)
 
 
 def _listed(title: str, items: Iterable[tuple[str, object]]) -> list[str]:
