@@ -25,6 +25,9 @@ from rotate_ewc.formats import HEADER
 
 DIGEST: Final = "digest"
 
+# Names have up to 255 bytes; a character takes up to four.
+_MOST_OF_NAME: Final = 50
+
 # The first format had none.
 _WITHOUT_DIGEST: Final = '"rotate_ewc.operator/1"'
 
@@ -33,7 +36,8 @@ def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a snapshot to a safetensors file: whole, or not at all.
 
     It is written under another name in the same folder, brought to the disk and renamed. A process
-    that is killed leaves the old file or the new one, and perhaps one that begins with a dot.
+    that is killed leaves the old file or the new one, and perhaps one that begins with a dot. A
+    link is replaced too, and what it points to stays as it is.
 
     Args:
         state: Tensors, and the header.
@@ -41,19 +45,27 @@ def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: If the folder does not exist.
+        IsADirectoryError: If there is a folder of that name.
+        OSError: If it cannot be written, as on a full disk.
+        TypeError: If the path is none.
     """
-    target = Path(path)
+    target = _as_path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {os.fspath(target.parent)!r} to save in")
-    tensors = {key: _own(value) for key, value in state.items() if key != HEADER}
+    if target.is_dir():
+        raise IsADirectoryError(f"there is a folder {os.fspath(target)!r}; expected a file's name")
+    tensors = _own({key: value for key, value in state.items() if key != HEADER})
     metadata = {HEADER: state[HEADER], DIGEST: _digest(state[HEADER], tensors)}
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    # The target's own name may be as long as names can be.
+    temporary = target.parent / f".{uuid.uuid4().hex}.{target.name[:_MOST_OF_NAME]}"
     try:
         mode = _mode(target, temporary)
         save_file(tensors, temporary, metadata=metadata)
         temporary.chmod(mode)
         _bring_to_disk(temporary)
         os.replace(temporary, target)
+    except SafetensorError as error:
+        raise OSError(f"{os.fspath(target)!r} cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":
@@ -71,17 +83,38 @@ def loaded(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     Raises:
         SnapshotError: If the file is not one that `save` wrote, or has been damaged.
         FileNotFoundError: If there is no file.
+        TypeError: If the path is none.
     """
-    name = os.fspath(path)
-    if not Path(path).is_file():
+    source = _as_path(path)
+    name = os.fspath(source)
+    if not source.is_file():
         raise FileNotFoundError(f"there is no snapshot file {name!r}")
     try:
-        yield _read(path)
+        yield _read_whole(source)
     except SnapshotError as error:
-        raise SnapshotError(f"{name!r}: {error}") from error.__cause__
+        raise SnapshotError(str(error), file=name) from error.__cause__
 
 
-def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+def _read_whole(path: Path) -> dict[str, Any]:
+    """Read a file again if another was put in its place meanwhile.
+
+    It is opened by name more than once, and could be the old one first and then the new one.
+    """
+    while True:
+        before = _identity(path)
+        try:
+            return _read(path)
+        except SnapshotError:
+            if _identity(path) == before:
+                raise
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             # Copies, since products give the same bits only with the same alignment, and nothing
@@ -114,10 +147,26 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {HEADER: header, **state}
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """Return a tensor for a file: on the CPU, contiguous, and no view of a larger one."""
-    moved = tensor.detach().cpu().contiguous()
-    return moved if moved.untyped_storage().nbytes() == moved.nbytes else moved.clone()
+def _as_path(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise TypeError(
+            f"path is {type(path).__name__}; expected a string or a pathlib.Path"
+        ) from None
+
+
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors for a file: on the CPU, contiguous, and each with memory of its own."""
+    owned: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, tensor in tensors.items():
+        moved = tensor.detach().cpu().contiguous()
+        storage = moved.untyped_storage()
+        shared = storage.nbytes() != moved.nbytes or storage.data_ptr() in places
+        owned[key] = moved.clone() if shared else moved
+        places.add(storage.data_ptr())
+    return owned
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:

@@ -25,6 +25,9 @@ LIBRARY: Final = f"rotate_ewc {__version__}"
 OPERATOR: Final = "rotate_ewc.operator/2"
 PENALTY: Final = "rotate_ewc.penalty/2"
 
+# Of a penalty's header, the shape of a block has the most.
+_MOST_LEVELS: Final = 10
+
 _FIRST_OPERATOR: Final = "rotate_ewc.operator/1"
 _FIRST_PENALTY: Final = "rotate_ewc.penalty/1"
 
@@ -41,6 +44,9 @@ def read_header(state: Mapping[str, Any], expected: str | None = None) -> dict[s
     """
     if not isinstance(state, Mapping):
         raise SnapshotError(f"snapshot is {type(state).__name__}; expected a dictionary")
+    for key in state:
+        if not isinstance(key, str):
+            raise SnapshotError(f"snapshot has the key {key!r:.99}; expected all to be strings")
     text = state.get(HEADER)
     if not isinstance(text, str):
         raise SnapshotError(
@@ -55,7 +61,22 @@ def read_header(state: Mapping[str, Any], expected: str | None = None) -> dict[s
     got = header.get("format") if isinstance(header, dict) else None
     if not isinstance(header, dict) or not isinstance(got, str) or expected not in (None, got):
         raise SnapshotError(f"snapshot format is {got!r:.99}; expected {expected or OPERATOR!r}")
+    if _levels(header) > _MOST_LEVELS:
+        raise SnapshotError(
+            f"snapshot key {HEADER!r} has lists in lists, more than {_MOST_LEVELS} deep; expected "
+            f"what state_dict() writes"
+        )
     return header
+
+
+def _levels(value: object) -> int:
+    """Count how deep lists and dictionaries are in each other, up to what is too deep."""
+    levels, layer = 0, [value]
+    while layer and levels <= _MOST_LEVELS:
+        inside = (v.values() if isinstance(v, dict) else v for v in layer)
+        layer = [v for values in inside for v in values if isinstance(v, (dict, list))]
+        levels += 1
+    return levels
 
 
 def upgraded(state: Mapping[str, Any], expected: str) -> Mapping[str, Any]:
@@ -105,7 +126,8 @@ def _penalty_of_first(state: Mapping[str, Any]) -> dict[str, Any]:
         description, tensors = _described_by_first(below)
         terms.append({"weight": weight, "operator": description})
         upgraded_state.update({own + key: value for key, value in tensors.items()})
-    others = {k: v for k, v in state.items() if not k.endswith(HEADER) and k not in upgraded_state}
+    headers = {HEADER, *(f"{index}/operator/{HEADER}" for index in range(len(terms)))}
+    others = {k: v for k, v in state.items() if k not in headers and k not in upgraded_state}
     header |= {"format": PENALTY, "library": "", "options": {}, "terms": terms}
     return {HEADER: json.dumps(header), **others, **upgraded_state}
 

@@ -16,6 +16,8 @@ BASES: Final = ("gradient_basis", "activation_basis")
 
 _MOST_NAMED: Final = 10
 _LARGEST_SIZE: Final = 2**48
+# Tensors have no more; the product of a million sizes would take minutes.
+_MOST_AXES: Final = 64
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,10 @@ def _parameter_shapes(value: object) -> dict[str, list[int]]:
 
 
 def _sizes(value: object, what: str) -> list[int]:
-    if not isinstance(value, list) or not all(
-        type(size) is int and 0 <= size < _LARGEST_SIZE for size in value
+    if (
+        not isinstance(value, list)
+        or len(value) > _MOST_AXES
+        or not all(type(size) is int and 0 <= size < _LARGEST_SIZE for size in value)
     ):
         raise SnapshotError(f"snapshot's {what} is {value!r:.99}; expected a list of sizes")
     return value

@@ -82,9 +82,14 @@ def as_non_negative_number(name: str, value: object) -> float:
     """Return `value` as a float, or raise unless it is a finite number of at least zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}; expected a number of at least 0")
-    if not math.isfinite(value) or value < 0:
+    try:
+        number = float(value)
+    except OverflowError:
+        # An integer, which may also be too long to be written out.
+        raise ValueError(f"{name} is too large; expected a finite number of at least 0") from None
+    if not math.isfinite(number) or number < 0:
         raise ValueError(f"{name} is {value}; expected a finite number of at least 0")
-    return float(value)
+    return number
 
 
 def as_temperature(value: object) -> float:

@@ -362,8 +362,8 @@ class EKFACPenalty(ConsolidatedTasks):
             except (TypeError, ValueError) as error:
                 raise SnapshotError(f"snapshot's 'options' cannot be used: {error}") from None
             found.check(mode=saved.mode, weighting=saved.weighting)
-        penalty = cls(**{**found.options, **options}) if options else saved
-        found.check(mode=penalty.mode, weighting=penalty.weighting)
+            penalty = cls(**{**found.options, **options}) if options else saved
+            found.check(mode=penalty.mode, weighting=penalty.weighting)
         penalty._restore(found)
         return penalty
 

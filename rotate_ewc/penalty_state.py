@@ -11,6 +11,7 @@ import torch
 
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.formats import HEADER, LIBRARY, PENALTY, read_header, upgraded
+from rotate_ewc.provenance import LARGEST_COUNT
 from rotate_ewc.terms import Term
 
 
@@ -67,9 +68,13 @@ class PenaltyState:
         Raises:
             SnapshotError: If anything is missing, left over or damaged.
         """
-        given = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        state = upgraded(given, PENALTY)
-        header = read_header(state, PENALTY)
+        given = {
+            key[len(prefix) :] if isinstance(key, str) else key: value
+            for key, value in state_dict.items()
+            if not isinstance(key, str) or key.startswith(prefix)
+        }
+        current = upgraded(given, PENALTY)
+        header = read_header(current, PENALTY)
         terms, options = header.get("terms"), header.get("options")
         if not isinstance(terms, list) or not isinstance(options, dict):
             raise SnapshotError(
@@ -77,13 +82,13 @@ class PenaltyState:
                 f"list and a dictionary"
             )
         tensors: dict[str, dict[str, Any]] = {f"{index}/": {} for index in range(len(terms))}
-        for key, value in state.items():
+        for key, value in current.items():
             place = key.find("/") + 1
             if key[:place] in tensors:
                 tensors[key[:place]][key[place:]] = value
             elif key != HEADER:
                 raise SnapshotError(f"snapshot has the unexpected key {key!r}")
-        return cls(
+        state = cls(
             options,
             _text(header, "mode"),
             _text(header, "weighting"),
@@ -94,6 +99,22 @@ class PenaltyState:
             _count(header, "num_tasks", least=0),
             _count(header, "last_examples", least=1),
         )
+        state._check_terms()
+        return state
+
+    def _check_terms(self) -> None:
+        """Raise unless the terms can be those of one penalty."""
+        most = min(self.num_tasks, 1) if self.mode == "merged" else self.num_tasks
+        if len(self.terms) > most:
+            raise SnapshotError(
+                f"snapshot has {len(self.terms)} 'terms', of {self.num_tasks} tasks in mode "
+                f"{self.mode!r:.99}; expected at most {most}"
+            )
+        reductions = sorted({term.operator.provenance.reduction for term in self.terms})
+        if len(reductions) > 1:
+            raise SnapshotError(
+                f"snapshot has 'terms' with reductions {reductions}; expected the same for all"
+            )
 
     def check(self, *, mode: str, weighting: str) -> None:
         """Raise `SnapshotError` if it is not of a penalty with these options."""
@@ -115,7 +136,7 @@ def _text(header: Mapping[str, Any], name: str) -> str:
 
 def _count(header: Mapping[str, Any], name: str, *, least: int) -> int:
     value = header.get(name)
-    if type(value) is not int or value < least:
+    if type(value) is not int or not least <= value <= LARGEST_COUNT:
         raise SnapshotError(
             f"snapshot's {name!r} is {value!r:.99}; expected a whole number of at least {least}"
         )

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, Final
 
 from rotate_ewc.errors import SnapshotError
+
+# What 64 bits can count.
+LARGEST_COUNT: Final = 2**63 - 1
 
 Setting = bool | int | float | str | None
 
@@ -63,9 +67,15 @@ class Provenance:
                     f"snapshot's provenance {name!r} is {type(got).__name__}; expected "
                     f"{expected.__name__}"
                 )
-        if value["num_data"] < 1 or value["reduction"] not in ("mean", "sum"):
+        if not 1 <= value["num_data"] <= LARGEST_COUNT or value["reduction"] not in ("mean", "sum"):
             raise SnapshotError(
-                f"snapshot's provenance has num_data {value['num_data']} and reduction "
-                f"{value['reduction']!r}; expected at least 1, and 'mean' or 'sum'"
+                f"snapshot's provenance has num_data {value['num_data']!r:.99} and reduction "
+                f"{value['reduction']!r:.99}; expected at least 1, and 'mean' or 'sum'"
             )
+        for name, setting in value["settings"].items():
+            if not isinstance(setting, (bool, int, float, str, NoneType)):
+                raise SnapshotError(
+                    f"snapshot's provenance has {type(setting).__name__} in 'settings' for "
+                    f"{name!r:.99}; expected a number, a string or null"
+                )
         return cls(**value)

@@ -144,16 +144,20 @@ def checked_tensor(key: str, value: Any, shape: Sequence[int], dtype: torch.dtyp
     """
     if not isinstance(value, Tensor):
         raise SnapshotError(f"snapshot key {key!r} is {type(value).__name__}; expected a tensor")
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.is_meta:
+        raise SnapshotError(
+            f"snapshot key {key!r} is sparse, nested, quantized or without data; expected a dense "
+            f"tensor"
+        )
     smaller = {known for known in DTYPES.values() if known.itemsize < dtype.itemsize}
-    if (
-        value.layout is not torch.strided
-        or list(value.shape) != list(shape)
-        or value.dtype not in smaller | {dtype}
-    ):
+    if list(value.shape) != list(shape) or value.dtype not in smaller | {dtype}:
         raise SnapshotError(
             f"snapshot key {key!r} is {value.dtype} of shape {list(value.shape)}; expected "
             f"{dtype} of shape {list(shape)}"
         )
+    if value.untyped_storage().nbytes() < value.nbytes:
+        # To look at it would take what it pretends to have.
+        raise SnapshotError(f"snapshot key {key!r} has fewer numbers than its shape has places")
     if not bool(torch.isfinite(value).all()):
         raise SnapshotError(f"snapshot key {key!r} has values that are not finite")
     return value.detach()

@@ -13,6 +13,7 @@ from rotate_ewc.block import Block
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.operator import EKFACLinearOperator
 from rotate_ewc.options import as_non_negative_number
+from rotate_ewc.precision import DTYPES
 from rotate_ewc.snapshot import checked_tensor, describe, restore, tensors_of
 
 
@@ -92,6 +93,12 @@ class Term:
         parts = {part: _below(tensors, f"{part}/") for part in ("operator", "anchor")}
         blocks = restore(description["operator"], parts["operator"], f"{prefix}operator/")
         operator = EKFACLinearOperator.from_blocks(*blocks)
+        for block in operator.blocks:
+            if not bool(torch.isfinite(block.eigenvalues * weight).all()):
+                raise SnapshotError(
+                    f"snapshot's term {prefix!r}: weight is {weight}, with which eigenvalues of "
+                    f"{block.label!r} overflow; expected less"
+                )
         shapes, anchor = operator.parameter_shapes, parts["anchor"]
         for name in sorted(set(shapes) ^ set(anchor)):
             raise SnapshotError(
@@ -190,7 +197,9 @@ def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _check_anchor(key: str, value: Any, shape: torch.Size) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not isinstance(value, Tensor) or value.dtype not in DTYPES.values():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise SnapshotError(f"snapshot key {key!r} is {got}; expected a floating-point tensor")
+        raise SnapshotError(
+            f"snapshot key {key!r} is {got}; expected a tensor of {', '.join(DTYPES)}"
+        )
     checked_tensor(key, value, shape, value.dtype)

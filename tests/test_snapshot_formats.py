@@ -129,3 +129,16 @@ def test_old_snapshots_may_lack_tensors() -> None:
     del state["layer.bias/eigenvalues"]
     with pytest.raises(SnapshotError, match=r"'layer.bias/eigenvalues' is missing or no tensor"):
         EKFACLinearOperator.from_state_dict(state)
+
+
+def test_old_penalties_may_have_a_parameter_called_header() -> None:
+    """The first format had headers of terms, under keys that end in the same word."""
+    state = torch.load(golden.DATA / "penalty-1.pt", weights_only=True)
+    header = header_of(state)
+    renamed = {key.replace("layer.bias", "layer.header"): value for key, value in state.items()}
+    for key in renamed:
+        if key.endswith("/operator/header"):
+            renamed[key] = renamed[key].replace("layer.bias", "layer.header")
+    receiver = EKFACPenalty(mode=header["mode"], weighting=header["weighting"])
+    receiver.load_state_dict(renamed)
+    assert "layer.header" in receiver.terms[0].anchor
