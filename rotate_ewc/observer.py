@@ -14,11 +14,13 @@ from rotate_ewc.batches import batches, count_examples
 from rotate_ewc.capture import Trace, trace
 from rotate_ewc.losses import Likelihood
 from rotate_ewc.nested import tensors_in
+from rotate_ewc.notices import add_note
 from rotate_ewc.observation import Observation
 from rotate_ewc.one_by_one import add_squares, squares_like
 from rotate_ewc.options import EstimationSettings, Unsupported
 from rotate_ewc.placement import Placement, find_placements
 from rotate_ewc.plan import Plan, plan_blocks
+from rotate_ewc.retry import is_out_of_memory
 
 
 class Observer:
@@ -61,6 +63,9 @@ class Observer:
             description: What a progress bar shows.
             again: Whether the data were observed before: squares are not asked for twice.
 
+        What the model itself raises is not changed, but for a note that says which batch it was
+        (Python 3.11 or later); so is what the data raise.
+
         Raises:
             ValueError: If a batch or a layer cannot be handled; the message names it.
             TypeError: If a part of a batch, or the outputs, have the wrong type.
@@ -75,6 +80,11 @@ class Observer:
                 if type(error) not in (ValueError, TypeError):
                     raise
                 raise type(error)(f"batch {index} of data: {error}") from error
+            except RuntimeError as error:
+                add_note(error, f"in the model's own passes over batch {index} of data")
+                if is_out_of_memory(error):
+                    add_note(error, "smaller batches take less memory, as in training")
+                raise
 
     def _observe_batch(
         self, inputs: Any, targets: Tensor, generator: torch.Generator, again: bool
@@ -103,6 +113,9 @@ class Observer:
         )
         # One vector more is kept in hand, to know when the graph can be freed.
         following = next(vectors, None)
+        if following is None:
+            # No vectors at all (a single class): the Fisher matrix is that of one that is zero.
+            following = torch.zeros_like(outputs)
         gradient_sets: list[list[Tensor]] = []
         squares = squares_like(one_by_one)
         first, held = True, 0

@@ -40,6 +40,7 @@ from rotate_ewc.penalty_state import PenaltyState
 from rotate_ewc.precision import check_storage_dtype
 from rotate_ewc.proximal import check_step_size, proximal_step_
 from rotate_ewc.quadratic import quadratic_form
+from rotate_ewc.ranges import check_trace
 from rotate_ewc.stability import largest_curvature, warn_if_divergent
 from rotate_ewc.terms import Stack, Term, stack_terms
 
@@ -476,17 +477,23 @@ class EKFACPenalty(nn.Module):
             merged = merge([term.operator for term in terms], [term.weight for term in terms])
             older = terms[0].anchor if len(terms) > 1 else {}
             terms = [Term(merged, {**older, **anchor}, 1.0)]
-        self._replace_terms(terms)
-        self._num_tasks += 1
-        self._last_examples = operator.num_data
+        for term in terms:
+            for block in term.operator.blocks:
+                check_trace(block.trace * term.weight, block.label)
+        self._replace_terms(terms, self._num_tasks + 1, operator.num_data)
 
-    def _replace_terms(self, terms: Sequence[Term]) -> None:
-        self._terms, self._stacks = stack_terms(terms)
+    def _replace_terms(self, terms: Sequence[Term], num_tasks: int, last_examples: int) -> None:
+        terms, stacks = stack_terms(terms)
+        # In one step, so that not even an interrupt can leave a part of it.
+        vars(self).update(
+            _terms=terms, _stacks=stacks, _num_tasks=num_tasks, _last_examples=last_examples
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EKFACPenalty:
         """Move or cast the state, as `nn.Module.to` and its relatives ask for."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._replace_terms([term.map(fn) for term in self._terms])
+        terms = [term.map(fn) for term in self._terms]
+        self._replace_terms(terms, self._num_tasks, self._last_examples)
         return self
 
     def _save_to_state_dict(
@@ -532,8 +539,7 @@ class EKFACPenalty(nn.Module):
         )
 
     def _restore(self, state: PenaltyState) -> None:
-        self._replace_terms(state.terms)
-        self._num_tasks, self._last_examples = state.num_tasks, state.last_examples
+        self._replace_terms(state.terms, state.num_tasks, state.last_examples)
 
     def extra_repr(self) -> str:
         """Show strength, mode and tasks."""

@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
+from rotate_ewc import kernels
 from rotate_ewc.capture import Trace
 from rotate_ewc.recorder import Use
 
@@ -105,7 +106,8 @@ def _passing(
     use: Use, gradient: Tensor, placements: Sequence[Placement], example: int, num_examples: int
 ) -> list[Placement]:
     """Return the placements by which one example's gradient is in its own rows alone."""
-    if not bool(torch.isfinite(gradient.sum())):
+    # Their sum may be too large for half precision where each of them is not.
+    if not bool(torch.isfinite(gradient.sum(dtype=kernels.statistics_dtype(gradient.dtype)))):
         raise ValueError(f"the output gradients of {use.name!r} are not finite (NaN or infinity)")
     everywhere = int(gradient.count_nonzero())
     passing = [

@@ -98,7 +98,8 @@ class Categorical(Likelihood):
             tails = p.flip(1).cumsum(dim=1).flip(1)
             for c in range(p.shape[1] - 1):
                 tail = tails[:, c + 1 :][:, :1]
-                size = (p[:, c : c + 1] * tail / tails[:, c : c + 1]).sqrt().nan_to_num(0.0)
+                # The quotient first, since the product of two small ones may be too small.
+                size = (p[:, c : c + 1] * (tail / tails[:, c : c + 1])).sqrt().nan_to_num(0.0)
                 size = size * roots[at_position]
                 column = torch.zeros_like(p)
                 column[:, c : c + 1] = size
