@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rotate_ewc import kernels
-from rotate_ewc.batches import check_reiterable, count_batches
+from rotate_ewc.batches import check_reiterable, count_batches, naming_batch
 from rotate_ewc.block import Block
 from rotate_ewc.factors import Covariances, add_covariances, add_eigenvalues, empty_blocks
 from rotate_ewc.keeper import Keeper
@@ -80,12 +80,14 @@ def estimate(
     observer = Observer(forward, likelihood, parameters, settings, constants)
     found = _Accumulator(settings, count_batches(data))
     for observation in observer.observe(data, "factors"):
-        found.add_factors(observation)
+        with naming_batch(observation.batch):
+            found.add_factors(observation)
         # Or it would live on while the model runs on the next batch.
         del observation
     found.decompose()
     for observation in found.kept() or observer.observe(data, "eigenvalues", again=True):
-        found.add_eigenvalues(observation)
+        with naming_batch(observation.batch):
+            found.add_eigenvalues(observation)
         del observation
     scale = found.scale(likelihood)
     by_name = {}

@@ -36,6 +36,7 @@ class Observation:
         first: Whether this is the batch's first observation; a batch is cut into several when the
             gradients of all its output vectors would not fit in the memory budget.
         squares: Squared per-example gradients, summed, of parameters whose uses have no rule.
+        batch: The batch's number in the data.
     """
 
     num_examples: int
@@ -48,6 +49,7 @@ class Observation:
     gradient_sets: Sequence[Sequence[Tensor]] = ()
     first: bool = True
     squares: Mapping[str, Tensor] = field(default_factory=dict)
+    batch: int = 0
 
     @property
     def storages(self) -> dict[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rotate_ewc import kernels
-from rotate_ewc.batches import batches, count_examples
+from rotate_ewc.batches import batches, count_examples, naming_batch
 from rotate_ewc.capture import Trace, trace
 from rotate_ewc.losses import Likelihood
 from rotate_ewc.nested import tensors_in
@@ -75,11 +75,8 @@ class Observer:
             data, self.device, progressbar=self.settings.progressbar, description=description
         ):
             try:
-                yield from self._observe_batch(inputs, targets, generator, again)
-            except (ValueError, TypeError) as error:
-                if type(error) not in (ValueError, TypeError):
-                    raise
-                raise type(error)(f"batch {index} of data: {error}") from error
+                with naming_batch(index):
+                    yield from self._observe_batch(index, inputs, targets, generator, again)
             except RuntimeError as error:
                 add_note(error, f"in the model's own passes over batch {index} of data")
                 if is_out_of_memory(error):
@@ -87,7 +84,7 @@ class Observer:
                 raise
 
     def _observe_batch(
-        self, inputs: Any, targets: Tensor, generator: torch.Generator, again: bool
+        self, index: int, inputs: Any, targets: Tensor, generator: torch.Generator, again: bool
     ) -> Iterator[Observation]:
         settings, likelihood = self.settings, self.likelihood
         num_examples = count_examples(inputs, settings.batch_size_fn)
@@ -103,6 +100,7 @@ class Observer:
             uses=recorded.uses,
             placements=self._find_placements(recorded, num_examples),
             computed=recorded.computed,
+            batch=index,
         )
         one_by_one = {} if again else self._one_by_one()
         if not recorded.uses and not one_by_one:
