@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.nested import tensors_in, to_device
 
 
@@ -78,7 +79,7 @@ def naming_batch(index: int) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         # Others may have more to tell than a message.
-        if type(error) not in (ValueError, TypeError):
+        if type(error) not in (ValueError, TypeError, NotFiniteError):
             raise
         raise type(error)(f"batch {index} of data: {error}") from error
 

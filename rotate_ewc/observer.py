@@ -12,6 +12,7 @@ from torch import Tensor
 from rotate_ewc import kernels
 from rotate_ewc.batches import batches, count_examples, naming_batch
 from rotate_ewc.capture import Trace, trace
+from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.losses import Likelihood
 from rotate_ewc.nested import tensors_in
 from rotate_ewc.notices import add_note
@@ -165,7 +166,7 @@ class Observer:
 
     def _check_outputs(self, outputs: Tensor, targets: Tensor, num_examples: int) -> None:
         if not bool(torch.isfinite(outputs).all()):
-            raise ValueError("the model's outputs are not finite (NaN or infinity)")
+            raise NotFiniteError("the model's outputs are not finite (NaN or infinity)")
         if outputs.ndim == 0 or outputs.shape[0] % num_examples:
             raise ValueError(
                 f"the model's outputs have shape {list(outputs.shape)} for {num_examples} examples;"

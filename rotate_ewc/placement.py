@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from rotate_ewc import kernels
 from rotate_ewc.capture import Trace
+from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.recorder import Use
 
 
@@ -108,7 +109,9 @@ def _passing(
     """Return the placements by which one example's gradient is in its own rows alone."""
     # Their sum may be too large for half precision where each of them is not.
     if not bool(torch.isfinite(gradient.sum(dtype=kernels.statistics_dtype(gradient.dtype)))):
-        raise ValueError(f"the output gradients of {use.name!r} are not finite (NaN or infinity)")
+        raise NotFiniteError(
+            f"the output gradients of {use.name!r} are not finite (NaN or infinity)"
+        )
     everywhere = int(gradient.count_nonzero())
     passing = [
         placement

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rotate_ewc.block import Block
+from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.notices import warn_user
 
 
@@ -19,7 +20,7 @@ def check_finite(total: Tensor, what: str) -> None:
         what: Squares of what it is the sum of.
     """
     if not bool(torch.isfinite(total)):
-        raise ValueError(
+        raise NotFiniteError(
             f"the {what} are not finite (NaN, infinity, or overflow when squared in {total.dtype});"
             f" look for such values in the data and the parameters, or has training diverged? "
             f"Finite values that are so large need a model in float64 (model.double())"
@@ -34,7 +35,7 @@ def check_trace(trace: Tensor, label: str) -> None:
         label: What to call the block.
     """
     if not bool(torch.isfinite(trace)):
-        raise ValueError(
+        raise NotFiniteError(
             f"the Fisher matrix of {label!r} is not finite: its eigenvalues, or their sum, are too "
             f"large for {trace.dtype}, or no numbers; has training diverged? Finite values that "
             f"are so large need a model in float64 (model.double()), or smaller weights of the "
