@@ -109,13 +109,18 @@ class ConsolidatedTasks(nn.Module):
             )
         return None
 
-    def _replace_terms(self, terms: Sequence[Term]) -> None:
-        self._terms, self._stacks = stack_terms(terms)
+    def _replace_terms(self, terms: Sequence[Term], num_tasks: int, last_examples: int) -> None:
+        terms, stacks = stack_terms(terms)
+        # In one step, so that not even an interrupt can leave a part of it.
+        vars(self).update(
+            _terms=terms, _stacks=stacks, _num_tasks=num_tasks, _last_examples=last_examples
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConsolidatedTasks:
         """Move or cast the state, as `nn.Module.to` and its relatives ask for."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._replace_terms([term.map(fn) for term in self._terms])
+        terms = [term.map(fn) for term in self._terms]
+        self._replace_terms(terms, self._num_tasks, self._last_examples)
         return self
 
     def _save_to_state_dict(
@@ -155,5 +160,4 @@ class ConsolidatedTasks(nn.Module):
         )
 
     def _restore(self, state: PenaltyState) -> None:
-        self._replace_terms(state.terms)
-        self._num_tasks, self._last_examples = state.num_tasks, state.last_examples
+        self._replace_terms(state.terms, state.num_tasks, state.last_examples)

@@ -1,4 +1,4 @@
-"""The package's own kind of error."""
+"""The package's own kinds of errors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ class SnapshotError(ValueError):
         """
         told = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in _without_middle(message))
         super().__init__(told if file is None else f"{file!r}: {told}")
+
+
+class NotFiniteError(ValueError):
+    """Numbers are not finite, or their squares are not, as those of a network that has diverged."""
 
 
 def _without_middle(text: str) -> str:

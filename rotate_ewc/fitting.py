@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -12,9 +11,11 @@ from torch import Tensor, nn
 from rotate_ewc.block import Block
 from rotate_ewc.estimation import Estimate, estimate
 from rotate_ewc.losses import likelihood_of
+from rotate_ewc.notices import warn_user
 from rotate_ewc.options import EstimationSettings, Unsupported
 from rotate_ewc.preserve import undisturbed
 from rotate_ewc.provenance import Provenance
+from rotate_ewc.ranges import warn_of_vanished
 
 # The settings that matter to what is found.
 _TOLD: Final = ("mc_samples", "kfac_approx", "separate_weight_and_bias", "seed", "unsupported")
@@ -60,6 +61,7 @@ def fit_blocks(
             f"parameter {found.unused[0]!r} is not used by model_func; expected parameters that "
             f"the outputs depend on"
         )
+    warn_of_vanished(found.used, found.faint, found.num_examples)
     if found.unsupported:
         _warn(found, settings)
     if not found.blocks:
@@ -88,11 +90,9 @@ def _warn(found: Estimate, settings: EstimationSettings) -> None:
         Unsupported.DIAGONAL: "their Fisher matrix is an exact diagonal, without a rotated basis",
         Unsupported.SKIP: "they are left out, and not protected",
     }[settings.unsupported]
-    warnings.warn(
+    warn_user(
         f"there is no rule for the way in which these parameters are used: "
-        f"{', '.join(map(repr, found.unsupported))}; {treated}",
-        UserWarning,
-        stacklevel=4,
+        f"{', '.join(map(repr, found.unsupported))}; {treated}"
     )
 
 

@@ -40,6 +40,7 @@ from rotate_ewc.penalty_state import PenaltyState
 from rotate_ewc.precision import check_storage_dtype
 from rotate_ewc.proximal import check_step_size, proximal_step_
 from rotate_ewc.quadratic import quadratic_form
+from rotate_ewc.ranges import check_trace
 from rotate_ewc.stability import largest_curvature, warn_if_divergent
 from rotate_ewc.terms import Term
 
@@ -400,9 +401,10 @@ class EKFACPenalty(ConsolidatedTasks):
             merged = merge([term.operator for term in terms], [term.weight for term in terms])
             older = terms[0].anchor if len(terms) > 1 else {}
             terms = [Term(merged, {**older, **anchor}, 1.0)]
-        self._replace_terms(terms)
-        self._num_tasks += 1
-        self._last_examples = operator.num_data
+        for term in terms:
+            for block in term.operator.blocks:
+                check_trace(block.trace * term.weight, block.label)
+        self._replace_terms(terms, self._num_tasks + 1, operator.num_data)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -78,8 +78,7 @@ def penalty() -> EKFACPenalty:
     """The penalty in the files: the operator twice, at different anchors."""
     made = EKFACPenalty(STRENGTH, "separate", weighting="uniform", decay=0.5)
     terms = [Term(operator(), anchor(task), weight) for task, weight in enumerate(WEIGHTS)]
-    made._replace_terms(terms)
-    made._num_tasks, made._last_examples = 2, 1000
+    made._replace_terms(terms, 2, 1000)
     return made
 
 

@@ -165,7 +165,7 @@ def test_eigenbases_in_threads_are_those_of_one_after_another(
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        bases = kernels.eigenbases(covariances)
+        bases = kernels.eigenbases(covariances, list("abcd"))
         assert torch.get_num_threads() == 3
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(torch.get_num_threads).result() == 3
@@ -178,16 +178,16 @@ def test_eigenbases_in_threads_are_those_of_one_after_another(
 
 
 def test_what_fails_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(covariance: Tensor) -> Tensor:
+    def fails(covariance: Tensor, label: str) -> tuple[Tensor, str]:
         raise ValueError(f"no basis of size {covariance.shape[1]}")
 
     monkeypatch.setattr(kernels, "_SMALLEST_IN_THREADS", 4)
-    monkeypatch.setattr(kernels, "eigenbasis", fails)
+    monkeypatch.setattr(kernels, "decomposed", fails)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         with pytest.raises(ValueError, match="no basis of size 6"):
-            kernels.eigenbases([seeded(1, 5, 5), seeded(1, 6, 6)])
+            kernels.eigenbases([seeded(1, 5, 5), seeded(1, 6, 6)], ["first", "second"])
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
