@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import permutations
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rotate_ewc import shared
 from rotate_ewc.preserve import undisturbed
@@ -151,3 +152,29 @@ def test_one_that_cannot_be_put_back_does_not_keep_the_others() -> None:
         assert values.a == 7
     assert values.a == 1
     assert not shared._VISITS
+
+
+def test_random_states_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not a dependency."""
+    monkeypatch.delitem(sys.modules, "numpy")
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    with undisturbed(None, []):
+        torch.rand(1), random.random()
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+
+
+def test_random_states_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that parameters are on, each once; an accelerator is only played here."""
+    states = {0: torch.tensor([5]), 1: torch.tensor([6])}
+    device = torch.device("cuda", 1)
+    parameters = [SimpleNamespace(device=device, requires_grad=True)] * 2
+
+    def write(state: Tensor, device: torch.device) -> None:
+        states[device.index] = state
+
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device.index])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", write)
+    with undisturbed(None, parameters):
+        states[0], states[1] = torch.tensor([7]), torch.tensor([8])
+    assert [int(states[index]) for index in (0, 1)] == [7, 6]
