@@ -3,6 +3,10 @@
 Pass one sums the Kronecker factors, whose eigenvectors become the bases. Pass two finds, in these
 bases, the exact mean squares of the per-example gradients. Both see the same observations; when
 those fit in the memory budget they are kept, and the model runs over the data only once.
+
+Everything is summed in a fixed order: on a CPU the same seed, the same batches and the same number
+of threads give the same bits, in every process. Another number of threads rounds differently, by
+which the bases of equal eigenvalues may turn.
 """
 
 from __future__ import annotations

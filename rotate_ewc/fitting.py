@@ -56,6 +56,13 @@ def fit_blocks(
         if check_deterministic:
             again = estimate(forward, likelihood, parameters, data, settings, constants)
             _check_equal(found.blocks, again.blocks)
+    if len(found.unused) == len(parameters):
+        raise ValueError(
+            f"the outputs depend on none of the parameters ({', '.join(map(repr, found.unused))}), "
+            f"as far as autograd knows; expected a model that is not run inside torch.no_grad or "
+            f"torch.inference_mode, whose outputs are not detached, and an estimation that is not "
+            f"inside a transform of torch.func"
+        )
     if model is None and found.unused:
         raise ValueError(
             f"parameter {found.unused[0]!r} is not used by model_func; expected parameters that "

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import wraps
+from threading import Lock, Thread
 from typing import Final, ParamSpec, TypeVar
 
 import torch
@@ -38,6 +38,7 @@ _JITTER: Final = 1e-6
 
 # Below this, starting a thread costs more than it gains.
 _SMALLEST_IN_THREADS: Final = 128
+_SETTING_THREADS: Final = Lock()
 
 
 def full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -181,7 +182,7 @@ def _all_decomposed(
         bases[order[0]] = decomposed(covariances[order[0]], labels[order[0]])
         del order[0], work[0]
     if order:
-        with _one_thread_each(threads) as pool:
+        with ThreadPoolExecutor(threads, initializer=_use_one_thread) as pool:
             arguments = [covariances[i] for i in order], [labels[i] for i in order]
             found = pool.map(decomposed, *arguments)
             bases.update(zip(order, found, strict=True))
@@ -196,18 +197,18 @@ def _gains_from_company(covariances: Sequence[Tensor], order: Sequence[int]) -> 
     )
 
 
-@contextmanager
-def _one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
-    try:
-        with ThreadPoolExecutor(threads, initializer=_use_one_thread) as pool:
-            yield pool
-    finally:
-        # What a thread sets for itself is also what threads begin with that come later.
-        torch.set_num_threads(threads)
-
-
 def _use_one_thread() -> None:
-    torch.set_num_threads(1)
+    """Let the thread that runs this, which is new, compute without the help of others.
+
+    What a thread sets for itself is also what all threads begin with that come later. So that is
+    set back at once, by one more thread, whose own number does not matter.
+    """
+    with _SETTING_THREADS:
+        inherited = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restorer = Thread(target=torch.set_num_threads, args=(inherited,))
+        restorer.start()
+        restorer.join()
 
 
 @full_precision

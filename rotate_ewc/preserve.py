@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-Restore = Callable[[], None]
+from rotate_ewc.shared import Setting, kept
 
 
-@contextmanager
-def undisturbed(model: nn.Module | None, parameters: Iterable[Tensor]) -> Iterator[None]:
+def undisturbed(
+    model: nn.Module | None, parameters: Iterable[Tensor]
+) -> AbstractContextManager[None]:
     """Evaluate a model without leaving a trace.
 
     Inside, every submodule is in eval mode and the given parameters require gradients. On the way
@@ -23,80 +25,67 @@ def undisturbed(model: nn.Module | None, parameters: Iterable[Tensor]) -> Iterat
     random states of torch (CPU and the parameters' devices), Python and NumPy are restored, also
     after an exception. A buffer in whose place the model has put another one stays replaced.
 
+    All of these are shared by the threads of a process. Where several are inside at once, they are
+    restored when the last one leaves; what other threads draw at random meanwhile is drawn again.
+
     Args:
         model: The model, or None if only its forward function is known.
         parameters: Leaf tensors whose uses will be captured.
     """
     tensors = list(parameters)
     modules = [] if model is None else list(model.modules())
-    restores = (_random_states(), _modes(modules), _flags(tensors), _buffers(model))
     devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
-    with ExitStack() as stack:
-        for kind in {device.type for device in devices}:
-            indices = [device for device in devices if device.type == kind]
-            stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
-        try:
-            for module in modules:
-                module.training = False
-            for tensor in tensors:
-                tensor.requires_grad_(True)
-            yield
-        finally:
-            # An interrupt may come here too; what it left out is then done before it goes on.
-            try:
-                for restore in restores:
-                    restore()
-            except BaseException:
-                for restore in restores:
-                    restore()
-                raise
+    return kept(
+        [
+            *_random_states(devices),
+            *map(_eval_mode, modules),
+            *map(_requiring_gradients, tensors),
+            *([] if model is None else map(_buffer, model.buffers())),
+        ]
+    )
 
 
-def _modes(modules: Sequence[nn.Module]) -> Restore:
-    modes = [(module, module.training) for module in modules]
+def _eval_mode(module: nn.Module) -> Setting:
+    def write(training: bool) -> None:
+        module.training = training
 
-    def restore() -> None:
-        for module, training in modes:
-            module.training = training
-
-    return restore
+    return Setting(("training", id(module)), lambda: module.training, write, False)
 
 
-def _flags(tensors: Sequence[Tensor]) -> Restore:
-    frozen = [tensor for tensor in tensors if not tensor.requires_grad]
+def _requiring_gradients(tensor: Tensor) -> Setting:
+    def write(required: bool) -> None:
+        # What is no leaf can require gradients, but cannot be told to.
+        if tensor.requires_grad != required:
+            tensor.requires_grad_(required)
 
-    def restore() -> None:
-        for tensor in frozen:
-            tensor.requires_grad_(False)
-
-    return restore
+    return Setting(("requires_grad", id(tensor)), lambda: tensor.requires_grad, write, True)
 
 
-def _buffers(model: nn.Module | None) -> Restore:
-    """A few buffers may change in eval mode too, such as counters of calls."""
-    buffers = [] if model is None else [b for b in model.buffers() if not is_lazy(b)]
-    values = [buffer.detach().clone() for buffer in buffers]
+def _buffer(buffer: Tensor) -> Setting:
+    """A few buffers change in eval mode too, such as counters of calls."""
+
+    def read() -> Tensor | None:
+        return None if is_lazy(buffer) else buffer.detach().clone()
 
     @torch.no_grad()
-    def restore() -> None:
-        for buffer, value in zip(buffers, values, strict=True):
-            # Only where it is needed: a graph that the buffer is part of would notice.
-            if buffer.shape == value.shape and not torch.equal(buffer, value):
-                buffer.copy_(value)
+    def write(value: Tensor | None) -> None:
+        # Only where it is needed: a graph that the buffer is part of would notice.
+        if value is not None and buffer.shape == value.shape and not torch.equal(buffer, value):
+            buffer.copy_(value)
 
-    return restore
+    return Setting(("buffer", id(buffer)), read, write)
 
 
-def _random_states() -> Restore:
+def _random_states(devices: Iterable[torch.device]) -> Iterator[Setting]:
+    yield Setting("random", random.getstate, random.setstate)
+    yield Setting("torch", torch.get_rng_state, torch.set_rng_state)
     # NumPy is not a dependency, but data transforms may draw from it.
-    numpy = sys.modules.get("numpy")
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-
-    def restore() -> None:
-        random.setstate(python_state)
-        torch.set_rng_state(torch_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-
-    return restore
+    if (numpy := sys.modules.get("numpy")) is not None:
+        yield Setting("numpy", numpy.random.get_state, numpy.random.set_state)
+    for device in devices:
+        backend = getattr(torch, device.type)
+        yield Setting(
+            device,
+            partial(backend.get_rng_state, device),
+            partial(backend.set_rng_state, device=device),
+        )
