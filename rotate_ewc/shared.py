@@ -36,7 +36,7 @@ class Setting:
 class _Visit:
     """A stay with a setting, and the value that is to be put back after it."""
 
-    found: Any
+    found: Any = None
 
 
 # By setting, the visits that have not ended, in the order in which they began.
@@ -54,32 +54,50 @@ def kept(settings: Iterable[Setting]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for setting in settings:
-            stack.callback(_leave, setting, _arrive(setting))
+            # In this order, so that an interrupt in between leaves nothing that is not put back.
+            visit = _Visit()
+            stack.callback(_leave, setting, visit)
+            _arrive(setting, visit)
         yield
 
 
-def _arrive(setting: Setting) -> _Visit:
+def _arrive(setting: Setting, visit: _Visit) -> None:
     with _LOCK:
-        visit = _Visit(setting.read())
+        visit.found = setting.read()
+        _VISITS.setdefault(setting.key, []).append(visit)
         if setting.meanwhile is not AS_FOUND:
             setting.write(setting.meanwhile)
-        _VISITS.setdefault(setting.key, []).append(visit)
-        return visit
 
 
 def _leave(setting: Setting, visit: _Visit) -> None:
-    with _LOCK:
-        visits = _VISITS[setting.key]
-        place = visits.index(visit)
-        del visits[place]
-        if place < len(visits):
-            visits[place].found = visit.found
-            return
-        if not visits:
-            del _VISITS[setting.key]
+    try:
+        _put_back(setting, visit)
+    except BaseException:
+        # An interrupt may come here too; what it left out is done before it goes on.
         try:
+            _put_back(setting, visit)
+        finally:
+            _forget(setting, visit)
+        raise
+
+
+def _put_back(setting: Setting, visit: _Visit) -> None:
+    with _LOCK:
+        visits = _VISITS.get(setting.key, [])
+        if visit not in visits:
+            return
+        later = visits[visits.index(visit) + 1 :]
+        if later:
+            later[0].found = visit.found
+        else:
             setting.write(visit.found)
-        except BaseException:
-            # An interrupt may come here too; what it left out is done before it goes on.
-            setting.write(visit.found)
-            raise
+    _forget(setting, visit)
+
+
+def _forget(setting: Setting, visit: _Visit) -> None:
+    with _LOCK:
+        visits = _VISITS.get(setting.key, [])
+        if visit in visits:
+            visits.remove(visit)
+        if not visits:
+            _VISITS.pop(setting.key, None)
