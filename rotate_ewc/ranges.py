@@ -63,9 +63,10 @@ def warn_of_vanished(used: Sequence[Block], faint: Sequence[Block], num_examples
         warn_user(
             f"the Fisher matrix has vanished: over {num_examples} examples, all of its eigenvalues "
             f"are zero or too small for {dtype}, so that nothing is protected. The model is sure "
-            f"of every prediction (or no label counts). Soften the predictions (temperature above "
-            f"1), take the exact expectation over labels (fisher_type='type2') instead of sampled "
-            f"ones, pass more examples, or train for less long",
+            f"of every prediction (or no label counts, or these parameters have no effect). Soften "
+            f"the predictions (temperature above 1), take the exact expectation over labels "
+            f"(fisher_type='type2') instead of sampled ones, pass more examples, or train for less "
+            f"long",
             RuntimeWarning,
         )
     elif faint:

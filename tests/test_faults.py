@@ -15,6 +15,7 @@ from torch import Tensor
 
 import rotate_ewc
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, kernels, merge
+from rotate_ewc.errors import NotFiniteError
 from tests.penalties import CE
 from tests.worlds import (
     NUM_BATCHES,
@@ -110,7 +111,7 @@ def test_a_model_out_of_memory_is_not_ours() -> None:
 def test_inputs_that_are_not_finite(value: float, batch: int) -> None:
     made, data = world(), task(1)
     data[batch][0][0, 1, 2] = value
-    found = fails(made, ValueError(), data=data)
+    found = fails(made, NotFiniteError(), data=data)
     # A saturated unit hides an infinite input from the outputs.
     what = "the model's outputs" if value != value else "the layer inputs of '0.weight'"
     assert str(found).startswith(f"batch {batch} of data: {what} are not finite")
