@@ -71,8 +71,7 @@ def read_header(state: Mapping[str, Any], expected: str | None = None) -> dict[s
 
 def _levels(value: object) -> int:
     """Count how deep lists and dictionaries are in each other, up to what is too deep."""
-    layer: list[Any] = [value]
-    levels = 0
+    levels, layer = 0, list[Any]([value])
     while layer and levels <= _MOST_LEVELS:
         inside = (v.values() if isinstance(v, dict) else v for v in layer)
         layer = [v for values in inside for v in values if isinstance(v, (dict, list))]

@@ -158,13 +158,17 @@ def _attempts(covariance: Tensor) -> Iterator[tuple[str, Tensor]]:
     )
 
 
-def eigenbases(covariances: Sequence[Tensor], labels: Sequence[str]) -> list[Tensor]:
+def eigenbases(covariances: Sequence[Tensor], labels: Sequence[str] | None = None) -> list[Tensor]:
     """Return the eigenvectors of several symmetric matrices, each as `eigenbasis` does.
 
     On a CPU, one `eigh` gains little from further threads, but several run beside each other. Only
     matrices that are so large that all others would wait for them get all threads.
+
+    Args:
+        covariances: `[groups, d, d]` each; only upper triangles are looked at.
+        labels: What to call them in messages.
     """
-    found = _all_decomposed(covariances, labels)
+    found = _all_decomposed(covariances, labels or ["factor"] * len(covariances))
     for _, remark in found:
         if remark:
             warn_user(remark, RuntimeWarning)

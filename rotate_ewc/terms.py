@@ -128,7 +128,7 @@ class Stack:
 def stack_terms(terms: Sequence[Term]) -> tuple[list[Term], tuple[Stack, ...]]:
     """Put the blocks of terms that have the same form into stacks.
 
-    Terms whose parameters have grown in between are in different stacks.
+    Terms whose parameters have grown in between, or changed their dtype, are in different stacks.
 
     Returns:
         The terms, whose bases are now views of those of the stacks; and the stacks.
@@ -138,7 +138,8 @@ def stack_terms(terms: Sequence[Term]) -> tuple[list[Term], tuple[Stack, ...]]:
         for block in term.operator.blocks:
             shapes = tuple(term.anchor[name].shape for name in block.parameters)
             bases = (block.gradient_basis is None, block.activation_basis is None)
-            form = (block.parameters, shapes, block.eigenvalues.shape, bases, block.transposed)
+            values = (block.eigenvalues.shape, block.eigenvalues.dtype)
+            form = (block.parameters, shapes, values, bases, block.transposed)
             together.setdefault(form, []).append((index, block))
     stacks: list[Stack] = []
     shared: dict[tuple[int, tuple[str, ...]], Block] = {}

@@ -216,7 +216,9 @@ def _check_products(part: EKFACLinearOperator) -> None:
     ):
         return
     dense = dense_operator([_double(b) for b in part.blocks], part.parameter_shapes)
-    ones = [torch.ones(shape, dtype=part.dtype) for shape in part.parameter_shapes.values()]
+    # A model may have parameters of several dtypes.
+    dtype_of = {name: b.eigenvalues.dtype for b in part.blocks for name in b.parameters}
+    ones = [torch.ones(s, dtype=dtype_of[name]) for name, s in part.parameter_shapes.items()]
     product = torch.cat([tensor.flatten().double() for tensor in part @ ones])
     torch.testing.assert_close(product, dense.sum(dim=1), rtol=1e-3, atol=1e-3 * max(largest, 1e-9))
     least = torch.linalg.eigvalsh(dense).min().item() if size else 0.0

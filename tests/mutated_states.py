@@ -111,6 +111,21 @@ def changed_number(rng: random.Random, header: dict[str, Any], tensors: State) -
         )
 
 
+def changed_dtype(rng: random.Random, header: dict[str, Any], tensors: State) -> None:
+    """Say that a block, or its tensors too, have another dtype."""
+    dtypes = [(c, k) for c, k in places(header) if k == "dtype" and isinstance(c[k], str)]
+    if not dtypes:
+        return
+    container, key = rng.choice(dtypes)
+    container[key] = rng.choice(("float64", "float32", "bfloat16", "float16"))
+    names = container.get("parameters")
+    if rng.random() < 0.5 and isinstance(names, list):
+        label = "+".join(map(str, names))
+        for name in [name for name in tensors if f"{label}/" in name]:
+            if isinstance(tensors[name], Tensor):
+                tensors[name] = tensors[name].to(getattr(torch, container[key]))
+
+
 def renamed_parameter(rng: random.Random, header: dict[str, Any], tensors: State) -> None:
     """Give a parameter another name, everywhere, so that the snapshot is as good as it was."""
     names = _names(header)
@@ -219,6 +234,7 @@ MUTATIONS: Final[tuple[Mutation, ...]] = (
     repeated_value,
     exchanged_values,
     changed_number,
+    changed_dtype,
     renamed_parameter,
     dropped_tensor,
     renamed_tensor,

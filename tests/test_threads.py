@@ -314,17 +314,17 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_numbers_of_threads_while_bases_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that find bases are alone each, and those of others are as many as before."""
     own, others = [], []
-    original, all_have_begun, begun = kernels.eigenbasis, Barrier(3), set()
+    original, all_have_begun, begun = kernels.decomposed, Barrier(3), set()
 
-    def observed(covariance: Tensor) -> Tensor:
+    def observed(covariance: Tensor, label: str) -> tuple[Tensor, str]:
         if get_ident() not in begun:
             begun.add(get_ident())
             all_have_begun.wait(PATIENCE)
         own.append(torch.get_num_threads())
         others.append(number_in_a_new_thread())
-        return original(covariance)
+        return original(covariance, label)
 
-    monkeypatch.setattr(kernels, "eigenbasis", observed)
+    monkeypatch.setattr(kernels, "decomposed", observed)
     kernels.eigenbases([torch.eye(6)[None]] * 4)
     assert own == [1, 1, 1, 1]
     assert others == [3, 3, 3, 3]
