@@ -11,19 +11,27 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import libcst as cst
 from mutmut.__main__ import cli
 from mutmut.mutation import file_mutation
+from mutmut.runners.harness import PytestRunner
+from mutmut.state import state
 from mutmut.stats import status_by_exit_code
 
 # mutmut leaves functions with decorators out: a mutant is a copy of its function, decorators and
 # all, which may register it twice, or make a property that cannot be called. These decorators do no
 # harm as long as they are put around the choice between the copies, and not around the copies.
-DECORATORS = {"full_precision", "contextmanager", "property", "torch.no_grad()"}
+DECORATORS = {
+    "contextmanager",
+    "full_precision",
+    "property",
+    "torch.no_grad()",
+    "wraps(function)",
+}
 
 
 def is_wrapped(function: cst.FunctionDef) -> bool:
@@ -53,6 +61,17 @@ def change_decorated_functions() -> None:
     file_mutation.function_trampoline_arrangement = arrange_bare
 
 
+def begin_with_quick_tests() -> None:
+    """Run the tests of a mutant in the order of their durations: most mutants fail the first."""
+    arguments = PytestRunner._pytest_args_regular_run
+
+    def in_order(runner: PytestRunner, tests: Iterable[str]) -> Any:
+        durations = state().duration_by_test
+        return arguments(runner, sorted(tests, key=lambda test: (durations.get(test, 0.0), test)))
+
+    PytestRunner._pytest_args_regular_run = in_order
+
+
 def table(results: Path = Path("mutants")) -> str:
     """Write the outcomes of the last run as a table."""
     columns = ("killed", "survived", "timeout", "no tests")
@@ -79,4 +98,5 @@ if __name__ == "__main__":
         print(table())  # noqa: T201
     else:
         change_decorated_functions()
+        begin_with_quick_tests()
         cli()

@@ -29,8 +29,8 @@ OPERATOR = RandomOperator(
     seed=1,
     eigenvalues="some zero",
 )
-SHAPES = OPERATOR.shapes()
-NAMES = [name for block in OPERATOR.blocks() for name in block.parameters]
+BLOCKS, SHAPES = OPERATOR.blocks(), OPERATOR.shapes()
+NAMES = [name for block in BLOCKS for name in block.parameters]
 
 
 def drawn(seed: int, *leading: int) -> Tensor:
@@ -49,7 +49,7 @@ def joined(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def form(vector: Tensor) -> Tensor:
-    return quadratic_form(OPERATOR.blocks(), split(vector))
+    return quadratic_form(BLOCKS, split(vector))
 
 
 # --- value and derivatives ---
@@ -85,7 +85,7 @@ def test_torch_func() -> None:
 
 def test_gradient_without_autograd() -> None:
     d = drawn(2)
-    products = quadratic_gradient(OPERATOR.blocks(), split(d))
+    products = quadratic_gradient(BLOCKS, split(d))
     assert {name: tuple(t.shape) for name, t in products.items()} == SHAPES
     assert_close(joined(products), OPERATOR.dense() @ d)
 
@@ -94,12 +94,12 @@ def test_tensors_of_other_precision() -> None:
     """The sum is computed in the blocks' dtype; gradients are in the tensors' own."""
     tensors = {n: t.float().requires_grad_() for n, t in split(drawn(1)).items()}
     d = joined({n: t.detach().double() for n, t in tensors.items()})
-    value = quadratic_form(OPERATOR.blocks(), tensors)
+    value = quadratic_form(BLOCKS, tensors)
     assert value.dtype == torch.float64
     assert_close(value.detach(), d @ OPERATOR.dense() @ d)
     gradients = torch.autograd.grad(value, list(tensors.values()), create_graph=True)
     assert {gradient.dtype for gradient in gradients} == {torch.float32}
-    products = quadratic_gradient(OPERATOR.blocks(), tensors)
+    products = quadratic_gradient(BLOCKS, tensors)
     assert {product.dtype for product in products.values()} == {torch.float64}
     found = joined(dict(zip(tensors, gradients, strict=True)))
     assert_close(found.detach().double(), 2 * OPERATOR.dense() @ d, tolerance=1e-6)
@@ -108,7 +108,7 @@ def test_tensors_of_other_precision() -> None:
 def test_only_some_tensors_need_a_gradient() -> None:
     tensors = split(drawn(1))
     first = tensors[NAMES[1]].requires_grad_()
-    (gradient,) = torch.autograd.grad(quadratic_form(OPERATOR.blocks(), tensors), first)
+    (gradient,) = torch.autograd.grad(quadratic_form(BLOCKS, tensors), first)
     whole = split(2 * OPERATOR.dense() @ joined({n: t.detach() for n, t in tensors.items()}))
     assert_close(gradient, whole[NAMES[1]])
 
@@ -130,9 +130,8 @@ class Count(TorchDispatchMode):
 def test_two_products_for_the_value_and_two_for_the_gradient() -> None:
     """One for each basis that is not the identity; and nothing is filled with zeros."""
     tensors = {name: t.clone().requires_grad_() for name, t in split(drawn(1)).items()}
-    blocks = OPERATOR.blocks()
     with Count() as forward:
-        value = quadratic_form(blocks, tensors)
+        value = quadratic_form(BLOCKS, tensors)
     with Count() as backward:
         value.backward()
     assert forward.calls["bmm"] == backward.calls["bmm"] == 1 + 2 + 1
@@ -145,7 +144,7 @@ def test_two_products_for_the_value_and_two_for_the_gradient() -> None:
 def stacks(anchor: Mapping[str, Tensor]) -> list[Stack]:
     return [
         Stack(block.parameters, block, tuple(anchor[name][None] for name in block.parameters))
-        for block in OPERATOR.blocks()
+        for block in BLOCKS
     ]
 
 
@@ -159,7 +158,7 @@ def test_proximal_step_solves_the_dense_system(scale: float) -> None:
     # A joint block takes the mean of its two, which commutes with its matrix.
     means = {
         name: sum(sizes[n] for n in block.parameters) / len(block.parameters)
-        for block in OPERATOR.blocks()
+        for block in BLOCKS
         for name in block.parameters
     }
     eta = joined({n: torch.full(s, means[n], dtype=torch.float64) for n, s in SHAPES.items()})
