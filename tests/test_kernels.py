@@ -159,8 +159,10 @@ def outer_products(vectors: Tensor, start: Tensor) -> Tensor:
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize(
     ("groups", "size", "shared"),
-    [(1, 1, 1), (1, 5, 4), (1, 5, 5), (3, 5, 9), (1, 191, 2), (1, 192, 2), (2, 200, 2)]
-    + [(1, 293, 2), (1, 390, 2), (1, 500, 1), (1, 577, 1)],
+    [
+        *((1, 1, 1), (1, 5, 4), (1, 5, 5), (3, 5, 9), (1, 191, 2), (1, 192, 2), (2, 200, 2)),
+        *((1, 293, 2), (1, 390, 2), (1, 500, 1), (1, 577, 1)),
+    ],
 )
 def test_covariance(groups: int, size: int, shared: int, together: bool) -> None:
     """Whatever lies below the diagonal is not looked at."""
@@ -177,8 +179,10 @@ def test_covariance(groups: int, size: int, shared: int, together: bool) -> None
 @pytest.mark.parametrize(
     ("groups", "size", "share"),
     # Of p panels, (p + 1) / 2p of the square are above the diagonal.
-    [(1, 100, 1.0), (1, 191, 1.0), (1, 192, 3 / 4), (1, 288, 4 / 6), (1, 384, 5 / 8)]
-    + [(1, 800, 5 / 8), (2, 384, 1.0)],
+    [
+        *((1, 100, 1.0), (1, 191, 1.0), (1, 192, 3 / 4), (1, 288, 4 / 6), (1, 384, 5 / 8)),
+        *((1, 800, 5 / 8), (2, 384, 1.0)),
+    ],
 )
 def test_covariance_of_large_factors_saves_products(groups: int, size: int, share: float) -> None:
     vectors = seeded(groups, 2, 1, size)

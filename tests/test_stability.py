@@ -73,8 +73,10 @@ def test_rounding_down_to_two_digits(value: float) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.129, "0.12"), (1.0, "0.99"), (10.0, "9.9"), (0.1, "0.099"), (99.9, "99"), (56.0, "55")]
-    + [(3.19, "3.1"), (987.6, "9.8e+02"), (0.00123, "0.0012")],
+    [
+        *((0.129, "0.12"), (1.0, "0.99"), (10.0, "9.9"), (0.1, "0.099"), (99.9, "99")),
+        *((56.0, "55"), (3.19, "3.1"), (987.6, "9.8e+02"), (0.00123, "0.0012")),
+    ],
 )
 def test_rounding_down_of_familiar_numbers(value: float, text: str) -> None:
     """A number that is on the border itself gives way, since rounding errors would decide."""
