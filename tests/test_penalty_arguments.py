@@ -386,6 +386,14 @@ def test_casts_reach_everything_inside_other_modules() -> None:
     assert {stack.block.eigenvalues.dtype for stack in penalty.stacks} == {torch.float32}
 
 
+def test_casts_reach_what_was_added_to_a_penalty() -> None:
+    penalty = learned(linear())
+    penalty.register_buffer("extra", torch.ones(2, dtype=torch.float64))
+    penalty.child = linear()
+    penalty.float()
+    assert penalty.extra.dtype == penalty.child.weight.dtype == torch.float32
+
+
 # --- steps and rates ---
 
 

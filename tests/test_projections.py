@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import get_ident
+from time import sleep
 
 import pytest
 import torch
@@ -208,7 +209,8 @@ def test_threads_only_where_they_gain(
     plain, caller, found = kernels.eigenbasis, get_ident(), []
 
     def watched(covariance: Tensor) -> Tensor:
-        found.append(get_ident() != caller)
+        found.append(get_ident())
+        sleep(0.01)  # so that further threads, if there were any, would take the next
         return plain(covariance)
 
     monkeypatch.setattr(kernels, "eigenbasis", watched)
@@ -220,7 +222,9 @@ def test_threads_only_where_they_gain(
     finally:
         torch.set_num_threads(threads)
     assert len(found) == len(sizes)
-    assert sum(found) == in_threads
+    others = [thread for thread in found if thread != caller]
+    assert len(others) == in_threads
+    assert len(set(others)) <= 2
 
 
 def test_what_fails_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
