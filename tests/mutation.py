@@ -33,6 +33,13 @@ DECORATORS = {
     "wraps(function)",
 }
 
+# What torch imports only when it is needed would otherwise be imported again for every mutant.
+NEEDING_LATE_IMPORTS = (
+    "tests/test_penalty_arguments.py::test_one_task_by_the_formula",
+    "tests/test_quadratic.py::test_torch_func",
+    "tests/test_quadratic.py::test_two_products_for_the_value_and_two_for_the_gradient",
+)
+
 
 def is_wrapped(function: cst.FunctionDef) -> bool:
     """Whether a function has decorators, and only such as can be put around it."""
@@ -72,6 +79,17 @@ def begin_with_quick_tests() -> None:
     PytestRunner._pytest_args_regular_run = in_order
 
 
+def import_beforehand() -> None:
+    """Let the process that is forked for every mutant run a few tests itself."""
+    warm_up = PytestRunner.warm_up
+
+    def warm_up_with_tests(runner: PytestRunner) -> None:
+        warm_up(runner)
+        runner.run_tests(mutant_name=None, tests=NEEDING_LATE_IMPORTS)
+
+    PytestRunner.warm_up = warm_up_with_tests
+
+
 def table(results: Path = Path("mutants")) -> str:
     """Write the outcomes of the last run as a table."""
     columns = ("killed", "survived", "timeout", "no tests")
@@ -99,4 +117,5 @@ if __name__ == "__main__":
     else:
         change_decorated_functions()
         begin_with_quick_tests()
+        import_beforehand()
         cli()
