@@ -167,6 +167,35 @@ def test_proximal_step_solves_the_dense_system(scale: float) -> None:
     assert_close(joined(parameters) - start, expected - start)
 
 
+def test_proximal_step_of_other_precision() -> None:
+    """Displacements and parameters in single precision are rotated in that of the blocks."""
+    anchor, dense = drawn(2), OPERATOR.dense()
+    parameters = {name: t.float() for name, t in split(drawn(1)).items()}
+    start = joined({name: t.double() for name, t in parameters.items()})
+    deltas = {name: t[None].float() for name, t in split(start - anchor).items()}
+    proximal_step_(stacks(split(anchor)), parameters, deltas, 0.3, 2.0)
+    system = torch.eye(len(dense), dtype=torch.float64) + 0.6 * dense
+    expected = anchor + torch.linalg.solve(system, start - anchor)
+    assert {tensor.dtype for tensor in parameters.values()} == {torch.float32}
+    assert_close(joined(parameters).double(), expected, tolerance=1e-6)
+
+
+def test_parameters_that_do_not_fit_stay() -> None:
+    """One that is missing or too small is left alone, whatever its block holds."""
+    start, anchor = drawn(1), drawn(2)
+    parameters = split(start.clone())
+    deltas = {name: t[None] for name, t in split(start - anchor).items()}
+    small, missing = NAMES[0], NAMES[2]
+    parameters[small] = parameters[small][:1].clone()
+    kept = parameters[small].clone()
+    del parameters[missing]
+    proximal_step_(stacks(split(anchor)), parameters, deltas, 0.3, 2.0)
+    assert torch.equal(parameters[small], kept)
+    assert missing not in parameters
+    for name in set(NAMES) - {small, missing}:
+        assert not torch.equal(parameters[name], split(start)[name])
+
+
 def test_every_step_size_is_looked_up_before_anything_moves() -> None:
     start = drawn(1)
     parameters = split(start.clone())
