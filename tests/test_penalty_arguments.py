@@ -392,20 +392,25 @@ def test_casts_reach_what_was_added_to_a_penalty() -> None:
     penalty.child = linear()
     penalty.float()
     assert penalty.extra.dtype == penalty.child.weight.dtype == torch.float32
+    penalty.to_empty(device="meta", recurse=False)
+    assert penalty.extra.device == penalty.terms[0].anchor["weight"].device == torch.device("meta")
+    assert penalty.child.weight.device == torch.device("cpu")
 
 
 # --- steps and rates ---
 
 
-def test_proximal_step_by_the_formula() -> None:
+@pytest.mark.parametrize("strength", [0.01, 1.0, 2.5])
+def test_proximal_step_by_the_formula(strength: float) -> None:
     model = linear()
-    penalty = learned(model, strength=2.5)
+    penalty = learned(model, strength=strength)
     matrix, anchor = fisher(model), flat(model)
     move(model, 1)
-    system = torch.eye(12, dtype=torch.float64) + 0.7 * 2.5 * matrix
-    expected = anchor + torch.linalg.solve(system, flat(model) - anchor)
+    system = torch.eye(12, dtype=torch.float64) + 0.7 * strength * matrix
+    start = flat(model)
+    expected = anchor + torch.linalg.solve(system, start - anchor)
     assert penalty.proximal_step_(model, 0.7) is None
-    assert_close(flat(model), expected)
+    assert_close(flat(model) - start, expected - start)
     assert model.weight.grad is None
 
 
