@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -213,3 +214,182 @@ def test_bad_input_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"'w' has shapes \[3, 4\] and \[3, 2, 4\]"):
         merge([operator, conv])
+
+
+def test_says_where_it_comes_from() -> None:
+    """Everything but the number of examples is that of the last operator."""
+    blocks = [random_block(seed) for seed in (1, 2, 3)]
+    provenances = [
+        Provenance("MSELoss", "mean", "type2", 3),
+        Provenance("CrossEntropyLoss", "mean", "mc", 5),
+        Provenance("BCEWithLogitsLoss", "mean", "empirical", 9),
+    ]
+    operators = [
+        EKFACLinearOperator.from_blocks([block], {"w": (3, 4)}, provenance)
+        for block, provenance in zip(blocks, provenances, strict=True)
+    ]
+    merged = merge(iter(operators), iter([1.0, 2.0, 3.0]))
+    assert merged.provenance == Provenance("BCEWithLogitsLoss", "mean", "empirical", 17)
+    assert merged.num_data == 17
+
+
+def test_one_operator_keeps_its_bases() -> None:
+    """Nothing is to be projected, so that nothing is rounded either."""
+    block = random_block(3, groups=2)
+    merged = merge([operator_of(block)], [2.5]).blocks[0]
+    assert torch.equal(merged.gradient_basis, block.gradient_basis)
+    assert torch.equal(merged.activation_basis, block.activation_basis)
+    assert torch.equal(merged.eigenvalues, 2.5 * block.eigenvalues)
+
+
+def grown(small: Block, large: Block) -> Tensor:
+    """The sum of two blocks of one group, the first of which is the leading slice."""
+    _, d_out, d_in = large.eigenvalues.shape
+    _, rows, columns = small.eigenvalues.shape
+    padded = torch.zeros(d_out, d_in, d_out, d_in, dtype=torch.float64)
+    padded[:rows, :columns, :rows, :columns] = dense_block(small)[0].reshape(
+        rows, columns, rows, columns
+    )
+    return padded.reshape(d_out * d_in, -1) + dense_block(large)[0]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("size", [(2, 3), (2, 5), (4, 3)])
+@pytest.mark.parametrize("large_bases", ["both", "gradient", "activation", "none"])
+@pytest.mark.parametrize("small_bases", ["both", "gradient", "activation", "none"])
+def test_growth_with_bases_of_every_kind(
+    small_bases: str, large_bases: str, size: tuple[int, int], order: tuple[int, int]
+) -> None:
+    """Whichever side grows, and where one operator has the identity for a basis."""
+    small, large = random_block(1, 1, *size, small_bases), random_block(2, 1, 4, 5, large_bases)
+    operators = [operator_of(small), operator_of(large)]
+    with torch.device("meta"):  # where nothing of the operators is
+        merged = merge([operators[index] for index in order])
+    assert merged.parameter_shapes["w"] == (4, 5)
+    (block,) = merged.blocks
+    assert (block.gradient_basis is None) == ({small_bases, large_bases} <= {"activation", "none"})
+    assert (block.activation_basis is None) == ({small_bases, large_bases} <= {"gradient", "none"})
+    exact = grown(small, large)
+    for got, expected in zip(
+        partial_traces(dense_block(block), 4, 5), partial_traces(exact[None], 4, 5), strict=True
+    ):
+        torch.testing.assert_close(got, expected, **TOLERANCE)
+    bases = [
+        torch.eye(n, dtype=torch.float64) if basis is None else basis[0].contiguous()
+        for basis, n in ((block.gradient_basis, 4), (block.activation_basis, 5))
+    ]
+    rotated = torch.kron(*bases).T @ exact @ torch.kron(*bases)
+    torch.testing.assert_close(block.eigenvalues.flatten(), rotated.diagonal(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bases", ["both", "gradient", "none"])
+def test_dtype_is_kept(bases: str, dtype: torch.dtype) -> None:
+    operators = [
+        operator_of(random_block(seed, 1, *size, kind).map(lambda t: t.to(dtype)))
+        for seed, size, kind in ((1, (2, 3), bases), (2, (4, 5), "both"))
+    ]
+    merged = merge(operators)
+    assert {tensor.dtype for tensor in merged.blocks[0].tensors.values()} == {dtype}
+    assert merged.dtype == dtype
+
+
+def shaped(shape: tuple[int, ...], *, groups: int = 1, transposed: bool = False) -> Any:
+    """An operator on one parameter of some shape, with identity bases and all eigenvalues one."""
+    first, rest = shape[0] // groups, torch.Size(shape[1:]).numel()
+    size = (rest, first) if transposed else (first, rest)
+    values = torch.ones(groups, *size, dtype=torch.float64)
+    block = Block(("w",), None, None, values, transposed)
+    return EKFACLinearOperator.from_blocks(
+        [block], {"w": shape}, Provenance("MSELoss", "mean", "type2", 10)
+    )
+
+
+def test_transposed_parameters_grow_as_they_are_stored() -> None:
+    """More words in an embedding: the identity stays, and the words of both count twice."""
+    merged = merge([shaped((3, 2), transposed=True), shaped((5, 2), transposed=True)], [1.0, 10.0])
+    assert merged.parameter_shapes["w"] == (5, 2)
+    (block,) = merged.blocks
+    assert block.transposed
+    assert block.gradient_basis is None
+    assert block.activation_basis is None
+    expected = torch.tensor([11.0, 11.0, 11.0, 10.0, 10.0], dtype=torch.float64)
+    torch.testing.assert_close(block.eigenvalues[0], expected.expand(2, 5))
+
+
+def test_more_channels_of_a_convolution() -> None:
+    merged = merge([shaped((2, 2, 3)), shaped((3, 4, 3))])
+    assert merged.parameter_shapes["w"] == (3, 4, 3)
+    expected = torch.ones(3, 12, dtype=torch.float64)
+    expected[:2, :6] += 1
+    torch.testing.assert_close(merged.blocks[0].eigenvalues[0], expected)
+
+
+def test_largest_along_every_axis() -> None:
+    """Not one of them has the merged shape."""
+    merged = merge([shaped((2, 5)), shaped((4, 3)), shaped((3, 3))])
+    assert merged.parameter_shapes["w"] == (4, 5)
+    expected = torch.zeros(4, 5, dtype=torch.float64)
+    for rows, columns in ((2, 5), (4, 3), (3, 3)):
+        expected[:rows, :columns] += 1
+    torch.testing.assert_close(merged.blocks[0].eigenvalues[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        (
+            lambda: shaped((4, 3), groups=2),
+            lambda: shaped((6, 3), groups=2),
+            r"'w' has shapes \[4, 3\] and \[6, 3\], which do not fit together; only more outputs "
+            r"or inputs of a layer without groups can be merged",
+        ),
+        (
+            lambda: shaped((4, 3, 2)),
+            lambda: shaped((4, 3, 5)),
+            r"'w' has shapes \[4, 3, 2\] and \[4, 3, 5\], which do not fit together",
+        ),
+        (
+            lambda: shaped((4, 6)),
+            lambda: shaped((4, 3, 2)),
+            r"'w' has shapes \[4, 6\] and \[4, 3, 2\], which do not fit together",
+        ),
+        (
+            lambda: shaped((4, 3)),
+            lambda: shaped((4, 3), transposed=True),
+            r"'w' has blocks that do not fit together: \(groups, transposed\) is \(1, False\) in "
+            r"one operator and \(1, True\) in another",
+        ),
+        (
+            lambda: shaped((4, 3), groups=2),
+            lambda: shaped((4, 3)),
+            r"\(groups, transposed\) is \(2, False\) in one operator and \(1, False\) in another",
+        ),
+    ],
+)
+def test_what_does_not_fit_together(
+    one: Callable[[], Any], other: Callable[[], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        merge([one(), other()])
+
+
+@pytest.mark.parametrize("joint_first", [False, True])
+@pytest.mark.parametrize("name", ["w", "b"])
+def test_joint_and_separate_blocks_do_not_mix(name: str, joint_first: bool) -> None:
+    provenance = Provenance("MSELoss", "mean", "type2", 10)
+    joint = EKFACLinearOperator.from_blocks(
+        [Block(("w", "b"), None, None, torch.ones(1, 3, 5))], {"w": (3, 4), "b": (3,)}, provenance
+    )
+    shape = {"w": (3, 4), "b": (3,)}[name]
+    values = torch.ones(1, 3, 4 if name == "w" else 1)
+    alone = EKFACLinearOperator.from_blocks(
+        [Block((name,), None, None, values)], {name: shape}, provenance
+    )
+    operators = [joint, alone] if joint_first else [alone, joint]
+    with pytest.raises(
+        ValueError,
+        match=rf"'{name}' has a block of its own in one operator and a joint block in another; "
+        r"estimate both with the same separate_weight_and_bias",
+    ):
+        merge(operators)

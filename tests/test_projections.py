@@ -1,6 +1,8 @@
 """The ways to the eigenvalues, against a loop over examples, label vectors and positions."""
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import get_ident
+from time import sleep
 
 import pytest
 import torch
@@ -160,12 +162,22 @@ def test_eigenbases_in_threads_are_those_of_one_after_another(
 ) -> None:
     """Each belongs to its own matrix, also of several groups, and threads are set as before."""
     monkeypatch.setattr(kernels, "_SMALLEST_IN_THREADS", 4)
-    roots = [seeded(groups, size, size) for groups, size in ((1, 3), (2, 7), (1, 12), (1, 5))]
-    covariances = [root @ root.mT for root in roots]
+    plain, seen = kernels.decomposed, []
+
+    def watched(covariance: Tensor, label: str) -> tuple[Tensor, str]:
+        seen.append((covariance.shape[1], get_ident() != caller, torch.get_num_threads()))
+        return plain(covariance, label)
+
+    monkeypatch.setattr(kernels, "decomposed", watched)
+    caller, sizes = get_ident(), ((1, 6), (2, 7), (1, 8), (1, 20), (1, 8), (1, 5), (1, 6))
+    covariances = [root @ root.mT for root in (seeded(g, size, size) for g, size in sizes)]
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        bases = kernels.eigenbases(covariances, list("abcd"))
+        bases = kernels.eigenbases(covariances)
+        # The others would wait for the largest, which therefore gets all threads.
+        assert seen[0] == (20, False, 3)
+        assert sorted(seen[1:]) == [(size, True, 1) for size in (5, 6, 6, 7, 8, 8)]
         assert torch.get_num_threads() == 3
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(torch.get_num_threads).result() == 3
@@ -177,17 +189,57 @@ def test_eigenbases_in_threads_are_those_of_one_after_another(
         torch.testing.assert_close(rotated, diagonal, atol=1e-11, rtol=0.0)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "smallest", "in_threads"),
+    [
+        ((8, 8, 8), 8, 3),  # as large as is worth a thread
+        ((8, 8, 7), 8, 3),  # two are enough
+        ((8, 7, 7), 8, 0),  # one is not
+        ((9, 9, 9), 10, 0),
+        ((12, 8, 8), 4, 0),  # half of the work or more: 1728 of 2752, and then 512 of 1024
+        ((10, 9, 9), 4, 3),
+        ((8, 8), 4, 0),  # exactly half
+        ((8,), 4, 0),
+    ],
+)
+def test_threads_only_where_they_gain(
+    sizes: tuple[int, ...], smallest: int, in_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two threads: a matrix of half of the work or more gets both, small ones get none."""
+    plain, caller, found = kernels.decomposed, get_ident(), []
+
+    def watched(covariance: Tensor, label: str) -> tuple[Tensor, str]:
+        found.append(get_ident())
+        sleep(0.01)  # so that further threads, if there were any, would take the next
+        return plain(covariance, label)
+
+    monkeypatch.setattr(kernels, "decomposed", watched)
+    monkeypatch.setattr(kernels, "_SMALLEST_IN_THREADS", smallest)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        kernels.eigenbases([seeded(1, size, size) for size in sizes])
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == len(sizes)
+    others = [thread for thread in found if thread != caller]
+    assert len(others) == in_threads
+    assert len(set(others)) <= 2
+
+
 def test_what_fails_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(covariance: Tensor, label: str) -> tuple[Tensor, str]:
+        if get_ident() == caller:
+            pytest.fail("expected to be called in a thread")
         raise ValueError(f"no basis of size {covariance.shape[1]}")
 
     monkeypatch.setattr(kernels, "_SMALLEST_IN_THREADS", 4)
     monkeypatch.setattr(kernels, "decomposed", fails)
-    threads = torch.get_num_threads()
+    caller, threads = get_ident(), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         with pytest.raises(ValueError, match="no basis of size 6"):
-            kernels.eigenbases([seeded(1, 5, 5), seeded(1, 6, 6)], ["first", "second"])
+            kernels.eigenbases([seeded(1, 5, 5), seeded(1, 6, 6), seeded(1, 5, 5)])
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
