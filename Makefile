@@ -6,9 +6,10 @@ VENV ?= .venv
 BENCH ?= # more options, e.g. make bench BENCH="--seeds 0 1 2"
 SUITE ?= run all --quick --jobs 2
 TEST ?= # more options, e.g. make test TEST="-m slow"
+DIST ?= dist
 
 .DEFAULT_GOAL := help
-.PHONY: help bench suite test lint clean
+.PHONY: help bench suite test lint package clean
 
 help: ## Show the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -26,6 +27,13 @@ lint: $(VENV)/.installed-test ## Check style and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+
+package: $(VENV)/.installed-package ## Build wheel and source distribution, and check them
+	rm -rf rotate_ewc.egg-info # its list of files, which setuptools would take again, may be old
+	rm -f $(DIST)/*.whl $(DIST)/*.tar.gz
+	$(VENV)/bin/uv build --quiet --python $(VENV)/bin/python --out-dir $(DIST)
+	$(VENV)/bin/twine check --strict $(DIST)/*.whl $(DIST)/*.tar.gz
+	$(VENV)/bin/python .ci/distributions.py $(DIST)
 
 clean: ## Remove the virtual environment
 	rm -rf $(VENV)

@@ -58,17 +58,12 @@ def spectra(plugin: Any | None) -> Spectra:
 
             {"0.weight": {"ranks": [1, 2, ...], "eigenvalues": [...], "dimension": [78400]}}
 
-        Empty for methods that have no snapshot of that kind; without blocks that have overflowed.
+        Empty for methods that have no snapshot of that kind.
     """
     terms: Sequence[Any] = getattr(getattr(plugin, "penalty", None), "terms", ())
     if len(terms) != 1:
         return {}
-    # Those of a network that was about to diverge may have overflowed.
-    return {
-        block.label: _at_ranks(block.eigenvalues)
-        for block in terms[0].operator.blocks
-        if bool(block.eigenvalues.isfinite().all())
-    }
+    return {block.label: _at_ranks(block.eigenvalues) for block in terms[0].operator.blocks}
 
 
 def _at_ranks(eigenvalues: Tensor) -> dict[str, list[float]]:

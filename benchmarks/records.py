@@ -46,7 +46,7 @@ class Record:
         trained_jointly: Whether all tasks were learned at once.
         configuration: The options of the run, data source and thread count.
         versions: Versions of the software, and the processor.
-        diverged: Whether parameters became infinite.
+        diverged: Whether parameters, or squares of what the network computes, became infinite.
     """
 
     method: str

@@ -22,6 +22,7 @@ from benchmarks.scenarios import Scenario, training_experiences
 from benchmarks.schedule import Schedule
 from benchmarks.timing import Stopwatch, penalty_milliseconds, time_callback
 from benchmarks.versions import versions
+from rotate_ewc.errors import NotFiniteError
 
 
 def run(
@@ -68,7 +69,7 @@ def run(
     plugins = [*_schedule(configuration), *extra_plugins, *own, *_replay(configuration), progress]
     optimizer = make_optimizer(model, configuration, variant.method)
     strategy = make_strategy(model, configuration, optimizer, plugins)
-    matrix = _train(strategy, experiences, scenario, training, progress)
+    matrix, refused = _train(strategy, experiences, scenario, training, progress)
     return Record(
         method=variant.name,
         label=variant.label,
@@ -85,7 +86,7 @@ def run(
         trained_jointly=jointly,
         configuration=_resolved(configuration, variant, data_source),
         versions=versions(),
-        diverged=diverged(strategy.model),
+        diverged=refused or diverged(strategy.model),
     )
 
 
@@ -108,7 +109,7 @@ def _train(
     scenario: Scenario,
     stopwatch: Stopwatch,
     progress: ProgressPlugin,
-) -> list[list[float]]:
+) -> tuple[list[list[float]], bool]:
     """Train on one experience after another, and test on all tasks after each.
 
     Args:
@@ -119,31 +120,35 @@ def _train(
         progress: Is told when an experience is finished.
 
     Returns:
-        The accuracy matrix ``[T][T]``.
+        The accuracy matrix ``[T][T]``, and whether a task could not be consolidated because the
+        network had diverged.
     """
-    matrix = []
+    matrix, refused = [], False
     jointly = len(experiences) < scenario.tasks
     with progress:
         for task, experience in enumerate(experiences):
             with stopwatch:
-                _train_once(strategy, experience)
+                refused |= not _train_once(strategy, experience)
             row = accuracies(strategy.model, scenario, strategy.device)
             matrix.append(row)
             progress.finish_experience(fmean(row if jointly else row[: task + 1]))
-    return matrix * scenario.tasks if jointly else matrix
+    return matrix * scenario.tasks if jointly else matrix, refused
 
 
-def _train_once(strategy: Any, experience: Any) -> None:
-    """Train on one experience; where the network diverges, its accuracy will tell."""
+def _train_once(strategy: Any, experience: Any) -> bool:
+    """Train on one experience; say whether its end was reached with a network to consolidate."""
     try:
         with warnings.catch_warnings():
             # Avalanche's own replay buffer calls what Avalanche has deprecated.
             warnings.filterwarnings("ignore", "Call to deprecated", DeprecationWarning)
             strategy.train(experience)
-    except ValueError:
-        # No snapshot can be taken of a network that has diverged.
-        if not diverged(strategy.model):
+    except ValueError as error:
+        # No snapshot can be taken of a network that has diverged, nor of one that is about to,
+        # whose squares overflow though its parameters do not.
+        if not isinstance(error, NotFiniteError) and not diverged(strategy.model):
             raise
+        return False
+    return True
 
 
 def diverged(model: nn.Module) -> bool:

@@ -1,13 +1,13 @@
 """Elastic weight consolidation in a rotated basis, for PyTorch."""
 
 from rotate_ewc.calibration import calibrated_strength
+from rotate_ewc.errors import SnapshotError
 from rotate_ewc.losses import Likelihood, register_likelihood
 from rotate_ewc.merging import merge
 from rotate_ewc.operator import EKFACLinearOperator
 from rotate_ewc.options import FisherType, KFACType
 from rotate_ewc.penalty import EKFACPenalty
 from rotate_ewc.rotated_adam import RotatedAdam
-from rotate_ewc.snapshot import SnapshotError
 from rotate_ewc.step_size import step_sizes_of
 from rotate_ewc.tangent import TangentPenalty
 from rotate_ewc.version import __version__

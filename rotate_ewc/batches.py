@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.nested import tensors_in, to_device
 
 
@@ -68,6 +70,18 @@ def batches(
         yield index, to_device(inputs, device), targets.to(device)
     if index < 0:
         raise ValueError("data is empty; expected at least one batch (inputs, targets)")
+
+
+@contextmanager
+def naming_batch(index: int) -> Iterator[None]:
+    """Say in the message of a ValueError or TypeError which batch it was."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        # Others may have more to tell than a message.
+        if type(error) not in (ValueError, TypeError, NotFiniteError):
+            raise
+        raise type(error)(f"batch {index} of data: {error}") from error
 
 
 def count_examples(inputs: Any, batch_size_fn: Callable[[Any], int] | None) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 from rotate_ewc.layers import SUPPORTED
@@ -112,6 +113,9 @@ def trace(
     if not outputs.is_floating_point():
         raise TypeError(f"model returned dtype {outputs.dtype}; expected floating-point")
     nodes = _reachable_nodes(outputs, {})
+    hidden = _hidden(recorder, parameters, nodes)
+    if hidden and unsupported is not Unsupported.SKIP:
+        raise ValueError(_hidden_message(hidden))
     refused = _refused(recorder, parameters, outputs, nodes)
     if refused and unsupported is Unsupported.ERROR:
         raise ValueError(_refusal_message(*next(iter(refused.items()))))
@@ -121,7 +125,7 @@ def trace(
         tuple(recorder.uses[i] for i in kept),
         tuple(recorder.edges[i] for i in kept),
         recorder.computed,
-        frozenset(name for names in refused for name in names),
+        frozenset(name for names in refused for name in names) | hidden,
     )
     result.check_inputs_unmodified()
     return result
@@ -138,8 +142,7 @@ def _refused(
     reached: list[Refusal] = [r for r in recorder.refusals if r.edge.node in nodes]
     refused = {refusal.names: refusal.operation for refusal in reached}
     around = _reachable_nodes(outputs, recorder.data_nodes)
-    variables = {id(node.variable) for node in around if hasattr(node, "variable")}
-    unseen = {name for name, tensor in parameters.items() if id(tensor) in variables}
+    unseen = _reached(parameters, around)
     unseen -= {name for names in refused for name in names}
     if unseen:
         refused[frozenset(unseen)] = (
@@ -147,6 +150,35 @@ def _refused(
             "of its own"
         )
     return refused
+
+
+def _hidden(
+    recorder: Recorder, parameters: Mapping[str, Tensor], nodes: set[Any]
+) -> frozenset[str]:
+    """Return the parameters that the outputs may depend on, but not as far as autograd knows.
+
+    The forward pass of an `autograd.Function` runs without gradients, and its backward pass may
+    find those of parameters that are no arguments of it, as that of reentrant checkpoints does.
+    """
+    if not any(isinstance(node, BackwardCFunction) for node in nodes):
+        return frozenset()
+    return frozenset(recorder.hidden & parameters.keys()) - _reached(parameters, nodes)
+
+
+def _reached(parameters: Mapping[str, Tensor], nodes: set[Any]) -> set[str]:
+    """Return the names of the parameters to which nodes of an autograd graph lead."""
+    variables = {id(node.variable) for node in nodes if hasattr(node, "variable")}
+    return {name for name, tensor in parameters.items() if id(tensor) in variables}
+
+
+def _hidden_message(names: frozenset[str]) -> str:
+    listed = ", ".join(repr(name) for name in sorted(names))
+    return (
+        f"parameter {listed} is used while gradients are off, perhaps by an autograd.Function that "
+        f"finds its gradient by itself, as torch.utils.checkpoint does with use_reentrant=True; "
+        f"pass use_reentrant=False there, unsupported='skip' to protect only the others, or leave "
+        f"it out (params, or exclude={sorted(names)})"
+    )
 
 
 def _refusal_message(names: frozenset[str], used_by: str) -> str:

@@ -3,19 +3,24 @@
 Pass one sums the Kronecker factors, whose eigenvectors become the bases. Pass two finds, in these
 bases, the exact mean squares of the per-example gradients. Both see the same observations; when
 those fit in the memory budget they are kept, and the model runs over the data only once.
+
+Everything is summed in a fixed order: on a CPU the same seed, the same batches and the same number
+of threads give the same bits, in every process. Another number of threads rounds differently, by
+which the bases of equal eigenvalues may turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rotate_ewc import kernels
-from rotate_ewc.batches import check_reiterable, count_batches
+from rotate_ewc.batches import check_reiterable, count_batches, naming_batch
 from rotate_ewc.block import Block
 from rotate_ewc.factors import Covariances, add_covariances, add_eigenvalues, empty_blocks
 from rotate_ewc.keeper import Keeper
@@ -24,6 +29,8 @@ from rotate_ewc.observation import Observation
 from rotate_ewc.observer import Observer
 from rotate_ewc.options import EstimationSettings, KFACType, Unsupported
 from rotate_ewc.plan import BlockKey, Plan
+from rotate_ewc.ranges import check_trace, is_faint
+from rotate_ewc.retry import in_pieces
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,16 @@ class Estimate:
     Attributes:
         blocks: One for every parameter, or pair of weight and bias.
         num_examples: Examples seen.
+        used: The blocks of the parameters on which an output depended.
+        faint: Those that get gradients whose squares are too small for their dtype.
         unused: Names of the parameters on which no output depended.
         unsupported: Names of the parameters for whose uses there is no rule.
     """
 
     blocks: tuple[Block, ...]
     num_examples: int
+    used: tuple[Block, ...]
+    faint: tuple[Block, ...]
     unused: tuple[str, ...]
     unsupported: tuple[str, ...]
 
@@ -73,17 +84,21 @@ def estimate(
     observer = Observer(forward, likelihood, parameters, settings, constants)
     found = _Accumulator(settings, count_batches(data))
     for observation in observer.observe(data, "factors"):
-        found.add_factors(observation)
+        with naming_batch(observation.batch):
+            found.add_factors(observation)
         # Or it would live on while the model runs on the next batch.
         del observation
     found.decompose()
     for observation in found.kept() or observer.observe(data, "eigenvalues", again=True):
-        found.add_eigenvalues(observation)
+        with naming_batch(observation.batch):
+            found.add_eigenvalues(observation)
         del observation
     scale = found.scale(likelihood)
     by_name = {}
-    for block in (*found.blocks.values(), *found.diagonal_blocks()):
+    used = (*found.blocks.values(), *found.diagonal_blocks())
+    for block in used:
         block.eigenvalues.mul_(scale)
+        check_trace(block.trace, block.label)
         by_name.update(dict.fromkeys(block.parameters, block))
     skip = settings.unsupported is Unsupported.SKIP
     unsupported = tuple(name for name in parameters if name in observer.unsupported)
@@ -93,7 +108,8 @@ def estimate(
         for name in wanted
     ]
     unused = tuple(name for name in wanted if name not in by_name)
-    return Estimate(tuple(dict.fromkeys(ordered)), found.num_examples, unused, unsupported)
+    blocks = tuple(dict.fromkeys(ordered))
+    return Estimate(blocks, found.num_examples, used, found.faint_blocks(), unused, unsupported)
 
 
 class _Accumulator:
@@ -112,6 +128,8 @@ class _Accumulator:
         self._covariances: dict[BlockKey, Covariances] = {}
         self._squares: dict[str, Tensor] = {}
         self._leaders: dict[BlockKey, BlockKey] = {}
+        self._reached: set[BlockKey] = set()
+        self._faint: set[BlockKey] = set()
         self._keeper = Keeper(settings.memory_budget // 2, num_batches)
 
     def add_factors(self, observation: Observation) -> None:
@@ -126,16 +144,22 @@ class _Accumulator:
         self._settle_followers(observation)
         reduce = self._settings.kfac_approx is KFACType.REDUCE
         for plan in observation.plans:
+            # Looked at until it is so, which for most blocks is in the first batch.
+            if plan.key not in self._reached and observation.reaches(plan):
+                self._reached.add(plan.key)
             if plan.key in self._leaders:
                 continue
-            total = self._total(plan, observation)
+            additions = partial(
+                add_covariances, total=self._total(plan, observation), reduce=reduce
+            )
             for portion in observation.portions(plan, self._settings.memory_budget // 4):
-                add_covariances(portion, total, reduce=reduce)
+                in_pieces(portion, additions)
         self._keeper.offer(observation)
 
     def decompose(self) -> None:
         """Between the passes: turn the factors into bases."""
         self._check_partition()
+        self._faint = {key for key, total in self._covariances.items() if total.faint}
         self.blocks = empty_blocks(self._covariances, self._leaders)
         self._covariances.clear()
 
@@ -159,12 +183,21 @@ class _Accumulator:
                     f"first; the model and the data must be the same in both"
                 )
             follower = self.blocks[plan.follower] if plan.follower in following else None
+            additions = partial(add_eigenvalues, block=self.blocks[plan.key], follower=follower)
             for portion in observation.portions(plan, self._settings.memory_budget // 4):
-                add_eigenvalues(portion, self.blocks[plan.key], follower)
+                in_pieces(portion, additions)
 
     def diagonal_blocks(self) -> list[Block]:
         """Return the blocks of the parameters for whose uses there is no rule."""
         return [_diagonal(name, squares) for name, squares in self._squares.items()]
+
+    def faint_blocks(self) -> tuple[Block, ...]:
+        """Return the blocks that get gradients whose squares are too small."""
+        return tuple(
+            block
+            for key, block in self.blocks.items()
+            if key in self._reached and (key in self._faint or is_faint(block.eigenvalues))
+        )
 
     def scale(self, likelihood: Likelihood) -> float:
         """Return the factor from sums over the examples seen to the loss's own reduction."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rotate_ewc import kernels, projections
@@ -13,6 +12,7 @@ from rotate_ewc.block import Block
 from rotate_ewc.layers import Factors, Form
 from rotate_ewc.observation import Portion
 from rotate_ewc.plan import BlockKey, Plan
+from rotate_ewc.ranges import check_finite, is_faint
 
 
 @dataclass
@@ -54,6 +54,12 @@ class Covariances:
         """Add the outer products of inputs `[groups, n, shared, d_in]`."""
         self.input = self._added(self.input, vectors, self.shape[2], what)
 
+    @property
+    def faint(self) -> bool:
+        """Whether one of the factors is too small for its dtype."""
+        sides = [side for side in (self.output, self.input) if side is not None]
+        return any(is_faint(side.diagonal(dim1=1, dim2=2)) for side in sides)
+
     def _added(self, total: Tensor | None, vectors: Tensor, size: int, what: str) -> Tensor:
         if total is None:
             total = self.template.new_zeros(self.shape[0], size, size)
@@ -62,30 +68,40 @@ class Covariances:
         return total
 
 
-def add_covariances(portion: Portion, total: Covariances, *, reduce: bool) -> None:
+def add_covariances(
+    portion: Portion, done: int, total: Covariances, *, reduce: bool
+) -> Iterator[None]:
     """Add a portion's examples to the Kronecker factors of its block.
+
+    The additions (see `in_pieces`) are that of the inputs, in a batch's first observation, and one
+    for every output vector.
 
     Args:
         portion: The examples.
+        done: Number of additions that have been made.
         total: The factors so far.
         reduce: Whether shared positions are summed before they enter (`KFACType.REDUCE`).
 
     Raises:
         ValueError: If a number is not finite.
     """
-    factors, label = total.form.factors, portion.plan.key.label
+    factors, label = total.form.factors, portion.label
     if factors is Factors.NONE:
         if total.form.output_basis or total.form.input_basis:
-            _add_partial_traces(portion, total)
+            yield from _add_partial_traces(portion, done, total)
         return
     if factors is Factors.OUTER_PRODUCTS and portion.observation.first:
-        inputs = portion.activations()
-        inputs = inputs.mean(dim=2, keepdim=True) if reduce else inputs
-        total.add_inputs(inputs, f"layer inputs of {label!r}")
-        del inputs
-    for gradients in _kept_gradients(portion):
+        if done == 0:
+            inputs = portion.activations()
+            inputs = inputs.mean(dim=2, keepdim=True) if reduce else inputs
+            total.add_inputs(inputs, f"layer inputs of {label!r}")
+            del inputs
+            yield
+        done = max(0, done - 1)
+    for gradients in _kept_gradients(portion, done):
         vectors = gradients.sum(dim=2, keepdim=True) if reduce else gradients
         total.add_outputs(vectors, f"output gradients of {label!r}")
+        yield
 
 
 def empty_blocks(
@@ -101,7 +117,8 @@ def empty_blocks(
     sides = [(key, "output", total.output) for key, total in own]
     sides += [(key, "input", total.input) for key, total in own]
     present = [(key, side, covariance) for key, side, covariance in sides if covariance is not None]
-    bases = kernels.eigenbases([covariance for *_, covariance in present])
+    labels = [f"{side} factor of {key.label!r}" for key, side, _ in present]
+    bases = kernels.eigenbases([covariance for *_, covariance in present], labels)
     found = {place[:2]: basis for place, basis in zip(present, bases, strict=True)}
     for key, leader in leaders.items():
         if (leader, "output") in found:
@@ -123,30 +140,40 @@ def _empty_block(
     return Block(key.parameters, output_basis, input_basis, eigenvalues, total.form.transposed)
 
 
-def add_eigenvalues(portion: Portion, block: Block, follower: Block | None = None) -> None:
+def add_eigenvalues(
+    portion: Portion, done: int, block: Block, follower: Block | None = None
+) -> Iterator[None]:
     """Add a portion's squared per-example gradients, in its block's basis, to the eigenvalues.
+
+    The additions (see `in_pieces`) are one for all output vectors where gradients are outer
+    products, and otherwise one for each.
 
     Args:
         portion: The examples.
+        done: Number of additions that have been made.
         block: Its block.
         follower: The block of a bias that follows the block's weight, in the same basis.
     """
     factors = portion.plan.form.factors
     if factors is Factors.OUTER_PRODUCTS:
-        _add_outer_products(portion, block, follower)
+        if done == 0:
+            _add_outer_products(portion, block, follower)
+            yield
     elif factors is Factors.LOOKUP:
         indices = portion.activations()[0, :, :, 0]
-        for gradients in portion.gradients():
+        for gradients in portion.gradients(done):
             rotated = kernels.rotate(gradients, block.gradient_basis)[0]
             squares = kernels.squared_lookups(rotated, indices, block.eigenvalues.shape[2])
             block.eigenvalues.add_(squares.mT)
+            yield
     else:
-        for gradients in portion.example_gradients():
+        for gradients in portion.example_gradients(done):
             squares = kernels.squared_entries(
                 gradients, block.gradient_basis, block.activation_basis
             )
-            _check_finite(squares, f"gradients of {portion.plan.key.label!r}")
+            check_finite(squares.sum(), f"gradients of {portion.label!r}")
             block.eigenvalues.add_(squares)
+            yield
 
 
 def _add_outer_products(portion: Portion, block: Block, follower: Block | None) -> None:
@@ -158,8 +185,11 @@ def _add_outer_products(portion: Portion, block: Block, follower: Block | None) 
         squares = projections.squared_rotations(portion.gradients(), block.gradient_basis)
         if squares is not None:
             inputs = kernels.rotate(activations, basis)
-            block.eigenvalues.add_(projections.single_position_product(squares, inputs.square()))
-            follower.eigenvalues.add_(squares.sum(dim=(1, 2))[..., None])
+            product = projections.single_position_product(squares, inputs.square())
+            # Both are made before one is added, as no more than the whole may fail.
+            of_bias = squares.sum(dim=(1, 2))[..., None]
+            block.eigenvalues.add_(product)
+            follower.eigenvalues.add_(of_bias)
         return
     _, d_out, d_in = block.eigenvalues.shape
     route = projections.cheapest_route(activations.shape[2], d_out, d_in, portion.num_vectors)
@@ -175,37 +205,33 @@ def _leading(key: BlockKey) -> int:
     return int(key.bias is not None)
 
 
-def _kept_gradients(portion: Portion) -> Iterator[Tensor]:
+def _kept_gradients(portion: Portion, first: int) -> Iterator[Tensor]:
     """Yield output gradients, with zeros where an embedding looks up its padding."""
     if portion.plan.form.factors is not Factors.LOOKUP:
-        yield from portion.gradients()
+        yield from portion.gradients(first)
         return
     kept = portion.activations() >= 0
-    for gradients in portion.gradients():
+    for gradients in portion.gradients(first):
         yield gradients * kept
 
 
-def _add_partial_traces(portion: Portion, total: Covariances) -> None:
-    what = f"gradients of {portion.plan.key.label!r}"
-    for gradients in portion.example_gradients():
+def _add_partial_traces(portion: Portion, done: int, total: Covariances) -> Iterator[None]:
+    what = f"gradients of {portion.label!r}"
+    for gradients in portion.example_gradients(done):
+        output = input_ = None
         if total.form.output_basis:
-            trace = kernels.output_partial_trace(gradients)
-            total.output = _sum(total.output, trace, what)
+            output = kernels.output_partial_trace(gradients)
+            _check_sum(output, what)
         if total.form.input_basis:
-            trace = kernels.input_partial_trace(gradients)
-            total.input = _sum(total.input, trace, what)
+            input_ = kernels.input_partial_trace(gradients)
+            _check_sum(input_, what)
+        total.output, total.input = _sum(total.output, output), _sum(total.input, input_)
+        yield
 
 
-def _sum(total: Tensor | None, addition: Tensor, what: str) -> Tensor:
-    _check_sum(addition, what)
-    return addition if total is None else total.add_(addition)
+def _sum(total: Tensor | None, addition: Tensor | None) -> Tensor | None:
+    return addition if total is None or addition is None else total.add_(addition)
 
 
 def _check_sum(covariance: Tensor, what: str) -> None:
-    # A sum of squares is finite only if every number in it is.
-    _check_finite(covariance.diagonal(dim1=1, dim2=2), what)
-
-
-def _check_finite(squares: Tensor, what: str) -> None:
-    if not bool(torch.isfinite(squares.sum())):
-        raise ValueError(f"the {what} are not finite (NaN, infinity, or overflow when squared)")
+    check_finite(covariance.diagonal(dim1=1, dim2=2).sum(), what)

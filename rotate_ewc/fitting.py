@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,14 @@ from torch import Tensor, nn
 from rotate_ewc.block import Block
 from rotate_ewc.estimation import Estimate, estimate
 from rotate_ewc.losses import likelihood_of
+from rotate_ewc.notices import warn_user
 from rotate_ewc.options import EstimationSettings, Unsupported
 from rotate_ewc.preserve import undisturbed
-from rotate_ewc.snapshot import Provenance
+from rotate_ewc.provenance import Provenance
+from rotate_ewc.ranges import warn_of_vanished
+
+# The settings that matter to what is found.
+_TOLD: Final = ("mc_samples", "kfac_approx", "separate_weight_and_bias", "seed", "unsupported")
 
 
 def fit_blocks(
@@ -52,11 +56,19 @@ def fit_blocks(
         if check_deterministic:
             again = estimate(forward, likelihood, parameters, data, settings, constants)
             _check_equal(found.blocks, again.blocks)
+    if len(found.unused) == len(parameters):
+        raise ValueError(
+            f"the outputs depend on none of the parameters ({', '.join(map(repr, found.unused))}), "
+            f"as far as autograd knows; expected a model that is not run inside torch.no_grad or "
+            f"torch.inference_mode, whose outputs are not detached, and an estimation that is not "
+            f"inside a transform of torch.func"
+        )
     if model is None and found.unused:
         raise ValueError(
             f"parameter {found.unused[0]!r} is not used by model_func; expected parameters that "
             f"the outputs depend on"
         )
+    warn_of_vanished(found.used, found.faint, found.num_examples)
     if found.unsupported:
         _warn(found, settings)
     if not found.blocks:
@@ -69,6 +81,10 @@ def fit_blocks(
         reduction=likelihood.reduction,
         fisher_type=settings.fisher_type.value,
         num_data=settings.num_data or found.num_examples,
+        settings={
+            **{name: settings.to_json()[name] for name in _TOLD},
+            "num_examples": found.num_examples,
+        },
     )
     kept = {name for block in found.blocks for name in block.parameters}
     shapes = {name: parameter.shape for name, parameter in parameters.items() if name in kept}
@@ -81,11 +97,9 @@ def _warn(found: Estimate, settings: EstimationSettings) -> None:
         Unsupported.DIAGONAL: "their Fisher matrix is an exact diagonal, without a rotated basis",
         Unsupported.SKIP: "they are left out, and not protected",
     }[settings.unsupported]
-    warnings.warn(
+    warn_user(
         f"there is no rule for the way in which these parameters are used: "
-        f"{', '.join(map(repr, found.unsupported))}; {treated}",
-        UserWarning,
-        stacklevel=4,
+        f"{', '.join(map(repr, found.unsupported))}; {treated}"
     )
 
 

@@ -14,6 +14,7 @@ from rotate_ewc.block import Block
 from rotate_ewc.kernels import Basis
 from rotate_ewc.operator import EKFACLinearOperator
 from rotate_ewc.options import as_non_negative_number
+from rotate_ewc.ranges import check_trace
 
 
 def merge(
@@ -37,7 +38,8 @@ def merge(
         An operator over all parameters of all operators.
 
     Raises:
-        ValueError: If shapes or blocks of a parameter do not fit together, naming it.
+        ValueError: If shapes or blocks of a parameter do not fit together, or a sum is not finite,
+            naming it.
         TypeError: If something is not an operator, or a weight not a number.
     """
     operators = list(operators)
@@ -66,6 +68,9 @@ def merge(
 
 def _merge_blocks(blocks: Sequence[Block]) -> Block:
     """Sum blocks of the same parameters, of equal or growing size."""
+    label = blocks[0].label
+    # No entry of a partial trace, nor of the result, is larger.
+    check_trace(torch.stack([block.trace for block in blocks]).sum(), label)
     if len(blocks) == 1:
         return blocks[0]
     d_out = max(block.eigenvalues.shape[1] for block in blocks)
@@ -76,8 +81,12 @@ def _merge_blocks(blocks: Sequence[Block]) -> Block:
     activation_bases, eigenvalues = _common_side(
         [b.activation_basis for b in blocks], eigenvalues, d_in, axis=2
     )
-    gradient_basis = kernels.merged_basis(gradient_bases, [v.sum(dim=2) for v in eigenvalues])
-    activation_basis = kernels.merged_basis(activation_bases, [v.sum(dim=1) for v in eigenvalues])
+    gradient_basis = kernels.merged_basis(
+        gradient_bases, [v.sum(dim=2) for v in eigenvalues], f"merged output factor of {label!r}"
+    )
+    activation_basis = kernels.merged_basis(
+        activation_bases, [v.sum(dim=1) for v in eigenvalues], f"merged input factor of {label!r}"
+    )
     projected = [
         kernels.project_eigenvalues(
             kernels.change_basis(old_gradient, gradient_basis),

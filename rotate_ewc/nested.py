@@ -34,7 +34,10 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Move the tensors in a nested value to a device; a value that is there already is kept."""
-    if all(tensor.device == device for tensor in tensors_in(value)):
+    """Move the tensors in a nested value to a device; a value that is there already is kept.
+
+    Tensors that were made in inference mode are copied: layers cannot keep them for gradients.
+    """
+    if all(t.device == device and not t.is_inference() for t in tensors_in(value)):
         return value
-    return map_tensors(lambda tensor: tensor.to(device), value)
+    return map_tensors(lambda t: t.to(device, copy=t.is_inference()), value)

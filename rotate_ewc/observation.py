@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
@@ -36,6 +36,7 @@ class Observation:
         first: Whether this is the batch's first observation; a batch is cut into several when the
             gradients of all its output vectors would not fit in the memory budget.
         squares: Squared per-example gradients, summed, of parameters whose uses have no rule.
+        batch: The batch's number in the data.
     """
 
     num_examples: int
@@ -48,6 +49,7 @@ class Observation:
     gradient_sets: Sequence[Sequence[Tensor]] = ()
     first: bool = True
     squares: Mapping[str, Tensor] = field(default_factory=dict)
+    batch: int = 0
 
     @property
     def storages(self) -> dict[int, int]:
@@ -81,6 +83,22 @@ class Observation:
         size = max(1, most // max(1, self._bytes_per_example(plan)))
         for start in range(0, self.num_examples, size):
             yield Portion(self, plan, slice(start, min(start + size, self.num_examples)), max_bytes)
+
+    def reaches(self, plan: Plan) -> bool:
+        """Whether a block gets a gradient that is not zero; False where that is not obvious.
+
+        It is where the gradients are outer products of g and something else, or are g.
+        """
+        for contribution in plan.contributions:
+            if contribution.is_weight:
+                inputs = self.uses[contribution.use].call.input
+                obvious = plan.form.factors is not Factors.NONE
+                obvious = obvious and (not inputs.is_floating_point() or bool(inputs.any()))
+            else:
+                obvious = plan.uniform and self._has_one_position(plan)
+            if obvious and any(bool(found[contribution.use].any()) for found in self.gradient_sets):
+                return True
+        return False
 
     def _bytes_per_example(self, plan: Plan) -> int:
         """Bytes that the work on one example takes in a block."""
@@ -119,6 +137,20 @@ class Portion:
     max_bytes: int
 
     @property
+    def label(self) -> str:
+        """The block's name."""
+        return self.plan.key.label
+
+    def halves(self) -> tuple[Portion, ...]:
+        """Return two portions of half the examples; none for a single example."""
+        start, stop = self.examples.start, self.examples.stop
+        middle = (start + stop) // 2
+        if middle == start:
+            return ()
+        halves = (slice(start, middle), slice(middle, stop))
+        return tuple(replace(self, examples=h, max_bytes=self.max_bytes // 2) for h in halves)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Statistics are accumulated in float32 or better, whatever the model computes in."""
         parameter = self.observation.parameters[self.plan.key.weight]
@@ -142,19 +174,27 @@ class Portion:
             return activations
         return torch.cat([torch.ones_like(activations[..., :1]), activations], dim=3)
 
-    def gradients(self) -> Iterator[Tensor]:
-        """Yield, for every output vector, the block's gradients g, `[groups, n, shared, d_out]`."""
-        for which in range(self.num_vectors):
+    def gradients(self, first: int = 0) -> Iterator[Tensor]:
+        """Yield, for every output vector, the block's gradients g, `[groups, n, shared, d_out]`.
+
+        Args:
+            first: The vector to begin with.
+        """
+        for which in range(first, self.num_vectors):
             parts = [
                 call.gradients(self._output_gradients(which, index))
                 for index, call in self._factored_calls()
             ]
             yield self._as_statistics(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
 
-    def example_gradients(self) -> Iterator[Tensor]:
-        """Yield, for every output vector, per-example gradients `[groups, n, d_out, d_in]`."""
+    def example_gradients(self, first: int = 0) -> Iterator[Tensor]:
+        """Yield, for every output vector, per-example gradients `[groups, n, d_out, d_in]`.
+
+        Args:
+            first: The vector to begin with.
+        """
         parameter = self.observation.parameters[self.plan.key.weight]
-        for which in range(self.num_vectors):
+        for which in range(first, self.num_vectors):
             total: Tensor | None = None
             for contribution in self.plan.contributions:
                 part = self._contributed(contribution, which, parameter)

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from rotate_ewc import kernels
-from rotate_ewc.batches import batches, count_examples
+from rotate_ewc.batches import batches, count_examples, naming_batch
 from rotate_ewc.capture import Trace, trace
+from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.losses import Likelihood
 from rotate_ewc.nested import tensors_in
+from rotate_ewc.notices import add_note
 from rotate_ewc.observation import Observation
 from rotate_ewc.one_by_one import add_squares, squares_like
 from rotate_ewc.options import EstimationSettings, Unsupported
 from rotate_ewc.placement import Placement, find_placements
 from rotate_ewc.plan import Plan, plan_blocks
+from rotate_ewc.retry import is_out_of_memory
 
 
 class Observer:
@@ -61,6 +64,9 @@ class Observer:
             description: What a progress bar shows.
             again: Whether the data were observed before: squares are not asked for twice.
 
+        What the model itself raises is not changed, but for a note that says which batch it was
+        (Python 3.11 or later); so is what the data raise.
+
         Raises:
             ValueError: If a batch or a layer cannot be handled; the message names it.
             TypeError: If a part of a batch, or the outputs, have the wrong type.
@@ -70,14 +76,16 @@ class Observer:
             data, self.device, progressbar=self.settings.progressbar, description=description
         ):
             try:
-                yield from self._observe_batch(inputs, targets, generator, again)
-            except (ValueError, TypeError) as error:
-                if type(error) not in (ValueError, TypeError):
-                    raise
-                raise type(error)(f"batch {index} of data: {error}") from error
+                with naming_batch(index):
+                    yield from self._observe_batch(index, inputs, targets, generator, again)
+            except RuntimeError as error:
+                add_note(error, f"in the model's own passes over batch {index} of data")
+                if is_out_of_memory(error):
+                    add_note(error, "smaller batches take less memory, as in training")
+                raise
 
     def _observe_batch(
-        self, inputs: Any, targets: Tensor, generator: torch.Generator, again: bool
+        self, index: int, inputs: Any, targets: Tensor, generator: torch.Generator, again: bool
     ) -> Iterator[Observation]:
         settings, likelihood = self.settings, self.likelihood
         num_examples = count_examples(inputs, settings.batch_size_fn)
@@ -93,6 +101,7 @@ class Observer:
             uses=recorded.uses,
             placements=self._find_placements(recorded, num_examples),
             computed=recorded.computed,
+            batch=index,
         )
         one_by_one = {} if again else self._one_by_one()
         if not recorded.uses and not one_by_one:
@@ -103,6 +112,9 @@ class Observer:
         )
         # One vector more is kept in hand, to know when the graph can be freed.
         following = next(vectors, None)
+        if following is None:
+            # No vectors at all (a single class): the Fisher matrix is that of one that is zero.
+            following = torch.zeros_like(outputs)
         gradient_sets: list[list[Tensor]] = []
         squares = squares_like(one_by_one)
         first, held = True, 0
@@ -154,7 +166,7 @@ class Observer:
 
     def _check_outputs(self, outputs: Tensor, targets: Tensor, num_examples: int) -> None:
         if not bool(torch.isfinite(outputs).all()):
-            raise ValueError("the model's outputs are not finite (NaN or infinity)")
+            raise NotFiniteError("the model's outputs are not finite (NaN or infinity)")
         if outputs.ndim == 0 or outputs.shape[0] % num_examples:
             raise ValueError(
                 f"the model's outputs have shape {list(outputs.shape)} for {num_examples} examples;"

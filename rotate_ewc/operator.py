@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc import algebra, snapshot, vectors
+from rotate_ewc import algebra, files, snapshot, vectors
 from rotate_ewc.block import Block
 from rotate_ewc.fitting import fit_blocks
 from rotate_ewc.options import (
@@ -22,8 +22,9 @@ from rotate_ewc.options import (
     check_positive_integer,
 )
 from rotate_ewc.parameters import Parameters, name_parameters
+from rotate_ewc.precision import check_storage_dtype
+from rotate_ewc.provenance import Provenance
 from rotate_ewc.quadratic import quadratic_form
-from rotate_ewc.snapshot import Provenance
 
 _MAX_DENSE_BYTES: Final = 4 * 2**30
 
@@ -133,7 +134,7 @@ class EKFACLinearOperator:
             raise TypeError(f"model_func is {model_func!r}; expected a module or a function")
         model = model_func if isinstance(model_func, nn.Module) else None
         named = name_parameters(params, model)
-        self._blocks, self._shapes, self._provenance = fit_blocks(
+        blocks, self._shapes, self._provenance = fit_blocks(
             model_func,
             loss_func,
             named,
@@ -142,6 +143,7 @@ class EKFACLinearOperator:
             model=model,
             check_deterministic=check_deterministic,
         )
+        self._blocks = _laid_out(blocks)
 
     @classmethod
     def from_blocks(
@@ -161,7 +163,7 @@ class EKFACLinearOperator:
             ValueError: If there are no blocks.
         """
         operator = cls.__new__(cls)
-        operator._blocks = tuple(blocks)
+        operator._blocks = _laid_out(blocks)
         if not operator._blocks:
             raise ValueError("blocks is empty; expected at least one block")
         operator._shapes = {name: torch.Size(shape) for name, shape in parameter_shapes.items()}
@@ -386,10 +388,10 @@ class EKFACLinearOperator:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> EKFACLinearOperator:
-        """Make an operator from a snapshot; nothing is decomposed again.
+        """Make an operator from a snapshot of this or an older format; nothing is decomposed again.
 
         Raises:
-            ValueError: If the snapshot is not whole or not consistent, naming the key.
+            SnapshotError: If the snapshot is not whole or not consistent, naming the key.
         """
         return cls.from_blocks(*snapshot.unpack(state))
 
@@ -399,14 +401,31 @@ class EKFACLinearOperator:
         self._blocks, self._shapes = loaded._blocks, loaded._shapes
         self._provenance = loaded._provenance
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the snapshot to a safetensors file, atomically."""
-        snapshot.save(self.state_dict(), path)
+    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+        """Write the snapshot to a safetensors file, whole or not at all.
+
+        Args:
+            path: The file; an older one is replaced.
+            dtype: What the tensors are stored in, such as `torch.bfloat16` for half the size and an
+                error of about 0.2 %; loaded, they have their own dtype again. None is their own.
+
+        Raises:
+            FileNotFoundError: If the folder does not exist.
+            ValueError: If the dtype is none to store a snapshot in.
+        """
+        check_storage_dtype(dtype)
+        files.save(snapshot.pack(self._blocks, self._shapes, self._provenance, dtype), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EKFACLinearOperator:
-        """Read a snapshot from a file that `save` wrote."""
-        return cls.from_state_dict(snapshot.load(path))
+        """Read a snapshot from a file that `save` wrote.
+
+        Raises:
+            SnapshotError: If the file is damaged or is none of these, naming it, and the key.
+            FileNotFoundError: If there is no file.
+        """
+        with files.loaded(path) as state:
+            return cls.from_state_dict(state)
 
     def __repr__(self) -> str:
         """Show size, provenance and blocks."""
@@ -426,3 +445,8 @@ class EKFACLinearOperator:
 
     def _with(self, blocks: Iterable[Block]) -> EKFACLinearOperator:
         return self.from_blocks(blocks, self._shapes, self._provenance)
+
+
+def _laid_out(blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """Give all tensors one layout: the bits of products depend on it, and files know no other."""
+    return tuple(block.map(Tensor.contiguous) for block in blocks)

@@ -82,9 +82,14 @@ def as_non_negative_number(name: str, value: object) -> float:
     """Return `value` as a float, or raise unless it is a finite number of at least zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}; expected a number of at least 0")
-    if not math.isfinite(value) or value < 0:
+    try:
+        number = float(value)
+    except OverflowError:
+        # An integer, which may also be too long to be written out.
+        raise ValueError(f"{name} is too large; expected a finite number of at least 0") from None
+    if not math.isfinite(number) or number < 0:
         raise ValueError(f"{name} is {value}; expected a finite number of at least 0")
-    return float(value)
+    return number
 
 
 def as_temperature(value: object) -> float:
@@ -149,3 +154,16 @@ class EstimationSettings:
             raise TypeError(f"seed is {self.seed!r}; expected an integer")
         if self.batch_size_fn is not None and not callable(self.batch_size_fn):
             raise TypeError(f"batch_size_fn is {self.batch_size_fn!r}; expected a function or None")
+
+    def to_json(self) -> dict[str, bool | int | str]:
+        """Return the settings that a snapshot tells, by the names of the arguments."""
+        return {
+            "fisher_type": self.fisher_type.value,
+            "mc_samples": self.mc_samples,
+            "kfac_approx": self.kfac_approx.value,
+            "separate_weight_and_bias": self.separate_weight_and_bias,
+            "seed": self.seed,
+            "memory_budget": self.memory_budget,
+            "progressbar": self.progressbar,
+            "unsupported": self.unsupported.value,
+        }

@@ -15,7 +15,7 @@ def name_parameters(params: Parameters, model: nn.Module | None) -> dict[str, Te
 
     Raises:
         TypeError: If something is not a floating-point tensor.
-        ValueError: If there are none, one comes twice, or one is not the model's.
+        ValueError: If there are none, one comes twice, is not the model's, or can have no gradient.
     """
     if isinstance(params, Tensor) or not isinstance(params, (Mapping, Iterable)):
         raise TypeError(
@@ -35,6 +35,11 @@ def name_parameters(params: Parameters, model: nn.Module | None) -> dict[str, Te
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"params {name!r} is {got}; expected a floating-point tensor")
+        if tensor.is_inference():
+            raise ValueError(
+                f"params {name!r} was made in inference mode, and can have no gradients; expected "
+                f"a model that is made outside of torch.inference_mode"
+            )
         if model is not None and id(tensor) not in known:
             raise ValueError(
                 f"params {name!r} (shape {list(tensor.shape)}) is not a parameter of the model; "

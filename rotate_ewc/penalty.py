@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -10,6 +10,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from rotate_ewc import files
+from rotate_ewc.consolidated import ConsolidatedTasks
+from rotate_ewc.errors import SnapshotError
 from rotate_ewc.fitting import fit_blocks
 from rotate_ewc.merging import merge
 from rotate_ewc.operator import EKFACLinearOperator
@@ -22,6 +25,7 @@ from rotate_ewc.options import (
     as_non_negative_number,
     as_patterns,
     as_temperature,
+    check_boolean,
     check_positive_integer,
 )
 from rotate_ewc.parameters import (
@@ -29,21 +33,22 @@ from rotate_ewc.parameters import (
     fits,
     name_parameters,
     parameters_of,
-    protected_slice,
     select_parameters,
     unwrapped,
 )
 from rotate_ewc.penalty_state import PenaltyState
+from rotate_ewc.precision import check_storage_dtype
 from rotate_ewc.proximal import check_step_size, proximal_step_
 from rotate_ewc.quadratic import quadratic_form
+from rotate_ewc.ranges import check_trace
 from rotate_ewc.stability import largest_curvature, warn_if_divergent
-from rotate_ewc.terms import Stack, Term, stack_terms
+from rotate_ewc.terms import Term
 
 MODES: Final = ("merged", "separate")
 WEIGHTINGS: Final = ("examples", "uniform")
 
 
-class EKFACPenalty(nn.Module):
+class EKFACPenalty(ConsolidatedTasks):
     """Elastic weight consolidation in a rotated basis.
 
     After each task, `consolidate` estimates the Fisher matrix F_t at the solution θ*. On later
@@ -133,21 +138,19 @@ class EKFACPenalty(nn.Module):
             ValueError: If a value is out of range, naming the argument.
             TypeError: If a value has the wrong type.
         """
-        super().__init__()
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, MODES))}")
         if weighting not in WEIGHTINGS:
             raise ValueError(
                 f"weighting is {weighting!r}; expected one of {', '.join(map(repr, WEIGHTINGS))}"
             )
+        check_boolean("strict", strict)
+        super().__init__(mode, weighting, strict=strict)
         self.strength = strength
-        self.mode = mode
-        self.weighting = weighting
         self.decay = as_non_negative_number("decay", decay)
         if self.decay > 1:
             raise ValueError(f"decay is {decay}; expected a number from 0 to 1")
         self.temperature = as_temperature(temperature)
-        self.strict = bool(strict)
         self.include = as_patterns("include", include)
         self.exclude = as_patterns("exclude", exclude)
         self.current_examples = None
@@ -161,11 +164,6 @@ class EKFACPenalty(nn.Module):
             progressbar=progressbar,
             unsupported=as_choice("unsupported", unsupported, Unsupported),
         )
-        self._terms: list[Term] = []
-        self._stacks: tuple[Stack, ...] = ()
-        self._num_tasks = 0
-        self._last_examples = 1
-        self._left_out: set[str] = set()
 
     @property
     def strength(self) -> float:
@@ -185,26 +183,6 @@ class EKFACPenalty(nn.Module):
     def current_examples(self, value: int | None) -> None:
         check_positive_integer("current_examples", value, optional=True)
         self._current_examples = value
-
-    @property
-    def num_tasks(self) -> int:
-        """Number of consolidated tasks."""
-        return self._num_tasks
-
-    @property
-    def terms(self) -> tuple[Term, ...]:
-        """The quadratic terms: one for each task, or one in all."""
-        return tuple(self._terms)
-
-    @property
-    def stacks(self) -> tuple[Stack, ...]:
-        """The blocks of all terms with their weights, those of the same form in one."""
-        return self._stacks
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors that are kept: bases, eigenvalues and anchors."""
-        return sum(t.nbytes for t in self.state_dict().values() if isinstance(t, Tensor))
 
     @property
     def scale(self) -> float:
@@ -275,6 +253,9 @@ class EKFACPenalty(nn.Module):
             self._softened(forward or model), loss_func, named, data, settings, model=model
         )
         scaled = [b.with_eigenvalues(b.eigenvalues * self.temperature**2) for b in blocks]
+        provenance = replace(
+            provenance, settings={**provenance.settings, "temperature": self.temperature}
+        )
         operator = EKFACLinearOperator.from_blocks(scaled, shapes, provenance)
         anchor = {name: named[name].detach().clone() for name in operator.parameter_shapes}
         self._fold_in(operator, anchor, weight, parameters_of(model))
@@ -345,60 +326,53 @@ class EKFACPenalty(nn.Module):
         learning_rate = as_non_negative_number("learning_rate", learning_rate)
         return warn_if_divergent(learning_rate, self.max_curvature, self.strength)
 
-    def deltas(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return `θ - θ*` by the stacks' own names for parameters, `[T, *shape]`.
+    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+        """Write what was learned, and the options, to a safetensors file: whole or not at all.
 
-        Those of parameters that are missing, and need not be there (`strict=False`), are zero.
-        """
-        deltas = {}
-        found = self.protected(parameters)
-        for stack in self._stacks:
-            for key, anchor in zip(stack.block.parameters, stack.anchors, strict=True):
-                # In half precision a difference would be known less well than its terms.
-                start = anchor.to(stack.block.eigenvalues.dtype)
-                # With an axis for the terms, autograd has nothing to sum over where there is one.
-                deltas[key] = found[key][None] - start if key in found else torch.zeros_like(start)
-        return deltas
-
-    def protected(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what is protected of each parameter, by the stacks' own names for parameters.
-
-        Those that are missing, and need not be there (`strict=False`), are left out.
+        Args:
+            path: The file; an older one is replaced.
+            dtype: What bases and eigenvalues are stored in, such as `torch.bfloat16` for less than
+                half the size; anchors stay as they are. None is their own.
 
         Raises:
-            ValueError: If one is missing, or smaller than it was.
+            FileNotFoundError: If the folder does not exist.
+            ValueError: If the dtype is none to store a snapshot in.
         """
-        found: dict[str, Tensor] = {}
-        for stack in self._stacks:
-            for key, name, anchor in zip(
-                stack.block.parameters, stack.names, stack.anchors, strict=True
-            ):
-                whole = self._protected(name, parameters, anchor[0])
-                if whole is not None:
-                    found[key] = whole
-        return found
+        check_storage_dtype(dtype)
+        files.save(self._state.to_dict(dtype=dtype), path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **options: Any) -> EKFACPenalty:
+        """Read a penalty from a file that `save` wrote.
+
+        Args:
+            path: The file.
+            **options: Arguments of the constructor that are to differ from those it was saved with;
+                `mode` and `weighting` cannot.
+
+        Raises:
+            SnapshotError: If the file is damaged or is none of these, naming it, and the key.
+            FileNotFoundError: If there is no file.
+            TypeError: If there is no such option.
+            ValueError: If an option is out of range.
+        """
+        with files.loaded(path) as state:
+            found = PenaltyState.from_dict(state)
+            try:
+                saved = cls(**found.options)
+            except (TypeError, ValueError) as error:
+                raise SnapshotError(f"snapshot's 'options' cannot be used: {error}") from None
+            found.check(mode=saved.mode, weighting=saved.weighting)
+            penalty = cls(**{**found.options, **options}) if options else saved
+            found.check(mode=penalty.mode, weighting=penalty.weighting)
+        penalty._restore(found)
+        return penalty
 
     def _softened(self, forward: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
         """Divide outputs by the temperature."""
         if self.temperature == 1.0:
             return forward
         return lambda inputs: forward(inputs) / self.temperature
-
-    def _protected(
-        self, name: str, parameters: Mapping[str, Tensor], anchor: Tensor
-    ) -> Tensor | None:
-        """Return the protected slice of a parameter; None for one that is left out."""
-        if self.strict or fits(name, parameters, anchor):
-            return protected_slice(name, parameters, anchor)
-        if name not in self._left_out:
-            self._left_out.add(name)
-            warnings.warn(
-                f"parameter {name!r} is missing in the model, or smaller than when it was "
-                f"consolidated, and is not protected any more (strict=False)",
-                UserWarning,
-                stacklevel=4,
-            )
-        return None
 
     def _fold_in(
         self,
@@ -427,41 +401,25 @@ class EKFACPenalty(nn.Module):
             merged = merge([term.operator for term in terms], [term.weight for term in terms])
             older = terms[0].anchor if len(terms) > 1 else {}
             terms = [Term(merged, {**older, **anchor}, 1.0)]
-        self._replace_terms(terms)
-        self._num_tasks += 1
-        self._last_examples = operator.num_data
+        for term in terms:
+            for block in term.operator.blocks:
+                check_trace(block.trace * term.weight, block.label)
+        self._replace_terms(terms, self._num_tasks + 1, operator.num_data)
 
-    def _replace_terms(self, terms: Sequence[Term]) -> None:
-        self._terms, self._stacks = stack_terms(terms)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EKFACPenalty:
-        """Move or cast the state, as `nn.Module.to` and its relatives ask for."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._replace_terms([term.map(fn) for term in self._terms])
-        return self
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        state = PenaltyState(
-            self.mode, self.weighting, tuple(self._terms), self._num_tasks, self._last_examples
-        )
-        destination.update(state.to_dict(prefix))
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Check the whole state before anything is replaced."""
-        state = PenaltyState.from_dict(state_dict, prefix, mode=self.mode, weighting=self.weighting)
-        self._replace_terms(state.terms)
-        self._num_tasks, self._last_examples = state.num_tasks, state.last_examples
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments that make a penalty like this one, as JSON can hold them."""
+        return {
+            "strength": self.strength,
+            "mode": self.mode,
+            "weighting": self.weighting,
+            "decay": self.decay,
+            "temperature": self.temperature,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "strict": self.strict,
+            **self.settings.to_json(),
+        }
 
     def extra_repr(self) -> str:
         """Show strength, mode and tasks."""

@@ -9,7 +9,9 @@ import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
+from rotate_ewc import kernels
 from rotate_ewc.capture import Trace
+from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.recorder import Use
 
 
@@ -105,8 +107,11 @@ def _passing(
     use: Use, gradient: Tensor, placements: Sequence[Placement], example: int, num_examples: int
 ) -> list[Placement]:
     """Return the placements by which one example's gradient is in its own rows alone."""
-    if not bool(torch.isfinite(gradient.sum())):
-        raise ValueError(f"the output gradients of {use.name!r} are not finite (NaN or infinity)")
+    # Their sum may be too large for half precision where each of them is not.
+    if not bool(torch.isfinite(gradient.sum(dtype=kernels.statistics_dtype(gradient.dtype)))):
+        raise NotFiniteError(
+            f"the output gradients of {use.name!r} are not finite (NaN or infinity)"
+        )
     everywhere = int(gradient.count_nonzero())
     passing = [
         placement

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Use:
     @property
     def unmodified(self) -> bool:
         """Whether the input still is what the layer saw."""
-        return self.call.input._version == self.input_version
+        return _version(self.call.input) == self.input_version
 
     @property
     def name(self) -> str:
@@ -130,6 +130,7 @@ class Recorder(TorchFunctionMode):
         edges: An edge to the output of every use.
         computed: Tensors computed from tracked parameters and constants alone, by key.
         refusals: Uses by operations that have no rule.
+        hidden: Names of parameters that were used while gradients were off.
         data_nodes: For the autograd node of every operation that used parameters and data, whether
             it has a rule or not, the nodes that its data came from.
     """
@@ -146,6 +147,7 @@ class Recorder(TorchFunctionMode):
         self.edges: list[GradientEdge] = []
         self.computed: dict[str, Computed] = {}
         self.refusals: list[Refusal] = []
+        self.hidden: set[str] = set()
         self.data_nodes: dict[Any, list[Any]] = {}
         self._names = {id(tensor): name for name, tensor in parameters.items()}
         self._sources = {id(tensor): frozenset({name}) for name, tensor in parameters.items()}
@@ -182,7 +184,10 @@ class Recorder(TorchFunctionMode):
             self._expanded[id(result)] = (result, args[0])
         if fixed and (tensors or func in _CONSTANT or func in _BLANK):
             self._note_constants(func, tensors, sources, result)
-        outputs = [t for t in tensors_in(result) if t.requires_grad and not t.is_leaf]
+        results = list(tensors_in(result))
+        outputs = [t for t in results if t.requires_grad and not t.is_leaf]
+        if results and not torch.is_grad_enabled():
+            self.hidden |= sources
         if not sources or not outputs:
             return result
         if computing:
@@ -260,7 +265,7 @@ class Recorder(TorchFunctionMode):
         if frozenset[str]().union(*known) != sources:
             return None
         detached = replace(call, input=call.input.detach())
-        return Use(weight, bias, detached, call.input._version)
+        return Use(weight, bias, detached, _version(call.input))
 
 
 def _output_edge(func: Callable[..., Any], output: Tensor) -> GradientEdge:
@@ -278,15 +283,13 @@ def _output_edge(func: Callable[..., Any], output: Tensor) -> GradientEdge:
     return get_gradient_edge(base if whole else output)
 
 
-def _is_composite(func: Callable[..., Any]) -> bool:
+def _is_composite(func: Callable[..., Any]) -> TypeGuard[FunctionType]:
     """Whether a function is written in Python, of operations that can be seen themselves."""
     return isinstance(func, FunctionType) and func.__module__ == nn.functional.__name__
 
 
-def _opened(func: Callable[..., Any]) -> Callable[..., Any]:
+def _opened(func: FunctionType) -> Callable[..., Any]:
     """Return a function of torch that does not show itself as a whole, but what it is made of."""
-    if not isinstance(func, FunctionType):
-        return func
     unseen = dict.fromkeys(_DISPATCH_CHECKS, lambda *_: False)
     copy = FunctionType(
         func.__code__,

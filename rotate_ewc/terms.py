@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from rotate_ewc.block import Block
+from rotate_ewc.errors import SnapshotError
 from rotate_ewc.operator import EKFACLinearOperator
-from rotate_ewc.snapshot import SnapshotError
+from rotate_ewc.options import as_non_negative_number
+from rotate_ewc.precision import DTYPES
+from rotate_ewc.snapshot import checked_tensor, describe, restore, tensors_of
 
 
 @dataclass(frozen=True)
@@ -50,24 +53,53 @@ class Term:
         operator = EKFACLinearOperator.from_blocks(blocks, shapes, self.operator.provenance)
         return Term(operator, kept, self.weight)
 
-    def state(self, prefix: str) -> dict[str, Any]:
-        """Return the term's tensors and header, under keys that begin with `prefix`."""
-        operator = self.operator.state_dict()
+    def describe(self) -> dict[str, Any]:
+        """Return what a header says of the term."""
+        operator = self.operator
+        described = describe(operator.blocks, operator.parameter_shapes, operator.provenance)
+        return {"weight": self.weight, "operator": described}
+
+    def tensors(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return the term's tensors under keys that begin with `prefix`.
+
+        Args:
+            prefix: What the keys begin with.
+            dtype: In what bases and eigenvalues are stored, where that is less than they have.
+        """
+        operator = tensors_of(self.operator.blocks, dtype)
         return {
             **{f"{prefix}operator/{key}": value for key, value in operator.items()},
             **{f"{prefix}anchor/{name}": anchor for name, anchor in self.anchor.items()},
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], prefix: str, weight: float) -> Term:
-        """Read and check what `state` returned.
+    def restore(cls, description: object, tensors: Mapping[str, Any], prefix: str) -> Term:
+        """Make a term of what `describe` and `tensors` returned, with the prefix taken off.
+
+        Args:
+            description: What the header says of it.
+            tensors: Its tensors, by keys without the prefix.
+            prefix: What messages put in front of the tensors' keys.
 
         Raises:
             SnapshotError: If anything is missing, left over, of the wrong shape or not finite.
         """
-        operator = EKFACLinearOperator.from_state_dict(_below(state, f"{prefix}operator/"))
-        anchor = _below(state, f"{prefix}anchor/")
-        shapes = operator.parameter_shapes
+        if not isinstance(description, dict) or not isinstance(description.get("operator"), dict):
+            raise SnapshotError(f"snapshot has the term {description!r:.99}; expected a dictionary")
+        try:
+            weight = as_non_negative_number("weight", description.get("weight"))
+        except (TypeError, ValueError) as error:
+            raise SnapshotError(f"snapshot's term {prefix!r}: {error}") from None
+        parts = {part: _below(tensors, f"{part}/") for part in ("operator", "anchor")}
+        blocks = restore(description["operator"], parts["operator"], f"{prefix}operator/")
+        operator = EKFACLinearOperator.from_blocks(*blocks)
+        for block in operator.blocks:
+            if not bool(torch.isfinite(block.eigenvalues * weight).all()):
+                raise SnapshotError(
+                    f"snapshot's term {prefix!r}: weight is {weight}, with which eigenvalues of "
+                    f"{block.label!r} overflow; expected less"
+                )
+        shapes, anchor = operator.parameter_shapes, parts["anchor"]
         for name in sorted(set(shapes) ^ set(anchor)):
             raise SnapshotError(
                 f"snapshot key {f'{prefix}anchor/{name}'!r} is missing or unexpected"
@@ -96,7 +128,7 @@ class Stack:
 def stack_terms(terms: Sequence[Term]) -> tuple[list[Term], tuple[Stack, ...]]:
     """Put the blocks of terms that have the same form into stacks.
 
-    Terms whose parameters have grown in between are in different stacks.
+    Terms whose parameters have grown in between, or changed their dtype, are in different stacks.
 
     Returns:
         The terms, whose bases are now views of those of the stacks; and the stacks.
@@ -106,7 +138,8 @@ def stack_terms(terms: Sequence[Term]) -> tuple[list[Term], tuple[Stack, ...]]:
         for block in term.operator.blocks:
             shapes = tuple(term.anchor[name].shape for name in block.parameters)
             bases = (block.gradient_basis is None, block.activation_basis is None)
-            form = (block.parameters, shapes, block.eigenvalues.shape, bases, block.transposed)
+            values = (block.eigenvalues.shape, block.eigenvalues.dtype)
+            form = (block.parameters, shapes, values, bases, block.transposed)
             together.setdefault(form, []).append((index, block))
     stacks: list[Stack] = []
     shared: dict[tuple[int, tuple[str, ...]], Block] = {}
@@ -165,10 +198,9 @@ def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _check_anchor(key: str, value: Any, shape: torch.Size) -> None:
-    if not isinstance(value, Tensor) or value.shape != shape:
-        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor) or value.dtype not in DTYPES.values():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise SnapshotError(
-            f"snapshot key {key!r} is {got}; expected a tensor of shape {list(shape)}"
+            f"snapshot key {key!r} is {got}; expected a tensor of {', '.join(DTYPES)}"
         )
-    if not bool(torch.isfinite(value).all()):
-        raise SnapshotError(f"snapshot key {key!r} is not finite")
+    checked_tensor(key, value, shape, value.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rotate_ewc import EKFACLinearOperator
 from rotate_ewc.block import Block
-from rotate_ewc.snapshot import Provenance
+from rotate_ewc.provenance import Provenance
 
 BASES = st.sampled_from(["both", "gradient", "activation", "none"])
 

@@ -158,6 +158,7 @@ def test_unknown_arguments_are_named(name: str) -> None:
         ("decay", -0.5, ValueError),
         ("decay", None, TypeError),
         ("temperature", 0.0, ValueError),
+        ("temperature", -1.0, ValueError),
         ("temperature", float("inf"), ValueError),
         ("temperature", "2", TypeError),
         ("include", "0.*", TypeError),

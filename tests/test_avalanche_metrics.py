@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from avalanche.benchmarks import split_online_stream
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.logging import CSVLogger, InteractiveLogger, TensorboardLogger, TextLogger
 from avalanche.training.plugins import EvaluationPlugin
@@ -16,6 +17,7 @@ from torch import nn
 
 from rotate_ewc import EKFACPenalty, RotatedAdam
 from rotate_ewc.avalanche import RotatedEWCPlugin, rotated_ewc_metrics
+from rotate_ewc.avalanche.metrics import SnapshotMetric
 from tests.test_avalanche import dataset, domain_benchmark, net
 
 CE = nn.CrossEntropyLoss()
@@ -171,3 +173,31 @@ def test_a_strategy_without_the_plugin_is_told() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="has 0 RotatedEWCPlugin; expected one"):
         strategy.train(domain_benchmark(1).train_stream[0])
+
+
+def test_results_of_the_snapshot_metric_itself() -> None:
+    """The duration of the last snapshot, which Avalanche may ask for and reset."""
+    metric = SnapshotMetric(sizes=True, traces=False)
+    assert metric.result() == 0.0
+    evaluator = EvaluationPlugin([metric])
+    _, plugin = train(evaluator, tasks=1)
+    assert plugin.snapshot_seconds is not None
+    assert metric.result() == plugin.snapshot_seconds > 0
+    metric.reset()
+    assert metric.result() == 0.0
+
+
+def test_no_snapshot_no_values() -> None:
+    """In the middle of an online task there is none."""
+    evaluator = EvaluationPlugin(rotated_ewc_metrics())
+    stream = split_online_stream(domain_benchmark(1).train_stream, experience_size=8)
+    strategy = Naive(
+        model=(model := net()), optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
+        criterion=CE, train_mb_size=8, plugins=[RotatedEWCPlugin(10.0)], evaluator=evaluator,
+    )  # fmt: skip
+    counts = []
+    for part in stream:
+        strategy.train(part)
+        found = [k for k in evaluator.get_all_metrics() if k.startswith("RotatedEWC_Snapshot")]
+        counts.append(len(found))
+    assert counts == [0, 0, 1]

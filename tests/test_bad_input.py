@@ -462,3 +462,69 @@ def test_columns_must_agree() -> None:
     vectors = [torch.zeros(*p.shape, 2 + i % 2) for i, p in enumerate(model.parameters())]
     with pytest.raises(ValueError, match=r"different numbers of columns: \[\(2,\), \(3,\)\]"):
         operator @ vectors
+
+
+class Alternating(nn.Module):
+    """Uses its parameters in another way in every call."""
+
+    def __init__(self, *ways: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.ways, self.calls = ways, 0
+        self.weight, self.other = (nn.Parameter(torch.randn(3, 4)) for _ in range(2))
+        self.b1, self.b2 = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.ways[min(self.calls, len(self.ways)) - 1](self, x)
+
+
+def test_layer_that_appears_in_the_second_pass() -> None:
+    model = Alternating(
+        lambda m, x: F.linear(x, m.weight),
+        lambda m, x: F.linear(x, m.weight) + F.linear(x, m.other),
+    )
+    with pytest.raises(ValueError, match="'other' was used in the second pass over the data but"):
+        EKFACLinearOperator(
+            model, CE, [model.weight, model.other], [batch()],
+            check_deterministic=False, memory_budget=1,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_pairs_that_differ_between_batches(joint: bool) -> None:
+    model = Alternating(
+        lambda m, x: F.linear(x, m.weight, m.b1), lambda m, x: F.linear(x, m.weight, m.b2)
+    )
+    params, data = [model.weight, model.b1, model.b2], [batch(6), batch(5)]
+    options: dict[str, Any] = {"check_deterministic": False, "separate_weight_and_bias": not joint}
+    if not joint:
+        assert EKFACLinearOperator(model, CE, params, data, **options).trace > 0
+        return
+    with pytest.raises(ValueError, match=r"'weight' is used in different pairs .*'weight\+b1' and"):
+        EKFACLinearOperator(model, CE, params, data, **options)
+
+
+def test_errors_of_the_users_own_kind_come_through_as_they_are() -> None:
+    class OwnError(ValueError):
+        def __init__(self, one: int, two: int) -> None:
+            super().__init__(f"{one} and {two}")
+
+    def fails(m: nn.Module, x: Tensor) -> Tensor:
+        raise OwnError(1, 2)
+
+    check_refused("^1 and 2$", Alternating(fails), error=OwnError)
+
+
+def test_model_whose_outputs_have_another_shape_for_one_example() -> None:
+    """Without a rule every example is run by itself, and must give what it gave in the batch."""
+
+    def squeezed(m: Any, x: Tensor) -> Tensor:
+        outputs = x @ m.weight.mT.sinh() + torch.einsum("ni,oi->no", x, m.other.cumsum(0))
+        return outputs if len(x) > 1 else outputs[0]
+
+    model = Alternating(lambda m, x: squeezed(m, x) * torch.ops.aten.sin(m.b1 + 1.0 + 0 * x[0, 0]))
+    with pytest.raises(ValueError, match="example 0 are not the same when it is run by itself"):
+        EKFACLinearOperator(
+            model, CE, [model.weight, model.other, model.b1], [batch()], unsupported="diagonal"
+        )

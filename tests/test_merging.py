@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rotate_ewc import EKFACLinearOperator, merge
 from rotate_ewc.block import Block
-from rotate_ewc.snapshot import Provenance
+from rotate_ewc.provenance import Provenance
 from tests.oracles import dense_block, dense_operator
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}

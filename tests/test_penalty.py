@@ -254,11 +254,11 @@ def spoil(state: dict[str, Any], how: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("missing", "'3.weight/eigenvalues' is missing"),
-        ("anchor", r"'0/anchor/3.weight' is \[1, 12\]; expected a tensor of shape \[3, 12\]"),
+        ("missing", "'0/operator/3.weight/eigenvalues' is missing"),
+        ("anchor", r"'0/anchor/3.weight' is torch.float64 of shape \[1, 12\]; expected"),
         ("no anchor", "'0/anchor/3.weight' is missing"),
-        ("nan", "'3.weight/eigenvalues' has values that are not finite"),
-        ("negative", "'3.weight/eigenvalues' has negative values"),
+        ("nan", "'0/operator/3.weight/eigenvalues' has values that are not finite"),
+        ("negative", "'0/operator/3.weight/eigenvalues' has negative values"),
         ("extra", "unexpected key '7/anchor/3.weight'"),
         ("header", "'header' is not JSON"),
         ("no header", "'header' is NoneType; expected a JSON string"),

@@ -3,7 +3,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from threading import get_ident
 from time import sleep
-from typing import Any
 
 import pytest
 import torch
@@ -163,13 +162,13 @@ def test_eigenbases_in_threads_are_those_of_one_after_another(
 ) -> None:
     """Each belongs to its own matrix, also of several groups, and threads are set as before."""
     monkeypatch.setattr(kernels, "_SMALLEST_IN_THREADS", 4)
-    plain, seen = torch.linalg.eigh, []
+    plain, seen = kernels.decomposed, []
 
-    def watched(covariance: Tensor, **options: Any) -> Any:
+    def watched(covariance: Tensor, label: str) -> tuple[Tensor, str]:
         seen.append((covariance.shape[1], get_ident() != caller, torch.get_num_threads()))
-        return plain(covariance, **options)
+        return plain(covariance, label)
 
-    monkeypatch.setattr(torch.linalg, "eigh", watched)
+    monkeypatch.setattr(kernels, "decomposed", watched)
     caller, sizes = get_ident(), ((1, 6), (2, 7), (1, 8), (1, 20), (1, 8), (1, 5), (1, 6))
     covariances = [root @ root.mT for root in (seeded(g, size, size) for g, size in sizes)]
     threads = torch.get_num_threads()
@@ -207,14 +206,14 @@ def test_threads_only_where_they_gain(
     sizes: tuple[int, ...], smallest: int, in_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With two threads: a matrix of half of the work or more gets both, small ones get none."""
-    plain, caller, found = torch.linalg.eigh, get_ident(), []
+    plain, caller, found = kernels.decomposed, get_ident(), []
 
-    def watched(covariance: Tensor, **options: Any) -> Any:
+    def watched(covariance: Tensor, label: str) -> tuple[Tensor, str]:
         found.append(get_ident())
         sleep(0.01)  # so that further threads, if there were any, would take the next
-        return plain(covariance, **options)
+        return plain(covariance, label)
 
-    monkeypatch.setattr(torch.linalg, "eigh", watched)
+    monkeypatch.setattr(kernels, "decomposed", watched)
     monkeypatch.setattr(kernels, "_SMALLEST_IN_THREADS", smallest)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -229,13 +228,13 @@ def test_threads_only_where_they_gain(
 
 
 def test_what_fails_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(covariance: Tensor, **options: Any) -> Any:
+    def fails(covariance: Tensor, label: str) -> tuple[Tensor, str]:
         if get_ident() == caller:
             pytest.fail("expected to be called in a thread")
         raise ValueError(f"no basis of size {covariance.shape[1]}")
 
     monkeypatch.setattr(kernels, "_SMALLEST_IN_THREADS", 4)
-    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    monkeypatch.setattr(kernels, "decomposed", fails)
     caller, threads = get_ident(), torch.get_num_threads()
     torch.set_num_threads(2)
     try:

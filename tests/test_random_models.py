@@ -190,6 +190,8 @@ def cut(rng: random.Random, total: int) -> list[int]:
     return sizes
 
 
+# Of some, the parameters that are chosen have no effect: the exact matrix is zero then, too.
+@pytest.mark.filterwarnings("ignore:the Fisher matrix has vanished:RuntimeWarning")
 @pytest.mark.parametrize("seed", range(120))
 def test_random_model(seed: int) -> None:
     """Eigenvalues are the exact diagonal in their own basis, whatever the model and the choices."""

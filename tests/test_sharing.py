@@ -91,13 +91,13 @@ def test_one_factor_and_one_eigh_serve_a_weight_and_its_bias(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes: list[int] = []
-    plain = kernels.eigenbasis
+    plain = kernels.decomposed
 
-    def counted(covariance: Tensor) -> Tensor:
+    def counted(covariance: Tensor, label: str) -> tuple[Tensor, str]:
         sizes.append(covariance.shape[1])
-        return plain(covariance)
+        return plain(covariance, label)
 
-    monkeypatch.setattr(kernels, "eigenbasis", counted)
+    monkeypatch.setattr(kernels, "decomposed", counted)
     network = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     data = [(torch.ones(2, 5), torch.tensor([0, 1]))]
     EKFACLinearOperator(network, LOSS, list(network.parameters()), data, check_deterministic=False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotate_ewc import EKFACPenalty
-from tests.oracles import assert_close
+from tests.oracles import assert_close, dense_operator
 from tests.penalties import (
     CE,
     MODELS,
@@ -122,6 +122,27 @@ def test_growth_between_tasks() -> None:
         check(penalty, model, [form(model) for form in forms])
     shapes = [tuple(term.anchor["0.weight"].shape) for term in penalty.terms]
     assert shapes == [(5, 4), (5, 4), (5, 6), (5, 6)]
+
+
+def test_another_dtype_between_tasks() -> None:
+    """The terms stay in the dtypes they were estimated in, and can be multiplied with."""
+    model = make("plain").float()
+    penalty = EKFACPenalty(STRENGTH, "separate", fisher_type="type2")
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        data = [(inputs.to(dtype), targets) for inputs, targets in task("plain", 1)]
+        penalty.consolidate(model, CE, data)
+        move(model, 2)
+    total = 0.0
+    for term, dtype in zip(penalty.terms, (torch.float32, torch.float64), strict=True):
+        tensors = [t for block in term.operator.blocks for t in block.tensors.values()]
+        assert {t.dtype for t in tensors} == {dtype}
+        delta = torch.cat([(p - term.anchor[n]).flatten() for n, p in model.named_parameters()])
+        blocks = [block.map(lambda tensor: tensor.double()) for block in term.operator.blocks]
+        matrix = dense_operator(blocks, shapes_of(model))
+        total += 0.5 * penalty.scale * term.weight * (delta @ matrix @ delta).item()
+        torch.testing.assert_close(term.operator.to_dense().double(), matrix)
+    assert penalty(model).item() == pytest.approx(total, rel=1e-5)
 
 
 def test_other_parameters_in_other_tasks() -> None:

@@ -386,3 +386,84 @@ def test_compiled_and_functional_uses() -> None:
     assert_close(flattened, form.gradient(contact))
     compiled = torch.compile(model, backend="eager")
     assert tangent(compiled).item() == tangent(model).item()
+
+
+# ------------------------------------------------------------------ the state
+
+
+def begun(**options: Any) -> tuple[nn.Module, EKFACPenalty, TangentPenalty]:
+    """A tangent between two refreshes."""
+    model, penalty, _ = consolidated(**options)
+    tangent = TangentPenalty(penalty)
+    tangent(model)
+    move(model, 5)
+    tangent.refresh_(model, 0.1)
+    move(model, 6)
+    return model, penalty, tangent
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
+def test_a_tangent_that_was_saved_is_the_same(joint: bool) -> None:
+    model, penalty, tangent = begun(separate_weight_and_bias=not joint)
+    state = copy.deepcopy(tangent.state_dict())
+    resumed = TangentPenalty(penalty)
+    resumed.load_state_dict(state)
+    for key in state:
+        if key != "header":
+            # What is loaded is its own.
+            state[key].fill_(7.0)
+    assert_close(resumed(model), tangent(model))
+    assert (penalty(model) - tangent(model)).abs() > 1e-6
+    other = copy.deepcopy(model)
+    tangent.refresh_(model, 0.2)
+    resumed.refresh_(other, 0.2)
+    assert_close(flat(other), flat(model))
+
+
+def test_a_tangent_that_has_not_begun_or_is_over() -> None:
+    """There is nothing to save, and after loading it begins anew."""
+    model, penalty, tangent = begun()
+    empty = TangentPenalty(penalty).state_dict()
+    assert list(empty) == ["header"]
+    expected = penalty(model)
+    assert (tangent(model) - expected).abs() > 1e-6
+    tangent.load_state_dict(empty)
+    assert_close(tangent(model), expected)
+    penalty.consolidate(model, CE, task("plain", 7))
+    assert list(tangent.state_dict()) == ["header"]
+
+
+def change(state: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {k: v for k, v in state.items() if k != key}
+    return {**state, key: value}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("header", None, "state has no header"),
+        ("header", 3, "state has no header"),
+        ("header", "{", "state has no header"),
+        ("header", '{"format": "rotate_ewc.tangent/1"}', "state has no header .*'tasks'"),
+        ("header", '{"format": "x", "tasks": 1}', "format 'x'; expected 'rotate_ewc.tangent/1'"),
+        (
+            "header",
+            '{"format": "rotate_ewc.tangent/1", "tasks": 2}',
+            "a penalty with 2 tasks, but this one has 1; load the penalty's own state first",
+        ),
+        ("contact/0/0.weight", None, "'contact/0/0.weight' is None; expected a tensor"),
+        ("gradient/1/0.bias", 3.0, r"'gradient/1/0.bias' is 3.0; expected .*float64 \[1, 5\]"),
+        ("gradient/1/0.bias", torch.zeros(1, 6).double(), r"\[1, 6\]; expected .* \[1, 5\]"),
+        ("gradient/1/0.bias", torch.zeros(1, 5), "is torch.float32 .*; expected .*float64"),
+        ("contact/1/0.bias", torch.full((1, 5), torch.nan).double(), "not finite"),
+        ("contact/9/0.bias", torch.zeros(1, 5), "unexpected key 'contact/9/0.bias'"),
+    ],
+)
+def test_damaged_states_are_refused(key: str, value: Any, message: str) -> None:
+    """By name, and nothing is changed."""
+    model, _, tangent = begun()
+    before = tangent(model)
+    with pytest.raises(ValueError, match=message):
+        tangent.load_state_dict(change(tangent.state_dict(), key, value))
+    assert torch.equal(tangent(model), before)

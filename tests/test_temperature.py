@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from rotate_ewc import EKFACPenalty
-from rotate_ewc.avalanche import RotatedEWCPlugin
 from tests.oracles import assert_close, dense_operator
 from tests.penalties import CE, make, move, task
 
@@ -88,15 +87,10 @@ def test_a_forward_function_is_softened_too() -> None:
     assert torch.equal(penalty.terms[0].operator.trace, expected.terms[0].operator.trace)
 
 
-def test_plugin_hands_it_on() -> None:
-    assert RotatedEWCPlugin(3.0, temperature=2.5).penalty.temperature == 2.5
-
-
 @pytest.mark.parametrize(
     ("value", "error"),
     [(0.0, ValueError), (-1.0, ValueError), (float("inf"), ValueError), ("2", TypeError)],
 )
 def test_bad_temperatures(value: Any, error: type[Exception]) -> None:
-    for make_it in (EKFACPenalty, RotatedEWCPlugin):
-        with pytest.raises(error, match=f"temperature is '?{value}"):
-            make_it(3.0, temperature=value)
+    with pytest.raises(error, match=f"temperature is '?{value}"):
+        EKFACPenalty(3.0, temperature=value)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Subset
 
 from rotate_ewc.avalanche.batches import Batches, forward_batch, whole_task
 from rotate_ewc.avalanche.verbosity import shows_progress
+from rotate_ewc.errors import SnapshotError
 from rotate_ewc.options import (
     FisherType,
     KFACType,
@@ -28,7 +29,6 @@ from rotate_ewc.options import (
 from rotate_ewc.parameters import parameters_of
 from rotate_ewc.penalty import EKFACPenalty
 from rotate_ewc.rotated_adam import RotatedAdam
-from rotate_ewc.snapshot import SnapshotError
 from rotate_ewc.step_size import StepSizes, check_optimizer, learning_rate_of, step_sizes_of
 from rotate_ewc.tangent import TangentPenalty
 

@@ -98,7 +98,8 @@ class Categorical(Likelihood):
             tails = p.flip(1).cumsum(dim=1).flip(1)
             for c in range(p.shape[1] - 1):
                 tail = tails[:, c + 1 :][:, :1]
-                size = (p[:, c : c + 1] * tail / tails[:, c : c + 1]).sqrt().nan_to_num(0.0)
+                # The quotient first, since the product of two small ones may be too small.
+                size = (p[:, c : c + 1] * (tail / tails[:, c : c + 1])).sqrt().nan_to_num(0.0)
                 size = size * roots[at_position]
                 column = torch.zeros_like(p)
                 column[:, c : c + 1] = size
@@ -114,17 +115,17 @@ class Categorical(Likelihood):
         size = max(1, _DRAWN_AT_ONCE // max(1, outputs[0].numel()))
         labels = torch.cat([_drawn(part, generator) for part in torch.split(probabilities, size)])
         roots = self._strengths(outputs, targets).sqrt()
-        ones = torch.ones_like(probabilities[:, :1])
-        return probabilities.scatter_add_(1, labels.unsqueeze(1), -ones).mul_(roots)
+        return _minus_one_hot_(probabilities, labels.unsqueeze(1)).mul_(roots)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return `s p - q`."""
-        scaled = outputs.softmax(dim=1).mul_(self._strengths(outputs, targets))
+        probabilities = outputs.softmax(dim=1)
         if self._plain(targets):
             # No second tensor of the outputs' size, which a large vocabulary makes large.
             kept = (targets != self.ignore_index).unsqueeze(1)
             labels = targets.unsqueeze(1).long().where(kept, 0)
-            return scaled.scatter_add_(1, labels, -kept.to(scaled.dtype))
+            return _minus_one_hot_(probabilities, labels).mul_(kept)
+        scaled = probabilities.mul_(self._strengths(outputs, targets))
         return scaled.sub_(self._target_weights(outputs, targets))
 
     def _plain(self, targets: Tensor) -> bool:
@@ -200,3 +201,14 @@ def _drawn(probabilities: Tensor, generator: Generator) -> Tensor:
 def _one_hot(labels: Tensor, outputs: Tensor) -> Tensor:
     """Return labels `[N, ...]` as one-hot vectors `[N, C, ...]` in the outputs' dtype."""
     return torch.zeros_like(outputs).scatter_(1, labels.long().unsqueeze(1), 1.0)
+
+
+def _minus_one_hot_(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return `p - e_y`, in place, with all digits also where p is next to one for the label.
+
+    Args:
+        probabilities: p, `[N, C, ...]`.
+        labels: y, `[N, 1, ...]`.
+    """
+    others = probabilities.scatter_(1, labels, 0.0).sum(dim=1, keepdim=True)
+    return probabilities.scatter_(1, labels, -others)

@@ -130,16 +130,17 @@ class Bernoulli(Elementwise):
 
     def sampled_vector(self, outputs: Tensor, targets: Tensor, generator: Generator) -> Tensor:
         """Return `√s (σ - y)` with labels y drawn from σ."""
-        probabilities = torch.sigmoid(outputs)
-        drawn = torch.bernoulli(probabilities, generator=generator)
-        return self._strength(outputs, targets).sqrt() * (probabilities - drawn)
+        drawn = torch.bernoulli(torch.sigmoid(outputs), generator=generator)
+        # σ(x) - 1 is -σ(-x), which has all digits also where σ(x) is next to one.
+        difference = torch.where(drawn > 0, -torch.sigmoid(-outputs), torch.sigmoid(outputs))
+        return self._strength(outputs, targets).sqrt() * difference
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return `s σ - w c y`."""
-        positive = targets.to(outputs.dtype)
-        for factor in (self.weight, self.pos_weight):
-            positive = positive if factor is None else positive * factor.to(outputs)
-        return self._strength(outputs, targets) * torch.sigmoid(outputs) - positive
+        """Return `s σ - w c y`, written as `w ((1 - y) σ(x) - c y σ(-x))` to stay exact."""
+        labels = targets.to(outputs.dtype)
+        positive = labels if self.pos_weight is None else labels * self.pos_weight.to(outputs)
+        gradient = (1 - labels) * torch.sigmoid(outputs) - positive * torch.sigmoid(-outputs)
+        return gradient if self.weight is None else gradient * self.weight.to(outputs)
 
     def _strength(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return s, of the outputs' shape."""

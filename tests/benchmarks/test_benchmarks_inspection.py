@@ -117,12 +117,3 @@ def test_ranks_are_evenly_spaced_by_their_logarithms() -> None:
     assert found["eigenvalues"] == [5000 - rank for rank in found["ranks"]]
     late = torch.tensor(found["ranks"][-10:]).log().diff()
     torch.testing.assert_close(late, late.mean().expand(9), atol=0.01, rtol=0)
-
-
-def test_spectra_leave_out_blocks_that_have_overflowed() -> None:
-    def block(label: str, value: float) -> SimpleNamespace:
-        return SimpleNamespace(label=label, eigenvalues=torch.full((1, 2, 2), value))
-
-    operator = SimpleNamespace(blocks=[block("good", 1.0), block("bad", float("nan"))])
-    plugin = SimpleNamespace(penalty=SimpleNamespace(terms=(SimpleNamespace(operator=operator),)))
-    assert list(spectra(plugin)) == ["good"]

@@ -15,10 +15,11 @@ from benchmarks.configuration import Configuration
 from benchmarks.data import ImageData
 from benchmarks.methods import METHODS, Variant
 from benchmarks.records import Record, read_records, write_records
-from benchmarks.runner import run
+from benchmarks.runner import _train_once, run
 from benchmarks.scenarios import PermutedImages, RotatedImages, SplitImages
 from benchmarks.versions import versions
 from rotate_ewc import RotatedAdam
+from rotate_ewc.errors import NotFiniteError
 
 PAUSE = 0.3
 CONFIGURATION = Configuration(tasks=2, epochs=3, hidden=(4,), batch_size=8)
@@ -293,3 +294,31 @@ def test_a_run_with_replay_is_repeatable(learnable_images: ImageData) -> None:
         record = run(variant, scenario, configuration, seed=7, data_source="tiny", quiet=True)
         matrices.append(record.accuracy_matrix)
     assert matrices[0] == matrices[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "weight", "reached"),
+    [(None, 1.0, True), (NotFiniteError(), 1.0, False), (ValueError(), float("nan"), False)],
+)
+def test_a_network_that_cannot_be_consolidated(
+    error: Exception | None, weight: float, reached: bool
+) -> None:
+    """It may have diverged, or be about to: its squares overflow though its parameters do not."""
+    assert _train_once(Strategy(error, weight), None) is reached
+
+
+def test_other_refusals_are_errors() -> None:
+    with pytest.raises(ValueError, match="anything else"):
+        _train_once(Strategy(ValueError("anything else"), 1.0), None)
+
+
+class Strategy:
+    """Ends its training with an error, and parameters of some value."""
+
+    def __init__(self, error: Exception | None, weight: float) -> None:
+        self.error, self.model = error, torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(self.model.weight, weight)
+
+    def train(self, _: None) -> None:
+        if self.error is not None:
+            raise self.error

@@ -1,0 +1,55 @@
+"""The spectra of a snapshot's blocks as a picture."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from rotate_ewc.inspection.summary import spectrum
+from rotate_ewc.operator import EKFACLinearOperator
+
+_POINTS = 400
+_STYLES = ("-", "--", ":", "-.")
+
+
+def draw_spectra(operator: EKFACLinearOperator, title: str) -> Figure:
+    """Draw the eigenvalues of every block against their rank, on logarithmic axes."""
+    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
+    axes = figure.add_subplot()
+    for index, block in enumerate(operator.blocks):
+        values = spectrum(block)
+        values = values[values > 0]
+        if not len(values):
+            continue
+        steps = [step / (_POINTS - 1) for step in range(_POINTS)]
+        ranks = sorted({round(len(values) ** step) for step in steps})
+        style = _STYLES[index // 10 % len(_STYLES)]
+        axes.plot(
+            ranks,
+            [values[rank - 1].item() for rank in ranks],
+            style,
+            marker="o" if len(values) == 1 else None,
+            label=f"{block.label} ({len(values):,} of {block.eigenvalues.numel():,})",
+        )
+    axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="eigenvalue", title=title)
+    axes.grid(alpha=0.3)
+    handles, _ = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            title="block (eigenvalues above 0)",
+            fontsize="small",
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+        )
+    return figure
+
+
+def save_spectra(operator: EKFACLinearOperator, title: str, path: str | os.PathLike[str]) -> None:
+    """Draw and write the picture, in the format of the file's ending.
+
+    Raises:
+        ValueError: If the ending is of no known format.
+    """
+    draw_spectra(operator, title).savefig(Path(path), dpi=150)

@@ -1,0 +1,72 @@
+"""What the eigenvalues of a block say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rotate_ewc.block import Block
+from rotate_ewc.operator import EKFACLinearOperator
+
+
+@dataclass(frozen=True)
+class BlockSummary:
+    """What the eigenvalues of a block say.
+
+    Attributes:
+        label: The block's name.
+        shapes: The shapes of its parameters.
+        form: `(groups, d_out, d_in)`.
+        trace: Sum of the eigenvalues.
+        largest: The largest eigenvalue.
+        rank: Eigenvalues above the rounding error of the largest.
+        effective_rank: `(Σλ)² / Σλ²`: how many equal eigenvalues would be spread like these.
+        condition: The largest eigenvalue over the smallest of those that `rank` counts.
+        nbytes: Bytes of its tensors in memory.
+    """
+
+    label: str
+    shapes: tuple[tuple[int, ...], ...]
+    form: tuple[int, ...]
+    trace: float
+    largest: float
+    rank: int
+    effective_rank: float
+    condition: float
+    nbytes: int
+
+
+def summaries(operator: EKFACLinearOperator) -> list[BlockSummary]:
+    """Summarise every block of an operator."""
+    shapes = operator.parameter_shapes
+    return [
+        _summary(block, tuple(tuple(shapes[name]) for name in block.parameters))
+        for block in operator.blocks
+    ]
+
+
+def spectrum(block: Block) -> Tensor:
+    """Return the eigenvalues of a block in descending order, float64."""
+    return block.eigenvalues.detach().double().flatten().sort(descending=True).values
+
+
+def _summary(block: Block, shapes: tuple[tuple[int, ...], ...]) -> BlockSummary:
+    values = spectrum(block)
+    largest = values[0].item() if len(values) else 0.0
+    threshold = largest * torch.finfo(block.eigenvalues.dtype).eps
+    counted = values[values > threshold]
+    # Over the largest, since squares of tiny or huge eigenvalues leave the range of numbers.
+    relative = values / largest if largest > 0 else values
+    return BlockSummary(
+        label=block.label,
+        shapes=shapes,
+        form=tuple(block.eigenvalues.shape),
+        trace=values.sum().item(),
+        largest=largest,
+        rank=len(counted),
+        effective_rank=(relative.sum() ** 2 / relative.square().sum()).item() if largest else 0.0,
+        condition=(largest / counted[-1]).item() if len(counted) else float("nan"),
+        nbytes=sum(tensor.nbytes for tensor in block.tensors.values()),
+    )

@@ -1,0 +1,113 @@
+"""Snapshots as tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from rotate_ewc.inspection.comparison import Comparison
+from rotate_ewc.inspection.contents import Contents
+from rotate_ewc.inspection.summary import BlockSummary
+from rotate_ewc.operator import EKFACLinearOperator
+
+SUMMARY_NOTES = """\
+rank            eigenvalues above the rounding of the largest
+effective rank  (Σλ)² / Σλ²: as many equal eigenvalues would be spread alike
+condition       largest eigenvalue over the smallest that rank counts
+bytes           in memory"""
+COMPARISON_NOTES = """\
+cosine   tr(AB) / (‖A‖ ‖B‖): 1 where they are proportional
+k        A's effective rank
+overlap  tr(P_A P_B) / k of the projections on the k leading eigenvectors: 1 for the same space"""
+
+
+def heading(contents: Contents) -> Text:
+    """Say what a file is."""
+    lines = [
+        f"{contents.path}: {contents.kind}, {_size(contents.file_bytes)}, format "
+        f"{contents.format.split('/')[-1]}"
+        + (f", written by {contents.library}" if contents.library else "")
+    ]
+    if contents.kind == "penalty":
+        terms = len(contents.operators)
+        lines.append(f"{contents.num_tasks} tasks in {terms} term{'' if terms == 1 else 's'}")
+    lines += _listed("options", contents.options.items())
+    return Text("\n".join(lines))
+
+
+def operator_heading(operator: EKFACLinearOperator, number: int | None) -> Text:
+    """Say what an operator is; the number is that of a penalty's term, if there are several."""
+    named = "" if number is None else f"term {number}: "
+    lines = [
+        f"{named}{operator.provenance}; {operator.shape[0]:,} parameters, "
+        f"{str(operator.dtype).removeprefix('torch.')}"
+    ]
+    lines += _listed("estimated with", operator.provenance.settings.items())
+    return Text("\n".join(lines))
+
+
+def summary_table(rows: Sequence[BlockSummary]) -> Table:
+    """Make a table of blocks."""
+    table = Table(box=box.SIMPLE)
+    table.add_column("block", overflow="fold")
+    table.add_column("shapes", overflow="fold")
+    for title in ("trace", "rank", "effective rank", "condition", "bytes"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(
+            Text(row.label),
+            ", ".join(_shape(shape) for shape in row.shapes),
+            f"{row.trace:.4g}",
+            f"{row.rank:,}",
+            f"{row.effective_rank:.1f}",
+            f"{row.condition:.2g}",
+            _size(row.nbytes),
+        )
+    if len(rows) > 1:
+        table.add_section()
+        total = sum(row.trace for row in rows), sum(row.nbytes for row in rows)
+        table.add_row("all", "", f"{total[0]:.4g}", "", "", "", _size(total[1]))
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Make a table of two operators' blocks."""
+    table = Table(box=box.SIMPLE)
+    table.add_column("block", overflow="fold")
+    for title in ("trace B / A", "cosine", "k", "overlap"):
+        table.add_column(title, justify="right")
+    for row in comparison.blocks:
+        table.add_row(
+            Text(row.label),
+            f"{row.trace_ratio:.4g}",
+            f"{row.cosine:.4f}",
+            f"{row.dimension:,}",
+            f"{row.overlap:.4f}",
+        )
+    for labels, why in (
+        (comparison.different, "another form"),
+        (comparison.only_first, "only in A"),
+        (comparison.only_second, "only in B"),
+    ):
+        for label in labels:
+            table.add_row(Text(label), why, "", "", "")
+    return table
+
+
+def _listed(title: str, items: Iterable[tuple[str, object]]) -> list[str]:
+    listed = ", ".join(f"{name} {value}" for name, value in items)
+    return [f"{title}: {listed}"] if listed else []
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape)) or "scalar"
+
+
+def _size(num_bytes: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if num_bytes >= 2**power:
+            return f"{num_bytes / 2**power:.1f} {unit}"
+    return f"{num_bytes} B"

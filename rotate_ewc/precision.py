@@ -1,0 +1,86 @@
+"""Snapshots in fewer bits: how they are stored, and made whole again without a decomposition."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from rotate_ewc.errors import SnapshotError
+
+DTYPES: Final = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_STORABLE: Final = (torch.float64, torch.float32, torch.bfloat16)
+
+# Bases of `eigh` are off by some 10 units of rounding, and by 0.003 when cast to bfloat16; they may
+# have been cast to a smaller dtype and back.
+_MOST_SKEWED: Final = 0.02
+
+# Random vectors whose lengths a basis must keep; each looks at every entry.
+_PROBES: Final = 4
+
+
+def check_storage_dtype(dtype: object) -> None:
+    """Raise unless a snapshot can be stored in a dtype; None is that which it has."""
+    if dtype is not None and dtype not in _STORABLE:
+        raise ValueError(
+            f"dtype is {dtype}; expected one of {', '.join(map(str, _STORABLE))}, or None (float16 "
+            f"has too small a range for eigenvalues)"
+        )
+
+
+def stored_dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """Return the dtype that a tensor is stored in: never more than its own."""
+    return own if wanted is None or wanted.itemsize >= own.itemsize else wanted
+
+
+def restored_basis(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a basis in its own dtype.
+
+    What rounding cost in orthogonality is restored to second order by one step of Newton's method
+    for the polar factor, `Q ← Q (3 I - QᵀQ) / 2` (Higham 2008, *Functions of Matrices*, §8.3).
+
+    Args:
+        stored: `[groups, d, d]`, orthonormal up to the rounding of its dtype.
+        dtype: The dtype it had.
+    """
+    basis = stored.to(dtype)
+    if stored.dtype == dtype:
+        return basis
+    return 1.5 * basis - 0.5 * basis @ (basis.mT @ basis)
+
+
+def check_orthonormal(key: str, basis: Tensor) -> None:
+    """Raise unless the columns of a basis are orthonormal, up to the rounding of bfloat16.
+
+    `QᵀQ v = v` is looked at for a few random vectors v instead of all of `QᵀQ`: that reads every
+    entry once, and takes a fraction of the time.
+
+    Args:
+        key: Its key, for the message.
+        basis: `[groups, d, d]`.
+
+    Raises:
+        SnapshotError: If they are not.
+    """
+    if not basis.numel():
+        # There may be any number of groups of nothing.
+        return
+    groups, size, _ = basis.shape
+    generator = torch.Generator().manual_seed(size)
+    probes = torch.randn(groups, size, _PROBES, generator=generator, dtype=torch.float64)
+    computed = torch.promote_types(basis.dtype, torch.float32)
+    vectors, q = probes.to(basis.device, computed), basis.to(computed)
+    missed = torch.linalg.vector_norm(q.mT @ (q @ vectors) - vectors, dim=1)
+    error = (missed / torch.linalg.vector_norm(vectors, dim=1)).max().item()
+    # Written so that NaN fails too.
+    if not error <= _MOST_SKEWED:
+        raise SnapshotError(
+            f"snapshot key {key!r} is not orthonormal: QᵀQv is off v by {error:.2g} of its length; "
+            f"expected at most {_MOST_SKEWED}"
+        )
