@@ -50,7 +50,12 @@ class Trace:
             For every use, the gradient at its output; zeros where the outputs do not depend on it.
         """
         gradients = back_propagate(self.outputs, self.edges, vector, retain_graph=not last)
-        return [g.reshape(use.output_shape) for g, use in zip(gradients, self.uses, strict=True)]
+        return [
+            self.outputs.detach().new_zeros(use.output_shape)
+            if gradient is None
+            else gradient.reshape(use.output_shape)
+            for gradient, use in zip(gradients, self.uses, strict=True)
+        ]
 
     def check_inputs_unmodified(self) -> None:
         """Raise if a layer's input was changed in place after the layer used it."""
@@ -68,8 +73,8 @@ def back_propagate(
     vector: Tensor,
     *,
     retain_graph: bool,
-) -> list[Tensor]:
-    """Return the gradients at tensors or edges; zeros where the outputs do not depend on one."""
+) -> list[Tensor | None]:
+    """Return the gradients at tensors or edges; None where none gets there."""
     if not to:
         return []
     # A backward pass computes in the dtypes of its forward pass; autocast would lower them.
@@ -80,9 +85,8 @@ def back_propagate(
             grad_outputs=vector.to(outputs.dtype),
             retain_graph=retain_graph,
             allow_unused=True,
-            materialize_grads=True,
         )
-    return [gradient.detach() for gradient in gradients]
+    return [None if gradient is None else gradient.detach() for gradient in gradients]
 
 
 def trace(

@@ -43,6 +43,8 @@ def add_squares(
     for outputs, part in _by_example(forward, inputs, recorded, vector, num_examples):
         gradients = back_propagate(outputs, list(parameters.values()), part, retain_graph=True)
         for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
             dense = gradient.to_dense() if gradient.is_sparse else gradient
             squares[name].add_(dense.to(squares[name].dtype).square())
 

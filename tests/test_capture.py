@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -297,3 +297,59 @@ def test_nested_inputs_are_moved() -> None:
     assert isinstance(moved["pair"], Pair)
     assert moved["pair"].x.device.type == moved["pair"].more[0].device.type == "meta"
     assert moved["text"] == "t"
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, which passes nothing back."""
+
+    @staticmethod
+    def forward(ctx: Any, data: Tensor) -> Tensor:
+        return data.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> None:
+        return None
+
+
+class HalfBlocked(nn.Module):
+    """Two paths, one of which no gradient comes through."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.block(self.a(x)) + self.b(x)
+        return self.c(hidden.tanh())
+
+
+@pytest.mark.parametrize("unsupported", ["error", "diagonal"])
+def test_an_operation_that_passes_no_gradient_back(unsupported: str) -> None:
+    """Its gradient is zero: as where the data are detached, which the oracle does."""
+    torch.manual_seed(0)
+    model = HalfBlocked(NoGradient.apply).double()
+    oracle = HalfBlocked(Tensor.detach).double()
+    oracle.load_state_dict(model.state_dict())
+    x = torch.randn(5, 3, dtype=torch.float64)
+    data = [(x, torch.randn(5, 2, dtype=torch.float64))]
+    operator = EKFACLinearOperator(
+        model,
+        nn.MSELoss(),
+        dict(model.named_parameters()),
+        data,
+        fisher_type="type2",
+        unsupported=unsupported,
+    )
+    jacobians = torch.func.vmap(
+        torch.func.jacrev(
+            lambda parameters, row: torch.func.functional_call(oracle, parameters, (row,))
+        ),
+        in_dims=(None, 0),
+    )({name: p.detach() for name, p in oracle.named_parameters()}, x)
+    for name in operator.parameter_shapes:
+        # The mean over examples and both outputs of squares of 2 (output - target).
+        exact = jacobians[name].square().sum().item() * 2 / (5 * 2)
+        assert operator.block(name).trace.item() == pytest.approx(exact, rel=1e-10)
+    assert operator.block("a.weight").trace.item() == 0
+    assert operator.block("b.weight").trace.item() > 0
