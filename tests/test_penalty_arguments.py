@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -311,6 +312,25 @@ def test_missing_parameters_are_left_out_with_one_warning() -> None:
         assert not caught
         penalty({"weight": model.weight[:2], "bias": model.bias})
     assert [str(w.message).split("'")[1] for w in caught] == ["weight"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda penalty, parameters: penalty(parameters),
+        lambda penalty, parameters: penalty.proximal_step_(parameters, 0.1),
+        lambda penalty, parameters: penalty.deltas(parameters),
+        lambda penalty, _: penalty.consolidate(linear(), CE, DATA),
+    ],
+    ids=["value", "step", "deltas", "consolidate"],
+)
+def test_warning_points_at_the_line_of_the_user(call: Callable[..., Any]) -> None:
+    """Whatever frames of this package and of torch lie in between."""
+    penalty = learned(linear(bias=True), strict=False)
+    parameters = without(linear(bias=True), "bias")
+    with pytest.warns(UserWarning, match="'bias' is missing") as caught:
+        call(penalty, parameters)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_missing_parameters_count_as_unmoved() -> None:
