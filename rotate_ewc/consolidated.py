@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rotate_ewc.notices import warn_user
 from rotate_ewc.parameters import fits, protected_slice
 from rotate_ewc.penalty_state import PenaltyState
 from rotate_ewc.terms import Stack, Term, stack_terms
@@ -101,11 +101,9 @@ class ConsolidatedTasks(nn.Module):
             return protected_slice(name, parameters, anchor)
         if name not in self._left_out:
             self._left_out.add(name)
-            warnings.warn(
+            warn_user(
                 f"parameter {name!r} is missing in the model, or smaller than when it was "
-                f"consolidated, and is not protected any more (strict=False)",
-                UserWarning,
-                stacklevel=4,
+                f"consolidated, and is not protected any more (strict=False)"
             )
         return None
 

@@ -8,14 +8,17 @@ import warnings
 from types import FrameType
 from typing import Final
 
-_PACKAGE: Final = os.path.dirname(__file__) + os.sep
+import torch
+
+# Modules are called, and gradients are switched off, through frames of torch.
+_NOT_THE_USERS: Final = tuple(os.path.dirname(f) + os.sep for f in (__file__, torch.__file__))
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn as of the line outside the package from which the package was called."""
+    """Warn as of the line outside of the package, and of torch, from which it was called."""
     level, frame = 2, sys._getframe(1)
     above: FrameType | None = frame
-    while above is not None and above.f_code.co_filename.startswith(_PACKAGE):
+    while above is not None and above.f_code.co_filename.startswith(_NOT_THE_USERS):
         level, above = level + 1, above.f_back
     warnings.warn(message, category, stacklevel=level)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
+from rotate_ewc.notices import warn_user
 from rotate_ewc.terms import Stack
 
 
@@ -30,14 +30,12 @@ def warn_if_divergent(learning_rate: float, curvature: float, strength: float) -
     product = learning_rate * curvature
     if product <= 2:
         return True
-    warnings.warn(
+    warn_user(
         f"the penalty will diverge under gradient descent: learning rate {learning_rate:g} × its "
         f"largest curvature {curvature:.4g} (strength {strength:g}) is {product:.3g}, more than 2; "
         f"lower the learning rate to {_rounded_down(2 / curvature)} or the strength to "
         f"{_rounded_down(strength * 2 / product)}, or use proximal_step_ (in the Avalanche plugin "
-        f"update='proximal'), which is stable at any strength",
-        UserWarning,
-        stacklevel=3,
+        f"update='proximal'), which is stable at any strength"
     )
     return False
 

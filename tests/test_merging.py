@@ -192,7 +192,7 @@ def test_operators_are_not_changed() -> None:
 
 def test_bad_input_is_refused() -> None:
     operator = operator_of(random_block(1))
-    with pytest.raises(ValueError, match="operators is empty"):
+    with pytest.raises(ValueError, match=r"^operators is empty; expected at least one$"):
         merge([])
     with pytest.raises(TypeError, match="operators has int"):
         merge([operator, 3])

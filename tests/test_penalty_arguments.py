@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -167,11 +168,30 @@ def test_tasks_have_the_weight_one_unless_told() -> None:
     assert torch.equal(told(model), untold(model))
 
 
-def test_temperature_squared() -> None:
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 3.0])
+def test_temperature_squared(temperature: float) -> None:
     model = linear()
-    penalty = learned(model, temperature=3.0)
+    penalty = learned(model, temperature=temperature)
     dense = dense_operator(penalty.terms[0].operator.blocks, {"weight": (3, 4)})
-    assert_close(dense, fisher(model, 3.0))
+    assert_close(dense, fisher(model, temperature))
+
+
+def test_model_is_evaluated_and_left_in_its_mode() -> None:
+    """No dropout in a Fisher matrix."""
+    inner = linear()
+    model = nn.Sequential(inner, nn.Dropout(0.9)).train()
+    penalty = learned(model)
+    assert_close(
+        dense_operator(penalty.terms[0].operator.blocks, {"0.weight": (3, 4)}), fisher(inner)
+    )
+    assert model.training
+    assert model[1].training
+
+
+def test_tensors_that_are_not_the_models_are_named_as_they_were_given() -> None:
+    model = linear()
+    with pytest.raises(ValueError, match=r"^params 'mine' \(shape \[3, 4\]\) is not a parameter"):
+        EKFACPenalty().consolidate(model, CE, DATA, params={"mine": model.weight.clone()})
 
 
 def test_each_task_has_a_seed_of_its_own() -> None:
@@ -313,6 +333,25 @@ def test_missing_parameters_are_left_out_with_one_warning() -> None:
     assert [str(w.message).split("'")[1] for w in caught] == ["weight"]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda penalty, parameters: penalty(parameters),
+        lambda penalty, parameters: penalty.proximal_step_(parameters, 0.1),
+        lambda penalty, parameters: penalty.deltas(parameters),
+        lambda penalty, _: penalty.consolidate(linear(), CE, DATA),
+    ],
+    ids=["value", "step", "deltas", "consolidate"],
+)
+def test_warning_points_at_the_line_of_the_user(call: Callable[..., Any]) -> None:
+    """Whatever frames of this package and of torch lie in between."""
+    penalty = learned(linear(bias=True), strict=False)
+    parameters = without(linear(bias=True), "bias")
+    with pytest.warns(UserWarning, match="'bias' is missing") as caught:
+        call(penalty, parameters)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_missing_parameters_count_as_unmoved() -> None:
     model = linear(bias=True)
     penalty = learned(model, strict=False, separate_weight_and_bias=False)
@@ -355,6 +394,13 @@ def test_state_has_plain_keys_under_a_prefix() -> None:
     other.load_state_dict(below)
     assert other["p"].num_tasks == 1
     assert set(other["p"].state_dict()) == set(plain)
+
+
+def test_state_before_the_first_task() -> None:
+    penalty = EKFACPenalty(3.0)
+    penalty.load_state_dict(EKFACPenalty().state_dict())
+    assert penalty.num_tasks == 0
+    assert penalty(linear()).item() == 0.0
 
 
 @pytest.mark.parametrize("mode", ["merged", "separate"])
