@@ -9,7 +9,7 @@ TEST ?= # more options, e.g. make test TEST="-m slow"
 DIST ?= dist
 
 .DEFAULT_GOAL := help
-.PHONY: help bench suite test lint package clean
+.PHONY: help bench suite test coverage lint package clean
 
 help: ## Show the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -22,6 +22,10 @@ suite: $(VENV)/.installed-bench ## Run the benchmark suite, by default a small v
 
 test: $(VENV)/.installed-test ## Run the test suite
 	$(VENV)/bin/python -m pytest $(TEST)
+
+coverage: $(VENV)/.installed-test ## Measure which branches of the package the tests reach (an hour or so)
+	$(VENV)/bin/python -m coverage run -m pytest tests rotate_ewc --ignore=tests/benchmarks
+	$(VENV)/bin/python -m coverage report
 
 lint: $(VENV)/.installed-test ## Check style and types
 	$(VENV)/bin/ruff check

@@ -1,7 +1,7 @@
 """Elastic weight consolidation in a rotated basis, for PyTorch."""
 
 from rotate_ewc.calibration import calibrated_strength
-from rotate_ewc.errors import SnapshotError
+from rotate_ewc.errors import NotFiniteError, SnapshotError
 from rotate_ewc.losses import Likelihood, register_likelihood
 from rotate_ewc.merging import merge
 from rotate_ewc.operator import EKFACLinearOperator
@@ -18,6 +18,7 @@ __all__ = [
     "FisherType",
     "KFACType",
     "Likelihood",
+    "NotFiniteError",
     "RotatedAdam",
     "SnapshotError",
     "TangentPenalty",
