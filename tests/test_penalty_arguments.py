@@ -6,15 +6,18 @@ The matrix of a linear layer is then `(diag(p) - p pᵀ) ⊗ x xᵀ`, and its bl
 from __future__ import annotations
 
 import inspect
+import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rotate_ewc import EKFACPenalty, FisherType, KFACType
+from rotate_ewc import EKFACPenalty, FisherType, KFACType, SnapshotError, files
 from rotate_ewc.options import EstimationSettings, Unsupported
 from tests.oracles import assert_close, dense_operator
 from tests.penalties import CE, SUMMED, flat, flat_gradient, move
@@ -430,6 +433,42 @@ def test_casts_reach_everything_inside_other_modules() -> None:
     assert {t.dtype for t in penalty.terms[0].anchor.values()} == {torch.float32}
     assert penalty.terms[0].operator.dtype == torch.float32
     assert {stack.block.eigenvalues.dtype for stack in penalty.stacks} == {torch.float32}
+
+
+def test_casts_change_nothing_but_tensors() -> None:
+    penalty = EKFACPenalty(3.0)
+    for count in (7, 13):
+        penalty.consolidate(linear(), CE, DATA, num_examples=count)
+    assert penalty.scale == 3.0 / 13
+    penalty.float()
+    assert penalty.num_tasks == 2
+    assert penalty.scale == 3.0 / 13
+
+
+def test_files_in_a_dtype_of_their_own(tmp_path: Path) -> None:
+    """Bases and eigenvalues are stored in it, and nothing else is."""
+    penalty, stored = learned(linear()), []
+    for dtype in (None, torch.bfloat16):
+        penalty.save(tmp_path / "penalty", dtype=dtype)
+        stored.append({name: t.dtype for name, t in load_file(tmp_path / "penalty").items()})
+    assert set(stored[0].values()) == {torch.float64}
+    kept = {name for name, dtype in stored[1].items() if dtype != torch.bfloat16}
+    assert kept == {name for name in stored[1] if "anchor" in name}
+    assert len(kept) == 1
+    with pytest.raises((TypeError, ValueError), match=r"^dtype is torch\.int8"):
+        penalty.save(tmp_path / "penalty", dtype=torch.int8)
+
+
+def test_options_in_a_file_that_cannot_be_used(tmp_path: Path) -> None:
+    state = learned(linear())._state.to_dict()
+    header = json.loads(state["header"])
+    header["options"]["strength"] = -1.0
+    # With a digest that is right.
+    files.save({**state, "header": json.dumps(header)}, tmp_path / "penalty")
+    with pytest.raises(
+        SnapshotError, match=r"snapshot's 'options' cannot be used: strength is -1.0; expected"
+    ):
+        EKFACPenalty.load(tmp_path / "penalty")
 
 
 def test_casts_reach_what_was_added_to_a_penalty() -> None:
