@@ -104,6 +104,7 @@ def test_only_strength_and_mode_are_positional() -> None:
         ({"kfac_approx": "x"}, "^kfac_approx is 'x'"),
         ({"unsupported": "x"}, "^unsupported is 'x'"),
         ({"mc_samples": 0}, "^mc_samples is 0"),
+        ({"strict": 1}, "^strict is 1"),
         ({"include": "x"}, "^include is 'x'"),
         ({"exclude": "x"}, "^exclude is 'x'"),
     ],
@@ -177,6 +178,28 @@ def test_temperature_squared(temperature: float) -> None:
     penalty = learned(model, temperature=temperature)
     dense = dense_operator(penalty.terms[0].operator.blocks, {"weight": (3, 4)})
     assert_close(dense, fisher(model, temperature))
+
+
+def test_operators_tell_the_temperature() -> None:
+    """Beside everything that was chosen for their estimation."""
+    for temperature in (1.0, 3.0):
+        penalty = learned(linear(), temperature=temperature, seed=4)
+        told = penalty.terms[0].operator.provenance.settings
+        assert told["temperature"] == temperature
+        assert told["seed"] == 4
+
+
+@pytest.mark.parametrize("mode", ["merged", "separate"])
+def test_weights_that_single_precision_cannot_hold(mode: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, bias=False)
+    penalty = EKFACPenalty(mode=mode, fisher_type="type2")
+    data = [(INPUTS.float(), TARGETS)]
+    with pytest.raises(ValueError, match="Fisher matrix of 'weight' is not finite"):
+        penalty.consolidate(model, CE, data, weight=1e39)
+    assert penalty.num_tasks == 0
+    penalty.consolidate(model, CE, data, weight=1e-30)
+    assert penalty.num_tasks == 1
 
 
 def test_model_is_evaluated_and_left_in_its_mode() -> None:
