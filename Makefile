@@ -21,7 +21,7 @@ suite: $(VENV)/.installed-bench ## Run the benchmark suite, by default a small v
 	@$(VENV)/bin/python -m benchmarks $(SUITE)
 
 test: $(VENV)/.installed-test ## Run the test suite
-	$(VENV)/bin/python -m pytest $(TEST)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto $(TEST)
 
 coverage: $(VENV)/.installed-test ## Measure which branches of the package the tests reach (an hour or so)
 	$(VENV)/bin/python -m coverage run -m pytest tests rotate_ewc --ignore=tests/benchmarks

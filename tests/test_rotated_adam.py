@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LRScheduler, OneCycleLR
 
 from rotate_ewc import EKFACPenalty, RotatedAdam
+from rotate_ewc.penalty_state import PenaltyState
 from rotate_ewc.step_size import step_sizes_of
 from rotate_ewc.terms import Term
 from tests.oracles import assert_close, block_indices, dense_operator, kronecker_basis
@@ -1443,11 +1443,10 @@ class Bare(nn.Module):
 def penalty_on(random: RandomOperator, model: nn.Module, strength: float) -> EKFACPenalty:
     """A penalty with a given operator, anchored where the model is."""
     penalty = EKFACPenalty(strength)
-    state = dict(penalty.state_dict())
-    header = {**json.loads(state["header"]), "weights": [1.0], "num_tasks": 1}
     anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
     term = Term(random.operator(), anchor, 1.0)
-    penalty.load_state_dict({**term.state("0/"), "header": json.dumps(header)})
+    state = PenaltyState({}, penalty.mode, penalty.weighting, (term,), 1, 1)
+    penalty.load_state_dict(state.to_dict())
     return penalty
 
 

@@ -95,6 +95,7 @@ def test_interleaved_forward_passes(fisher: str, budget: int) -> None:
     assert differences(at_once(*(lambda i=i: of(i) for i in range(3))), alone) == []
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("model", ["mlp", "cnn", "transformer"])
 def test_without_waiting(model: str) -> None:
     """Whatever the order is, in networks whose eigenbases are found in threads too."""
@@ -299,6 +300,15 @@ def number_in_a_new_thread() -> int:
     thread.start()
     thread.join()
     return found[0]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The bits depend on how many threads share a product, which busy ones may decide anew."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
