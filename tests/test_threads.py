@@ -28,7 +28,9 @@ PATIENCE = 100.0
 
 def at_once(*functions: Callable[[], Any]) -> list[Any]:
     """Run functions in threads of their own; return what they return, or the exception."""
-    with ThreadPoolExecutor(len(functions)) as pool:
+    # Products that come before anything else in a thread do not ask for the number that was set.
+    number = torch.get_num_threads()
+    with ThreadPoolExecutor(len(functions), "", torch.set_num_threads, (number,)) as pool:
         futures = [pool.submit(function) for function in functions]
         return [future.exception(PATIENCE) or future.result() for future in futures]
 
