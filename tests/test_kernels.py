@@ -259,6 +259,63 @@ def test_eigenbases_in_the_order_that_they_are_asked_for() -> None:
     assert kernels.eigenbases([]) == []
 
 
+def failing_eigh(
+    monkeypatch: pytest.MonkeyPatch, times: int, error: Exception, seen: list[Tensor]
+) -> None:
+    """Let `eigh` fail some times, and note what it is asked to decompose."""
+    plain = torch.linalg.eigh
+
+    def eigh(matrix: Tensor, **options: str) -> Any:
+        seen.append(matrix)
+        if len(seen) <= times:
+            raise error
+        return plain(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+
+
+def test_each_group_is_changed_in_proportion_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many groups as there are entries, so that one cannot be taken for the other unnoticed."""
+    matrices = (
+        covariances(3, 3) * torch.tensor([1e-6, 1.0, 1e6], dtype=torch.float64)[:, None, None]
+    )
+    seen: list[Tensor] = []
+    failing_eigh(monkeypatch, 2, torch.linalg.LinAlgError("did not converge"), seen)
+    with pytest.warns(RuntimeWarning, match="^eigh of the 3 × 3 factor did not converge"):
+        (basis,) = kernels.eigenbases([matrices])
+    for group, (changed, matrix) in enumerate(zip(seen[2], matrices, strict=True)):
+        mean = sum(float(matrix[i, i]) for i in range(3)) / 3
+        for i in range(3):
+            expected = float(matrix[i, i]) + mean * kernels._JITTER * i / 2
+            assert float(changed[i, i]) == pytest.approx(expected, rel=1e-14)
+        assert torch.equal(changed.triu(1), matrix.triu(1)), group
+        assert_close(basis[group].T @ basis[group], torch.eye(3, dtype=torch.float64))
+
+
+def test_labels_of_what_does_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = torch.linalg.LinAlgError("did not converge")
+    values = seeded(1, 3).square()
+    for call, label in (
+        (lambda: kernels.eigenbasis(covariances(1, 3)), "factor"),
+        (lambda: kernels.eigenbases([covariances(1, 3)], ["thing"]), "thing"),
+        (lambda: kernels.merged_basis([orthogonal(1, 3, 1)], [values]), "merged factor"),
+    ):
+        with monkeypatch.context() as patch:
+            failing_eigh(patch, 3, error, [])
+            with pytest.raises(ValueError, match=f"^eigh of the 3 × 3 {label} did not converge"):
+                call()
+
+
+def test_out_of_memory_names_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing_eigh(monkeypatch, 9, MemoryError("too large"), [])
+    with pytest.raises(
+        MemoryError,
+        match=r"^out of memory in the decomposition of the 3 × 3 thing \(too large\); leave the "
+        r"parameter out \(exclude, or params\)$",
+    ):
+        kernels.eigenbasis(covariances(1, 3), "thing")
+
+
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.0, 2.0, 0.5)])
 @pytest.mark.parametrize("identities", [(), (0,), (1, 2)])
 @pytest.mark.parametrize("groups", [1, 2])

@@ -393,3 +393,19 @@ def test_joint_and_separate_blocks_do_not_mix(name: str, joint_first: bool) -> N
         r"estimate both with the same separate_weight_and_bias",
     ):
         merge(operators)
+
+
+@pytest.mark.parametrize(("size", "side"), [(3, "output"), (4, "input")])
+def test_factor_that_cannot_be_decomposed_is_named(
+    size: int, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = torch.linalg.eigh
+
+    def eigh(matrix: Tensor, **options: Any) -> Any:
+        if matrix.shape[-1] == size:
+            raise torch.linalg.LinAlgError("did not converge")
+        return plain(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    with pytest.raises(ValueError, match=rf"{size} × {size} merged {side} factor of 'w' did not"):
+        merge([operator_of(random_block(1)), operator_of(random_block(2))])
