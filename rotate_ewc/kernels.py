@@ -47,7 +47,12 @@ def full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments,
     @wraps(function)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         first = next(tensors_in((args, kwargs)), None)
-        if first is None or not torch.is_autocast_enabled(first.device.type):
+        # To ask whether it is enabled is an error where it cannot be, as for the meta device.
+        if (
+            first is None
+            or not torch.amp.is_autocast_available(first.device.type)
+            or not torch.is_autocast_enabled(first.device.type)
+        ):
             return function(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)

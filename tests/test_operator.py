@@ -162,7 +162,10 @@ def test_moves_and_casts(operator: EKFACLinearOperator) -> None:
     assert single.dtype == torch.float32
     assert operator.dtype == torch.float64
     torch.testing.assert_close(dense(single), dense(operator), rtol=1e-4, atol=1e-5)
-    assert operator.to("meta").device == torch.device("meta")
+    elsewhere = operator.to("meta")
+    assert elsewhere.device == torch.device("meta")
+    product = elsewhere @ torch.ones(elsewhere.shape[0], dtype=torch.float64, device="meta")
+    assert product.shape == (elsewhere.shape[0],)
     with pytest.raises(ValueError, match=r"dtype is torch.int64; expected a floating-point"):
         operator.to(dtype=torch.int64)
 
