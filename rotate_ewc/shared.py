@@ -6,8 +6,8 @@ other in threads, where the first to come may be the first to leave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Final
@@ -52,13 +52,32 @@ def kept(settings: Iterable[Setting]) -> Iterator[None]:
     writes nothing, but hands on what it found: what somebody still needs stays as it is, and when
     all have left it is again what it was before the first came.
     """
-    with ExitStack() as stack:
+    visits: list[tuple[Setting, _Visit]] = []
+    try:
         for setting in settings:
             # In this order, so that an interrupt in between leaves nothing that is not put back.
-            visit = _Visit()
-            stack.callback(_leave, setting, visit)
-            _arrive(setting, visit)
+            visits.append((setting, _Visit()))
+            _arrive(*visits[-1])
         yield
+    finally:
+        # An interrupt may come here too; what it left out is done before it goes on.
+        try:
+            _leave_all(visits)
+        except BaseException:
+            _leave_all(visits)
+            raise
+
+
+def _leave_all(visits: Sequence[tuple[Setting, _Visit]]) -> None:
+    """End visits in reverse, also where one cannot be ended; those that have ended stay so."""
+    errors = []
+    for setting, visit in reversed(visits):
+        try:
+            _leave(setting, visit)
+        except BaseException as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def _arrive(setting: Setting, visit: _Visit) -> None:
@@ -73,7 +92,6 @@ def _leave(setting: Setting, visit: _Visit) -> None:
     try:
         _put_back(setting, visit)
     except BaseException:
-        # An interrupt may come here too; what it left out is done before it goes on.
         try:
             _put_back(setting, visit)
         finally:
