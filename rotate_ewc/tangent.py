@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import kernels
+from rotate_ewc.formats import HEADER
 from rotate_ewc.parameters import fits, parameters_of, protected_slice
 from rotate_ewc.penalty import EKFACPenalty
 from rotate_ewc.proximal import StepSize, check_step_size, step_size_of
@@ -20,7 +21,6 @@ from rotate_ewc.terms import Stack
 LARGEST_FACTOR: Final = 1e28
 
 FORMAT: Final = "rotate_ewc.tangent/1"
-HEADER: Final = "header"
 
 
 class TangentPenalty:

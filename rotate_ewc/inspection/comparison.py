@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rotate_ewc import kernels
 from rotate_ewc.block import Block
+from rotate_ewc.inspection.summary import effective_rank, relative
 from rotate_ewc.operator import EKFACLinearOperator
 
 
@@ -90,10 +91,9 @@ def _compare(first: Block, second: Block) -> BlockComparison:
         seen_in_first = kernels.project_eigenvalues(gradient_change, activation_change, of_second)
         return (of_first * seen_in_first).sum().item()
 
-    # Their scales are divided out, so that no square leaves the range of numbers.
-    values = [_scaled(block.eigenvalues) for block in (a, b)]
+    values = [relative(block.eigenvalues) for block in (a, b)]
     norms = [torch.linalg.vector_norm(v).item() for v in values]
-    dimension = _effective_rank(values[0])
+    dimension = round(effective_rank(values[0]))
     leading = [_leading(v, dimension) for v in values]
     product, traces = norms[0] * norms[1], [block.trace.item() for block in (a, b)]
     nan = float("nan")
@@ -104,16 +104,6 @@ def _compare(first: Block, second: Block) -> BlockComparison:
         dimension=dimension,
         overlap=inner_product(*leading) / dimension if dimension and product > 0 else nan,
     )
-
-
-def _scaled(values: Tensor) -> Tensor:
-    largest = values.max() if values.numel() else values.sum()
-    return values / largest if largest > 0 else values
-
-
-def _effective_rank(values: Tensor) -> int:
-    squares = values.square().sum()
-    return round((values.sum() ** 2 / squares).item()) if squares > 0 else 0
 
 
 def _leading(values: Tensor, count: int) -> Tensor:

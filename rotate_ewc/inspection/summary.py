@@ -52,13 +52,23 @@ def spectrum(block: Block) -> Tensor:
     return block.eigenvalues.detach().double().flatten().sort(descending=True).values
 
 
+def relative(values: Tensor) -> Tensor:
+    """Divide eigenvalues by the largest, so that no square leaves the range of numbers."""
+    largest = values.max() if values.numel() else values.sum()
+    return values / largest if largest > 0 else values
+
+
+def effective_rank(values: Tensor) -> float:
+    """Return `(Σλ)² / Σλ²` of relative eigenvalues; 0 where all are zero."""
+    squares = values.square().sum()
+    return (values.sum() ** 2 / squares).item() if squares > 0 else 0.0
+
+
 def _summary(block: Block, shapes: tuple[tuple[int, ...], ...]) -> BlockSummary:
     values = spectrum(block)
     largest = values[0].item() if len(values) else 0.0
     threshold = largest * torch.finfo(block.eigenvalues.dtype).eps
     counted = values[values > threshold]
-    # Over the largest, since squares of tiny or huge eigenvalues leave the range of numbers.
-    relative = values / largest if largest > 0 else values
     return BlockSummary(
         label=block.label,
         shapes=shapes,
@@ -66,7 +76,7 @@ def _summary(block: Block, shapes: tuple[tuple[int, ...], ...]) -> BlockSummary:
         trace=values.sum().item(),
         largest=largest,
         rank=len(counted),
-        effective_rank=(relative.sum() ** 2 / relative.square().sum()).item() if largest else 0.0,
+        effective_rank=effective_rank(relative(values)),
         condition=(largest / counted[-1]).item() if len(counted) else float("nan"),
         nbytes=sum(tensor.nbytes for tensor in block.tensors.values()),
     )
