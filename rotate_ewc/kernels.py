@@ -47,17 +47,20 @@ def full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments,
     @wraps(function)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         first = next(tensors_in((args, kwargs)), None)
-        # To ask whether it is enabled is an error where it cannot be, as for the meta device.
-        if (
-            first is None
-            or not torch.amp.is_autocast_available(first.device.type)
-            or not torch.is_autocast_enabled(first.device.type)
-        ):
+        if first is None or not _autocasts(first.device.type):
             return function(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def _autocasts(device_type: str) -> bool:
+    """Return whether autocast is enabled for a type of device, which need not know of it."""
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except RuntimeError:
+        return False  # as for the meta device
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
