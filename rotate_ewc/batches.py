@@ -34,15 +34,6 @@ def check_reiterable(data: object) -> None:
         )
 
 
-def count_batches(data: Iterable[Any]) -> int | None:
-    """Return the number of batches, where the data know it before they are gone through."""
-    try:
-        return len(data)  # type: ignore[arg-type]
-    # Loaders of data without a length have the method all the same.
-    except (TypeError, NotImplementedError):
-        return None
-
-
 def batches(
     data: Iterable[Any], device: torch.device, *, progressbar: bool, description: str
 ) -> Iterator[tuple[int, Any, Tensor]]:

@@ -1,8 +1,8 @@
 """Estimate the blocks: the two passes over the data.
 
 Pass one sums the Kronecker factors, whose eigenvectors become the bases. Pass two finds, in these
-bases, the exact mean squares of the per-example gradients. Both see the same observations; when
-those fit in the memory budget they are kept, and the model runs over the data only once.
+bases, the exact mean squares of the per-example gradients. Both see the same observations; as many
+as fit in the memory budget are kept, and only for the other batches does the model run again.
 
 Everything is summed in a fixed order: on a CPU the same seed, the same batches and the same number
 of threads give the same bits, in every process. Another number of threads rounds differently, by
@@ -11,7 +11,7 @@ which the bases of equal eigenvalues may turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rotate_ewc import kernels
-from rotate_ewc.batches import check_reiterable, count_batches, naming_batch
+from rotate_ewc.batches import check_reiterable, naming_batch
 from rotate_ewc.block import Block
 from rotate_ewc.factors import Covariances, add_covariances, add_eigenvalues, empty_blocks
 from rotate_ewc.keeper import Keeper
@@ -82,14 +82,14 @@ def estimate(
     """
     check_reiterable(data)
     observer = Observer(forward, likelihood, parameters, settings, constants)
-    found = _Accumulator(settings, count_batches(data))
+    found = _Accumulator(settings)
     for observation in observer.observe(data, "factors"):
         with naming_batch(observation.batch):
             found.add_factors(observation)
         # Or it would live on while the model runs on the next batch.
         del observation
     found.decompose()
-    for observation in found.kept() or observer.observe(data, "eigenvalues", again=True):
+    for observation in _observed_again(observer, found.keeper, data):
         with naming_batch(observation.batch):
             found.add_eigenvalues(observation)
         del observation
@@ -112,17 +112,32 @@ def estimate(
     return Estimate(blocks, found.num_examples, used, found.faint_blocks(), unused, unsupported)
 
 
+def _observed_again(
+    observer: Observer, keeper: Keeper, data: Iterable[Any]
+) -> Iterator[Observation]:
+    """Yield all observations for the second time: first those that were kept."""
+    place = None
+    for observation in keeper.take():
+        place = observation.place
+        yield observation
+        del observation
+    if not keeper.complete:
+        yield from observer.observe(data, "eigenvalues", again=True, after=place)
+
+
 class _Accumulator:
     """The sums over the data, and the observations kept for the second pass.
 
     Attributes:
         blocks: The blocks, from `decompose` on.
         num_examples: Examples seen.
+        keeper: The observations.
     """
 
-    def __init__(self, settings: EstimationSettings, num_batches: int | None) -> None:
+    def __init__(self, settings: EstimationSettings) -> None:
         self.blocks: dict[BlockKey, Block] = {}
         self.num_examples = 0
+        self.keeper = Keeper(settings.memory_budget // 2)
         self._settings = settings
         self._mass = 0.0
         self._covariances: dict[BlockKey, Covariances] = {}
@@ -130,7 +145,6 @@ class _Accumulator:
         self._leaders: dict[BlockKey, BlockKey] = {}
         self._reached: set[BlockKey] = set()
         self._faint: set[BlockKey] = set()
-        self._keeper = Keeper(settings.memory_budget // 2, num_batches)
 
     def add_factors(self, observation: Observation) -> None:
         """Pass one: add an observation to the Kronecker factors, and keep it if there is room."""
@@ -154,7 +168,7 @@ class _Accumulator:
             )
             for portion in observation.portions(plan, self._settings.memory_budget // 4):
                 in_pieces(portion, additions)
-        self._keeper.offer(observation)
+        self.keeper.offer(observation)
 
     def decompose(self) -> None:
         """Between the passes: turn the factors into bases."""
@@ -162,10 +176,6 @@ class _Accumulator:
         self._faint = {key for key, total in self._covariances.items() if total.faint}
         self.blocks = empty_blocks(self._covariances, self._leaders)
         self._covariances.clear()
-
-    def kept(self) -> list[Observation]:
-        """Return all observations; none where the data have to be gone over again."""
-        return self._keeper.intact()
 
     def add_eigenvalues(self, observation: Observation) -> None:
         """Pass two: add an observation's squared per-example gradients in the eigenbases."""

@@ -11,6 +11,7 @@ from rotate_ewc import kernels, projections
 from rotate_ewc.block import Block
 from rotate_ewc.layers import Factors, Form
 from rotate_ewc.observation import Portion
+from rotate_ewc.outer_products import OuterProducts, eigenvectors
 from rotate_ewc.plan import BlockKey, Plan
 from rotate_ewc.ranges import check_finite, is_faint
 
@@ -23,15 +24,15 @@ class Covariances:
         form: How the block is made.
         shape: `(groups, d_out, d_in)`.
         template: An empty tensor of the statistics' dtype and device.
-        output: `[groups, d_out, d_out]`; None if that side has no basis.
-        input: `[groups, d_in, d_in]`; None likewise.
+        output: Of vectors of d_out entries; None if that side has no basis.
+        input: Of vectors of d_in entries; None likewise.
     """
 
     form: Form
     shape: tuple[int, int, int]
     template: Tensor
-    output: Tensor | None = None
-    input: Tensor | None = None
+    output: OuterProducts | None = None
+    input: OuterProducts | None = None
 
     @classmethod
     def of(cls, plan: Plan, parameter: Tensor) -> Covariances:
@@ -58,13 +59,15 @@ class Covariances:
     def faint(self) -> bool:
         """Whether one of the factors is too small for its dtype."""
         sides = [side for side in (self.output, self.input) if side is not None]
-        return any(is_faint(side.diagonal(dim1=1, dim2=2)) for side in sides)
+        return any(is_faint(side.diagonal) for side in sides)
 
-    def _added(self, total: Tensor | None, vectors: Tensor, size: int, what: str) -> Tensor:
+    def _added(
+        self, total: OuterProducts | None, vectors: Tensor, size: int, what: str
+    ) -> OuterProducts:
         if total is None:
-            total = self.template.new_zeros(self.shape[0], size, size)
-        kernels.add_covariance_(total, vectors)
-        _check_sum(total, what)
+            total = OuterProducts(self.shape[0], size, self.template)
+        total.add(vectors)
+        check_finite(total.diagonal.sum(), what)
         return total
 
 
@@ -74,7 +77,7 @@ def add_covariances(
     """Add a portion's examples to the Kronecker factors of its block.
 
     The additions (see `in_pieces`) are that of the inputs, in a batch's first observation, and one
-    for every output vector.
+    for every output vector; or for every output vector one on each side that has a basis.
 
     Args:
         portion: The examples.
@@ -87,8 +90,7 @@ def add_covariances(
     """
     factors, label = total.form.factors, portion.label
     if factors is Factors.NONE:
-        if total.form.output_basis or total.form.input_basis:
-            yield from _add_partial_traces(portion, done, total)
+        yield from _add_rows_and_columns(portion, done, total)
         return
     if factors is Factors.OUTER_PRODUCTS and portion.observation.first:
         if done == 0:
@@ -116,9 +118,9 @@ def empty_blocks(
     own = [(key, total) for key, total in factors.items() if key not in leaders]
     sides = [(key, "output", total.output) for key, total in own]
     sides += [(key, "input", total.input) for key, total in own]
-    present = [(key, side, covariance) for key, side, covariance in sides if covariance is not None]
+    present = [(key, side, total) for key, side, total in sides if total is not None]
     labels = [f"{side} factor of {key.label!r}" for key, side, _ in present]
-    bases = kernels.eigenbases([covariance for *_, covariance in present], labels)
+    bases = eigenvectors([total for *_, total in present], labels)
     found = {place[:2]: basis for place, basis in zip(present, bases, strict=True)}
     for key, leader in leaders.items():
         if (leader, "output") in found:
@@ -215,23 +217,18 @@ def _kept_gradients(portion: Portion, first: int) -> Iterator[Tensor]:
         yield gradients * kept
 
 
-def _add_partial_traces(portion: Portion, done: int, total: Covariances) -> Iterator[None]:
+def _add_rows_and_columns(portion: Portion, done: int, total: Covariances) -> Iterator[None]:
+    """Add `Σ G Gᵀ` and `Σ Gᵀ G`, of which the vectors are the columns and the rows of G."""
     what = f"gradients of {portion.label!r}"
-    for gradients in portion.example_gradients(done):
-        output = input_ = None
-        if total.form.output_basis:
-            output = kernels.output_partial_trace(gradients)
-            _check_sum(output, what)
+    sides = total.form.output_basis + total.form.input_basis
+    if not sides:
+        return
+    first, begun = divmod(done, sides)
+    for gradients in portion.example_gradients(first):
+        if total.form.output_basis and not begun:
+            total.add_outputs(gradients.mT, what)
+            yield
         if total.form.input_basis:
-            input_ = kernels.input_partial_trace(gradients)
-            _check_sum(input_, what)
-        total.output, total.input = _sum(total.output, output), _sum(total.input, input_)
-        yield
-
-
-def _sum(total: Tensor | None, addition: Tensor | None) -> Tensor | None:
-    return addition if total is None or addition is None else total.add_(addition)
-
-
-def _check_sum(covariance: Tensor, what: str) -> None:
-    check_finite(covariance.diagonal(dim1=1, dim2=2).sum(), what)
+            total.add_inputs(gradients, what)
+            yield
+        begun = 0

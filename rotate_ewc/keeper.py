@@ -1,61 +1,52 @@
-"""Observations kept from the first pass over the data for the second, while they fit in memory."""
+"""Observations kept from the first pass over the data for the second, as many as fit in memory."""
 
 from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
 
 from rotate_ewc.observation import Observation
 
 
 class Keeper:
-    """Keeps all observations or none.
+    """Keeps the observations of the first batches, of whole ones, until there is no more room."""
 
-    As soon as two batches show how much each takes, it is foreseen whether all will fit: what would
-    be thrown away in the end need not be kept until then.
-    """
-
-    def __init__(self, max_bytes: int, num_batches: int | None) -> None:
+    def __init__(self, max_bytes: int) -> None:
         """Keep nothing yet.
 
         Args:
-            max_bytes: What all observations may take.
-            num_batches: Number of batches to come; None where it is not known.
+            max_bytes: What all that is kept may take.
         """
         self._max_bytes = max_bytes
-        self._num_batches = num_batches
-        self._kept: list[Observation] = []
+        self._kept: deque[Observation] = deque()
         # Memory by address, since observations may be views of the same.
         self._storages: dict[int, int] = {}
-        self._bytes_after_batch: list[int] = []
         self._full = False
 
     def offer(self, observation: Observation) -> None:
-        """Keep an observation, if all so far are kept and this and later ones will fit."""
+        """Keep an observation, if all before it are kept and it fits."""
         if self._full:
             return
-        if observation.first and self._kept:
-            self._bytes_after_batch.append(self._num_bytes)
         self._kept.append(observation)
         self._storages.update(observation.storages)
-        if max(self._num_bytes, self._foreseen_bytes()) > self._max_bytes:
+        if sum(self._storages.values()) > self._max_bytes:
             self._full = True
-            self._kept.clear()
-            self._storages.clear()
+            while self._kept and self._kept[-1].batch == observation.batch:
+                self._kept.pop()
 
-    def intact(self) -> list[Observation]:
-        """Return all observations; none if they did not fit, or are not what they were.
+    def take(self) -> Iterator[Observation]:
+        """Give away what is kept, in order; nothing if it is not what it was.
 
         The latter is so for a loader that fills the same buffer for every batch: the layers' inputs
         that were kept are then no longer those of their batches.
         """
-        unmodified = all(use.unmodified for kept in self._kept for use in kept.uses)
-        return self._kept if unmodified else []
+        if not all(use.unmodified for kept in self._kept for use in kept.uses):
+            self._full = True
+            self._kept.clear()
+        while self._kept:
+            yield self._kept.popleft()
 
     @property
-    def _num_bytes(self) -> int:
-        return sum(self._storages.values())
-
-    def _foreseen_bytes(self) -> int:
-        """Return what all batches will take, if those to come grow like the second."""
-        if self._num_batches is None or len(self._bytes_after_batch) < 2:
-            return 0
-        first, second = self._bytes_after_batch[:2]
-        return second + (self._num_batches - 2) * (second - first)
+    def complete(self) -> bool:
+        """Whether all that was offered was kept."""
+        return not self._full

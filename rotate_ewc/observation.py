@@ -21,6 +21,19 @@ _TENSORS_IN_WORK: Final = 4
 
 
 @dataclass(frozen=True)
+class Place:
+    """How far the data have been gone through.
+
+    Attributes:
+        batch: Number of the last batch.
+        random_state: State of the generator of labels after it.
+    """
+
+    batch: int
+    random_state: Tensor
+
+
+@dataclass(frozen=True)
 class Observation:
     """One batch's layer inputs and the gradients of some of its output vectors.
 
@@ -37,6 +50,7 @@ class Observation:
             gradients of all its output vectors would not fit in the memory budget.
         squares: Squared per-example gradients, summed, of parameters whose uses have no rule.
         batch: The batch's number in the data.
+        place: Where the data go on; None if more observations of the batch follow.
     """
 
     num_examples: int
@@ -50,6 +64,7 @@ class Observation:
     first: bool = True
     squares: Mapping[str, Tensor] = field(default_factory=dict)
     batch: int = 0
+    place: Place | None = None
 
     @property
     def storages(self) -> dict[int, int]:

@@ -16,7 +16,7 @@ from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.losses import Likelihood
 from rotate_ewc.nested import tensors_in
 from rotate_ewc.notices import add_note
-from rotate_ewc.observation import Observation
+from rotate_ewc.observation import Observation, Place
 from rotate_ewc.one_by_one import add_squares, squares_like
 from rotate_ewc.options import EstimationSettings, Unsupported
 from rotate_ewc.placement import Placement, find_placements
@@ -55,7 +55,12 @@ class Observer:
         self._placements: dict[tuple[object, ...], list[Placement]] = {}
 
     def observe(
-        self, data: Iterable[Any], description: str, *, again: bool = False
+        self,
+        data: Iterable[Any],
+        description: str,
+        *,
+        again: bool = False,
+        after: Place | None = None,
     ) -> Iterator[Observation]:
         """Yield one observation for each batch, or several where memory asks for it.
 
@@ -63,6 +68,7 @@ class Observer:
             data: Batches (inputs, targets).
             description: What a progress bar shows.
             again: Whether the data were observed before: squares are not asked for twice.
+            after: Where to go on; what comes before is only taken out of the data.
 
         What the model itself raises is not changed, but for a note that says which batch it was
         (Python 3.11 or later); so is what the data raise.
@@ -72,9 +78,13 @@ class Observer:
             TypeError: If a part of a batch, or the outputs, have the wrong type.
         """
         generator = torch.Generator(self.device).manual_seed(self.settings.seed)
+        if after is not None:
+            generator.set_state(after.random_state)
         for index, inputs, targets in batches(
             data, self.device, progressbar=self.settings.progressbar, description=description
         ):
+            if after is not None and index <= after.batch:
+                continue
             try:
                 with naming_batch(index):
                     yield from self._observe_batch(index, inputs, targets, generator, again)
@@ -105,7 +115,7 @@ class Observer:
         )
         one_by_one = {} if again else self._one_by_one()
         if not recorded.uses and not one_by_one:
-            yield observation
+            yield replace(observation, place=Place(index, generator.get_state()))
             return
         vectors = likelihood.vectors(
             outputs, targets, num_examples, settings.fisher_type, settings.mc_samples, generator
@@ -131,6 +141,7 @@ class Observer:
                     gradient_sets=gradient_sets,
                     first=first,
                     squares=squares if done else {},
+                    place=Place(index, generator.get_state()) if done else None,
                 )
                 gradient_sets, first, held = [], False, 0
 

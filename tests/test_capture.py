@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty, kernels, merge
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty, eigenbases, merge
 from rotate_ewc.nested import to_device
 from tests.oracles import dense_operator
 
@@ -246,7 +246,7 @@ def test_eigh_falls_back_on_double_precision(monkeypatch: pytest.MonkeyPatch) ->
     factor = seeded(1, 4, 4)
     covariance = (factor @ factor.mT).float()
     with pytest.warns(RuntimeWarning, match="4 × 4 factor did not converge in torch.float32"):
-        basis = kernels.eigenbasis(covariance)
+        basis = eigenbases.eigenbasis(covariance)
     assert basis.dtype == torch.float32
     rotated = basis.mT @ covariance @ basis
     torch.testing.assert_close(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc import EKFACLinearOperator, kernels, merge
+from rotate_ewc import EKFACLinearOperator, eigenbases, merge
 from rotate_ewc.block import Block
 from rotate_ewc.errors import NotFiniteError
 
@@ -54,7 +54,7 @@ def test_bases_are_orthonormal_however_bad_the_factor(
 ) -> None:
     covariance = factor(kind, size).to(dtype)
     assert bool(covariance.isfinite().all())
-    unorthonormal, beside = errors(kernels.eigenbasis(covariance), covariance)
+    unorthonormal, beside = errors(eigenbases.eigenbasis(covariance), covariance)
     assert unorthonormal < 30 * EPSILON[dtype]
     assert beside < 30 * EPSILON[dtype]
 
@@ -91,7 +91,7 @@ def test_what_is_tried_where_eigh_fails(
     covariance = factor("low rank", 5).float()
     seen = failing_eigh(monkeypatch, times, how)
     with pytest.warns(RuntimeWarning, match=message) as caught:
-        basis = kernels.eigenbasis(covariance)
+        basis = eigenbases.eigenbasis(covariance)
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert [m.dtype for m in seen] == [torch.float32, *[torch.float64] * times]
@@ -129,7 +129,7 @@ def test_a_factor_that_cannot_be_decomposed(how: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("least", [1, 1000], ids=["threads", "one after another"])
 def test_the_block_and_the_line_are_named(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when the decompositions run in threads of their own; and the result is as good."""
-    monkeypatch.setattr(kernels, "_SMALLEST_IN_THREADS", least)
+    monkeypatch.setattr(eigenbases, "_SMALLEST_IN_THREADS", least)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     data = [(torch.randn(6, 4), torch.arange(6) % 3)]

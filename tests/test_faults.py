@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import rotate_ewc
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty, kernels, merge
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty, eigenbases, kernels, merge
 from rotate_ewc.errors import NotFiniteError
 from tests.penalties import CE
 from tests.worlds import (
@@ -215,14 +215,15 @@ def test_an_interrupted_restoring_is_finished() -> None:
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_threads_are_as_before(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The decompositions, of which each gets a thread, may fail or be interrupted."""
-    monkeypatch.setattr(kernels, "_SMALLEST_IN_THREADS", 2)
+    monkeypatch.setattr(eigenbases, "_SMALLEST_IN_THREADS", 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         for error in (KeyboardInterrupt(), ValueError("no"), MemoryError("no")):
             made = world()
             with monkeypatch.context() as patch:
-                patch.setattr(kernels, "decomposed", failing(kernels.decomposed, which, error))
+                decomposed = failing(eigenbases.decomposed, which, error)
+                patch.setattr(eigenbases, "decomposed", decomposed)
                 fails(made, error)
             assert torch.get_num_threads() == 3
     finally:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rotate_ewc import kernels
+from rotate_ewc import eigenbases, kernels
 from tests.oracles import assert_close
 
 SIDES = ["both", "gradient", "activation", "neither"]
@@ -97,8 +97,6 @@ def every_kernel_with_products() -> list[tuple[str, Callable[[], Tensor | None]]
 
     return [
         ("add_covariance_", covariance),
-        ("output_partial_trace", lambda: kernels.output_partial_trace(matrices)),
-        ("input_partial_trace", lambda: kernels.input_partial_trace(matrices)),
         ("rotate", lambda: kernels.rotate(vectors, right)),
         ("squared_entries", lambda: kernels.squared_entries(matrices, left, right)),
         ("to_eigenbasis", lambda: kernels.to_eigenbasis(matrices[:, 0], left, right)),
@@ -220,16 +218,6 @@ def test_covariance_of_pixels_is_computed_without_copies() -> None:
         assert mode.found == copies, shared
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-def test_partial_traces(groups: int) -> None:
-    gradients = seeded(groups, 5, 3, 4)
-    for group in range(groups):
-        of_outputs = sum(g @ g.T for g in gradients[group])
-        of_inputs = sum(g.T @ g for g in gradients[group])
-        assert_close(kernels.output_partial_trace(gradients)[group], of_outputs)
-        assert_close(kernels.input_partial_trace(gradients)[group], of_inputs)
-
-
 # --- bases ---
 
 
@@ -247,16 +235,16 @@ def check_basis(basis: Tensor, matrix: Tensor) -> None:
 def test_eigenbasis(groups: int, size: int) -> None:
     matrices = covariances(groups, size)
     below = torch.full_like(matrices, 7.0).tril(-1)
-    basis = kernels.eigenbasis(matrices.triu() + below)
+    basis = eigenbases.eigenbasis(matrices.triu() + below)
     assert basis.dtype == torch.float64
     check_basis(basis, matrices)
 
 
 def test_eigenbases_in_the_order_that_they_are_asked_for() -> None:
     matrices = [covariances(g, size, seed=size) for g, size in ((1, 4), (2, 7), (1, 1), (1, 5))]
-    for basis, matrix in zip(kernels.eigenbases(matrices), matrices, strict=True):
+    for basis, matrix in zip(eigenbases.eigenbases(matrices), matrices, strict=True):
         check_basis(basis, matrix)
-    assert kernels.eigenbases([]) == []
+    assert eigenbases.eigenbases([]) == []
 
 
 def failing_eigh(
@@ -282,11 +270,11 @@ def test_each_group_is_changed_in_proportion_to_itself(monkeypatch: pytest.Monke
     seen: list[Tensor] = []
     failing_eigh(monkeypatch, 2, torch.linalg.LinAlgError("did not converge"), seen)
     with pytest.warns(RuntimeWarning, match="^eigh of the 3 × 3 factor did not converge"):
-        (basis,) = kernels.eigenbases([matrices])
+        (basis,) = eigenbases.eigenbases([matrices])
     for group, (changed, matrix) in enumerate(zip(seen[2], matrices, strict=True)):
         mean = sum(float(matrix[i, i]) for i in range(3)) / 3
         for i in range(3):
-            expected = float(matrix[i, i]) + mean * kernels._JITTER * i / 2
+            expected = float(matrix[i, i]) + mean * eigenbases._JITTER * i / 2
             assert float(changed[i, i]) == pytest.approx(expected, rel=1e-14)
         assert torch.equal(changed.triu(1), matrix.triu(1)), group
         assert_close(basis[group].T @ basis[group], torch.eye(3, dtype=torch.float64))
@@ -296,8 +284,8 @@ def test_labels_of_what_does_not_converge(monkeypatch: pytest.MonkeyPatch) -> No
     error = torch.linalg.LinAlgError("did not converge")
     values = seeded(1, 3).square()
     for call, label in (
-        (lambda: kernels.eigenbasis(covariances(1, 3)), "factor"),
-        (lambda: kernels.eigenbases([covariances(1, 3)], ["thing"]), "thing"),
+        (lambda: eigenbases.eigenbasis(covariances(1, 3)), "factor"),
+        (lambda: eigenbases.eigenbases([covariances(1, 3)], ["thing"]), "thing"),
         (lambda: kernels.merged_basis([orthogonal(1, 3, 1)], [values]), "merged factor"),
     ):
         with monkeypatch.context() as patch:
@@ -313,7 +301,7 @@ def test_out_of_memory_names_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None
         match=r"^out of memory in the decomposition of the 3 × 3 thing \(too large\); leave the "
         r"parameter out \(exclude, or params\)$",
     ):
-        kernels.eigenbasis(covariances(1, 3), "thing")
+        eigenbases.eigenbasis(covariances(1, 3), "thing")
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.0, 2.0, 0.5)])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rotate_ewc import kernels, projections
 from rotate_ewc.observation import Portion
+from rotate_ewc.outer_products import OuterProducts
 from rotate_ewc.retry import in_pieces, is_out_of_memory
 from tests.cases import BY_NAME
 from tests.exactness import (
@@ -37,8 +38,7 @@ WORK = (
     (Portion, "activations"),
     (Portion, "_own"),
     (kernels, "add_covariance_"),
-    (kernels, "output_partial_trace"),
-    (kernels, "input_partial_trace"),
+    (OuterProducts, "add"),
     (kernels, "rotate"),
     (kernels, "squared_entries"),
     (kernels, "squared_lookups"),
@@ -168,7 +168,8 @@ def test_memory_for_one_example(setting: Setting, monkeypatch: pytest.MonkeyPatc
     ("owner", "name", "label"),
     [
         (kernels, "add_covariance_", "0.weight"),
-        (kernels, "output_partial_trace", "0.bias"),
+        (OuterProducts, "add", "0.weight"),
+        (Portion, "example_gradients", "0.bias"),
         (projections, "squared_projections", "0.weight"),
         (kernels, "squared_entries", "0.bias"),
     ],

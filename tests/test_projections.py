@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rotate_ewc import kernels, projections
+from rotate_ewc import eigenbases, kernels, projections
 from rotate_ewc.projections import Kernel, Route, cheapest_route, squared_projections
 
 MANY_POSITIONS = [
@@ -146,7 +146,7 @@ def test_eigenbasis_looks_at_the_upper_triangle_alone() -> None:
     root = seeded(2, 5, 5)
     covariance = root @ root.mT
     below = torch.full_like(covariance, 7.0).tril(-1)
-    basis = kernels.eigenbasis(covariance.triu() + below)
+    basis = eigenbases.eigenbasis(covariance.triu() + below)
     rotated = basis.mT @ covariance @ basis
     diagonal = torch.diag_embed(rotated.diagonal(dim1=1, dim2=2))
     torch.testing.assert_close(rotated, diagonal, atol=1e-12, rtol=0.0)
@@ -161,20 +161,20 @@ def test_eigenbases_in_threads_are_those_of_one_after_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each belongs to its own matrix, also of several groups, and threads are set as before."""
-    monkeypatch.setattr(kernels, "_SMALLEST_IN_THREADS", 4)
-    plain, seen = kernels.decomposed, []
+    monkeypatch.setattr(eigenbases, "_SMALLEST_IN_THREADS", 4)
+    plain, seen = eigenbases.decomposed, []
 
     def watched(covariance: Tensor, label: str) -> tuple[Tensor, str]:
         seen.append((covariance.shape[1], get_ident() != caller, torch.get_num_threads()))
         return plain(covariance, label)
 
-    monkeypatch.setattr(kernels, "decomposed", watched)
+    monkeypatch.setattr(eigenbases, "decomposed", watched)
     caller, sizes = get_ident(), ((1, 6), (2, 7), (1, 8), (1, 20), (1, 8), (1, 5), (1, 6))
     covariances = [root @ root.mT for root in (seeded(g, size, size) for g, size in sizes)]
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        bases = kernels.eigenbases(covariances)
+        bases = eigenbases.eigenbases(covariances)
         # The others would wait for the largest, which therefore gets all threads.
         assert seen[0] == (20, False, 3)
         assert sorted(seen[1:]) == [(size, True, 1) for size in (5, 6, 6, 7, 8, 8)]
@@ -206,19 +206,19 @@ def test_threads_only_where_they_gain(
     sizes: tuple[int, ...], smallest: int, in_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With two threads: a matrix of half of the work or more gets both, small ones get none."""
-    plain, caller, found = kernels.decomposed, get_ident(), []
+    plain, caller, found = eigenbases.decomposed, get_ident(), []
 
     def watched(covariance: Tensor, label: str) -> tuple[Tensor, str]:
         found.append(get_ident())
         sleep(0.01)  # so that further threads, if there were any, would take the next
         return plain(covariance, label)
 
-    monkeypatch.setattr(kernels, "decomposed", watched)
-    monkeypatch.setattr(kernels, "_SMALLEST_IN_THREADS", smallest)
+    monkeypatch.setattr(eigenbases, "decomposed", watched)
+    monkeypatch.setattr(eigenbases, "_SMALLEST_IN_THREADS", smallest)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        kernels.eigenbases([seeded(1, size, size) for size in sizes])
+        eigenbases.eigenbases([seeded(1, size, size) for size in sizes])
     finally:
         torch.set_num_threads(threads)
     assert len(found) == len(sizes)
@@ -233,13 +233,13 @@ def test_what_fails_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> No
             pytest.fail("expected to be called in a thread")
         raise ValueError(f"no basis of size {covariance.shape[1]}")
 
-    monkeypatch.setattr(kernels, "_SMALLEST_IN_THREADS", 4)
-    monkeypatch.setattr(kernels, "decomposed", fails)
+    monkeypatch.setattr(eigenbases, "_SMALLEST_IN_THREADS", 4)
+    monkeypatch.setattr(eigenbases, "decomposed", fails)
     caller, threads = get_ident(), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         with pytest.raises(ValueError, match="no basis of size 6"):
-            kernels.eigenbases([seeded(1, 5, 5), seeded(1, 6, 6), seeded(1, 5, 5)])
+            eigenbases.eigenbases([seeded(1, 5, 5), seeded(1, 6, 6), seeded(1, 5, 5)])
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

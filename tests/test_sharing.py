@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from itertools import permutations
 
 import pytest
@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rotate_ewc import EKFACLinearOperator, kernels
-from rotate_ewc.batches import count_batches
+from rotate_ewc import EKFACLinearOperator, eigenbases, estimation
 from rotate_ewc.keeper import Keeper
 from rotate_ewc.layers.linear import LinearCall
 from rotate_ewc.observation import Observation
@@ -91,15 +90,15 @@ def test_one_factor_and_one_eigh_serve_a_weight_and_its_bias(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes: list[int] = []
-    plain = kernels.decomposed
+    plain = eigenbases.decomposed
 
     def counted(covariance: Tensor, label: str) -> tuple[Tensor, str]:
         sizes.append(covariance.shape[1])
         return plain(covariance, label)
 
-    monkeypatch.setattr(kernels, "decomposed", counted)
+    monkeypatch.setattr(eigenbases, "decomposed", counted)
     network = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
-    data = [(torch.ones(2, 5), torch.tensor([0, 1]))]
+    data = [(torch.ones(4, 5), torch.arange(4) % 2)]
     EKFACLinearOperator(network, LOSS, list(network.parameters()), data, check_deterministic=False)
     assert sorted(sizes) == [3, 4, 4, 5]
 
@@ -109,17 +108,28 @@ SLICES = 40 * 30 * 4 + 40 * 3 * 4
 
 
 @pytest.mark.parametrize(
-    ("budget", "runs"), [(2**30, 4), (2 * SLICES + 2000, 4), (2 * SLICES - 2000, 8), (2000, 8)]
+    ("budget", "again"),
+    [
+        (2**30, []),
+        (2 * SLICES, []),
+        (2 * SLICES - 2, [3]),
+        (2 * SLICES - 2 * 120 - 2, [2, 3]),
+        (2 * 4800, [0, 1, 2, 3]),
+    ],
 )
-def test_the_model_runs_once_where_its_layers_fit_in_memory(budget: int, runs: int) -> None:
+def test_the_model_runs_again_only_for_what_does_not_fit_in_memory(
+    budget: int, again: list[int]
+) -> None:
+    """The inputs of four batches are slices of one tensor, 4800 bytes; gradients take 120 each."""
     calls: list[int] = []
 
     def forward(x: Tensor) -> Tensor:
-        calls.append(len(x))
+        calls.append(int(x[0, 0]))
         return network(x)
 
     network = nn.Linear(30, 3)
     inputs, labels = torch.ones(40, 30), torch.zeros(40, dtype=torch.long)
+    inputs[:, 0] = torch.arange(4).repeat_interleave(10)
     data = list(zip(inputs.split(10), labels.split(10), strict=True))
     EKFACLinearOperator(
         forward,
@@ -129,10 +139,45 @@ def test_the_model_runs_once_where_its_layers_fit_in_memory(budget: int, runs: i
         check_deterministic=False,
         memory_budget=budget,
     )
-    assert len(calls) == runs
+    assert calls == [0, 1, 2, 3, *again]
 
 
-def observed(inputs: Tensor, *, first: bool = True) -> Observation:
+@pytest.mark.parametrize("fisher", ["mc", "type2"])
+@pytest.mark.parametrize("kept", [0, 1, 2, 3, 4, 5])
+def test_nothing_depends_on_how_much_is_kept(
+    kept: int, fisher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, and so with the same sampled labels."""
+    network, data = model(), [tokens(3, seed) for seed in range(5)]
+    # Bytes of the inputs of both layers, and of the gradients at their outputs.
+    of_batch = 8 * 5 * (3 * 3 + 4 + (3 * 4 + 3) * (1 if fisher == "mc" else 2))
+    runs = 0
+
+    def forward(x: Tensor) -> Tensor:
+        nonlocal runs
+        runs += 1
+        return network(x)
+
+    def blocks() -> dict[str, Tensor]:
+        operator = EKFACLinearOperator(
+            forward,
+            LOSS,
+            dict(network.named_parameters()),
+            data,
+            fisher_type=fisher,
+            check_deterministic=False,
+        )
+        return {n: t for n, t in operator.state_dict().items() if isinstance(t, Tensor)}
+
+    expected, runs = blocks(), 0
+    monkeypatch.setattr(estimation, "Keeper", lambda max_bytes: Keeper(kept * of_batch))
+    found = blocks()
+    assert runs == 5 + (5 - kept)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def observed(inputs: Tensor, batch: int) -> Observation:
     """An observation that holds some inputs and nothing else."""
     use = Use("weight", None, LinearCall(inputs, None, None), inputs._version)
     return Observation(
@@ -143,58 +188,49 @@ def observed(inputs: Tensor, *, first: bool = True) -> Observation:
         uses=(use,),
         placements=(),
         computed={},
-        first=first,
+        batch=batch,
     )
 
 
-def kept_after(keeper: Keeper, inputs: list[Tensor]) -> list[int]:
-    """Offer observations, and see how many are held after each."""
-    held = []
-    for tensor in inputs:
-        keeper.offer(observed(tensor))
-        held.append(len(keeper.intact()))
-    return held
+def kept(max_bytes: int, inputs: Sequence[Tensor], parts: int = 1) -> tuple[int, bool]:
+    """Offer observations, so many of each batch; return how many are kept, and whether all are."""
+    keeper = Keeper(max_bytes)
+    for index, tensor in enumerate(inputs):
+        keeper.offer(observed(tensor, index // parts))
+    held = list(keeper.take())
+    for observation, tensor in zip(held, inputs, strict=False):
+        assert observation.uses[0].call.input is tensor
+    return len(held), keeper.complete
 
 
-def test_two_batches_tell_whether_all_will_fit() -> None:
+def test_batches_are_kept_while_they_fit() -> None:
     batches = [torch.ones(10, 25) for _ in range(6)]  # 1,000 bytes each
-    assert kept_after(Keeper(6000, 6), batches) == [1, 2, 3, 4, 5, 6]
-    # Known when the third begins; without a number of batches, when there is no more room.
-    assert kept_after(Keeper(5999, 6), batches) == [1, 2, 0, 0, 0, 0]
-    assert kept_after(Keeper(5999, None), batches) == [1, 2, 3, 4, 5, 0]
-    assert kept_after(Keeper(999, 6), batches) == [0, 0, 0, 0, 0, 0]
+    assert kept(6000, batches) == (6, True)
+    assert kept(5999, batches) == (5, False)
+    assert kept(2000, batches) == (2, False)
+    assert kept(999, batches) == (0, False)
+    # One that is small may not take the place of one before it.
+    assert kept(2500, [*batches[:2], batches[2], torch.ones(1)]) == (2, False)
 
 
-def test_slices_of_one_tensor_grow_by_nothing() -> None:
-    batches = list(torch.ones(60, 25).split(10))
-    assert kept_after(Keeper(6000, 6), batches) == [1, 2, 3, 4, 5, 6]
-    assert kept_after(Keeper(5999, 6), batches) == [0, 0, 0, 0, 0, 0]
+def test_slices_of_one_tensor_count_once() -> None:
+    batches = torch.ones(60, 25).split(10)
+    assert kept(6000, batches) == (6, True)
+    assert kept(5999, batches) == (0, False)
 
 
-def test_parts_of_one_batch_are_no_batches() -> None:
-    keeper = Keeper(6000, 2)
-    for first in (True, False, False, True, False, False):
-        keeper.offer(observed(torch.ones(10, 25), first=first))
-    assert len(keeper.intact()) == 6
+def test_a_batch_is_kept_as_a_whole_or_not_at_all() -> None:
+    observations = [torch.ones(10, 25) for _ in range(6)]
+    assert kept(6000, observations, parts=3) == (6, True)
+    assert kept(5000, observations, parts=3) == (3, False)
+    assert kept(2000, observations, parts=3) == (0, False)
 
 
 def test_observations_that_were_written_to_are_not_returned() -> None:
-    keeper, inputs = Keeper(6000, 2), torch.ones(10, 25)
-    keeper.offer(observed(inputs))
-    assert len(keeper.intact()) == 1
-    inputs.zero_()
-    assert keeper.intact() == []
-
-
-def test_number_of_batches() -> None:
-    class Unsized:
-        def __iter__(self) -> Iterator[Batch]:
-            return iter(())
-
-    class Refusing(Unsized):
-        def __len__(self) -> int:
-            raise NotImplementedError
-
-    assert count_batches([tokens(1, 0)] * 3) == 3
-    assert count_batches(Unsized()) is None
-    assert count_batches(Refusing()) is None
+    batches = [torch.ones(10, 25) for _ in range(2)]
+    keeper = Keeper(6000)
+    for index, inputs in enumerate(batches):
+        keeper.offer(observed(inputs, index))
+    batches[1].zero_()
+    assert list(keeper.take()) == []
+    assert not keeper.complete

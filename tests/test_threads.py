@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty, kernels
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty, eigenbases
 from tests.determinism_cases import CE, Estimation, differences
 from tests.exactness import assert_exact_diagonal
 from tests.oracles import dense_ggn, parameter_shapes
@@ -315,7 +315,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(kernels, "_SMALLEST_IN_THREADS", 4)
+    monkeypatch.setattr(eigenbases, "_SMALLEST_IN_THREADS", 4)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -326,7 +326,7 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_numbers_of_threads_while_bases_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that find bases are alone each, and those of others are as many as before."""
     own, others = [], []
-    original, all_have_begun, begun = kernels.decomposed, Barrier(3), set()
+    original, all_have_begun, begun = eigenbases.decomposed, Barrier(3), set()
 
     def observed(covariance: Tensor, label: str) -> tuple[Tensor, str]:
         if get_ident() not in begun:
@@ -336,8 +336,8 @@ def test_numbers_of_threads_while_bases_are_found(monkeypatch: pytest.MonkeyPatc
         others.append(number_in_a_new_thread())
         return original(covariance, label)
 
-    monkeypatch.setattr(kernels, "decomposed", observed)
-    kernels.eigenbases([torch.eye(6)[None]] * 4)
+    monkeypatch.setattr(eigenbases, "decomposed", observed)
+    eigenbases.eigenbases([torch.eye(6)[None]] * 4)
     assert own == [1, 1, 1, 1]
     assert others == [3, 3, 3, 3]
     assert torch.get_num_threads() == 3
@@ -351,7 +351,7 @@ def test_numbers_of_threads_are_kept_apart() -> None:
 
     def with_two() -> None:
         torch.set_num_threads(2)
-        kernels.eigenbases([torch.eye(size)[None] for size in (5, 5, 6, 6)])
+        eigenbases.eigenbases([torch.eye(size)[None] for size in (5, 5, 6, 6)])
         found.append(torch.get_num_threads())
 
     thread = Thread(target=with_two)
@@ -361,7 +361,7 @@ def test_numbers_of_threads_are_kept_apart() -> None:
     # What the thread itself has set is what others begin with; that is torch's doing.
     assert number_in_a_new_thread() == 2
     assert torch.get_num_threads() == 3
-    kernels.eigenbases([torch.eye(size)[None] for size in (5, 5, 6, 6)])
+    eigenbases.eigenbases([torch.eye(size)[None] for size in (5, 5, 6, 6)])
     assert torch.get_num_threads() == 3
     assert number_in_a_new_thread() == 2
 
@@ -371,8 +371,8 @@ def test_bases_found_in_many_threads_at_once() -> None:
     generator = torch.Generator().manual_seed(0)
     roots = [torch.randn(1, size, size, generator=generator) for size in (6, 7, 8, 9)]
     covariances = [root @ root.mT for root in roots]
-    alone = kernels.eigenbases(covariances)
-    found = at_once(*[lambda: kernels.eigenbases(covariances)] * 4)
+    alone = eigenbases.eigenbases(covariances)
+    found = at_once(*[lambda: eigenbases.eigenbases(covariances)] * 4)
     assert differences(found, [alone] * 4) == []
     assert torch.get_num_threads() == 3
     assert number_in_a_new_thread() == 3
