@@ -106,8 +106,8 @@ class EKFACLinearOperator:
             batch_size_fn: From a batch's inputs to its number of examples; needed where that is not
                 the length of the first axis of the (first) tensor.
             memory_budget: Bytes that estimation may use beyond the model's own passes. What fits is
-                kept, so that the model runs over the data once instead of twice. One example is the
-                least that is worked on at a time.
+                kept, so that the model runs once instead of twice over these data. One example is
+                the least that is worked on at a time.
             unsupported: What to do about parameters that are used in a way for which there is no
                 rule (such as recurrent layers): `"error"` refuses them by name; `"diagonal"` takes
                 the exact diagonal of their Fisher matrix, at one backward pass for every example;

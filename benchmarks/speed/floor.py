@@ -32,7 +32,10 @@ last product, as for S = 1::
 Then ``eigh`` once for every factor: ``d_in`` and ``d_out`` of each layer, and ``d_out`` once more
 for a bias with S > 1, whose own covariance is not its weight's factor; with S = 1 it is. Who takes
 the weight's basis for the bias as well saves that ``eigh`` and gets a worse basis, so it is told
-apart.
+apart. A factor of at most half as many vectors n as they have entries d needs no more than ``eigh``
+of n rows, and a product for the basis that these are rows in::
+
+    complete basis  4 n d²
 
 Only products are counted, at the rate that the machine reaches in large ones: elementwise work,
 patches of convolutions, softmax and norms take time as well, so nothing reaches the floor.
@@ -79,6 +82,33 @@ class Counts:
     def total(self) -> float:
         """All of them."""
         return float(sum(getattr(self, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A sum of outer products that is to be decomposed.
+
+    Attributes:
+        size: Entries of a vector.
+        vectors: Number of vectors.
+    """
+
+    size: int
+    vectors: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the smallest matrix whose ``eigh`` is enough."""
+        return self.vectors if self._few else self.size
+
+    @property
+    def gigaflop(self) -> float:
+        """Operations, in billions, for a basis of everything in which it is so small."""
+        return 4 * self.vectors * self.size**2 / GIGA if self._few else 0.0
+
+    @property
+    def _few(self) -> bool:
+        return 2 * self.vectors <= self.size
 
 
 @dataclass(frozen=True)
@@ -144,14 +174,31 @@ def count_attention(attention: Attention, vectors: int) -> Counts:
     return Counts(forward=2 * one_product, backward=vectors * 4 * one_product)
 
 
-def factor_sizes(layers: Iterable[Layer]) -> list[int]:
-    """Sizes of the factors of all weights, with repetitions."""
-    return [size for layer in layers for size in (layer.d_in, layer.d_out)]
+def factors(layers: Iterable[Layer], vectors: int, examples: int) -> list[Factor]:
+    """The factors of all weights, with repetitions.
+
+    Args:
+        layers: All layers.
+        vectors: Number of label vectors.
+        examples: Number of examples.
+    """
+    return [
+        factor
+        for layer in layers
+        for factor in (
+            Factor(layer.d_in, examples * layer.positions),
+            Factor(layer.d_out, examples * layer.positions * vectors),
+        )
+    ]
 
 
-def bias_sizes(layers: Iterable[Layer]) -> list[int]:
-    """Sizes of the covariances of biases that have their own, with repetitions."""
-    return [layer.d_out for layer in layers if layer.bias and layer.positions > 1]
+def bias_factors(layers: Iterable[Layer], vectors: int, examples: int) -> list[Factor]:
+    """The covariances of biases that have their own, with repetitions; arguments as above."""
+    return [
+        Factor(layer.d_out, examples * vectors)
+        for layer in layers
+        if layer.bias and layer.positions > 1
+    ]
 
 
 def count(
@@ -173,7 +220,8 @@ def count(
 
 def least_time(
     counts: Counts,
-    layers: Sequence[Layer],
+    of_weights: Iterable[Factor],
+    of_biases: Iterable[Factor],
     gigaflop_per_second: float,
     eigh_seconds: Mapping[int, float],
 ) -> Floor:
@@ -181,12 +229,17 @@ def least_time(
 
     Args:
         counts: Operations of the estimation.
-        layers: All layers, for the sizes of their factors.
+        of_weights: The factors of all weights.
+        of_biases: Those that biases have of their own.
         gigaflop_per_second: The rate of large products.
-        eigh_seconds: Time of ``eigh`` by size.
+        eigh_seconds: Time of ``eigh`` by number of rows.
     """
+
+    def decomposed(factor: Factor) -> float:
+        return eigh_seconds[factor.rows] + factor.gigaflop / gigaflop_per_second
+
     gigaflop = {f.name: getattr(counts, f.name) / GIGA for f in fields(counts)}
     seconds = {name: number / gigaflop_per_second for name, number in gigaflop.items()}
-    seconds["eigh"] = sum(eigh_seconds[size] for size in factor_sizes(layers))
-    seconds["eigh for biases"] = sum(eigh_seconds[size] for size in bias_sizes(layers))
+    seconds["eigh"] = sum(map(decomposed, of_weights))
+    seconds["eigh for biases"] = sum(map(decomposed, of_biases))
     return Floor(gigaflop, seconds, sum(seconds.values()))

@@ -13,14 +13,13 @@ from benchmarks.speed.agreement import compare, tolerance_for
 from benchmarks.speed.cases import Problem, build
 from benchmarks.speed.contenders import BY_NAME, Contender, Kind
 from benchmarks.speed.floor import (
-    Counts,
-    bias_sizes,
+    bias_factors,
     count,
-    factor_sizes,
+    factors,
     label_vectors,
     least_time,
 )
-from benchmarks.speed.layers import Layer, describe_layers
+from benchmarks.speed.layers import describe_layers
 from benchmarks.speed.names import Combination
 from benchmarks.speed.options import Options
 from benchmarks.speed.results import MEASURED, MISSING, REFUSED, Cell, Result
@@ -130,7 +129,11 @@ def measure(combination: Combination, options: Options, threads: int) -> Cell:
     problem = build(combination.case, fraction=options.fraction, quick=options.quick)
     problem.freeze_other_parameters()
     layers = describe_layers(problem)
-    sizes = (*factor_sizes(layers), *bias_sizes(layers))
+    vectors = _label_vectors(problem, combination.fisher)
+    counts = count(layers, problem.case.attention, vectors, problem.examples)
+    of_weights = factors(layers, vectors, problem.examples)
+    of_biases = bias_factors(layers, vectors, problem.examples)
+    sizes = tuple(factor.rows for factor in (*of_weights, *of_biases))
     chosen = contenders_in(combination, options)
     entries = [Entry(contender) for contender in chosen if contender.installed]
     with ExitStack() as stack:
@@ -142,8 +145,9 @@ def measure(combination: Combination, options: Options, threads: int) -> Cell:
     by_name = {entry.contender.name: entry for entry in entries}
     results = [_result(contender, by_name.get(contender.name)) for contender in chosen]
     tolerance = tolerance_for(combination.fisher, quick=options.quick)
-    counts = _necessary(problem, layers, combination.fisher)
-    floor = least_time(counts, layers, calibration.best_rate, calibration.eigh_seconds)
+    floor = least_time(
+        counts, of_weights, of_biases, calibration.best_rate, calibration.eigh_seconds
+    )
     return Cell(
         case=combination.case,
         fisher=combination.fisher,
@@ -166,13 +170,10 @@ def contenders_in(combination: Combination, options: Options) -> list[Contender]
     return [BY_NAME[name] for name in names.contenders_of(combination, options.contenders)]
 
 
-def _necessary(problem: Problem, layers: Sequence[Layer], fisher: str) -> Counts:
-    """Operations that estimation cannot do without."""
-    case = problem.case
-    vectors = label_vectors(fisher, case.classes)
-    if fisher == names.TYPE2:
-        vectors *= problem.labels_per_example
-    return count(layers, case.attention, vectors, problem.examples)
+def _label_vectors(problem: Problem, fisher: str) -> int:
+    """Number of vectors that must be sent backwards for one example."""
+    vectors = label_vectors(fisher, problem.case.classes)
+    return vectors * problem.labels_per_example if fisher == names.TYPE2 else vectors
 
 
 def _take_turns(

@@ -7,11 +7,12 @@ from torch import nn
 from benchmarks.speed.cases import CASES, Attention, Case, Problem, build
 from benchmarks.speed.floor import (
     Counts,
-    bias_sizes,
+    Factor,
+    bias_factors,
     count,
     count_attention,
     count_layer,
-    factor_sizes,
+    factors,
     label_vectors,
     least_time,
 )
@@ -57,8 +58,8 @@ def test_a_linear_layer_with_three_label_vectors() -> None:
         rotations=2 * 16 + 3 * 2 * 25,
         eigenvalues=40,
     )
-    assert factor_sizes([layer]) == [4, 5]
-    assert bias_sizes([layer]) == []
+    assert factors([layer], 3, 7) == [Factor(4, 7), Factor(5, 7 * 3)]
+    assert bias_factors([layer], 3, 7) == []
 
 
 def test_the_first_layer_sends_nothing_backwards() -> None:
@@ -77,8 +78,13 @@ def test_a_convolution_whose_vectors_are_rotated() -> None:
         rotations=7290 + 450,
         eigenvalues=2430,
     )
-    assert factor_sizes([layer]) == [27, 5]
-    assert bias_sizes([layer]) == [5]
+    assert factors([layer], 2, 100) == [Factor(27, 900), Factor(5, 1800)]
+    assert bias_factors([layer], 2, 100) == [Factor(5, 200)]
+
+
+def test_few_vectors_are_cheaper_to_decompose_than_their_sum() -> None:
+    assert (Factor(1000, 501).rows, Factor(1000, 501).gigaflop) == (1000, 0)
+    assert (Factor(1000, 500).rows, Factor(1000, 500).gigaflop) == (500, pytest.approx(2))
 
 
 def test_pairs_win_with_few_positions_and_many_label_vectors() -> None:
@@ -110,11 +116,14 @@ def test_operations_are_divided_by_rates_and_eigh_is_added() -> None:
     counts = count(layers, None, 1, examples=10**6)
     assert counts.forward == 2 * 40 * 10**6
     assert counts.total == 2 * (40 + 16 + 25 + 32 + 50 + 40) * 10**6
-    floor = least_time(counts, layers, 0.1, {4: 1.0, 5: 10.0})
+    of_weights = factors(layers, 1, 10**6)
+    floor = least_time(counts, of_weights, [], 0.1, {4: 1.0, 5: 10.0})
     assert floor.gigaflop["forward"] == pytest.approx(0.08)
     assert floor.seconds["forward"] == pytest.approx(0.8)
     assert (floor.seconds["eigh"], floor.seconds["eigh for biases"]) == (22, 0)
     assert floor.total == pytest.approx(22 + counts.total / 1e8)
+    floor = least_time(counts, of_weights, [Factor(1000, 4)], 0.1, {4: 1.0, 5: 10.0})
+    assert floor.seconds["eigh for biases"] == pytest.approx(1 + 0.016 / 0.1)
 
 
 @pytest.mark.parametrize("name", CASES)
