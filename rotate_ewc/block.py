@@ -12,6 +12,20 @@ from torch import Tensor
 from rotate_ewc.kernels import Basis
 
 
+def matrix_shape(parameter: torch.Size, groups: int, transposed: bool) -> tuple[int, int, int]:
+    """Return `(groups, d_out, d_in)` of a parameter's matrix (without the column of a bias).
+
+    Args:
+        parameter: The parameter's shape.
+        groups: Number of independent blocks.
+        transposed: Whether the input side comes first.
+    """
+    rows = parameter[0] if parameter else 1
+    columns = parameter.numel() // rows if rows else 0
+    rows //= groups
+    return (groups, columns, rows) if transposed else (groups, rows, columns)
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """`F ≈ (Q_g ⊗ Q_a) diag(Λ) (Q_g ⊗ Q_a)ᵀ` on one parameter, or on a weight and its bias.

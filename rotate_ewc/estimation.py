@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rotate_ewc import kernels
 from rotate_ewc.batches import check_reiterable, naming_batch
-from rotate_ewc.block import Block
+from rotate_ewc.block import Block, matrix_shape
 from rotate_ewc.factors import Covariances, add_covariances, add_eigenvalues, empty_blocks
 from rotate_ewc.keeper import Keeper
 from rotate_ewc.losses import Likelihood
@@ -268,6 +268,5 @@ class _Accumulator:
 def _diagonal(name: str, values: Tensor) -> Block:
     """Return a block with the identity for both bases."""
     dtype = kernels.statistics_dtype(values.dtype)
-    rows = values.shape[0] if values.ndim else 1
-    columns = values.numel() // max(1, rows)
-    return Block((name,), None, None, values.detach().reshape(1, rows, columns).to(dtype))
+    shape = matrix_shape(values.shape, groups=1, transposed=False)
+    return Block((name,), None, None, values.detach().reshape(shape).to(dtype))

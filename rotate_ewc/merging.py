@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rotate_ewc import kernels
-from rotate_ewc.block import Block
+from rotate_ewc.block import Block, matrix_shape
 from rotate_ewc.kernels import Basis
+from rotate_ewc.matching import common_shapes, matching_blocks
 from rotate_ewc.operator import EKFACLinearOperator
 from rotate_ewc.options import as_non_negative_number
 from rotate_ewc.ranges import check_trace
@@ -28,7 +29,8 @@ def merge(
     result is positive semi-definite. Merging many operators at once is more exact than one by one.
 
     A parameter that some operators lack, or have with fewer rows or columns, counts as zero there:
-    a block acts on the leading slice that existed when it was made.
+    a block acts on the leading slice that existed when it was made. A block of zeros, as a
+    parameter has on which no output depended, fits every other.
 
     Args:
         operators: At least one; parameters with the same name belong together.
@@ -52,29 +54,29 @@ def merge(
     if len(checked) != len(operators):
         raise ValueError(f"got {len(checked)} weights; expected {len(operators)}")
     checked = [as_non_negative_number(f"weights[{i}]", w) for i, w in enumerate(checked)]
-    shapes = _common_shapes(operators)
-    parts: dict[tuple[str, ...], list[Block]] = {}
-    for operator, weight in zip(operators, checked, strict=True):
-        for block in operator.blocks:
-            weighted = block.with_eigenvalues(block.eigenvalues * weight)
-            parts.setdefault(block.parameters, []).append(weighted)
-    _check_partition(list(parts))
-    blocks = [_merge_blocks(group) for group in parts.values()]
+    groups = matching_blocks(operators, checked)
+    shapes = common_shapes(operators, groups)
+    blocks = [_merge_blocks(group, shapes[group[0].parameters[0]]) for group in groups]
     provenance = replace(
         operators[-1].provenance, num_data=sum(operator.num_data for operator in operators)
     )
     return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
 
 
-def _merge_blocks(blocks: Sequence[Block]) -> Block:
-    """Sum blocks of the same parameters, of equal or growing size."""
-    label = blocks[0].label
+def _merge_blocks(blocks: Sequence[Block], shape: torch.Size) -> Block:
+    """Sum blocks of the same parameters.
+
+    Args:
+        blocks: The blocks.
+        shape: What the (weight) parameter has grown to.
+    """
+    label, joint = blocks[0].label, len(blocks[0].parameters) > 1
     # No entry of a partial trace, nor of the result, is larger.
     check_trace(torch.stack([block.trace for block in blocks]).sum(), label)
-    if len(blocks) == 1:
+    _, d_out, d_in = matrix_shape(shape, blocks[0].eigenvalues.shape[0], blocks[0].transposed)
+    d_in += joint
+    if len(blocks) == 1 and blocks[0].eigenvalues.shape[1:] == (d_out, d_in):
         return blocks[0]
-    d_out = max(block.eigenvalues.shape[1] for block in blocks)
-    d_in = max(block.eigenvalues.shape[2] for block in blocks)
     gradient_bases, eigenvalues = _common_side(
         [b.gradient_basis for b in blocks], [b.eigenvalues for b in blocks], d_out, axis=1
     )
@@ -134,39 +136,3 @@ def _padded(basis: Basis, size: int, eigenvalues: Tensor, axis: int) -> Basis:
         eye = torch.eye(size, rank, device=eigenvalues.device, dtype=eigenvalues.dtype)
         return eye.expand(groups, size, rank)
     return _with_zeros(basis, size, axis=1)
-
-
-def _common_shapes(operators: Sequence[EKFACLinearOperator]) -> dict[str, torch.Size]:
-    """Return the largest shape of every parameter; only its first two axes may grow."""
-    shapes: dict[str, torch.Size] = {}
-    layouts: dict[str, tuple[int, bool]] = {}
-    for operator in operators:
-        for name, shape in operator.parameter_shapes.items():
-            block = operator.block(name)
-            known = shapes.setdefault(name, shape)
-            layout = (block.eigenvalues.shape[0], block.transposed)
-            if layouts.setdefault(name, layout) != layout:
-                raise ValueError(
-                    f"parameter {name!r} has blocks that do not fit together: (groups, transposed) "
-                    f"is {layouts[name]} in one operator and {layout} in another"
-                )
-            if shape != known:
-                if len(shape) != len(known) or shape[2:] != known[2:] or layout[0] > 1:
-                    raise ValueError(
-                        f"parameter {name!r} has shapes {list(known)} and {list(shape)}, which do "
-                        f"not fit together; only more outputs or inputs of a layer without groups "
-                        f"can be merged"
-                    )
-                shapes[name] = torch.Size(map(max, known, shape))
-    return shapes
-
-
-def _check_partition(groups: Sequence[tuple[str, ...]]) -> None:
-    owners: dict[str, tuple[str, ...]] = {}
-    for group in groups:
-        for name in group:
-            if owners.setdefault(name, group) != group:
-                raise ValueError(
-                    f"parameter {name!r} has a block of its own in one operator and a joint block "
-                    f"in another; estimate both with the same separate_weight_and_bias"
-                )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -393,6 +394,91 @@ def test_joint_and_separate_blocks_do_not_mix(name: str, joint_first: bool) -> N
         r"estimate both with the same separate_weight_and_bias",
     ):
         merge(operators)
+
+
+PROVENANCE = Provenance("MSELoss", "mean", "type2", 10)
+NAMES = {"plain": ("w",), "joint": ("w", "b"), "bias": ("b",)}
+
+
+def of_weight_and_bias(
+    kinds: Sequence[str], seed: int | None, rows: int = 4, groups: int = 1, transposed: bool = False
+) -> EKFACLinearOperator:
+    """Blocks of a weight `[rows, 6]` and its bias; of zeros where there is no seed."""
+    blocks = []
+    for kind in kinds:
+        names = NAMES[kind]
+        columns = {"plain": 6, "joint": 7, "bias": 1}[kind]
+        shape = (1, 6, rows) if transposed else (groups, rows // groups, columns)
+        if seed is None:
+            values = torch.zeros(shape, dtype=torch.float64)
+            blocks.append(Block(names, None, None, values, transposed))
+        else:
+            block = random_block(seed, *shape)
+            blocks.append(replace(block, parameters=names, transposed=transposed))
+    present = {name for block in blocks for name in block.parameters}
+    shapes = {n: s for n, s in {"w": (rows, 6), "b": (rows,)}.items() if n in present}
+    return EKFACLinearOperator.from_blocks(blocks, shapes, PROVENANCE)
+
+
+@pytest.mark.parametrize("zeros_first", [False, True])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("telling", "silent"),
+    [
+        ({"kinds": ["joint"]}, {"kinds": ["plain", "bias"]}),
+        ({"kinds": ["plain", "bias"]}, {"kinds": ["joint"]}),
+        ({"kinds": ["joint"]}, {"kinds": ["plain"]}),
+        ({"kinds": ["joint"]}, {"kinds": ["bias"]}),
+        ({"kinds": ["plain"], "groups": 2}, {"kinds": ["plain"]}),
+        ({"kinds": ["plain"], "transposed": True}, {"kinds": ["plain"]}),
+        ({"kinds": ["plain"]}, {"kinds": ["plain"], "transposed": True}),
+        ({"kinds": ["plain"]}, {"kinds": ["plain"], "groups": 2}),
+    ],
+)
+def test_zeros_fit_every_form(
+    telling: dict[str, Any], silent: dict[str, Any], weight: float, zeros_first: bool
+) -> None:
+    """Whether a block is zero by itself, or by the weight of its task."""
+    one = of_weight_and_bias(seed=1, **telling)
+    none = of_weight_and_bias(seed=None if weight else 2, **silent)
+    pairs = [(one, 2.0), (none, weight)]
+    merged = merge(*zip(*(pairs[::-1] if zeros_first else pairs), strict=True))
+    assert merged.parameter_shapes == one.parameter_shapes
+    assert [block.parameters for block in merged.blocks] == [b.parameters for b in one.blocks]
+    for found, block in zip(merged.blocks, one.blocks, strict=True):
+        assert found.transposed == block.transposed
+        torch.testing.assert_close(dense_block(found), 2 * dense_block(block), **TOLERANCE)
+
+
+def test_rest_of_a_joint_block_of_zeros() -> None:
+    """No parameter is lost: the bias, of which nothing else is known, has a block of zeros."""
+    weight, zeros = of_weight_and_bias(["plain"], 1), of_weight_and_bias(["joint"], None, rows=5)
+    for operators in ([weight, zeros], [zeros, weight]):
+        merged = merge(operators)
+        assert merged.parameter_shapes == {"w": (5, 6), "b": (5,)}
+        assert sorted(block.parameters for block in merged.blocks) == [("b",), ("w",)]
+        bias, found = merged.block("b"), merged.block("w")
+        assert torch.equal(bias.eigenvalues, torch.zeros(1, 5, 1, dtype=torch.float64))
+        expected = torch.zeros(5, 6, 5, 6, dtype=torch.float64)
+        expected[:4, :, :4] = dense_block(weight.block("w")).reshape(4, 6, 4, 6)
+        torch.testing.assert_close(dense_block(found)[0], expected.reshape(30, 30), **TOLERANCE)
+
+
+def test_zeros_in_different_forms_are_zero() -> None:
+    forms = (["joint"], ["plain", "bias"], ["plain"], ["bias"])
+    for one in forms:
+        for other in forms:
+            merged = merge([of_weight_and_bias(one, None), of_weight_and_bias(other, None)])
+            names = {name for kind in (*one, *other) for name in NAMES[kind]}
+            assert set(merged.parameter_shapes) == names
+            assert float(merged.trace) == 0
+
+
+def test_only_zeros_fit_every_form() -> None:
+    joint, separate = of_weight_and_bias(["joint"], 1), of_weight_and_bias(["plain", "bias"], 2)
+    zeros = of_weight_and_bias(["plain", "bias"], None)
+    with pytest.raises(ValueError, match="'w' has a block of its own in one operator"):
+        merge([zeros, joint, separate])
 
 
 @pytest.mark.parametrize(("size", "side"), [(3, "output"), (4, "input")])

@@ -12,6 +12,8 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from rotate_ewc.block import matrix_shape
+
 
 class Factors(Enum):
     """In which factored form a layer family knows its per-example gradients, if any."""
@@ -52,10 +54,7 @@ class Form:
 
     def shape(self, parameter: torch.Size) -> tuple[int, int, int]:
         """Return `(groups, d_out, d_in)` for a parameter's shape."""
-        rows = parameter[0] if parameter else 1
-        columns = parameter.numel() // rows if rows else 0
-        rows //= self.groups
-        return (self.groups, columns, rows) if self.transposed else (self.groups, rows, columns)
+        return matrix_shape(parameter, self.groups, self.transposed)
 
     def matrices(self, gradients: Tensor) -> Tensor:
         """Turn per-example gradients `[n, *shape]` into `[groups, n, d_out, d_in]`."""
