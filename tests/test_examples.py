@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,7 @@ def lines_of(process: subprocess.Popen[str]) -> list[str]:
     return output.splitlines()
 
 
+@pytest.mark.slow
 def test_avalanche_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
     """One run is killed after its second task, the other is not."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -60,8 +60,8 @@ def check_fuzzed(found: dict[str, Any], count: int) -> None:
     assert found["grown_kib"] * 1024 < 2 * found["honest_bytes"] + 64 * 2**20
 
 
-def test_a_thousand_mutated_snapshots(tmp_path: Path) -> None:
-    check_fuzzed(fuzz(tmp_path, 0, 1000), 1000)
+def test_four_hundred_mutated_snapshots(tmp_path: Path) -> None:
+    check_fuzzed(fuzz(tmp_path, 0, 400), 400)
 
 
 @pytest.mark.slow

@@ -71,6 +71,7 @@ def test_old_images_are_those_of_old_tasks(tiny_images: ImageData) -> None:
         assert label == tiny_images.train_labels[row]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_download")
 def test_every_combination_is_run_and_remembers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

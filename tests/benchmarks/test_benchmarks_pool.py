@@ -138,6 +138,7 @@ def test_an_experiment_uses_the_images_of_its_options_alone(
     assert sizes == [(60, 40), (36, 40), (30, 6)]
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_results_of_one(tmp_path: Path, mnist_root: Path) -> None:
     jobs = jobs_of("naive", "joint", data_root=mnist_root)
     plain = []
