@@ -14,17 +14,17 @@ Shapes = Mapping[str, torch.Size]
 
 
 def multiply(blocks: Sequence[Block], columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Multiply tensors `[K, *shape]`, by parameter name."""
+    """Multiply tensors `[K, *shape]`, by parameter name, each in the dtype of its block."""
     product: dict[str, Tensor] = {}
     for block in blocks:
         matrices = kernels.apply_in_eigenbasis(
-            block.matrix(columns, leading_axes=1),
+            block.matrix(columns, leading_axes=1).to(block.eigenvalues.dtype),
             block.gradient_basis,
             block.activation_basis,
             block.eigenvalues,
         )
         for name, part in zip(block.parameters, block.parts(matrices), strict=True):
-            product[name] = part.reshape(columns[name].shape)
+            product[name] = part.reshape(columns[name].shape).to(columns[name].dtype)
     return product
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any, Final
 
 import torch
@@ -203,8 +204,8 @@ class EKFACLinearOperator:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of bases and eigenvalues."""
-        return self._blocks[0].eigenvalues.dtype
+        """Dtype of bases and eigenvalues; the widest where a model has several."""
+        return reduce(torch.promote_types, [block.eigenvalues.dtype for block in self._blocks])
 
     @property
     def trace(self) -> Tensor:
@@ -338,11 +339,12 @@ class EKFACLinearOperator:
                 of K columns; or a vector `[D]`; or a matrix `[D, K]`.
 
         Returns:
-            The product, in the form of `other`.
+            The product, in the form and dtype of `other`; computed in the operator's dtype.
 
         Raises:
             ValueError: If a shape does not fit, naming the parameter.
-            TypeError: If `other` is neither a tensor nor a sequence of tensors.
+            TypeError: If `other` is neither a tensor nor a sequence of tensors, or holds no
+                floating-point numbers.
         """
         columns = vectors.to_columns(other, self._shapes)
         product = algebra.multiply(self._blocks, dict(zip(self._shapes, columns, strict=True)))

@@ -22,7 +22,8 @@ def to_columns(other: Any, shapes: Mapping[str, torch.Size]) -> list[Tensor]:
 
     Raises:
         ValueError: If a shape does not fit, naming the parameter.
-        TypeError: If `other` is neither a tensor nor a list of tensors.
+        TypeError: If `other` is neither a tensor nor a list of tensors, or if its numbers are not
+            in floating point.
     """
     if isinstance(other, Tensor):
         return _split_flat(other, shapes)
@@ -55,6 +56,7 @@ def check_list(
     for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name!r} got {type(tensor).__name__}; expected a tensor")
+        _check_dtype(tensor, repr(name))
         extra = tuple(tensor.shape[len(shape) :])
         if tensor.shape[: len(shape)] != shape or len(extra) > int(columns_allowed):
             columns_too = f" or {[*shape, 'K']}".replace("'", "") if columns_allowed else ""
@@ -68,7 +70,14 @@ def check_list(
     return columns != {()}
 
 
+def _check_dtype(tensor: Tensor, what: str) -> None:
+    # The product comes back in the same dtype, and would be rounded to integers.
+    if not tensor.is_floating_point():
+        raise TypeError(f"{what} got dtype {tensor.dtype}; expected a floating-point dtype")
+
+
 def _split_flat(flat: Tensor, shapes: Mapping[str, torch.Size]) -> list[Tensor]:
+    _check_dtype(flat, "the flat tensor")
     size = sum(shape.numel() for shape in shapes.values())
     if flat.ndim not in (1, 2) or flat.shape[0] != size:
         raise ValueError(

@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from rotate_ewc import EKFACLinearOperator, merge
+from rotate_ewc.block import Block
+from rotate_ewc.provenance import Provenance
 from tests.random_operators import BASES, RandomOperator, random_operators
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=100)
@@ -374,3 +377,40 @@ def test_casts(random: RandomOperator) -> None:
     assert operator.to_dense().dtype == torch.float32
     back = operator.to(dtype=torch.float64)
     torch.testing.assert_close(matrix_of(back), random.dense(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", [torch.float64, torch.float32, torch.bfloat16])
+def test_blocks_of_different_dtypes(other: torch.dtype) -> None:
+    """As of a model whose layers are not all in the same: products have the vector's dtype."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.rand(1, 3, 4, generator=generator), torch.rand(1, 2, 1, generator=generator)]
+    blocks = [Block(("w",), None, None, values[0]), Block(("b",), None, None, values[1].double())]
+    provenance = Provenance("MSELoss", "mean", "type2", 10)
+    operator = EKFACLinearOperator.from_blocks(blocks, {"w": (3, 4), "b": (2,)}, provenance)
+    assert operator.dtype == torch.float64
+    exact = torch.cat([value.double().flatten() for value in values])
+    assert torch.equal(operator.to_dense(), torch.diag(exact))
+    flat = torch.randn(14, generator=generator).to(other)
+    tolerance = {"rtol": 0.01 if other == torch.bfloat16 else 1e-6, "atol": 0.0}
+    product = operator @ flat
+    assert product.dtype == other
+    torch.testing.assert_close(product.double(), exact * flat.double(), **tolerance)
+    parts = operator @ [flat[:12].view(3, 4), flat[12:].float()]
+    assert [part.dtype for part in parts] == [other, torch.float32]
+    torch.testing.assert_close(
+        torch.cat([part.double().flatten() for part in parts]), exact * flat.double(), **tolerance
+    )
+    form = operator.quadratic_form([flat[:12].view(3, 4), flat[12:]])
+    assert float(form) == pytest.approx(float(exact @ flat.double().square()), rel=1e-6)
+
+
+def test_integers_are_refused() -> None:
+    """A product that comes back in their dtype would be rounded."""
+    block = Block(("w",), None, None, torch.rand(1, 3, 4))
+    provenance = Provenance("MSELoss", "mean", "type2", 10)
+    operator = EKFACLinearOperator.from_blocks([block], {"w": (3, 4)}, provenance)
+    with pytest.raises(TypeError, match=r"the flat tensor got dtype torch.int64; expected a float"):
+        operator @ torch.arange(12)
+    for call in (operator.__matmul__, operator.quadratic_form):
+        with pytest.raises(TypeError, match=r"'w' got dtype torch.int64; expected a floating"):
+            call([torch.arange(12).view(3, 4)])
