@@ -2,7 +2,8 @@
 
 Pass one sums the Kronecker factors, whose eigenvectors become the bases. Pass two finds, in these
 bases, the exact mean squares of the per-example gradients. Both see the same observations; as many
-as fit in the memory budget are kept, and only for the other batches does the model run again.
+as fit in the memory budget are kept, and the model runs again only for the batches of which they
+are not, or which the loader has changed.
 
 Everything is summed in a fixed order: on a CPU the same seed, the same batches and the same number
 of threads give the same bits, in every process. Another number of threads rounds differently, by
@@ -115,14 +116,9 @@ def estimate(
 def _observed_again(
     observer: Observer, keeper: Keeper, data: Iterable[Any]
 ) -> Iterator[Observation]:
-    """Yield all observations for the second time: first those that were kept."""
-    place = None
-    for observation in keeper.take():
-        place = observation.place
-        yield observation
-        del observation
-    if not keeper.complete:
-        yield from observer.observe(data, "eigenvalues", again=True, after=place)
+    """Return all observations for the second time, as far as possible those that were kept."""
+    kept = keeper.take_all()
+    return observer.observe(data, "eigenvalues", keeper) if kept is None else kept
 
 
 class _Accumulator:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
+from rotate_ewc.nested import same
 from rotate_ewc.observation import Observation
 
 
 class Keeper:
-    """Keeps the observations of the first batches, of whole ones, until there is no more room."""
+    """Keeps the observations of the first batches, of whole ones, until there is no more room.
+
+    Not all loaders give the same batches twice: they may shuffle, change the inputs at random, or
+    fill the same buffer for every batch. What is kept counts only for a batch that is the same.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         """Keep nothing yet.
@@ -34,19 +40,30 @@ class Keeper:
             while self._kept and self._kept[-1].batch == observation.batch:
                 self._kept.pop()
 
-    def take(self) -> Iterator[Observation]:
-        """Give away what is kept, in order; nothing if it is not what it was.
+    def take_all(self) -> Iterator[Observation] | None:
+        """Return all observations, or None if not all were kept, or are what they were."""
+        if self._full or not all(map(_is_unmodified, self._kept)):
+            return None
+        return self._emptied()
 
-        The latter is so for a loader that fills the same buffer for every batch: the layers' inputs
-        that were kept are then no longer those of their batches.
+    def take(self, batch: int, inputs: Any, targets: Any) -> list[Observation]:
+        """Give away the observations of a batch; none if another one is given than was kept.
+
+        Batches must be asked for in order. After one for which there is nothing, nothing is kept.
         """
-        if not all(use.unmodified for kept in self._kept for use in kept.uses):
-            self._full = True
+        found = []
+        while self._kept and self._kept[0].batch == batch:
+            found.append(self._kept.popleft())
+        if not all(_is_unmodified(o) and same(o.given, (inputs, targets)) for o in found):
+            found = []
+        if not found:
             self._kept.clear()
+        return found
+
+    def _emptied(self) -> Iterator[Observation]:
         while self._kept:
             yield self._kept.popleft()
 
-    @property
-    def complete(self) -> bool:
-        """Whether all that was offered was kept."""
-        return not self._full
+
+def _is_unmodified(observation: Observation) -> bool:
+    return all(use.unmodified for use in observation.uses)

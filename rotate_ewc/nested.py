@@ -21,6 +21,28 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether two nested values have the same structure and equal tensors, and all else is equal.
+
+    What cannot be compared is taken to be different, unless it is the same object.
+    """
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Mapping):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if one is other:
+        return True
+    try:
+        if not isinstance(one, Tensor):
+            return bool(one == other)
+        alike = (one.dtype, one.device) == (other.dtype, other.device)
+        return alike and torch.equal(one, other)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Return a nested value with every tensor replaced by `function` of it."""
     if isinstance(value, Tensor):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from rotate_ewc import kernels
 from rotate_ewc.layers import FactoredCall, Factors, LayerCall
+from rotate_ewc.nested import tensors_in
 from rotate_ewc.placement import Placement
 from rotate_ewc.plan import BlockKey, Contribution, Plan
 from rotate_ewc.projections import chunk_bytes
@@ -18,19 +19,6 @@ from rotate_ewc.recorder import Computed, Use
 
 # What is made of a portion at a time: laid out, copied, rotated, squared.
 _TENSORS_IN_WORK: Final = 4
-
-
-@dataclass(frozen=True)
-class Place:
-    """How far the data have been gone through.
-
-    Attributes:
-        batch: Number of the last batch.
-        random_state: State of the generator of labels after it.
-    """
-
-    batch: int
-    random_state: Tensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +38,9 @@ class Observation:
             gradients of all its output vectors would not fit in the memory budget.
         squares: Squared per-example gradients, summed, of parameters whose uses have no rule.
         batch: The batch's number in the data.
-        place: Where the data go on; None if more observations of the batch follow.
+        given: The batch's inputs and targets.
+        random_state: State of the generator of labels after the batch; None if more observations of
+            it follow.
     """
 
     num_examples: int
@@ -64,7 +54,8 @@ class Observation:
     first: bool = True
     squares: Mapping[str, Tensor] = field(default_factory=dict)
     batch: int = 0
-    place: Place | None = None
+    given: tuple[Any, Any] = (None, None)
+    random_state: Tensor | None = None
 
     @property
     def storages(self) -> dict[int, int]:
@@ -74,6 +65,7 @@ class Observation:
         """
         tensors = [gradient for gradient_set in self.gradient_sets for gradient in gradient_set]
         tensors += [use.call.input for use in self.uses]
+        tensors += tensors_in(self.given)
         return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
     @property

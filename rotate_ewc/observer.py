@@ -13,10 +13,11 @@ from rotate_ewc import kernels
 from rotate_ewc.batches import batches, count_examples, naming_batch
 from rotate_ewc.capture import Trace, trace
 from rotate_ewc.errors import NotFiniteError
+from rotate_ewc.keeper import Keeper
 from rotate_ewc.losses import Likelihood
 from rotate_ewc.nested import tensors_in
 from rotate_ewc.notices import add_note
-from rotate_ewc.observation import Observation, Place
+from rotate_ewc.observation import Observation
 from rotate_ewc.one_by_one import add_squares, squares_like
 from rotate_ewc.options import EstimationSettings, Unsupported
 from rotate_ewc.placement import Placement, find_placements
@@ -55,20 +56,15 @@ class Observer:
         self._placements: dict[tuple[object, ...], list[Placement]] = {}
 
     def observe(
-        self,
-        data: Iterable[Any],
-        description: str,
-        *,
-        again: bool = False,
-        after: Place | None = None,
+        self, data: Iterable[Any], description: str, keeper: Keeper | None = None
     ) -> Iterator[Observation]:
         """Yield one observation for each batch, or several where memory asks for it.
 
         Args:
             data: Batches (inputs, targets).
             description: What a progress bar shows.
-            again: Whether the data were observed before: squares are not asked for twice.
-            after: Where to go on; what comes before is only taken out of the data.
+            keeper: If the data were observed before, what was kept of that. For the same batches
+                the model does not run again; nor are squares asked for twice.
 
         What the model itself raises is not changed, but for a note that says which batch it was
         (Python 3.11 or later); so is what the data raise.
@@ -78,13 +74,15 @@ class Observer:
             TypeError: If a part of a batch, or the outputs, have the wrong type.
         """
         generator = torch.Generator(self.device).manual_seed(self.settings.seed)
-        if after is not None:
-            generator.set_state(after.random_state)
         for index, inputs, targets in batches(
             data, self.device, progressbar=self.settings.progressbar, description=description
         ):
-            if after is not None and index <= after.batch:
+            kept = keeper.take(index, inputs, targets) if keeper else []
+            if kept and kept[-1].random_state is not None:
+                generator.set_state(kept[-1].random_state)
+                yield from kept
                 continue
+            again = keeper is not None
             try:
                 with naming_batch(index):
                     yield from self._observe_batch(index, inputs, targets, generator, again)
@@ -112,10 +110,11 @@ class Observer:
             placements=self._find_placements(recorded, num_examples),
             computed=recorded.computed,
             batch=index,
+            given=(inputs, targets),
         )
         one_by_one = {} if again else self._one_by_one()
         if not recorded.uses and not one_by_one:
-            yield replace(observation, place=Place(index, generator.get_state()))
+            yield replace(observation, random_state=generator.get_state())
             return
         vectors = likelihood.vectors(
             outputs, targets, num_examples, settings.fisher_type, settings.mc_samples, generator
@@ -141,7 +140,7 @@ class Observer:
                     gradient_sets=gradient_sets,
                     first=first,
                     squares=squares if done else {},
-                    place=Place(index, generator.get_state()) if done else None,
+                    random_state=generator.get_state() if done else None,
                 )
                 gradient_sets, first, held = [], False, 0
 

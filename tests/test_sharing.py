@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import permutations
 
 import pytest
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACLinearOperator, eigenbases, estimation
+from rotate_ewc.block import Block
 from rotate_ewc.keeper import Keeper
 from rotate_ewc.layers.linear import LinearCall
 from rotate_ewc.observation import Observation
@@ -103,8 +104,9 @@ def test_one_factor_and_one_eigh_serve_a_weight_and_its_bias(
     assert sorted(sizes) == [3, 4, 4, 5]
 
 
-# What four batches that are slices of one tensor keep: that tensor once, and their gradients.
-SLICES = 40 * 30 * 4 + 40 * 3 * 4
+# What four batches that are slices of one tensor keep: that tensor once, their labels', and their
+# gradients.
+SLICES = 40 * 30 * 4 + 40 * 8 + 40 * 3 * 4
 
 
 @pytest.mark.parametrize(
@@ -114,13 +116,13 @@ SLICES = 40 * 30 * 4 + 40 * 3 * 4
         (2 * SLICES, []),
         (2 * SLICES - 2, [3]),
         (2 * SLICES - 2 * 120 - 2, [2, 3]),
-        (2 * 4800, [0, 1, 2, 3]),
+        (2 * (SLICES - 4 * 120), [0, 1, 2, 3]),
     ],
 )
 def test_the_model_runs_again_only_for_what_does_not_fit_in_memory(
     budget: int, again: list[int]
 ) -> None:
-    """The inputs of four batches are slices of one tensor, 4800 bytes; gradients take 120 each."""
+    """Inputs and labels of four batches are slices of one tensor each; gradients take 120 bytes."""
     calls: list[int] = []
 
     def forward(x: Tensor) -> Tensor:
@@ -149,8 +151,8 @@ def test_nothing_depends_on_how_much_is_kept(
 ) -> None:
     """To the last bit, and so with the same sampled labels."""
     network, data = model(), [tokens(3, seed) for seed in range(5)]
-    # Bytes of the inputs of both layers, and of the gradients at their outputs.
-    of_batch = 8 * 5 * (3 * 3 + 4 + (3 * 4 + 3) * (1 if fisher == "mc" else 2))
+    # Bytes of the labels, the inputs of both layers, and the gradients at their outputs.
+    of_batch = 8 * 5 * (1 + 3 * 3 + 4 + (3 * 4 + 3) * (1 if fisher == "mc" else 2))
     runs = 0
 
     def forward(x: Tensor) -> Tensor:
@@ -177,7 +179,67 @@ def test_nothing_depends_on_how_much_is_kept(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def observed(inputs: Tensor, batch: int) -> Observation:
+class Restless:
+    """A loader whose batches are others the second time: in another order, or changed."""
+
+    def __init__(self, data: list[Batch], how: str) -> None:
+        self.data, self.how, self.times = data, how, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.times += 1
+        yield from self.data if self.times == 1 else self._others()
+
+    def _others(self) -> list[Batch]:
+        if self.how == "other order":
+            return self.data[::-1]
+        if self.how == "swapped in the middle":
+            return [self.data[i] for i in (0, 2, 1, 3, 4)]
+        if self.how == "cut otherwise":
+            inputs = torch.cat([x for x, _ in self.data])
+            labels = torch.cat([y for _, y in self.data])
+            return [(inputs[:8], labels[:8]), (inputs[8:], labels[8:])]
+        return [(x, y.roll(1)) for x, y in self.data]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("how", ["other order", "swapped in the middle", "cut otherwise", "labels"])
+def test_every_batch_counts_once_whatever_its_place(
+    how: str, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was kept is not used for another batch. With changed labels the second ones count."""
+    network, data = model(), [tokens(3, seed) for seed in range(5)]
+    of_batch = 8 * 5 * (1 + 3 * 3 + 4 + 3 * 4 + 3)
+    monkeypatch.setattr(estimation, "Keeper", lambda max_bytes: Keeper(kept * of_batch))
+    loader = Restless(data, how)
+    operator = EKFACLinearOperator(
+        network,
+        LOSS,
+        list(network.parameters()),
+        loader,
+        fisher_type="empirical",
+        check_deterministic=False,
+    )
+    if kept < 5 and how == "labels":
+        data = [(x, y.roll(1)) for x, y in data]
+    assert loader.times == (1 if kept == 5 else 2)
+    for name in ("first.weight", "first.bias", "head.weight", "head.bias"):
+        exact = sum(
+            (dense_fisher(network, LOSS, [name], x, y, "empirical") for x, y in data),
+            torch.zeros(()),
+        )
+        block = operator.block(name)
+        found = basis_of(block).T @ exact @ basis_of(block)
+        assert_close(block.eigenvalues.flatten(), found.diagonal())
+
+
+def basis_of(block: Block) -> Tensor:
+    """The basis of a block without groups, as one matrix over the parameter's entries."""
+    if block.activation_basis is None:
+        return block.gradient_basis[0]
+    return torch.kron(block.gradient_basis[0], block.activation_basis[0])
+
+
+def observed(inputs: Tensor, batch: int = 0) -> Observation:
     """An observation that holds some inputs and nothing else."""
     use = Use("weight", None, LinearCall(inputs, None, None), inputs._version)
     return Observation(
@@ -189,6 +251,7 @@ def observed(inputs: Tensor, batch: int) -> Observation:
         placements=(),
         computed={},
         batch=batch,
+        given=(inputs, None),
     )
 
 
@@ -197,10 +260,18 @@ def kept(max_bytes: int, inputs: Sequence[Tensor], parts: int = 1) -> tuple[int,
     keeper = Keeper(max_bytes)
     for index, tensor in enumerate(inputs):
         keeper.offer(observed(tensor, index // parts))
-    held = list(keeper.take())
-    for observation, tensor in zip(held, inputs, strict=False):
-        assert observation.uses[0].call.input is tensor
-    return len(held), keeper.complete
+    held = keeper.take_all()
+    if held is not None:
+        found = [observation.uses[0].call.input for observation in held]
+        assert list(map(id, found)) == list(map(id, inputs))
+        return len(found), True
+    count = 0
+    for batch in range(len(inputs) // parts):
+        expected = inputs[batch * parts : (batch + 1) * parts]
+        found = [o.uses[0].call.input for o in keeper.take(batch, expected[0], None)]
+        assert list(map(id, found)) in ([], list(map(id, expected)))
+        count += len(found)
+    return count, False
 
 
 def test_batches_are_kept_while_they_fit() -> None:
@@ -210,7 +281,7 @@ def test_batches_are_kept_while_they_fit() -> None:
     assert kept(2000, batches) == (2, False)
     assert kept(999, batches) == (0, False)
     # One that is small may not take the place of one before it.
-    assert kept(2500, [*batches[:2], batches[2], torch.ones(1)]) == (2, False)
+    assert kept(2500, [*batches[:3], torch.ones(1)]) == (2, False)
 
 
 def test_slices_of_one_tensor_count_once() -> None:
@@ -227,10 +298,12 @@ def test_a_batch_is_kept_as_a_whole_or_not_at_all() -> None:
 
 
 def test_observations_that_were_written_to_are_not_returned() -> None:
-    batches = [torch.ones(10, 25) for _ in range(2)]
+    batches = [torch.ones(10, 25) for _ in range(3)]
     keeper = Keeper(6000)
     for index, inputs in enumerate(batches):
         keeper.offer(observed(inputs, index))
-    batches[1].zero_()
-    assert list(keeper.take()) == []
-    assert not keeper.complete
+    batches[1].add_(1)
+    assert keeper.take_all() is None
+    assert len(keeper.take(0, batches[0], None)) == 1
+    assert keeper.take(1, batches[1], None) == []
+    assert keeper.take(2, batches[2], None) == [], "nor any that come afterwards"
