@@ -42,7 +42,7 @@ class Keeper:
 
     def take_all(self) -> Iterator[Observation] | None:
         """Return all observations, or None if not all were kept, or are what they were."""
-        if self._full or not all(map(_is_unmodified, self._kept)):
+        if self._full or not all(observation.unmodified for observation in self._kept):
             return None
         return self._emptied()
 
@@ -54,7 +54,7 @@ class Keeper:
         found = []
         while self._kept and self._kept[0].batch == batch:
             found.append(self._kept.popleft())
-        if not all(_is_unmodified(o) and same(o.given, (inputs, targets)) for o in found):
+        if not all(o.unmodified and same(o.given, (inputs, targets)) for o in found):
             found = []
         if not found:
             self._kept.clear()
@@ -63,7 +63,3 @@ class Keeper:
     def _emptied(self) -> Iterator[Observation]:
         while self._kept:
             yield self._kept.popleft()
-
-
-def _is_unmodified(observation: Observation) -> bool:
-    return all(use.unmodified for use in observation.uses)

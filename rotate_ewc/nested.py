@@ -21,6 +21,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was modified in place; those of inference mode cannot be."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def same(one: Any, other: Any) -> bool:
     """Whether two nested values have the same structure and equal tensors, and all else is equal.
 

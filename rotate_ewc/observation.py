@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rotate_ewc import kernels
 from rotate_ewc.layers import FactoredCall, Factors, LayerCall
-from rotate_ewc.nested import tensors_in
+from rotate_ewc.nested import tensors_in, version_of
 from rotate_ewc.placement import Placement
 from rotate_ewc.plan import BlockKey, Contribution, Plan
 from rotate_ewc.projections import chunk_bytes
@@ -39,6 +39,7 @@ class Observation:
         squares: Squared per-example gradients, summed, of parameters whose uses have no rule.
         batch: The batch's number in the data.
         given: The batch's inputs and targets.
+        versions: How often the tensors in these had been written to.
         random_state: State of the generator of labels after the batch; None if more observations of
             it follow.
     """
@@ -55,6 +56,7 @@ class Observation:
     squares: Mapping[str, Tensor] = field(default_factory=dict)
     batch: int = 0
     given: tuple[Any, Any] = (None, None)
+    versions: Sequence[int] = ()
     random_state: Tensor | None = None
 
     @property
@@ -67,6 +69,12 @@ class Observation:
         tensors += [use.call.input for use in self.uses]
         tensors += tensors_in(self.given)
         return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+    @property
+    def unmodified(self) -> bool:
+        """Whether the batch and the layers' inputs are still what they were."""
+        versions = [version_of(tensor) for tensor in tensors_in(self.given)]
+        return versions == list(self.versions) and all(use.unmodified for use in self.uses)
 
     @property
     def followers(self) -> dict[BlockKey, BlockKey]:

@@ -15,7 +15,7 @@ from rotate_ewc.capture import Trace, trace
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.keeper import Keeper
 from rotate_ewc.losses import Likelihood
-from rotate_ewc.nested import tensors_in
+from rotate_ewc.nested import tensors_in, version_of
 from rotate_ewc.notices import add_note
 from rotate_ewc.observation import Observation
 from rotate_ewc.one_by_one import add_squares, squares_like
@@ -111,6 +111,7 @@ class Observer:
             computed=recorded.computed,
             batch=index,
             given=(inputs, targets),
+            versions=[version_of(tensor) for tensor in tensors_in((inputs, targets))],
         )
         one_by_one = {} if again else self._one_by_one()
         if not recorded.uses and not one_by_one:

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from rotate_ewc.layers import BROADCASTING, RULES, LayerCall
-from rotate_ewc.nested import tensors_in
+from rotate_ewc.nested import tensors_in, version_of
 
 # What these make depends on no data. But of the second kind may also be the first state of a
 # recurrent layer, and of the third the positions of every example's tokens: a layer's input.
@@ -53,7 +53,7 @@ class Use:
     @property
     def unmodified(self) -> bool:
         """Whether the input still is what the layer saw."""
-        return _version(self.call.input) == self.input_version
+        return version_of(self.call.input) == self.input_version
 
     @property
     def name(self) -> str:
@@ -212,14 +212,14 @@ class Recorder(TorchFunctionMode):
             return True
         # Written into since, it may hold data.
         constant = self._constants.get(id(tensor))
-        return constant is not None and constant.version == _version(tensor)
+        return constant is not None and constant.version == version_of(tensor)
 
     def _is_blank(self, tensor: Tensor) -> bool:
         constant = self._constants.get(id(tensor))
         return constant is not None and constant.blank
 
     def _hold_constant(self, tensor: Tensor, *, blank: bool = False) -> None:
-        self._constants[id(tensor)] = _Constant(tensor, _version(tensor), blank)
+        self._constants[id(tensor)] = _Constant(tensor, version_of(tensor), blank)
 
     def _note_computed(self, outputs: Sequence[Tensor], sources: frozenset[str]) -> None:
         for tensor in outputs:
@@ -265,7 +265,7 @@ class Recorder(TorchFunctionMode):
         if frozenset[str]().union(*known) != sources:
             return None
         detached = replace(call, input=call.input.detach())
-        return Use(weight, bias, detached, _version(call.input))
+        return Use(weight, bias, detached, version_of(call.input))
 
 
 def _output_edge(func: Callable[..., Any], output: Tensor) -> GradientEdge:
@@ -300,11 +300,6 @@ def _opened(func: FunctionType) -> Callable[..., Any]:
     )
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was modified in place; those of inference mode cannot be."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _listed(names: Iterable[str]) -> str:
