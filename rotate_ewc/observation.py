@@ -68,7 +68,7 @@ class Observation:
         tensors = [gradient for gradient_set in self.gradient_sets for gradient in gradient_set]
         tensors += [use.call.input for use in self.uses]
         tensors += tensors_in(self.given)
-        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return dict(map(_memory, tensors))
 
     @property
     def unmodified(self) -> bool:
@@ -255,3 +255,13 @@ class Portion:
 
     def _as_statistics(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Return the address and the bytes of what a tensor is a view of."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except NotImplementedError:
+        # A tensor inside a transform of `torch.func` only stands for another one.
+        return id(tensor), tensor.nbytes
