@@ -110,6 +110,7 @@ def test_killed_after_every_experience(tmp_path: Path, wholes: dict[Case, dict[s
     assert differences(found, whole_run(case, wholes)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [Case(optimizer="adam", model="incremental")], ids=str)
 def test_in_other_processes(case: Case, tmp_path: Path, wholes: dict[Case, dict[str, Any]]) -> None:
     for stop in (2, 3):

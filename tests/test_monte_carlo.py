@@ -51,6 +51,7 @@ def test_monte_carlo_draws_are_the_same_in_both_passes(case: Case, loss: str) ->
     assert_close(small, large, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("loss", PLAIN_LOSSES)
 @pytest.mark.parametrize("name", ["tanh-mlp", "sequence-outputs"])

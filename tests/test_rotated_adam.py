@@ -561,7 +561,10 @@ def train(
         scheduler.step()
 
 
-@pytest.mark.parametrize("strength", [0.3, 3.0, 100.0])
+@pytest.mark.parametrize(
+    "strength",
+    [3.0, *(pytest.param(strength, marks=pytest.mark.slow) for strength in (0.3, 100.0))],
+)
 @pytest.mark.parametrize("joint", [False, True])
 def test_comes_to_rest_where_the_gradients_cancel(joint: bool, strength: float) -> None:
     """Adam with proximal steps of a mean size does not."""

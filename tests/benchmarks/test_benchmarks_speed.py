@@ -44,11 +44,8 @@ def test_everything_is_measured_and_written(
     (cell,) = document["cells"]
     assert (cell["case"], cell["fisher"], cell["examples"]) == ("a", "mc", 4)
     assert {len(rates) for rates in cell["rates"].values()} == {2}
-    assert {size: len(times) for size, times in cell["eigh"].items()} == {
-        "10": 2,
-        "400": 2,
-        "784": 2,
-    }
+    # No factor has more vectors than there are examples.
+    assert {size: len(times) for size, times in cell["eigh"].items()} == {"4": 2}
     assert cell["floor"] == pytest.approx(sum(cell["floor_seconds"].values()))
     ours, missing, plain = cell["results"]
     assert [result["name"] for result in cell["results"]] == list(CHOSEN)
