@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rotate_ewc import kernels
@@ -124,8 +123,9 @@ def _common_side(
 
 def _with_zeros(tensor: Tensor, size: int, axis: int) -> Tensor:
     """Extend an axis (1 or 2) of `[groups, *, *]` to a size."""
-    missing = size - tensor.shape[axis]
-    return F.pad(tensor, (0, missing) if axis == 2 else (0, 0, 0, missing))
+    shape = list(tensor.shape)
+    shape[axis] = size - tensor.shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
 
 
 def _padded(basis: Basis, size: int, eigenvalues: Tensor, axis: int) -> Basis:
