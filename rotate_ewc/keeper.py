@@ -25,8 +25,9 @@ class Keeper:
         """
         self._max_bytes = max_bytes
         self._kept: deque[Observation] = deque()
-        # Memory by address, since observations may be views of the same.
-        self._storages: dict[int, int] = {}
+        # Addresses of memory that counts already, since observations may be views of the same.
+        self._addresses: set[int] = set()
+        self._num_bytes = 0
         self._full = False
 
     def offer(self, observation: Observation) -> None:
@@ -34,8 +35,10 @@ class Keeper:
         if self._full:
             return
         self._kept.append(observation)
-        self._storages.update(observation.storages)
-        if sum(self._storages.values()) > self._max_bytes:
+        storages = observation.storages
+        self._num_bytes += sum(storages[address] for address in storages.keys() - self._addresses)
+        self._addresses |= storages.keys()
+        if self._num_bytes > self._max_bytes:
             self._full = True
             while self._kept and self._kept[-1].batch == observation.batch:
                 self._kept.pop()

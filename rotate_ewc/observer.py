@@ -73,16 +73,16 @@ class Observer:
             ValueError: If a batch or a layer cannot be handled; the message names it.
             TypeError: If a part of a batch, or the outputs, have the wrong type.
         """
+        again = keeper is not None
         generator = torch.Generator(self.device).manual_seed(self.settings.seed)
         for index, inputs, targets in batches(
             data, self.device, progressbar=self.settings.progressbar, description=description
         ):
-            kept = keeper.take(index, inputs, targets) if keeper else []
+            kept = [] if keeper is None else keeper.take(index, inputs, targets)
             if kept and kept[-1].random_state is not None:
                 generator.set_state(kept[-1].random_state)
                 yield from kept
                 continue
-            again = keeper is not None
             try:
                 with naming_batch(index):
                     yield from self._observe_batch(index, inputs, targets, generator, again)

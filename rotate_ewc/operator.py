@@ -339,7 +339,7 @@ class EKFACLinearOperator:
                 of K columns; or a vector `[D]`; or a matrix `[D, K]`.
 
         Returns:
-            The product, in the form and dtype of `other`; computed in the operator's dtype.
+            The product, in the form and dtype of `other`; each block computes in its own dtype.
 
         Raises:
             ValueError: If a shape does not fit, naming the parameter.
