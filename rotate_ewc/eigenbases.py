@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Lock, Thread
 from typing import Final
 
@@ -49,12 +50,10 @@ def decomposed(covariance: Tensor, label: str) -> tuple[Tensor, str]:
     remark = ""
     for changed, attempt in _attempts(covariance):
         try:
-            basis = torch.linalg.eigh(attempt, UPLO="U")[1].to(dtype)
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise too_large(size, label, error) from None
-            if not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-                raise
+            with naming_decomposition(size, label):
+                basis = torch.linalg.eigh(attempt, UPLO="U")[1].to(dtype)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            pass
         else:
             if bool(torch.isfinite(basis.sum())):
                 return basis, remark and f"{remark} {changed}"
@@ -66,12 +65,18 @@ def decomposed(covariance: Tensor, label: str) -> tuple[Tensor, str]:
     )
 
 
-def too_large(size: int, label: str, error: BaseException) -> MemoryError:
-    """Return the error that says that memory ran out in a decomposition."""
-    return MemoryError(
-        f"out of memory in the decomposition of the {size} × {size} {label} ({error}); "
-        f"leave the parameter out (exclude, or params)"
-    )
+@contextmanager
+def naming_decomposition(size: int, label: str) -> Iterator[None]:
+    """Say which matrix it was, and what to do, where memory runs out in its decomposition."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"out of memory in the decomposition of the {size} × {size} {label} ({error}); "
+            f"leave the parameter out (exclude, or params)"
+        ) from None
 
 
 def _attempts(covariance: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rotate_ewc import eigenbases, kernels
 from rotate_ewc.kernels import full_precision
-from rotate_ewc.retry import is_out_of_memory
 
 # With fewer vectors per entry, decomposing them is the faster way. With 512 to 2048 entries it took
 # 0.15 to 0.3 of the time of `eigh` for a quarter as many vectors, half for half, and all of it for
@@ -86,12 +85,8 @@ class OuterProducts:
         """
         if self._matrix is not None:
             return None, self._matrix
-        try:
+        with eigenbases.naming_decomposition(self._diagonal.shape[1], label):
             return _triangular(torch.cat(self._vectors, dim=1))
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise eigenbases.too_large(self._diagonal.shape[1], label, error) from None
-            raise
 
 
 def eigenvectors(sums: Sequence[OuterProducts], labels: Sequence[str]) -> list[Tensor]:
