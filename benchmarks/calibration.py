@@ -14,7 +14,7 @@ from benchmarks.methods import Variant
 from benchmarks.runner import run
 from benchmarks.scenarios import Scenario
 from rotate_ewc import calibrated_strength
-from rotate_ewc.avalanche import RotatedEWCPlugin
+from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
 
 OLD_IMAGES = 10_000
 OLD_BATCH_SIZE = 2_000

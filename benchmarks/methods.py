@@ -103,7 +103,7 @@ def _rotated_ewc(mode: str, update: str = "penalty") -> Callable[[PluginSettings
     """Elastic weight consolidation in the rotated basis, in one of its modes and updates."""
 
     def make(settings: PluginSettings) -> Any:
-        from rotate_ewc.avalanche import RotatedEWCPlugin
+        from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
 
         return RotatedEWCPlugin(
             ewc_lambda=settings.strength,

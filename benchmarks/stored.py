@@ -15,7 +15,7 @@ from benchmarks.methods import Variant
 from benchmarks.runner import run
 from benchmarks.scenarios import Scenario
 from rotate_ewc import EKFACPenalty
-from rotate_ewc.avalanche import RotatedEWCPlugin
+from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 

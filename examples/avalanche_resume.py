@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from rotate_ewc import RotatedAdam
-from rotate_ewc.avalanche import RotatedEWC
+from rotate_ewc.integrations.avalanche import RotatedEWC
 
 
 def make_task(seed: int) -> TensorDataset:

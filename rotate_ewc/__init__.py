@@ -1,15 +1,15 @@
 """Elastic weight consolidation in a rotated basis, for PyTorch."""
 
-from rotate_ewc.calibration import calibrated_strength
+from rotate_ewc.curvature.merge import merge
+from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.errors import NotFiniteError, SnapshotError
 from rotate_ewc.losses import Likelihood, register_likelihood
-from rotate_ewc.merging import merge
-from rotate_ewc.operator import EKFACLinearOperator
 from rotate_ewc.options import FisherType, KFACType
-from rotate_ewc.penalty import EKFACPenalty
-from rotate_ewc.rotated_adam import RotatedAdam
-from rotate_ewc.step_size import step_sizes_of
-from rotate_ewc.tangent import TangentPenalty
+from rotate_ewc.penalty.calibration import calibrated_strength
+from rotate_ewc.penalty.penalty import EKFACPenalty
+from rotate_ewc.penalty.rotated_adam import RotatedAdam
+from rotate_ewc.penalty.step_size import step_sizes_of
+from rotate_ewc.penalty.tangent import TangentPenalty
 from rotate_ewc.version import __version__
 
 __all__ = [

@@ -1,5 +1,6 @@
 """Look into snapshots: what each block holds, and how two of them differ.
 
-Data flow from `contents` (a file → operators) to `summary` and `comparison` (numbers), and from
-there to `tables` and `figure`.
+In come files; out go numbers (`summary`, `comparison`), and from these tables and figures for the
+command line `python -m rotate_ewc`. Nothing here may change a snapshot, and nothing else may import
+from here.
 """

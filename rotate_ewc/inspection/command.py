@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.inspection import tables
 from rotate_ewc.inspection.comparison import compare
 from rotate_ewc.inspection.contents import Contents, read
 from rotate_ewc.inspection.summary import summaries
-from rotate_ewc.operator import EKFACLinearOperator
 from rotate_ewc.version import __version__
 
 

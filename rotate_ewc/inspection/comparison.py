@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotate_ewc import kernels
-from rotate_ewc.block import Block
+from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.inspection.summary import effective_rank, relative
-from rotate_ewc.operator import EKFACLinearOperator
+from rotate_ewc.linalg import kronecker
+from rotate_ewc.linalg.block import Block
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ def _lacking(operator: EKFACLinearOperator, other: EKFACLinearOperator) -> tuple
 
 def _compare(first: Block, second: Block) -> BlockComparison:
     a, b = (block.map(lambda tensor: tensor.double()) for block in (first, second))
-    gradient_change = kernels.change_basis(b.gradient_basis, a.gradient_basis)
-    activation_change = kernels.change_basis(b.activation_basis, a.activation_basis)
+    gradient_change = kronecker.change_basis(b.gradient_basis, a.gradient_basis)
+    activation_change = kronecker.change_basis(b.activation_basis, a.activation_basis)
 
     def inner_product(of_first: Tensor, of_second: Tensor) -> float:
         """`tr(F₁F₂)` of matrices with these eigenvalues in the blocks' bases."""
-        seen_in_first = kernels.project_eigenvalues(gradient_change, activation_change, of_second)
+        seen_in_first = kronecker.project_eigenvalues(gradient_change, activation_change, of_second)
         return (of_first * seen_in_first).sum().item()
 
     values = [relative(block.eigenvalues) for block in (a, b)]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rotate_ewc import files
-from rotate_ewc.formats import PENALTY, read_header
-from rotate_ewc.operator import EKFACLinearOperator
-from rotate_ewc.penalty_state import PenaltyState
+from rotate_ewc.curvature.operator import EKFACLinearOperator
+from rotate_ewc.io import files
+from rotate_ewc.io.header import PENALTY, read_header
+from rotate_ewc.penalty.state import PenaltyState
 
 
 @dataclass(frozen=True)

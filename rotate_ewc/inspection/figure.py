@@ -7,8 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.inspection.summary import spectrum
-from rotate_ewc.operator import EKFACLinearOperator
 
 _POINTS = 400
 _STYLES = ("-", "--", ":", "-.")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotate_ewc.block import Block
-from rotate_ewc.operator import EKFACLinearOperator
+from rotate_ewc.curvature.operator import EKFACLinearOperator
+from rotate_ewc.linalg.block import Block
 
 
 @dataclass(frozen=True)

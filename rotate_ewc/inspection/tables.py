@@ -8,10 +8,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.inspection.comparison import Comparison
 from rotate_ewc.inspection.contents import Contents
 from rotate_ewc.inspection.summary import BlockSummary
-from rotate_ewc.operator import EKFACLinearOperator
 
 SUMMARY_NOTES = """\
 rank            eigenvalues above the rounding of the largest

@@ -68,7 +68,6 @@ SUPPORTED: Final = (
 
 __all__ = [
     "BROADCASTING",
-    "DIAGONAL",
     "RULES",
     "SUPPORTED",
     "FactoredCall",

@@ -12,7 +12,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from rotate_ewc.block import matrix_shape
+from rotate_ewc.linalg.block import matrix_shape
 
 
 class Factors(Enum):

@@ -9,8 +9,8 @@ from typing import ClassVar
 from einops import rearrange
 from torch import Tensor
 
-from rotate_ewc import kernels
 from rotate_ewc.layers.base import FactoredCall, Factors, Form
+from rotate_ewc.linalg import kronecker
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class EmbeddingCall(FactoredCall):
         """Add the gradients to the rows looked up, `[n, vocabulary, d_out]`."""
         indices = self.activations(inputs)[0, :, :, 0]
         vocabulary = 0 if self.weight is None else len(self.weight)
-        return kernels.scatter_rows(self.gradients(output_gradients)[0], indices, vocabulary)
+        return kronecker.scatter_rows(self.gradients(output_gradients)[0], indices, vocabulary)
 
 
 def embedding(

@@ -19,8 +19,8 @@ from benchmarks.peers.notes import NOTES
 from benchmarks.peers.row import Row, Section
 from benchmarks.peers.table import ADAPTERS, SECTIONS
 from benchmarks.peers.tested_by import TESTED_BY
-from tests.cases import BY_NAME, LOSSES
-from tests.cases.basic import FEATURES_LAST
+from tests.helpers.cases import BY_NAME, LOSSES
+from tests.helpers.cases.basic import FEATURES_LAST
 
 ROOT = Path(__file__).parents[2]
 ROWS = [row for section in SECTIONS for row in section.rows]

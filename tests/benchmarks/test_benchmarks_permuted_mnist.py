@@ -81,7 +81,7 @@ def test_methods_start_alike_and_strengths_make_a_difference(tmp_path: Path) -> 
 
 
 def test_rotated_methods_forget_less(tmp_path: Path) -> None:
-    pytest.importorskip("rotate_ewc.avalanche")
+    pytest.importorskip("rotate_ewc.integrations.avalanche")
     _, records = call(
         tmp_path,
         "--methods naive rotated-ewc rotated-ewc-separate --tasks 3 --epochs 5 --hidden 30 "

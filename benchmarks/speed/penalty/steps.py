@@ -9,7 +9,7 @@ from torch.optim import Adam
 from benchmarks.speed.cases import Problem
 from benchmarks.speed.penalty.names import PROXIMAL_EVERY, TANGENT_EVERY
 from rotate_ewc import EKFACPenalty, RotatedAdam, TangentPenalty, step_sizes_of
-from rotate_ewc.step_size import StepSizes
+from rotate_ewc.penalty.step_size import StepSizes
 
 Work = Callable[[], object]
 

@@ -1,0 +1,70 @@
+"""Checks of what a user gives, which say what was got and what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import Enum
+from typing import TypeVar
+
+EnumType = TypeVar("EnumType", bound=Enum)
+
+
+def as_choice(name: str, value: object, choices: type[EnumType]) -> EnumType:
+    """Turn a member of `choices`, or its string value, into the member.
+
+    Raises:
+        ValueError: If `value` is neither, naming the argument and the accepted values.
+    """
+    try:
+        return choices(value.lower() if type(value) is str else value)
+    except ValueError:
+        accepted = ", ".join(repr(choice.value) for choice in choices)
+        raise ValueError(f"{name} is {value!r}; expected one of {accepted}") from None
+
+
+def check_positive_integer(name: str, value: object, *, optional: bool = False) -> None:
+    """Raise unless `value` is a positive integer (or None, where that is allowed)."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; expected a positive integer")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; expected a positive integer")
+
+
+def check_boolean(name: str, value: object) -> None:
+    """Raise unless `value` is True or False; other values would count as one or the other."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected True or False")
+
+
+def as_non_negative_number(name: str, value: object) -> float:
+    """Return `value` as a float, or raise unless it is a finite number of at least zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; expected a number of at least 0")
+    try:
+        number = float(value)
+    except OverflowError:
+        # An integer, which may also be too long to be written out.
+        raise ValueError(f"{name} is too large; expected a finite number of at least 0") from None
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"{name} is {value}; expected a finite number of at least 0")
+    return number
+
+
+def as_temperature(value: object) -> float:
+    """Return a temperature as a float, or raise unless it is a finite number of more than zero."""
+    temperature = as_non_negative_number("temperature", value)
+    if temperature == 0:
+        raise ValueError(f"temperature is {value}; expected more than 0")
+    return temperature
+
+
+def as_patterns(name: str, value: object) -> tuple[str, ...]:
+    """Return name patterns as a tuple, or raise unless `value` is a sequence of strings."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} is {value!r}; expected a list of name patterns")
+    if not all(isinstance(pattern, str) for pattern in value):
+        raise TypeError(f"{name} is {value!r}; expected every pattern to be a string")
+    return tuple(value)

@@ -1,0 +1,138 @@
+"""Sum operators into one of the same form and size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rotate_ewc._utils.numerics import check_trace
+from rotate_ewc._utils.validation import as_non_negative_number
+from rotate_ewc.curvature.matching import common_shapes, matching_blocks
+from rotate_ewc.curvature.operator import EKFACLinearOperator
+from rotate_ewc.linalg import kronecker
+from rotate_ewc.linalg.block import Block, matrix_shape
+from rotate_ewc.linalg.kronecker import Basis
+
+
+def merge(
+    operators: Sequence[EKFACLinearOperator], weights: Sequence[float] | None = None
+) -> EKFACLinearOperator:
+    """Approximate `Σ_t w_t F_t` by one operator, at the memory and cost of one.
+
+    The sum of blocks in different bases is no such block. Its partial traces are known exactly,
+    though, and their eigenvectors make the new bases; the new eigenvalues are the exact diagonal of
+    the sum in these bases. Trace and both partial traces of the sum are preserved exactly, and the
+    result is positive semi-definite. Merging many operators at once is more exact than one by one.
+
+    A parameter that some operators lack, or have with fewer rows or columns, counts as zero there:
+    a block acts on the leading slice that existed when it was made. A block of zeros, as a
+    parameter has on which no output depended, fits every other.
+
+    Args:
+        operators: At least one; parameters with the same name belong together.
+        weights: One number of at least 0 for each operator; None is 1 for each.
+
+    Returns:
+        An operator over all parameters of all operators.
+
+    Raises:
+        ValueError: If shapes or blocks of a parameter do not fit together, or a sum is not finite,
+            naming it.
+        TypeError: If something is not an operator, or a weight not a number.
+    """
+    operators = list(operators)
+    if not operators:
+        raise ValueError("operators is empty; expected at least one")
+    for operator in operators:
+        if not isinstance(operator, EKFACLinearOperator):
+            raise TypeError(f"operators has {type(operator).__name__}; expected operators")
+    checked = [1.0] * len(operators) if weights is None else list(weights)
+    if len(checked) != len(operators):
+        raise ValueError(f"got {len(checked)} weights; expected {len(operators)}")
+    checked = [as_non_negative_number(f"weights[{i}]", w) for i, w in enumerate(checked)]
+    groups = matching_blocks(operators, checked)
+    shapes = common_shapes(operators, groups)
+    blocks = [_merge_blocks(group, shapes[group[0].parameters[0]]) for group in groups]
+    provenance = replace(
+        operators[-1].provenance, num_data=sum(operator.num_data for operator in operators)
+    )
+    return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
+
+
+def _merge_blocks(blocks: Sequence[Block], shape: torch.Size) -> Block:
+    """Sum blocks of the same parameters.
+
+    Args:
+        blocks: The blocks.
+        shape: What the (weight) parameter has grown to.
+    """
+    label, joint = blocks[0].label, len(blocks[0].parameters) > 1
+    # No entry of a partial trace, nor of the result, is larger.
+    check_trace(torch.stack([block.trace for block in blocks]).sum(), label)
+    _, d_out, d_in = matrix_shape(shape, blocks[0].eigenvalues.shape[0], blocks[0].transposed)
+    d_in += joint
+    if len(blocks) == 1 and blocks[0].eigenvalues.shape[1:] == (d_out, d_in):
+        return blocks[0]
+    gradient_bases, eigenvalues = _common_side(
+        [b.gradient_basis for b in blocks], [b.eigenvalues for b in blocks], d_out, axis=1
+    )
+    activation_bases, eigenvalues = _common_side(
+        [b.activation_basis for b in blocks], eigenvalues, d_in, axis=2
+    )
+    gradient_basis = kronecker.merged_basis(
+        gradient_bases, [v.sum(dim=2) for v in eigenvalues], f"merged output factor of {label!r}"
+    )
+    activation_basis = kronecker.merged_basis(
+        activation_bases, [v.sum(dim=1) for v in eigenvalues], f"merged input factor of {label!r}"
+    )
+    projected = [
+        kronecker.project_eigenvalues(
+            kronecker.change_basis(old_gradient, gradient_basis),
+            kronecker.change_basis(old_activation, activation_basis),
+            values,
+        )
+        for old_gradient, old_activation, values in zip(
+            gradient_bases, activation_bases, eigenvalues, strict=True
+        )
+    ]
+    total = torch.stack(projected).sum(dim=0)
+    return replace(
+        blocks[0],
+        gradient_basis=gradient_basis,
+        activation_basis=activation_basis,
+        eigenvalues=total,
+    )
+
+
+def _common_side(
+    bases: Sequence[Basis], eigenvalues: Sequence[Tensor], size: int, axis: int
+) -> tuple[list[Basis], list[Tensor]]:
+    """Bring one side of the blocks to the size of a grown parameter.
+
+    A basis is extended by rows of zeros and keeps its rank. Where all are the identity, they stay
+    so, and the eigenvalues are extended instead.
+    """
+    if all(basis is None for basis in bases):
+        return list(bases), [_with_zeros(values, size, axis) for values in eigenvalues]
+    pairs = zip(bases, eigenvalues, strict=True)
+    return [_padded(basis, size, values, axis) for basis, values in pairs], list(eigenvalues)
+
+
+def _with_zeros(tensor: Tensor, size: int, axis: int) -> Tensor:
+    """Extend an axis (1 or 2) of `[groups, *, *]` to a size."""
+    shape = list(tensor.shape)
+    shape[axis] = size - tensor.shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
+
+
+def _padded(basis: Basis, size: int, eigenvalues: Tensor, axis: int) -> Basis:
+    groups, rank = eigenvalues.shape[0], eigenvalues.shape[axis]
+    if rank == size:
+        return basis
+    if basis is None:
+        eye = torch.eye(size, rank, device=eigenvalues.device, dtype=eigenvalues.dtype)
+        return eye.expand(groups, size, rank)
+    return _with_zeros(basis, size, axis=1)

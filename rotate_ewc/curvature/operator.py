@@ -1,0 +1,449 @@
+"""`EKFACLinearOperator`: named blocks and their algebra."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from rotate_ewc._utils.parameters import Parameters, name_parameters
+from rotate_ewc._utils.validation import as_choice, as_non_negative_number, check_positive_integer
+from rotate_ewc.curvature import vectors
+from rotate_ewc.estimation.estimate import fit_blocks
+from rotate_ewc.io import files, snapshot
+from rotate_ewc.io.storage_dtype import check_storage_dtype
+from rotate_ewc.linalg import algebra
+from rotate_ewc.linalg.block import Block
+from rotate_ewc.linalg.quadratic import quadratic_form
+from rotate_ewc.options import EstimationSettings, FisherType, KFACType, Unsupported
+from rotate_ewc.provenance import Provenance
+
+_MAX_DENSE_BYTES: Final = 4 * 2**30
+
+
+class EKFACLinearOperator:
+    """The Fisher matrix of a model's loss, in rotated (EKFAC) form.
+
+    Each parameter gets a basis in which its Fisher matrix is nearly diagonal, and the exact
+    diagonal in that basis (George et al. 2018, "Fast Approximate Natural Gradient Descent in a
+    Kronecker-factored Eigenbasis"). The matrix is that of the loss *under its own reduction*, over
+    the whole data set: `mean` averages over all examples however they were batched, `sum` adds.
+
+    A constructed operator is finished: it holds bases, eigenvalues, names and shapes, and no
+    reference to the model or the data. Estimation runs in eval mode and leaves parameters, their
+    gradients, modes, buffers and random states as they were.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from rotate_ewc import EKFACLinearOperator
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> data = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(2)]
+        >>> params = list(model.parameters())
+        >>> fisher = EKFACLinearOperator(model, nn.CrossEntropyLoss(), params, data)
+        >>> fisher.shape
+        (67, 67)
+        >>> product = fisher @ [torch.ones_like(p) for p in params]
+        >>> [list(p.shape) for p in product]
+        [[8, 4], [8], [3, 8], [3]]
+        >>> bool(fisher.quadratic_form(product) >= 0)
+        True
+    """
+
+    _blocks: tuple[Block, ...]
+    _shapes: dict[str, torch.Size]
+    _provenance: Provenance
+
+    def __init__(
+        self,
+        model_func: Callable[[Any], Tensor],
+        loss_func: Callable[..., Any],
+        params: Parameters,
+        data: Iterable[Any],
+        *,
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        seed: int = 2147483647,
+        fisher_type: FisherType | str = FisherType.MC,
+        mc_samples: int = 1,
+        kfac_approx: KFACType | str = KFACType.EXPAND,
+        num_per_example_loss_terms: int | None = None,
+        separate_weight_and_bias: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        memory_budget: int = 2**30,
+        unsupported: Unsupported | str = Unsupported.ERROR,
+    ) -> None:
+        """Estimate the operator.
+
+        Args:
+            model_func: The model, or a function from a batch's inputs to outputs. A function is
+                used as it is; only a module can be put into eval mode.
+            loss_func: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with reduction `mean` or
+                `sum` and any of their options, or a loss known through `register_likelihood`.
+            params: Parameters the matrix is over: a list, or a dictionary by name. A list's names
+                are those in the model.
+            data: Re-iterable batches (inputs, targets), such as a `DataLoader`.
+            progressbar: Whether to show progress over batches.
+            check_deterministic: Estimate twice and raise if the results differ, as they do when the
+                model or the order of the data is random. Doubles the time.
+            seed: Seed of the sampled labels.
+            fisher_type: `TYPE2` (exact expectation over labels), `MC` or `EMPIRICAL`.
+            mc_samples: Sampled labels per example, for `MC`.
+            kfac_approx: `EXPAND` or `REDUCE`: how shared positions enter the basis.
+            num_per_example_loss_terms: If given, checked against the outputs.
+            separate_weight_and_bias: One block for each, or one joint block for both.
+            num_data: Examples the data stand for, where they are a sample of a larger set.
+            batch_size_fn: From a batch's inputs to its number of examples; needed where that is not
+                the length of the first axis of the (first) tensor.
+            memory_budget: Bytes that estimation may use beyond the model's own passes. What fits is
+                kept, so that the model runs once instead of twice over these data. One example is
+                the least that is worked on at a time.
+            unsupported: What to do about parameters that are used in a way for which there is no
+                rule (such as recurrent layers): `"error"` refuses them by name; `"diagonal"` takes
+                the exact diagonal of their Fisher matrix, at one backward pass for every example;
+                `"skip"` leaves them out of the operator. The last two warn.
+
+        Raises:
+            ValueError: If a parameter, layer, loss or batch cannot be handled, naming it.
+            TypeError: If an argument has the wrong type.
+        """
+        settings = EstimationSettings(
+            fisher_type=as_choice("fisher_type", fisher_type, FisherType),
+            mc_samples=mc_samples,
+            kfac_approx=as_choice("kfac_approx", kfac_approx, KFACType),
+            separate_weight_and_bias=separate_weight_and_bias,
+            seed=seed,
+            memory_budget=memory_budget,
+            num_per_example_loss_terms=num_per_example_loss_terms,
+            num_data=num_data,
+            batch_size_fn=batch_size_fn,
+            progressbar=progressbar,
+            unsupported=as_choice("unsupported", unsupported, Unsupported),
+        )
+        if not callable(model_func):
+            raise TypeError(f"model_func is {model_func!r}; expected a module or a function")
+        model = model_func if isinstance(model_func, nn.Module) else None
+        named = name_parameters(params, model)
+        blocks, self._shapes, self._provenance = fit_blocks(
+            model_func,
+            loss_func,
+            named,
+            data,
+            settings,
+            model=model,
+            check_deterministic=check_deterministic,
+        )
+        self._blocks = _laid_out(blocks)
+
+    @classmethod
+    def from_blocks(
+        cls,
+        blocks: Iterable[Block],
+        parameter_shapes: Mapping[str, Sequence[int]],
+        provenance: Provenance,
+    ) -> EKFACLinearOperator:
+        """Make an operator of finished blocks.
+
+        Args:
+            blocks: Blocks that together hold every parameter once.
+            parameter_shapes: Shapes by name, in the order of the operator's parameters.
+            provenance: Where the blocks come from.
+
+        Raises:
+            ValueError: If there are no blocks.
+        """
+        operator = cls.__new__(cls)
+        operator._blocks = _laid_out(blocks)
+        if not operator._blocks:
+            raise ValueError("blocks is empty; expected at least one block")
+        operator._shapes = {name: torch.Size(shape) for name, shape in parameter_shapes.items()}
+        operator._provenance = provenance
+        return operator
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks, in the order of their first parameters."""
+        return self._blocks
+
+    @property
+    def parameter_shapes(self) -> dict[str, torch.Size]:
+        """Parameter shapes by name, in order."""
+        return dict(self._shapes)
+
+    @property
+    def provenance(self) -> Provenance:
+        """Loss, Fisher type and number of examples behind the operator."""
+        return self._provenance
+
+    @property
+    def num_data(self) -> int:
+        """Number of examples the operator stands for."""
+        return self._provenance.num_data
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(D, D)` for D numbers in all parameters."""
+        size = sum(shape.numel() for shape in self._shapes.values())
+        return size, size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._blocks[0].eigenvalues.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of bases and eigenvalues; the widest where a model has several."""
+        return reduce(torch.promote_types, [block.eigenvalues.dtype for block in self._blocks])
+
+    @property
+    def trace(self) -> Tensor:
+        """Trace, a scalar tensor; exact for the loss and Fisher type, whatever the basis."""
+        return torch.stack([block.trace for block in self._blocks]).sum()
+
+    @property
+    def det(self) -> Tensor:
+        """Determinant, a scalar tensor."""
+        return self.logdet.exp()
+
+    @property
+    def logdet(self) -> Tensor:
+        """Logarithm of the determinant, a scalar tensor.
+
+        Minus infinity if the operator is singular, as it is whenever an eigenvalue is 0 (an unused
+        input, a class without data); `damped(damping).logdet` is finite.
+        """
+        return torch.stack([block.eigenvalues.log().sum() for block in self._blocks]).sum()
+
+    @property
+    def frobenius_norm(self) -> Tensor:
+        """Frobenius norm, a scalar tensor."""
+        squares = [block.eigenvalues.square().sum() for block in self._blocks]
+        return torch.stack(squares).sum().sqrt()
+
+    def block(self, name: str) -> Block:
+        """Return the block that holds a parameter.
+
+        Raises:
+            ValueError: If the operator has no such parameter.
+        """
+        for block in self._blocks:
+            if name in block.parameters:
+                return block
+        raise ValueError(f"there is no parameter {name!r}; expected one of {list(self._shapes)}")
+
+    def diagonal(self) -> list[Tensor]:
+        """Return the diagonal over the parameters themselves, one tensor of each one's shape."""
+        found = algebra.diagonal(self._blocks, self._shapes)
+        return [found[name] for name in self._shapes]
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix, `[D, D]`, of a model small enough for it.
+
+        Rows and columns are in the order of flat vectors: parameter after parameter, row-major.
+
+        Raises:
+            ValueError: If the matrix would take more than 4 GiB.
+        """
+        size = self.shape[0]
+        num_bytes = size * size * self.dtype.itemsize
+        if num_bytes > _MAX_DENSE_BYTES:
+            raise ValueError(
+                f"the dense matrix of {size} × {size} would take {num_bytes / 2**30:.0f} GiB; "
+                f"expected at most {_MAX_DENSE_BYTES // 2**30} GiB: use products, or block(name)"
+            )
+        identity = torch.eye(size, device=self.device, dtype=self.dtype)
+        dense: Tensor = self @ identity
+        return dense
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> EKFACLinearOperator:
+        """Return the operator with a function of every eigenvalue, in the same bases.
+
+        `apply(torch.sqrt)` is `F^½`, `damped(1e-3).apply(torch.rsqrt)` is `(F + 0.001 I)^-½`.
+
+        Args:
+            function: From a tensor of eigenvalues to one of the same shape, finite and at least 0.
+
+        Raises:
+            ValueError: If the function returns anything else, naming the block.
+            TypeError: If it is no function, or does not return a tensor.
+        """
+        return self._with(algebra.apply(function, self._blocks))
+
+    def damped(self, damping: float) -> EKFACLinearOperator:
+        """Return `F + damping · I`; its `logdet` is finite also where F is singular."""
+        added = as_non_negative_number("damping", damping)
+        return self.apply(lambda eigenvalues: eigenvalues + added)
+
+    def inverse(self, *, damping: float) -> EKFACLinearOperator:
+        """Return `(F + damping · I)⁻¹`, exact in the eigenbasis.
+
+        Raises:
+            ValueError: If `damping` is zero and the operator singular.
+        """
+        return self._nonsingular(damping).apply(torch.reciprocal)
+
+    def sample(
+        self,
+        num_samples: int | None = None,
+        *,
+        damping: float,
+        generator: torch.Generator | None = None,
+    ) -> list[Tensor]:
+        """Draw from the normal distribution `N(0, (F + damping · I)⁻¹)`, as Laplace's method does.
+
+        Args:
+            num_samples: K, or None for one draw without an axis for it.
+            damping: The precision that is added, such as that of a prior.
+            generator: Source of random numbers on the operator's device; None is torch's own.
+
+        Returns:
+            One tensor for each parameter, of its shape, with a trailing axis of K draws if
+            `num_samples` is given: what the operator can be multiplied with.
+
+        Raises:
+            ValueError: If `damping` is zero and the operator singular, or K is not positive.
+        """
+        check_positive_integer("num_samples", num_samples, optional=True)
+        root = self._nonsingular(damping).apply(torch.rsqrt)
+        draws = algebra.sample(root.blocks, self._shapes, num_samples or 1, generator)
+        if num_samples is None:
+            return [draws[name][0] for name in self._shapes]
+        return [draws[name].movedim(0, -1) for name in self._shapes]
+
+    def __mul__(self, factor: float) -> EKFACLinearOperator:
+        """Return the operator multiplied by a number of at least 0."""
+        if not isinstance(factor, (int, float)):
+            return NotImplemented
+        checked = as_non_negative_number("factor", factor)
+        return self.apply(lambda eigenvalues: eigenvalues * checked)
+
+    __rmul__ = __mul__
+
+    def __matmul__(self, other: Any) -> Any:
+        """Multiply with parameter-shaped tensors or flat vectors.
+
+        Args:
+            other: A list with one tensor for each parameter, of its shape or with a trailing axis
+                of K columns; or a vector `[D]`; or a matrix `[D, K]`.
+
+        Returns:
+            The product, in the form and dtype of `other`; each block computes in its own dtype.
+
+        Raises:
+            ValueError: If a shape does not fit, naming the parameter.
+            TypeError: If `other` is neither a tensor nor a sequence of tensors, or holds no
+                floating-point numbers.
+        """
+        columns = vectors.to_columns(other, self._shapes)
+        product = algebra.multiply(self._blocks, dict(zip(self._shapes, columns, strict=True)))
+        return vectors.from_columns([product[name] for name in self._shapes], like=other)
+
+    def quadratic_form(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return `dᵀ F d` in one pass, at half the work of a product; differentiable in d.
+
+        Args:
+            tensors: One tensor for each parameter, of its shape.
+
+        Returns:
+            A scalar tensor.
+
+        Raises:
+            ValueError: If a shape does not fit, naming the parameter.
+        """
+        vectors.check_list(tensors, self._shapes, columns_allowed=False)
+        return quadratic_form(self._blocks, dict(zip(self._shapes, tensors, strict=True)))
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> EKFACLinearOperator:
+        """Return the operator on another device or in another floating-point dtype."""
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; expected a floating-point dtype")
+        return self.map(lambda tensor: tensor.to(device=device, dtype=dtype))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> EKFACLinearOperator:
+        """Return the operator with every stored tensor replaced by `function` of it."""
+        return self.map_blocks(lambda block: block.map(function))
+
+    def map_blocks(self, function: Callable[[Block], Block]) -> EKFACLinearOperator:
+        """Return the operator with every block replaced by one for the same parameters."""
+        return self._with(function(block) for block in self._blocks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the snapshot: a flat dictionary of tensors and one JSON string, `"header"`.
+
+        It can be written with `torch.save` and read with `torch.load(..., weights_only=True)`.
+        """
+        return snapshot.pack(self._blocks, self._shapes, self._provenance)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> EKFACLinearOperator:
+        """Make an operator from a snapshot of this or an older format; nothing is decomposed again.
+
+        Raises:
+            SnapshotError: If the snapshot is not whole or not consistent, naming the key.
+        """
+        return cls.from_blocks(*snapshot.unpack(state))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace this operator's contents by a snapshot's; unchanged if the snapshot is bad."""
+        loaded = self.from_state_dict(state)
+        self._blocks, self._shapes = loaded._blocks, loaded._shapes
+        self._provenance = loaded._provenance
+
+    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+        """Write the snapshot to a safetensors file, whole or not at all.
+
+        Args:
+            path: The file; an older one is replaced.
+            dtype: What the tensors are stored in, such as `torch.bfloat16` for half the size and an
+                error of about 0.2 %; loaded, they have their own dtype again. None is their own.
+
+        Raises:
+            FileNotFoundError: If the folder does not exist.
+            ValueError: If the dtype is none to store a snapshot in.
+        """
+        check_storage_dtype(dtype)
+        files.save(snapshot.pack(self._blocks, self._shapes, self._provenance, dtype), path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EKFACLinearOperator:
+        """Read a snapshot from a file that `save` wrote.
+
+        Raises:
+            SnapshotError: If the file is damaged or is none of these, naming it, and the key.
+            FileNotFoundError: If there is no file.
+        """
+        with files.loaded(path) as state:
+            return cls.from_state_dict(state)
+
+    def __repr__(self) -> str:
+        """Show size, provenance and blocks."""
+        size = sum(t.nbytes for block in self._blocks for t in block.tensors.values())
+        lines = [
+            f"  {block.label}: {' × '.join(map(str, block.eigenvalues.shape))}, "
+            f"trace {block.trace.item():.4g}"
+            for block in self._blocks
+        ]
+        head = f"EKFACLinearOperator {self.shape[0]} × {self.shape[1]}, {size / 2**20:.1f} MiB, "
+        return "\n".join([head + str(self._provenance), *lines])
+
+    def _nonsingular(self, damping: float) -> EKFACLinearOperator:
+        damped = self.damped(damping)
+        algebra.check_positive(damped.blocks, damping)
+        return damped
+
+    def _with(self, blocks: Iterable[Block]) -> EKFACLinearOperator:
+        return self.from_blocks(blocks, self._shapes, self._provenance)
+
+
+def _laid_out(blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """Give all tensors one layout: the bits of products depend on it, and files know no other."""
+    return tuple(block.map(Tensor.contiguous) for block in blocks)

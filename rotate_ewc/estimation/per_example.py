@@ -1,0 +1,102 @@
+"""Per-example gradients of whatever a model does with its parameters: one example after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotate_ewc._utils.numerics import statistics_dtype
+from rotate_ewc._utils.tree import map_tensors, tensors_in
+from rotate_ewc.tracing.trace import Trace, back_propagate
+
+
+def squares_like(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make room for squared gradients, in float32 or better."""
+    return {name: _zeros(parameter) for name, parameter in parameters.items()}
+
+
+def add_squares(
+    squares: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    forward: Callable[[Any], Tensor],
+    inputs: Any,
+    recorded: Trace,
+    vector: Tensor,
+    num_examples: int,
+) -> None:
+    """Back-propagate one output vector for every example alone, and add the squared gradients.
+
+    Args:
+        squares: The sums so far, by parameter name.
+        parameters: The parameters, by name.
+        forward: From inputs to the model's outputs.
+        inputs: The batch's inputs.
+        recorded: The trace of these inputs.
+        vector: Of the outputs' shape.
+        num_examples: Number of examples in the batch.
+    """
+    if not parameters:
+        return
+    for outputs, part in _by_example(forward, inputs, recorded, vector, num_examples):
+        gradients = back_propagate(outputs, list(parameters.values()), part, retain_graph=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            squares[name].add_(dense.to(squares[name].dtype).square())
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    dtype = statistics_dtype(parameter.dtype)
+    return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+
+
+def _same(alone: Tensor, in_batch: Tensor) -> bool:
+    """Whether an example has the same outputs alone as in its batch, up to rounding."""
+    tolerance = 1e-1 if alone.dtype.itemsize < torch.float32.itemsize else 1e-2
+    scale = max(1e-30, float(in_batch.abs().max()))
+    if alone.shape != in_batch.shape:
+        return False
+    return float((alone - in_batch).abs().max()) <= tolerance * scale
+
+
+def _by_example(
+    forward: Callable[[Any], Tensor],
+    inputs: Any,
+    recorded: Trace,
+    vector: Tensor,
+    num_examples: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, for every example, outputs and the vector by which its gradient comes from them.
+
+    The model is run again on the example by itself, which is far less work than the whole batch,
+    where the inputs can be cut into examples; else the example's part of the batch's outputs is
+    taken.
+    """
+    rows = len(vector) // num_examples
+    tensors = list(tensors_in(inputs))
+    can_be_cut = bool(tensors) and all(t.ndim and len(t) == num_examples for t in tensors)
+    for example in range(num_examples):
+        own = slice(example * rows, (example + 1) * rows)
+        if can_be_cut:
+            with torch.enable_grad():
+                outputs = forward(_cut(inputs, example))
+            if _same(outputs.detach(), recorded.outputs.detach()[own]):
+                yield outputs, vector[own]
+                continue
+            if isinstance(inputs, Tensor):
+                raise ValueError(
+                    f"the outputs of example {example} are not the same when it is run by itself: "
+                    f"the outputs of one example depend on other examples, or the model is random; "
+                    f"expected independent examples and a deterministic model"
+                )
+        of_example = torch.zeros_like(vector)
+        of_example[own] = vector[own]
+        yield recorded.outputs, of_example
+
+
+def _cut(inputs: Any, example: int) -> Any:
+    return map_tensors(lambda tensor: tensor[example : example + 1], inputs)

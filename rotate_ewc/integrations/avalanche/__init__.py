@@ -1,0 +1,19 @@
+"""Avalanche: the plugin, and a ready strategy around it.
+
+`RotatedEWCPlugin` does for Avalanche's training loop what a loop of your own does with
+`EKFACPenalty`: it applies the penalty in every step and consolidates after every experience.
+"""
+
+try:
+    import avalanche as _avalanche  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"rotate_ewc.integrations.avalanche needs Avalanche ({error}); "
+        f"install it with: pip install 'rotate-ewc[avalanche]'"
+    ) from error
+
+from rotate_ewc.integrations.avalanche.metrics import rotated_ewc_metrics
+from rotate_ewc.integrations.avalanche.plugin import RotatedEWCPlugin
+from rotate_ewc.integrations.avalanche.strategy import RotatedEWC
+
+__all__ = ["RotatedEWC", "RotatedEWCPlugin", "rotated_ewc_metrics"]

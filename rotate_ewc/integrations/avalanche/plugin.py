@@ -1,0 +1,330 @@
+"""`RotatedEWCPlugin`: the penalty at the right places of Avalanche's training loop."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+import torch
+from avalanche.core import SupervisedPlugin
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torch.utils.data import DataLoader, Subset
+
+from rotate_ewc._utils.parameters import parameters_of
+from rotate_ewc._utils.validation import (
+    as_non_negative_number,
+    check_boolean,
+    check_positive_integer,
+)
+from rotate_ewc.errors import SnapshotError
+from rotate_ewc.integrations.avalanche.batches import Batches, forward_batch, whole_task
+from rotate_ewc.integrations.avalanche.verbosity import shows_progress
+from rotate_ewc.options import FisherType, KFACType, Unsupported
+from rotate_ewc.penalty.penalty import EKFACPenalty
+from rotate_ewc.penalty.rotated_adam import RotatedAdam
+from rotate_ewc.penalty.step_size import StepSizes, check_optimizer, learning_rate_of, step_sizes_of
+from rotate_ewc.penalty.tangent import TangentPenalty
+
+PROGRESS: Final = "progress"
+UPDATES: Final = ("penalty", "tangent", "proximal", "optimizer")
+# Those that move the parameters after every so many steps of the optimizer.
+IMPLICIT: Final = ("tangent", "proximal")
+
+
+class RotatedEWCPlugin(SupervisedPlugin):
+    """Elastic weight consolidation in a rotated basis, as a plugin for any supervised strategy.
+
+    After each experience a snapshot of the Fisher matrix is taken on the experience's data, with
+    its evaluation transforms. Later experiences are trained under the penalty
+
+        ½ · ewc_lambda · Σ_t (N_t / N_now) (θ - θ*)ᵀ F_t (θ - θ*)
+
+    (Avalanche's `EWCPlugin` has no ½ and no example counts: for the same Fisher matrix its
+    `ewc_lambda` is half of this one.) Nothing is registered on the model or the optimizer.
+
+    Attributes:
+        penalty: The `EKFACPenalty` at work.
+        penalty_in_loss: What was added to the last loss.
+        snapshot_seconds: How long the snapshot of the last experience took; None without one.
+
+    Example:
+        strategy = Naive(model=model, optimizer=optimizer, criterion=CrossEntropyLoss(),
+                         plugins=[RotatedEWCPlugin(ewc_lambda=3.0)])
+    """
+
+    def __init__(
+        self,
+        ewc_lambda: float = 1.0,
+        mode: str = "merged",
+        *,
+        update: str = "penalty",
+        every: int = 1,
+        step_size: float | None = None,
+        weighting: str = "examples",
+        decay: float = 1.0,
+        temperature: float = 1.0,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        num_samples: int | None = None,
+        estimation_mb_size: int | None = None,
+        fisher_type: FisherType | str = FisherType.MC,
+        mc_samples: int = 1,
+        kfac_approx: KFACType | str = KFACType.EXPAND,
+        separate_weight_and_bias: bool = True,
+        seed: int = 2147483647,
+        memory_budget: int = 2**30,
+        unsupported: Unsupported | str = Unsupported.ERROR,
+        progressbar: bool | None = None,
+    ) -> None:
+        """Make a plugin that does nothing until the first experience has ended.
+
+        Args:
+            ewc_lambda: Strength of the penalty, at least 0. With a mean loss, 1 is Bayes' rule and
+                3 a good practical value.
+            mode: `"merged"`: one penalty for all experiences, at constant time and memory; or
+                `"separate"`: one for each experience.
+            update: `"penalty"`: the penalty is added to every loss; or `"tangent"`: the gradient of
+                its tangent plane is added to every gradient of the loss, and the plane is taken
+                anew by an implicit step (`TangentPenalty`); or
+                `"proximal"`: the parameters are moved after the optimizer's step
+                (`EKFACPenalty.proximal_step_`), which is stable for every `ewc_lambda`; or
+                `"optimizer"`: the strategy's optimizer is a `RotatedAdam(model, lr=...)`, which
+                gets this plugin's penalty and obeys it. The last three need mode `"merged"`.
+            every: After how many steps of the optimizer an implicit or proximal step is taken, of
+                so many times its size; the cost is divided by it. What is left over when an epoch
+                ends is taken then.
+            step_size: That of the implicit or proximal step; None takes the optimizer's own, which
+                must then be SGD, Adam or AdamW with one learning rate.
+            weighting: `"examples"` or `"uniform"`: how the experiences weigh in.
+            decay: What earlier experiences are multiplied with at the end of each, from 0 to 1.
+            temperature: What the outputs are divided by in a snapshot; see `EKFACPenalty`.
+            include: Patterns such as `"features.*"` for the names of the parameters to protect.
+            exclude: Patterns for names to leave out, such as those of unsupported layers.
+            num_samples: Examples to draw from each experience for its snapshot; None takes all. A
+                few thousand are usually as good.
+            estimation_mb_size: Mini-batch size of the snapshot, which changes its speed but not its
+                result; None takes the strategy's `train_mb_size`.
+            fisher_type: `MC` (sampled labels), `TYPE2` (exact expectation) or `EMPIRICAL`.
+            mc_samples: Sampled labels per example, for `MC`.
+            kfac_approx: `EXPAND` or `REDUCE`: how shared positions enter the basis.
+            separate_weight_and_bias: One block for each, or one joint block for both.
+            seed: Seed of the drawn examples and labels.
+            memory_budget: Bytes that a snapshot may use beyond the model's own passes.
+            unsupported: `"error"`, `"diagonal"` or `"skip"`: what to do about parameters that are
+                used in a way for which there is no rule; see `EKFACPenalty`.
+            progressbar: Whether to show progress while a snapshot is taken; None does where the
+                strategy has an `InteractiveLogger`, which shows that of training.
+
+        Raises:
+            ValueError: If a value is out of range, naming the argument.
+            TypeError: If a value has the wrong type.
+        """
+        super().__init__()
+        check_positive_integer("num_samples", num_samples, optional=True)
+        check_positive_integer("estimation_mb_size", estimation_mb_size, optional=True)
+        check_positive_integer("every", every)
+        if progressbar is not None:
+            check_boolean("progressbar", progressbar)
+        if update not in UPDATES:
+            raise ValueError(
+                f"update is {update!r}; expected one of {', '.join(map(repr, UPDATES))}"
+            )
+        if update != "penalty" and mode != "merged":
+            raise ValueError(f"update is {update!r} and mode {mode!r}; expected mode 'merged'")
+        if step_size is not None:
+            step_size = as_non_negative_number("step_size", step_size)
+        if update not in IMPLICIT and (every != 1 or step_size is not None):
+            raise ValueError(
+                f"every is {every} and step_size {step_size}, but update {update!r}; expected them "
+                f"with update 'tangent' or 'proximal' only"
+            )
+        self.penalty = EKFACPenalty(
+            as_non_negative_number("ewc_lambda", ewc_lambda),
+            mode,
+            weighting=weighting,
+            decay=decay,
+            temperature=temperature,
+            include=include,
+            exclude=exclude,
+            fisher_type=fisher_type,
+            mc_samples=mc_samples,
+            kfac_approx=kfac_approx,
+            separate_weight_and_bias=separate_weight_and_bias,
+            seed=seed,
+            memory_budget=memory_budget,
+            unsupported=unsupported,
+        )
+        self.progressbar = progressbar
+        self.update = update
+        self.every = every
+        self.step_size = step_size
+        self.num_samples = num_samples
+        self.estimation_mb_size = estimation_mb_size
+        self.penalty_in_loss: Tensor | float = 0.0
+        self.snapshot_seconds: float | None = None
+        self._tangent = TangentPenalty(self.penalty) if update == "tangent" else None
+        self._sub_experiences = 0
+        self._waiting, self._waiting_updates = 0.0, 0
+        self._learning_rate_checked = False
+
+    @property
+    def ewc_lambda(self) -> float:
+        """Strength of the penalty."""
+        return self.penalty.strength
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Tell the penalty how many examples the task at hand has."""
+        self.penalty.current_examples = len(whole_task(strategy.experience).dataset)
+        self._learning_rate_checked = False
+        if self.update in IMPLICIT and self.step_size is None:
+            check_optimizer(strategy.optimizer)
+        if self._tangent is not None:
+            # Weights may have been loaded, and a run that is resumed has no tangent either.
+            self._tangent.forget()
+        self._connect(strategy.optimizer)
+        # A model that does not fit is refused before anything is learned.
+        self.penalty.protected(parameters_of(strategy.model))
+
+    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Add the penalty to the loss."""
+        if self.update == "penalty" and self.penalty.num_tasks > 0:
+            self._check_learning_rate(strategy.optimizer)
+            penalty = self.penalty(strategy.model)
+            self.penalty_in_loss = penalty.detach()
+            strategy.loss = strategy.loss + penalty
+
+    def after_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Add the gradient of the tangent plane, before others clip in `before_update`."""
+        if self._tangent is not None:
+            self._tangent.add_gradient_(strategy.model)
+
+    def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Take an implicit or proximal step, after every so many steps of the optimizer."""
+        if self.update not in IMPLICIT or self.penalty.num_tasks == 0:
+            return
+        own = self.step_size is None
+        self._waiting += learning_rate_of(strategy.optimizer) if own else self.step_size or 0.0
+        self._waiting_updates += 1
+        if self._waiting_updates == self.every:
+            self._implicit_step(strategy)
+
+    def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Take the step for the updates that are left over.
+
+        Not at the end of the experience: there other plugins have gone back to the best weights,
+        or are looking at them, before this one or after it.
+        """
+        self._implicit_step(strategy)
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Take the snapshot, at the end of a task."""
+        self.snapshot_seconds = None
+        if not self._ends_task(strategy.experience):
+            return
+        start = time.perf_counter()
+        dataset = whole_task(strategy.experience).dataset
+        num_examples = len(dataset)
+        shown = shows_progress(strategy) if self.progressbar is None else self.progressbar
+        self.penalty.settings = replace(self.penalty.settings, progressbar=shown)
+        self.penalty.consolidate(
+            strategy.model,
+            strategy._criterion,
+            self._batches(dataset.eval(), strategy),
+            forward=partial(forward_batch, strategy.model),
+            num_examples=num_examples,
+        )
+        self.snapshot_seconds = time.perf_counter() - start
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all snapshots and anchors: a flat dictionary of tensors and JSON strings.
+
+        To be saved between experiences, or between the parts into which an online stream cuts them.
+        """
+        progress = {"sub_experiences": self._sub_experiences}
+        return {**self.penalty.state_dict(), PROGRESS: json.dumps(progress)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state; the model's weights are not touched.
+
+        Raises:
+            ValueError: If the state is not whole or not consistent, naming the key.
+        """
+        try:
+            sub_experiences = json.loads(state[PROGRESS])["sub_experiences"]
+            if isinstance(sub_experiences, bool) or sub_experiences < 0:
+                raise ValueError(f"sub_experiences is {sub_experiences}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise SnapshotError(
+                f"snapshot key {PROGRESS!r} is missing or damaged ({error}); expected the state of "
+                f"a RotatedEWCPlugin"
+            ) from None
+        self.penalty.load_state_dict({k: v for k, v in state.items() if k != PROGRESS})
+        self._sub_experiences = int(sub_experiences)
+
+    def _connect(self, optimizer: Optimizer) -> None:
+        """Give the penalty to a `RotatedAdam`, which must not obey it unknown to this plugin."""
+        rotated = isinstance(optimizer, RotatedAdam)
+        if rotated != (self.update == "optimizer"):
+            raise ValueError(
+                f"update is {self.update!r} and the optimizer {type(optimizer).__name__}; expected "
+                f"update 'optimizer' with RotatedAdam, and only with it"
+            )
+        if isinstance(optimizer, RotatedAdam):
+            optimizer.penalty = self.penalty
+
+    def _implicit_step(self, strategy: Any) -> None:
+        """Take the step for all updates since the last one."""
+        if self._waiting_updates:
+            parameters = parameters_of(strategy.model)
+            sizes: StepSizes = self._waiting
+            if self.step_size is None:
+                sizes = step_sizes_of(strategy.optimizer, parameters, self._waiting)
+            if self._tangent is None:
+                self.penalty.proximal_step_(parameters, sizes)
+            else:
+                self._tangent.refresh_(parameters, sizes)
+        self._waiting, self._waiting_updates = 0.0, 0
+
+    def _check_learning_rate(self, optimizer: Optimizer) -> None:
+        """Warn once for each task if plain gradient descent will diverge.
+
+        Adaptive optimizers take steps of bounded size, and are not checked.
+        """
+        if not self._learning_rate_checked and isinstance(optimizer, SGD):
+            self.penalty.check_learning_rate(max(map(_plain_rate, optimizer.param_groups)))
+        self._learning_rate_checked = True
+
+    def _ends_task(self, experience: Any) -> bool:
+        """Whether a task ends here; online streams cut each task into many experiences.
+
+        Avalanche does not mark the last part of a task that it could cut evenly, so they are
+        counted too.
+        """
+        part = experience.logging()
+        if not hasattr(part, "is_last_subexp"):
+            return True
+        self._sub_experiences = 1 if part.is_first_subexp else self._sub_experiences + 1
+        return bool(part.is_last_subexp) or self._sub_experiences == part.sub_stream_length
+
+    def _batches(self, dataset: Any, strategy: Any) -> Batches:
+        collate = getattr(dataset, "collate_fn", None)
+        if self.num_samples is not None and self.num_samples < len(dataset):
+            generator = torch.Generator().manual_seed(
+                self.penalty.settings.seed + self.penalty.num_tasks
+            )
+            # Class-incremental data come ordered by class, so the first ones would not do.
+            drawn = torch.randperm(len(dataset), generator=generator)[: self.num_samples]
+            dataset = Subset(dataset, drawn.tolist())
+        size = self.estimation_mb_size or strategy.train_mb_size
+        return Batches(DataLoader(dataset, batch_size=size, collate_fn=collate))
+
+
+def _plain_rate(group: Mapping[str, Any]) -> float:
+    """Return the learning rate that is as stable without momentum; heavy balls roll no worse."""
+    rate, momentum = float(group["lr"]), float(group["momentum"])
+    return rate * (1 + 2 * momentum) / (1 + momentum) if group["nesterov"] else rate

@@ -1,0 +1,193 @@
+"""Snapshots ⇄ safetensors files: written whole or not at all, read whole or refused.
+
+A file holds tensors and text, no code: reading one cannot run anything. Beside the header it has a
+digest of everything in it, so that damage is noticed wherever it is. A digest is no signature:
+whoever can write the file can make a new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rotate_ewc.errors import SnapshotError
+from rotate_ewc.io.header import HEADER
+
+DIGEST: Final = "digest"
+
+# Names have up to 255 bytes; a character takes up to four.
+_MOST_OF_NAME: Final = 50
+
+# The first format had none.
+_WITHOUT_DIGEST: Final = '"rotate_ewc.operator/1"'
+
+
+def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a snapshot to a safetensors file: whole, or not at all.
+
+    It is written under another name in the same folder, brought to the disk and renamed. A process
+    that is killed leaves the old file or the new one, and perhaps one that begins with a dot. A
+    link is replaced too, and what it points to stays as it is.
+
+    Args:
+        state: Tensors, and the header.
+        path: The file; an older one is replaced.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        IsADirectoryError: If there is a folder of that name.
+        OSError: If it cannot be written, as on a full disk.
+        TypeError: If the path is none.
+    """
+    target = _as_path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {os.fspath(target.parent)!r} to save in")
+    if target.is_dir():
+        raise IsADirectoryError(f"there is a folder {os.fspath(target)!r}; expected a file's name")
+    tensors = _own({key: value for key, value in state.items() if key != HEADER})
+    metadata = {HEADER: state[HEADER], DIGEST: _digest(state[HEADER], tensors)}
+    # The target's own name may be as long as names can be.
+    temporary = target.parent / f".{uuid.uuid4().hex}.{target.name[:_MOST_OF_NAME]}"
+    try:
+        mode = _mode(target, temporary)
+        save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(mode)
+        _bring_to_disk(temporary)
+        os.replace(temporary, target)
+    except SafetensorError as error:
+        raise OSError(f"{os.fspath(target)!r} cannot be written: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        # Windows cannot open folders, and does without.
+        _bring_to_disk(target.parent)
+
+
+@contextmanager
+def loaded(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Read a snapshot from a safetensors file; inside, errors about it name the file.
+
+    The file is mapped into memory and its tensors are copied: nothing that happens to it later can
+    change them.
+
+    Raises:
+        SnapshotError: If the file is not one that `save` wrote, or has been damaged.
+        FileNotFoundError: If there is no file.
+        TypeError: If the path is none.
+    """
+    source = _as_path(path)
+    name = os.fspath(source)
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no snapshot file {name!r}")
+    try:
+        yield _read_whole(source)
+    except SnapshotError as error:
+        raise SnapshotError(str(error), file=name) from error.__cause__
+
+
+def _read_whole(path: Path) -> dict[str, Any]:
+    """Read a file again if another was put in its place meanwhile.
+
+    It is opened by name more than once, and could be the old one first and then the new one.
+    """
+    while True:
+        before = _identity(path)
+        try:
+            return _read(path)
+        except SnapshotError:
+            if _identity(path) == before:
+                raise
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Copies, since products give the same bits only with the same alignment, and nothing
+            # that happens to the file can change them.
+            state: dict[str, Any] = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            metadata: dict[str, str] = file.metadata() or {}
+    # Dtypes that are newer than the torch at hand are no SafetensorError.
+    except (
+        SafetensorError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
+        raise SnapshotError(f"this is not a snapshot file: {error}") from None
+    header = metadata.pop(HEADER, None)
+    if header is None:
+        raise SnapshotError(
+            f"this is not a snapshot file: there is no {HEADER!r} in its metadata; expected a file "
+            f"that save wrote"
+        )
+    if metadata.get(DIGEST) != _digest(header, state) and not (
+        DIGEST not in metadata and _WITHOUT_DIGEST in header
+    ):
+        raise SnapshotError(
+            f"the file is damaged: its digest is {metadata.get(DIGEST)!r:.99}, and expected is "
+            f"that of its contents; save it anew, or take another copy"
+        )
+    return {HEADER: header, **state}
+
+
+def _as_path(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise TypeError(
+            f"path is {type(path).__name__}; expected a string or a pathlib.Path"
+        ) from None
+
+
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors for a file: on the CPU, contiguous, and each with memory of its own."""
+    owned: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, tensor in tensors.items():
+        moved = tensor.detach().cpu().contiguous()
+        storage = moved.untyped_storage()
+        shared = storage.nbytes() != moved.nbytes or storage.data_ptr() in places
+        owned[key] = moved.clone() if shared else moved
+        places.add(storage.data_ptr())
+    return owned
+
+
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the header, and of the name, dtype, shape and bytes of every tensor."""
+    digest = hashlib.sha256(header.encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(repr((key, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _mode(target: Path, temporary: Path) -> int:
+    """Return the permissions for a file: those it has, or those that new files get."""
+    temporary.touch(exist_ok=False)
+    return (target if target.exists() else temporary).stat().st_mode & 0o777
+
+
+def _bring_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

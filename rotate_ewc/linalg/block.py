@@ -1,0 +1,111 @@
+"""One block of the operator: a rotated basis and the eigenvalues in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotate_ewc.linalg.kronecker import Basis
+
+
+def matrix_shape(parameter: torch.Size, groups: int, transposed: bool) -> tuple[int, int, int]:
+    """Return `(groups, d_out, d_in)` of a parameter's matrix (without the column of a bias).
+
+    Args:
+        parameter: The parameter's shape.
+        groups: Number of independent blocks.
+        transposed: Whether the input side comes first.
+    """
+    rows = parameter[0] if parameter else 1
+    columns = parameter.numel() // rows if rows else 0
+    rows //= groups
+    return (groups, columns, rows) if transposed else (groups, rows, columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """`F ≈ (Q_g ⊗ Q_a) diag(Λ) (Q_g ⊗ Q_a)ᵀ` on one parameter, or on a weight and its bias.
+
+    A parameter is the matrix `parameter.reshape(groups, d_out, d_in)`, or in a transposed block
+    (embeddings, transposed convolutions) `parameter.reshape(groups, d_in, d_out).mT`. In a joint
+    block the bias is the *first* column of `[bias | weight]`, so that a parameter that has grown
+    (new outputs, new inputs) still starts with the slice for which the block was made.
+
+    Attributes:
+        parameters: `(name,)`, or `(weight's name, bias's name)` for a joint block.
+        gradient_basis: Q_g `[groups, d_out, d_out]`, columns are eigenvectors; None is I.
+        activation_basis: Q_a `[groups, d_in, d_in]`; None is I.
+        eigenvalues: Λ `[groups, d_out, d_in]`, all at least 0.
+        transposed: Whether the input side comes first in the (weight) parameter.
+    """
+
+    parameters: tuple[str, ...]
+    gradient_basis: Basis
+    activation_basis: Basis
+    eigenvalues: Tensor
+    transposed: bool = False
+
+    @property
+    def label(self) -> str:
+        """A name for the block: its parameters', joined by `+`."""
+        return "+".join(self.parameters)
+
+    @property
+    def trace(self) -> Tensor:
+        """Sum of the eigenvalues, a scalar tensor."""
+        return self.eigenvalues.sum()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by attribute name; identities are left out."""
+        named = {
+            "eigenvalues": self.eigenvalues,
+            "gradient_basis": self.gradient_basis,
+            "activation_basis": self.activation_basis,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Block:
+        """Return the block with every stored tensor replaced by `function` of it."""
+        changed: dict[str, Any] = {name: function(t) for name, t in self.tensors.items()}
+        return replace(self, **changed)
+
+    def with_eigenvalues(self, eigenvalues: Tensor) -> Block:
+        """Return the block with other eigenvalues in the same basis."""
+        return replace(self, eigenvalues=eigenvalues)
+
+    def matrix(self, tensors: Mapping[str, Tensor], *, leading_axes: int = 0) -> Tensor:
+        """Gather parameter-shaped tensors into the block's matrix.
+
+        Args:
+            tensors: By name, `[*leading, *shape]`; others than the block's are not looked at.
+            leading_axes: Number of axes before the parameters' own.
+
+        Returns:
+            `[*leading, groups, d_out, d_in]`.
+        """
+        weight = self._matrix(tensors[self.parameters[0]], leading_axes, self.transposed)
+        if len(self.parameters) == 1:
+            return weight
+        bias = self._matrix(tensors[self.parameters[1]], leading_axes, transposed=False)
+        return torch.cat([bias, weight], dim=-1)
+
+    def parts(self, matrix: Tensor) -> Sequence[Tensor]:
+        """Split matrices `[*leading, groups, d_out, d_in]` into those of `parameters`.
+
+        A transposed weight comes out as it is stored; reshaped, each is its parameter.
+        """
+        weight = matrix if len(self.parameters) == 1 else matrix[..., 1:]
+        weight = weight.mT if self.transposed else weight
+        return [weight] if len(self.parameters) == 1 else [weight, matrix[..., :1]]
+
+    def _matrix(self, tensor: Tensor, leading_axes: int, transposed: bool) -> Tensor:
+        groups, d_out, _ = self.eigenvalues.shape
+        leading = tensor.shape[:leading_axes]
+        if transposed:
+            return tensor.reshape(*leading, groups, -1, d_out).mT
+        return tensor.reshape(*leading, groups, d_out, -1)

@@ -1,0 +1,423 @@
+"""`EKFACPenalty`: what keeps a network from forgetting, for any training loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from rotate_ewc._utils.numerics import check_trace
+from rotate_ewc._utils.parameters import (
+    Parameters,
+    fits,
+    name_parameters,
+    parameters_of,
+    select_parameters,
+    unwrapped,
+)
+from rotate_ewc._utils.validation import (
+    as_choice,
+    as_non_negative_number,
+    as_patterns,
+    as_temperature,
+    check_boolean,
+    check_positive_integer,
+)
+from rotate_ewc.curvature.merge import merge
+from rotate_ewc.curvature.operator import EKFACLinearOperator
+from rotate_ewc.errors import SnapshotError
+from rotate_ewc.estimation.estimate import fit_blocks
+from rotate_ewc.io import files
+from rotate_ewc.io.storage_dtype import check_storage_dtype
+from rotate_ewc.linalg.quadratic import quadratic_form
+from rotate_ewc.options import EstimationSettings, FisherType, KFACType, Unsupported
+from rotate_ewc.penalty.consolidated import ConsolidatedTasks
+from rotate_ewc.penalty.proximal import check_step_size, proximal_step_
+from rotate_ewc.penalty.stability import largest_curvature, warn_if_divergent
+from rotate_ewc.penalty.state import PenaltyState
+from rotate_ewc.penalty.terms import Term
+
+MODES: Final = ("merged", "separate")
+WEIGHTINGS: Final = ("examples", "uniform")
+
+
+class EKFACPenalty(ConsolidatedTasks):
+    """Elastic weight consolidation in a rotated basis.
+
+    After each task, `consolidate` estimates the Fisher matrix F_t at the solution θ*. On later
+    tasks, the penalty is added to the loss:
+
+        ½ · strength · Σ_t ω_t (θ - θ*)ᵀ F_t (θ - θ*),    ω_t = w_t · decay^(T - t) · N_t / N_now
+
+    for the T tasks of the past. With a mean loss and nothing else given (w_t = decay = 1), strength
+    1 is Bayes' rule: N_t are the example counts of the past tasks, N_now that of the task being
+    trained (Huszár 2018, "Note on the quadratic penalties in elastic weight consolidation").
+    `weighting="uniform"` leaves the counts out; w_t is given to `consolidate`. Larger strengths
+    protect more; 3 is a good practical value.
+
+    In mode `"merged"` the operators of all tasks are merged into one, anchored at the latest
+    solution: time and memory do not depend on the number of tasks. In mode `"separate"` every task
+    keeps its operator and its own anchor.
+
+    The penalty can be used without being added to the loss: `proximal_step_` moves the parameters
+    after the optimizer did, stably for any strength.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from rotate_ewc import EKFACPenalty
+        >>> _ = torch.manual_seed(0)
+        >>> model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()
+        >>> old_task = [(torch.randn(16, 4), torch.randint(3, (16,)))]
+        >>> penalty = EKFACPenalty(strength=3.0)
+        >>> penalty(model).item()
+        0.0
+        >>> penalty.consolidate(model, criterion, old_task)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.add_(0.1)
+        >>> loss = penalty(model)
+        >>> loss.backward()
+        >>> model.weight.grad is not None
+        True
+    """
+
+    def __init__(
+        self,
+        strength: float = 1.0,
+        mode: str = "merged",
+        *,
+        weighting: str = "examples",
+        decay: float = 1.0,
+        temperature: float = 1.0,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        strict: bool = True,
+        fisher_type: FisherType | str = FisherType.MC,
+        mc_samples: int = 1,
+        kfac_approx: KFACType | str = KFACType.EXPAND,
+        separate_weight_and_bias: bool = True,
+        seed: int = 2147483647,
+        memory_budget: int = 2**30,
+        progressbar: bool = False,
+        unsupported: Unsupported | str = Unsupported.ERROR,
+    ) -> None:
+        """Make a penalty that is zero until the first task is consolidated.
+
+        Args:
+            strength: λ, at least 0.
+            mode: `"merged"` (constant cost) or `"separate"`.
+            weighting: `"examples"` (tasks weigh in by their numbers of examples) or `"uniform"`.
+            decay: What the weights of earlier tasks are multiplied with whenever a task is
+                consolidated, from 0 to 1 (the γ of online EWC, Schwarz et al. 2018).
+            temperature: T, more than 0. The Fisher matrix is that of the outputs divided by T,
+                times T² to stay in proportion. Above 1 the predictions are softened, so that
+                examples of which the model is sure count too; the strength can then be smaller.
+            include: Patterns such as `"encoder.*"` for the names of the parameters to protect.
+            exclude: Patterns for names to leave out, such as those of unsupported layers.
+            strict: Whether a protected parameter that is missing, or smaller than it was, is an
+                error; otherwise it is left out, with a warning.
+            fisher_type: `MC` (sampled labels), `TYPE2` (exact expectation) or `EMPIRICAL`.
+            mc_samples: Sampled labels per example, for `MC`.
+            kfac_approx: `EXPAND` or `REDUCE`: how shared positions enter the basis.
+            separate_weight_and_bias: One block for each, or one joint block for both.
+            seed: Seed of the sampled labels; task t uses `seed + t`.
+            memory_budget: Bytes that estimation may use beyond the model's own passes.
+            progressbar: Whether to show progress while consolidating.
+            unsupported: What to do about parameters that are used in a way for which there is no
+                rule: `"error"` refuses them by name, `"diagonal"` takes the exact diagonal of their
+                Fisher matrix (slow), `"skip"` leaves them free. The last two warn.
+
+        Raises:
+            ValueError: If a value is out of range, naming the argument.
+            TypeError: If a value has the wrong type.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, MODES))}")
+        if weighting not in WEIGHTINGS:
+            raise ValueError(
+                f"weighting is {weighting!r}; expected one of {', '.join(map(repr, WEIGHTINGS))}"
+            )
+        check_boolean("strict", strict)
+        super().__init__(mode, weighting, strict=strict)
+        self.strength = strength
+        self.decay = as_non_negative_number("decay", decay)
+        if self.decay > 1:
+            raise ValueError(f"decay is {decay}; expected a number from 0 to 1")
+        self.temperature = as_temperature(temperature)
+        self.include = as_patterns("include", include)
+        self.exclude = as_patterns("exclude", exclude)
+        self.current_examples = None
+        self.settings = EstimationSettings(
+            fisher_type=as_choice("fisher_type", fisher_type, FisherType),
+            mc_samples=mc_samples,
+            kfac_approx=as_choice("kfac_approx", kfac_approx, KFACType),
+            separate_weight_and_bias=separate_weight_and_bias,
+            seed=seed,
+            memory_budget=memory_budget,
+            progressbar=progressbar,
+            unsupported=as_choice("unsupported", unsupported, Unsupported),
+        )
+
+    @property
+    def strength(self) -> float:
+        """λ; may be changed at any time, for example along a schedule."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = as_non_negative_number("strength", value)
+
+    @property
+    def current_examples(self) -> int | None:
+        """N_now; None takes the last consolidated task's count."""
+        return self._current_examples
+
+    @current_examples.setter
+    def current_examples(self, value: int | None) -> None:
+        check_positive_integer("current_examples", value, optional=True)
+        self._current_examples = value
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the stacks: λ, over N_now where tasks weigh in by their examples.
+
+        A summed loss has the numbers inside; there, only uniform weights are to be multiplied.
+        """
+        if not self._terms:
+            return self.strength
+        now = float(self.current_examples or self._last_examples)
+        summed = self._terms[0].operator.provenance.reduction == "sum"
+        if self.weighting == "examples":
+            return self.strength if summed else self.strength / now
+        return self.strength * now if summed else self.strength
+
+    def consolidate(
+        self,
+        model: nn.Module,
+        loss_func: Callable[..., Any],
+        data: Iterable[Any],
+        *,
+        params: Parameters | None = None,
+        forward: Callable[[Any], Tensor] | None = None,
+        num_examples: int | None = None,
+        weight: float = 1.0,
+        batch_size_fn: Callable[[Any], int] | None = None,
+    ) -> None:
+        """Remember a task: estimate its Fisher matrix at the current solution and fold it in.
+
+        The model, its gradients and modes, and the random states are left as they were; if anything
+        fails, so is the penalty.
+
+        Args:
+            model: The model at the end of the task.
+            loss_func: The task's loss, with reduction `mean` or `sum`.
+            data: The task's data, as re-iterable batches (inputs, targets). A few thousand examples
+                are enough for most models.
+            params: The parameters to protect, which keep the names they have in the model; None is
+                all that require gradients and that `include` and `exclude` choose.
+            forward: From a batch's inputs to outputs, where that is not `model(inputs)`.
+            num_examples: The task's number of examples, where `data` is only a sample of them.
+            weight: w_t, what this task weighs in comparison with the others, at least 0.
+            batch_size_fn: From a batch's inputs to its number of examples, where that is not the
+                length of their first axis.
+
+        Raises:
+            ValueError: If a parameter, layer, loss or batch cannot be handled, naming it.
+            TypeError: If an argument has the wrong type.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+        check_positive_integer("num_examples", num_examples, optional=True)
+        weight = as_non_negative_number("weight", weight)
+        model = unwrapped(model)
+        if params is None:
+            params = select_parameters(model, self.include, self.exclude)
+        # Whatever names they were given, the penalty will look for them by those in the model.
+        chosen = name_parameters(params, model)
+        named = name_parameters(list(chosen.values()), model)
+        self.protected(parameters_of(model))
+        settings = replace(
+            self.settings,
+            seed=self.settings.seed + self._num_tasks,
+            num_data=num_examples,
+            batch_size_fn=batch_size_fn,
+        )
+        blocks, shapes, provenance = fit_blocks(
+            self._softened(forward or model), loss_func, named, data, settings, model=model
+        )
+        scaled = [b.with_eigenvalues(b.eigenvalues * self.temperature**2) for b in blocks]
+        provenance = replace(
+            provenance, settings={**provenance.settings, "temperature": self.temperature}
+        )
+        operator = EKFACLinearOperator.from_blocks(scaled, shapes, provenance)
+        anchor = {name: named[name].detach().clone() for name in operator.parameter_shapes}
+        self._fold_in(operator, anchor, weight, parameters_of(model))
+
+    def forward(self, model: nn.Module | Mapping[str, Tensor]) -> Tensor:
+        """Return the penalty, a scalar tensor; zero before the first task.
+
+        Args:
+            model: The model, or its parameters by name. Parameters that are new since a task, or
+                the new rows of one that has grown, are free.
+
+        Raises:
+            ValueError: If a protected parameter is missing or has lost its shape, naming it.
+            TypeError: If `model` is neither a module nor a mapping.
+        """
+        parameters = parameters_of(model)
+        if not self._stacks:
+            like = next(iter(parameters.values()), torch.zeros(()))
+            return like.new_zeros(())
+        deltas = self.deltas(parameters)
+        value = quadratic_form([stack.block for stack in self._stacks], deltas)
+        return 0.5 * self.scale * value
+
+    @torch.no_grad()
+    def proximal_step_(
+        self, model: nn.Module | Mapping[str, Tensor], step_size: float | Mapping[str, float]
+    ) -> None:
+        """Move the parameters towards the anchor, in place: an implicit step on the penalty.
+
+        The step is `θ ← argmin ½ |θ' - θ|² + η · penalty(θ')`, elementwise in the eigenbasis:
+
+            θ ← θ* + Q [Qᵀ(θ - θ*) / (1 + η λ Λ)]
+
+        It is stable for every strength: in the limit, the directions that matter to old tasks do
+        not move at all. Take it after the optimizer's step on the loss without the penalty, or
+        after every k-th with k times the step size. The gradients are not touched.
+
+        Args:
+            model: The model, or its parameters by name.
+            step_size: η, that of the optimizer: the learning rate, for SGD with momentum μ divided
+                by `1 - μ`. Or one for each parameter, by name.
+
+        Raises:
+            ValueError: If the mode is not `"merged"`, a step size is out of range, or a protected
+                parameter is missing or has lost its shape.
+        """
+        if self.mode != "merged":
+            raise ValueError(
+                f"mode is {self.mode!r}; expected 'merged': the terms of separate tasks have no "
+                f"common eigenbasis in which to take a proximal step"
+            )
+        check_step_size(step_size)
+        parameters = parameters_of(model)
+        if self._stacks and self.scale > 0:
+            deltas = self.deltas(parameters)
+            proximal_step_(self._stacks, parameters, deltas, step_size, self.scale)
+
+    @property
+    def max_curvature(self) -> float:
+        """Largest second derivative of the penalty, or a bound of it where tasks are separate.
+
+        Gradient descent on the penalty diverges when the learning rate is more than two over this.
+        """
+        return self.scale * largest_curvature(self._stacks) if self._stacks else 0.0
+
+    def check_learning_rate(self, learning_rate: float) -> bool:
+        """Warn if gradient descent on the penalty diverges at a learning rate; say whether not."""
+        learning_rate = as_non_negative_number("learning_rate", learning_rate)
+        return warn_if_divergent(learning_rate, self.max_curvature, self.strength)
+
+    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+        """Write what was learned, and the options, to a safetensors file: whole or not at all.
+
+        Args:
+            path: The file; an older one is replaced.
+            dtype: What bases and eigenvalues are stored in, such as `torch.bfloat16` for less than
+                half the size; anchors stay as they are. None is their own.
+
+        Raises:
+            FileNotFoundError: If the folder does not exist.
+            ValueError: If the dtype is none to store a snapshot in.
+        """
+        check_storage_dtype(dtype)
+        files.save(self._state.to_dict(dtype=dtype), path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **options: Any) -> EKFACPenalty:
+        """Read a penalty from a file that `save` wrote.
+
+        Args:
+            path: The file.
+            **options: Arguments of the constructor that are to differ from those it was saved with;
+                `mode` and `weighting` cannot.
+
+        Raises:
+            SnapshotError: If the file is damaged or is none of these, naming it, and the key.
+            FileNotFoundError: If there is no file.
+            TypeError: If there is no such option.
+            ValueError: If an option is out of range.
+        """
+        with files.loaded(path) as state:
+            found = PenaltyState.from_dict(state)
+            try:
+                saved = cls(**found.options)
+            except (TypeError, ValueError) as error:
+                raise SnapshotError(f"snapshot's 'options' cannot be used: {error}") from None
+            found.check(mode=saved.mode, weighting=saved.weighting)
+            penalty = cls(**{**found.options, **options}) if options else saved
+            found.check(mode=penalty.mode, weighting=penalty.weighting)
+        penalty._restore(found)
+        return penalty
+
+    def _softened(self, forward: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        """Divide outputs by the temperature."""
+        if self.temperature == 1.0:
+            return forward
+        return lambda inputs: forward(inputs) / self.temperature
+
+    def _fold_in(
+        self,
+        operator: EKFACLinearOperator,
+        anchor: dict[str, Tensor],
+        weight: float,
+        parameters: Mapping[str, Tensor],
+    ) -> None:
+        """Add a task's operator; everything that can fail comes before the first change."""
+        reductions = {term.operator.provenance.reduction for term in self._terms}
+        reduction = operator.provenance.reduction
+        if reductions - {reduction}:
+            raise ValueError(
+                f"loss_func has reduction {reduction!r}, but earlier tasks had "
+                f"{reductions.pop()!r}; expected the same for all tasks"
+            )
+        if reduction == "mean" and self.weighting == "examples":
+            weight *= operator.num_data
+        elif reduction == "sum" and self.weighting == "uniform":
+            # A summed loss has its example count inside.
+            weight /= operator.num_data
+        left = (term.only(lambda name, a: fits(name, parameters, a)) for term in self._terms)
+        terms = [replace(term, weight=self.decay * term.weight) for term in left if term]
+        terms.append(Term(operator, anchor, weight))
+        if self.mode == "merged":
+            merged = merge([term.operator for term in terms], [term.weight for term in terms])
+            older = terms[0].anchor if len(terms) > 1 else {}
+            terms = [Term(merged, {**older, **anchor}, 1.0)]
+        for term in terms:
+            for block in term.operator.blocks:
+                check_trace(block.trace * term.weight, block.label)
+        self._replace_terms(terms, self._num_tasks + 1, operator.num_data)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments that make a penalty like this one, as JSON can hold them."""
+        return {
+            "strength": self.strength,
+            "mode": self.mode,
+            "weighting": self.weighting,
+            "decay": self.decay,
+            "temperature": self.temperature,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "strict": self.strict,
+            **self.settings.to_json(),
+        }
+
+    def extra_repr(self) -> str:
+        """Show strength, mode and tasks."""
+        return f"strength={self.strength}, mode={self.mode!r}, tasks={self._num_tasks}"

@@ -1,0 +1,70 @@
+"""The proximal step: an implicit step on the penalty, elementwise in its eigenbasis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from rotate_ewc._utils.parameters import fits, protected_slice
+from rotate_ewc._utils.validation import as_non_negative_number
+from rotate_ewc.linalg import kronecker
+from rotate_ewc.penalty.terms import Stack
+
+StepSize = float | Mapping[str, float]
+
+
+def proximal_step_(
+    stacks: Sequence[Stack],
+    parameters: Mapping[str, Tensor],
+    deltas: Mapping[str, Tensor],
+    step_size: StepSize,
+    scale: float,
+) -> None:
+    """Divide `θ - θ*` by `1 + η · scale · Λ` in the eigenbasis, in place.
+
+    Args:
+        stacks: Stacks of one term each.
+        parameters: θ by name; changed in place, as far as they are protected.
+        deltas: `θ - θ*` by the stacks' own names, `[1, *shape]`.
+        step_size: η, or one for each parameter by name (a joint block takes the mean of two).
+        scale: What the eigenvalues are multiplied with.
+    """
+    sizes = {stack: step_size_of(step_size, stack.names) for stack in stacks}
+    for stack, size in sizes.items():
+        block = stack.block
+        matrix = block.matrix(deltas).to(block.eigenvalues.dtype)
+        rotated = kronecker.to_eigenbasis(matrix, block.gradient_basis, block.activation_basis)
+        # Finite, because infinity times an eigenvalue of zero would not be a number.
+        factor = min(size * scale, torch.finfo(rotated.dtype).max)
+        shrunk = rotated / (1.0 + factor * block.eigenvalues)
+        moved = kronecker.from_eigenbasis(shrunk, block.gradient_basis, block.activation_basis)
+        for name, anchor, part in zip(stack.names, stack.anchors, block.parts(moved), strict=True):
+            if fits(name, parameters, anchor[0]):
+                target = protected_slice(name, parameters, anchor[0])
+                target.copy_(anchor[0] + part.reshape(anchor[0].shape))
+
+
+def check_step_size(step_size: StepSize) -> None:
+    """Raise unless all step sizes are finite numbers of at least 0."""
+    if isinstance(step_size, Mapping):
+        for name, size in step_size.items():
+            as_non_negative_number(f"step_size[{name!r}]", size)
+    else:
+        as_non_negative_number("step_size", step_size)
+
+
+def step_size_of(step_size: StepSize, names: Sequence[str]) -> float:
+    """Return the step size of a block's parameters, the mean where they have several.
+
+    Raises:
+        ValueError: If a parameter has none, naming it.
+    """
+    if not isinstance(step_size, Mapping):
+        return float(step_size)
+    for name in names:
+        if name not in step_size:
+            raise ValueError(f"step_size has no entry for the parameter {name!r}; expected one")
+    return fmean(float(step_size[name]) for name in names)

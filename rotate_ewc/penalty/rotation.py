@@ -1,0 +1,142 @@
+"""An optimizer's step in the coordinates of a penalty: rotated where it protects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rotate_ewc._utils.parameters import fits, protected_slice
+from rotate_ewc.linalg import kronecker
+from rotate_ewc.linalg.block import Block
+from rotate_ewc.penalty.terms import Stack
+
+ByName = Mapping[str, Tensor]
+
+
+class Rotation:
+    """Gradients and displacements from the anchor, for parameters that have a gradient.
+
+    Attributes:
+        gradients: By name, in the parameters' shapes. Their protected leading slices are in the
+            eigenbasis.
+    """
+
+    def __init__(
+        self,
+        parameters: ByName,
+        gradients: ByName,
+        stacks: Sequence[Stack],
+        deltas: ByName,
+        scale: float,
+    ) -> None:
+        """Rotate; nothing is changed, also if this raises.
+
+        Args:
+            parameters: All of the model's, by name.
+            gradients: Those there are, by name.
+            stacks: Stacks of one term each.
+            deltas: `θ - θ*` by the stacks' own names, `[1, *shape]`.
+            scale: What the eigenvalues are multiplied with.
+
+        Raises:
+            ValueError: If only one half of a joint block has a gradient.
+        """
+        self.gradients = dict(gradients)
+        self._parameters = parameters
+        self._scale = scale
+        self._displacements: dict[str, Tensor] = {}
+        self._eigenvalues: dict[str, Tensor] = {}
+        self._stacks = [stack for stack in stacks if self._moves(stack)]
+        for stack in self._stacks:
+            self._rotate(stack, deltas)
+
+    def move(self, name: str, step: Tensor, sizes: Tensor) -> None:
+        """Take a step, and where the parameter is protected the proximal step after it.
+
+        Args:
+            name: A parameter that has a gradient.
+            step: The optimizer's step, in the shape and coordinates of the gradient.
+            sizes: η, the size of a step for a gradient of one, in the same shape.
+        """
+        parameter = self._parameters[name]
+        eigenvalues = self._eigenvalues.get(name)
+        if eigenvalues is None:
+            parameter.sub_(step)
+            return
+        inner = tuple(map(slice, eigenvalues.shape))
+        if eigenvalues.shape != parameter.shape:
+            # The protected slice is moved too, but will be set from its displacement.
+            parameter.sub_(step)
+        # Finite, because infinity times a size or an eigenvalue of zero would not be a number.
+        largest = torch.finfo(eigenvalues.dtype).max
+        stiffness = (min(self._scale, largest) * eigenvalues).clamp_(max=largest)
+        self._displacements[name].sub_(step[inner]).div_(1.0 + sizes[inner] * stiffness)
+
+    def write_back(self) -> None:
+        """Rotate the displacements back, and set the parameters to them."""
+        for stack in self._stacks:
+            block = stack.block
+            displacements = [self._displacements[name][None] for name in stack.names]
+            by_key = dict(zip(block.parameters, displacements, strict=True))
+            matrix = kronecker.from_eigenbasis(
+                block.matrix(by_key), block.gradient_basis, block.activation_basis
+            )
+            parts = _shaped(block.parts(matrix), stack)
+            for (name, anchor), part in zip(_members(stack), parts, strict=True):
+                protected_slice(name, self._parameters, anchor).copy_(anchor + part)
+
+    def _moves(self, stack: Stack) -> bool:
+        """Whether a stack's parameters have gradients: all of them, or none.
+
+        Where one does not fit any more, the whole block is left out, as when merging.
+        """
+        if not all(fits(name, self._parameters, anchor) for name, anchor in _members(stack)):
+            return False
+        without = [name for name in stack.names if name not in self.gradients]
+        if 0 < len(without) < len(stack.names):
+            raise ValueError(
+                f"parameter {without[0]!r} has no gradient, but shares a block with others that "
+                f"have, {list(stack.names)}: no step of these alone is right. Train all of them, "
+                f"or consolidate with separate_weight_and_bias=True"
+            )
+        return not without
+
+    def _rotate(self, stack: Stack, deltas: ByName) -> None:
+        block = stack.block
+        gradients = {
+            key: protected_slice(name, self.gradients, anchor)[None]
+            for key, (name, anchor) in zip(block.parameters, _members(stack), strict=True)
+        }
+        rotated = zip(
+            stack.names,
+            _shaped(block.parts(_to_eigenbasis(block, gradients)), stack),
+            _shaped(block.parts(_to_eigenbasis(block, deltas)), stack),
+            _shaped(block.parts(block.eigenvalues), stack),
+            strict=True,
+        )
+        for name, gradient, displacement, eigenvalues in rotated:
+            self._displacements[name] = displacement
+            self._eigenvalues[name] = eigenvalues
+            whole = self.gradients[name].to(gradient.dtype, copy=True)
+            whole[tuple(map(slice, gradient.shape))] = gradient
+            self.gradients[name] = whole
+
+
+def _members(stack: Stack) -> Iterator[tuple[str, Tensor]]:
+    """The names and anchors of the parameters of a stack of one term."""
+    for name, anchor in zip(stack.names, stack.anchors, strict=True):
+        yield name, anchor[0]
+
+
+def _to_eigenbasis(block: Block, tensors: ByName) -> Tensor:
+    """Gather tensors `[1, *shape]` by the block's own names, and rotate them."""
+    matrix = block.matrix(tensors).to(block.eigenvalues.dtype)
+    return kronecker.to_eigenbasis(matrix, block.gradient_basis, block.activation_basis)
+
+
+def _shaped(parts: Sequence[Tensor], stack: Stack) -> list[Tensor]:
+    """Give the parts of a block's matrix the shapes of its parameters."""
+    members = zip(parts, _members(stack), strict=True)
+    return [part.reshape(anchor.shape) for part, (_, anchor) in members]

@@ -1,0 +1,206 @@
+"""The quadratic terms of a penalty, with the blocks of many of them in one set of products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotate_ewc._utils.validation import as_non_negative_number
+from rotate_ewc.curvature.operator import EKFACLinearOperator
+from rotate_ewc.errors import SnapshotError
+from rotate_ewc.io.snapshot import checked_tensor, describe, restore, tensors_of
+from rotate_ewc.io.storage_dtype import DTYPES
+from rotate_ewc.linalg.block import Block
+
+
+@dataclass(frozen=True)
+class Term:
+    """One quadratic term of the penalty.
+
+    Attributes:
+        operator: The Fisher matrix.
+        anchor: The point it pulls to, by parameter name.
+        weight: What multiplies it.
+    """
+
+    operator: EKFACLinearOperator
+    anchor: dict[str, Tensor]
+    weight: float
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Term:
+        """Return the term with every tensor replaced by `function` of it."""
+        anchor = {name: function(tensor) for name, tensor in self.anchor.items()}
+        return Term(self.operator.map(function), anchor, self.weight)
+
+    def only(self, wanted: Callable[[str, Tensor], bool]) -> Term | None:
+        """Return the term without the blocks of unwanted parameters; None if nothing is left.
+
+        Args:
+            wanted: Whether to keep a parameter, from its name and anchor.
+        """
+        names = {name for name, anchor in self.anchor.items() if wanted(name, anchor)}
+        if len(names) == len(self.anchor):
+            return self
+        blocks = [block for block in self.operator.blocks if names.issuperset(block.parameters)]
+        if not blocks:
+            return None
+        kept = {name: self.anchor[name] for block in blocks for name in block.parameters}
+        shapes = {name: anchor.shape for name, anchor in kept.items()}
+        operator = EKFACLinearOperator.from_blocks(blocks, shapes, self.operator.provenance)
+        return Term(operator, kept, self.weight)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a header says of the term."""
+        operator = self.operator
+        described = describe(operator.blocks, operator.parameter_shapes, operator.provenance)
+        return {"weight": self.weight, "operator": described}
+
+    def tensors(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return the term's tensors under keys that begin with `prefix`.
+
+        Args:
+            prefix: What the keys begin with.
+            dtype: In what bases and eigenvalues are stored, where that is less than they have.
+        """
+        operator = tensors_of(self.operator.blocks, dtype)
+        return {
+            **{f"{prefix}operator/{key}": value for key, value in operator.items()},
+            **{f"{prefix}anchor/{name}": anchor for name, anchor in self.anchor.items()},
+        }
+
+    @classmethod
+    def restore(cls, description: object, tensors: Mapping[str, Any], prefix: str) -> Term:
+        """Make a term of what `describe` and `tensors` returned, with the prefix taken off.
+
+        Args:
+            description: What the header says of it.
+            tensors: Its tensors, by keys without the prefix.
+            prefix: What messages put in front of the tensors' keys.
+
+        Raises:
+            SnapshotError: If anything is missing, left over, of the wrong shape or not finite.
+        """
+        if not isinstance(description, dict) or not isinstance(description.get("operator"), dict):
+            raise SnapshotError(f"snapshot has the term {description!r:.99}; expected a dictionary")
+        try:
+            weight = as_non_negative_number("weight", description.get("weight"))
+        except (TypeError, ValueError) as error:
+            raise SnapshotError(f"snapshot's term {prefix!r}: {error}") from None
+        parts = {part: _below(tensors, f"{part}/") for part in ("operator", "anchor")}
+        blocks = restore(description["operator"], parts["operator"], f"{prefix}operator/")
+        operator = EKFACLinearOperator.from_blocks(*blocks)
+        for block in operator.blocks:
+            if not bool(torch.isfinite(block.eigenvalues * weight).all()):
+                raise SnapshotError(
+                    f"snapshot's term {prefix!r}: weight is {weight}, with which eigenvalues of "
+                    f"{block.label!r} overflow; expected less"
+                )
+        shapes, anchor = operator.parameter_shapes, parts["anchor"]
+        for name in sorted(set(shapes) ^ set(anchor)):
+            raise SnapshotError(
+                f"snapshot key {f'{prefix}anchor/{name}'!r} is missing or unexpected"
+            )
+        for name, shape in shapes.items():
+            _check_anchor(f"{prefix}anchor/{name}", anchor[name], shape)
+        return cls(operator, {name: anchor[name].detach() for name in shapes}, weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Blocks of T terms for the same parameters, as the groups of one block.
+
+    Attributes:
+        names: The parameters' names in the model, in the order of `block.parameters`.
+        block: T · groups blocks in one, with the terms' weights in its eigenvalues. Its parameters
+            have names of their own, since those of the model may be in several stacks.
+        anchors: What the parameters are pulled to, `[T, *shape]` each.
+    """
+
+    names: tuple[str, ...]
+    block: Block
+    anchors: tuple[Tensor, ...]
+
+
+def stack_terms(terms: Sequence[Term]) -> tuple[list[Term], tuple[Stack, ...]]:
+    """Put the blocks of terms that have the same form into stacks.
+
+    Terms whose parameters have grown in between, or changed their dtype, are in different stacks.
+
+    Returns:
+        The terms, whose bases are now views of those of the stacks; and the stacks.
+    """
+    together: dict[tuple[object, ...], list[tuple[int, Block]]] = {}
+    for index, term in enumerate(terms):
+        for block in term.operator.blocks:
+            shapes = tuple(term.anchor[name].shape for name in block.parameters)
+            bases = (block.gradient_basis is None, block.activation_basis is None)
+            values = (block.eigenvalues.shape, block.eigenvalues.dtype)
+            form = (block.parameters, shapes, values, bases, block.transposed)
+            together.setdefault(form, []).append((index, block))
+    stacks: list[Stack] = []
+    shared: dict[tuple[int, tuple[str, ...]], Block] = {}
+    for members in together.values():
+        stack = _stack(len(stacks), [(terms[index], block) for index, block in members])
+        stacks.append(stack)
+        for place, (index, block) in enumerate(members):
+            shared[index, block.parameters] = _view(stack.block, place, block)
+    viewing = [_with_blocks(term, index, shared) for index, term in enumerate(terms)]
+    return viewing, tuple(stacks)
+
+
+def _with_blocks(
+    term: Term, index: int, shared: Mapping[tuple[int, tuple[str, ...]], Block]
+) -> Term:
+    operator = term.operator.map_blocks(lambda block: shared[index, block.parameters])
+    return replace(term, operator=operator)
+
+
+def _stack(index: int, members: Sequence[tuple[Term, Block]]) -> Stack:
+    first = members[0][1]
+    anchors = tuple(
+        torch.stack([term.anchor[name] for term, _ in members]) for name in first.parameters
+    )
+    block = Block(
+        tuple(f"{index}/{name}" for name in first.parameters),
+        _joined([block.gradient_basis for _, block in members]),
+        _joined([block.activation_basis for _, block in members]),
+        torch.cat([block.eigenvalues * term.weight for term, block in members]),
+        first.transposed,
+    )
+    return Stack(first.parameters, block, anchors)
+
+
+def _view(stacked: Block, place: int, block: Block) -> Block:
+    """Return a block with its bases taken from the groups of a stack."""
+    groups = len(block.eigenvalues)
+    own = slice(place * groups, (place + 1) * groups)
+    gradient_basis, activation_basis = (
+        None if basis is None else basis[own]
+        for basis in (stacked.gradient_basis, stacked.activation_basis)
+    )
+    return replace(block, gradient_basis=gradient_basis, activation_basis=activation_basis)
+
+
+def _joined(bases: Sequence[Tensor | None]) -> Tensor | None:
+    """Join bases along the axis of groups; one alone is not copied."""
+    present = [basis for basis in bases if basis is not None]
+    if len(present) <= 1:
+        return present[0] if present else None
+    return torch.cat(present)
+
+
+def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _check_anchor(key: str, value: Any, shape: torch.Size) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in DTYPES.values():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise SnapshotError(
+            f"snapshot key {key!r} is {got}; expected a tensor of {', '.join(DTYPES)}"
+        )
+    checked_tensor(key, value, shape, value.dtype)

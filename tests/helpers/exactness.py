@@ -1,0 +1,249 @@
+"""Ways of estimating the cases, and what must come out; shared by the tests of exactness.
+
+Whatever is compared is an invariant (a trace, a dense matrix, eigenvalues in the operator's own
+basis), never eigenvectors, whose signs and degenerate subspaces are arbitrary.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rotate_ewc import EKFACLinearOperator, FisherType, KFACType
+from tests.helpers.cases import BASIC, FURTHER, PLAIN_LOSSES, Case, terms_of
+from tests.helpers.oracles import (
+    Approximation,
+    BlockLayout,
+    Fisher,
+    LayerTerms,
+    block_matrix,
+    dense_fisher,
+    dense_operator,
+    exact_blocks,
+    expected_layouts,
+    in_own_basis,
+    parameter_shapes,
+)
+
+TOLERANCE = 1e-10
+FISHER_TYPES = {
+    "type2": FisherType.TYPE2,
+    "mc": FisherType.MC,
+    "empirical": FisherType.EMPIRICAL,
+}
+EXACT_FISHERS: tuple[Fisher, ...] = ("type2", "empirical")
+KFAC_TYPES: dict[Approximation, KFACType] = {"expand": KFACType.EXPAND, "reduce": KFACType.REDUCE}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of estimating one case."""
+
+    case: Case
+    loss: str = "ce"
+    reduction: str = "mean"
+    fisher: Fisher = "type2"
+    approx: Approximation = "expand"
+    joint: bool = False
+
+    def __str__(self) -> str:
+        """Return a readable test identifier."""
+        kind = "joint" if self.joint else "separate"
+        parts = (self.case.name, self.loss, self.reduction, self.fisher, self.approx, kind)
+        return "-".join(parts)
+
+    def loss_func(self) -> nn.Module:
+        """Return the loss."""
+        return self.case.loss_func(self.loss, self.reduction)
+
+    def estimate(self, **options: Any) -> EKFACLinearOperator:
+        """Run the library; options override the setting's own."""
+        model = options.pop("model", None) or self.case.model()
+        parameters = dict(model.named_parameters())
+        arguments = {
+            "params": [parameters[name] for name in self.case.names(model)],
+            "data": self.case.data(self.loss),
+            "fisher_type": FISHER_TYPES[self.fisher],
+            "kfac_approx": KFAC_TYPES[self.approx],
+            "separate_weight_and_bias": not self.joint,
+            "check_deterministic": False,
+            "unsupported": self.case.unsupported,
+            **options,
+        }
+        params, data = arguments.pop("params"), arguments.pop("data")
+        with self.warns():
+            return EKFACLinearOperator(model, self.loss_func(), params, data, **arguments)
+
+    def warns(self) -> AbstractContextManager[Any]:
+        """Expect the warning of the fallback, where the case needs that."""
+        if self.case.unsupported == "error":
+            return nullcontext()
+        return pytest.warns(UserWarning, match="diagonal")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the estimated parameters, in order."""
+        return shapes_of(self.case)
+
+    def layouts(self) -> dict[tuple[str, ...], BlockLayout]:
+        """Return the blocks that must come out, by their parameters."""
+        return layouts_of(self.case, self.joint)
+
+    def terms(self, block: Any) -> LayerTerms | None:
+        """Return a block's layer inputs and output gradients, where modules show them."""
+        return terms_of(self.case, self.loss, self.reduction, self.fisher, block.parameters)
+
+    def dense(self, operator: EKFACLinearOperator) -> Tensor:
+        """Write out an operator."""
+        return dense_operator(operator.blocks, self.shapes())
+
+
+@cache
+def shapes_of(case: Case) -> dict[str, tuple[int, ...]]:
+    """Look at a case's parameters once."""
+    model = case.model()
+    return parameter_shapes(model, case.names(model))
+
+
+@cache
+def layouts_of(case: Case, joint: bool) -> dict[tuple[str, ...], BlockLayout]:
+    """Work a case's blocks out once."""
+    model = case.model()
+    layouts = expected_layouts(model, case.names(model), joint, case.layouts)
+    return {layout.parameters: layout for layout in layouts}
+
+
+@cache
+def estimated(setting: Setting) -> EKFACLinearOperator:
+    """Estimate once; operators do not change."""
+    return setting.estimate()
+
+
+@cache
+def exact_matrix(case: Case, loss: str, reduction: str, fisher: Fisher) -> Tensor:
+    """Assemble the dense oracle once."""
+    model, loss_func = case.model(), case.loss_func(loss, reduction)
+    return dense_fisher(
+        model, loss_func, case.names(model), case.inputs(), case.targets(loss), fisher
+    )
+
+
+def exact_matrix_of(setting: Setting) -> Tensor:
+    """Return the dense matrix that a setting stands for."""
+    return exact_matrix(setting.case, setting.loss, setting.reduction, setting.fisher)
+
+
+def exact(setting: Setting) -> dict[tuple[str, ...], Tensor]:
+    """Return the exact block of every block that must come out."""
+    return exact_blocks(exact_matrix_of(setting), setting.shapes(), setting.layouts().values())
+
+
+def assert_exact_diagonal(
+    operator: EKFACLinearOperator, dense: Tensor, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Check ``eigenvalues == diag(Q^T B Q)`` of whatever blocks came out, and the trace."""
+    assert sorted(name for block in operator.blocks for name in block.parameters) == sorted(shapes)
+    for block in operator.blocks:
+        groups = block.eigenvalues.shape[0]
+        matrix = block_matrix(dense, shapes, block.parameters, groups, block.transposed)
+        error = (block.eigenvalues - in_own_basis(block, matrix)).abs().max()
+        assert matrix.abs().max() > 0
+        assert error <= TOLERANCE * matrix.abs().max(), block.label
+    assert float(operator.trace) == pytest.approx(float(dense.trace()), rel=TOLERANCE)
+
+
+def off_diagonal(factor: Tensor, basis: Tensor) -> Tensor:
+    """Return what is left off the diagonal of a factor in a basis."""
+    rotated = basis.mT @ factor @ basis
+    return rotated - torch.diag_embed(rotated.diagonal(dim1=1, dim2=2))
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    """Return random numbers that do not depend on the global generator."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+class Counting:
+    """Data that count how often they are passed through, and draw random numbers meanwhile."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        """Keep the batches."""
+        self.batches = batches
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Start a pass."""
+        self.passes += 1
+        for batch in self.batches:
+            torch.rand(1)
+            random.random()
+            np.random.rand()
+            yield batch
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self.batches)
+
+
+# --------------------------------------------------------------------------- the crossing
+
+SUMMED = (
+    "tanh-mlp",
+    "sequence-outputs",
+    "conv2d-stride-groups",
+    "conv-transpose2d-stride-groups",
+    "embedding-padding-flattened-outputs",
+    "encoder-layer-norm-last",
+    "gpt-functional-positions",
+    "weight-norm-conv",
+    "lstm",
+)
+
+
+def settings() -> list[Setting]:
+    """Cross the cases with what can be chosen.
+
+    Every basic case meets both exact Fisher types under every loss, with weight and bias apart and
+    together; the further ones meet each of these at least once. The rest is crossed where it can
+    matter: REDUCE where positions are shared, and ``sum``, which only changes the scale, on some
+    kinds of network.
+    """
+    found = []
+    for case in BASIC:
+        for fisher in EXACT_FISHERS:
+            found += [
+                Setting(case, "ce", fisher=fisher),
+                Setting(case, "ce", fisher=fisher, joint=True),
+                Setting(case, "mse", fisher=fisher, joint=fisher == "type2"),
+                Setting(case, "bce", fisher=fisher, joint=fisher == "empirical"),
+            ]
+            if case.name in SUMMED:
+                found += [Setting(case, loss, "sum", fisher) for loss in PLAIN_LOSSES]
+            if case.shared:
+                reduce = Setting(case, "ce", fisher=fisher, approx="reduce")
+                found += [reduce, replace(reduce, loss="mse", joint=True)]
+    for case in FURTHER:
+        found += [
+            Setting(case),
+            Setting(case, "ce", fisher="empirical", joint=True),
+            Setting(case, "mse", fisher="empirical"),
+            Setting(case, "bce", joint=True),
+        ]
+        if case.name in SUMMED:
+            found += [Setting(case, "ce", "sum", fisher) for fisher in EXACT_FISHERS]
+        if case.shared:
+            found.append(Setting(case, "ce", approx="reduce", joint=True))
+            found.append(Setting(case, "bce", fisher="empirical", approx="reduce"))
+    return found
+
+
+ALL_SETTINGS = settings()
+over_all_settings = pytest.mark.parametrize("setting", ALL_SETTINGS, ids=str)
+ignore_even_kernels = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")

@@ -1,0 +1,362 @@
+"""The plugin beside others: the order in which they are listed must not matter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from avalanche.benchmarks import dataset_benchmark
+from avalanche.core import SupervisedPlugin
+from avalanche.evaluation.metrics import accuracy_metrics
+from avalanche.training.plugins import (
+    EarlyStoppingPlugin,
+    EvaluationPlugin,
+    EWCPlugin,
+    LRSchedulerPlugin,
+    LwFPlugin,
+    MASPlugin,
+    ReplayPlugin,
+)
+from avalanche.training.supervised import Naive
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.utils.data import TensorDataset
+
+from rotate_ewc import EKFACPenalty, RotatedAdam, TangentPenalty
+from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
+from tests.helpers.avalanche_cases import plugin_of
+from tests.integrations.avalanche.test_avalanche import CE, dataset, domain_benchmark, net
+from tests.integrations.avalanche.test_avalanche_updates import flat
+
+TASKS, EPOCHS, NORM, LR, GAMMA, LAMBDA = 3, 2, 0.4, 0.05, 0.5, 8.0
+UPDATES = ["penalty", "tangent", "proximal", "optimizer"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:Metric Top1_Acc_Stream used by the EarlyStopping")
+
+
+class ClipPlugin(SupervisedPlugin):
+    """Gradient clipping, as users write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clipped = 0
+
+    def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        norm = clip_grad_norm_(strategy.model.parameters(), NORM)
+        self.clipped += int(norm > NORM)
+
+
+def optimizer_for(update: str, model: nn.Module, lr: float = LR) -> Optimizer:
+    if update == "optimizer":
+        return RotatedAdam(model, lr=lr)
+    return SGD(model.parameters(), lr=lr, momentum=0.5)
+
+
+class Run:
+    """A strategy with plugins by name, in the order given."""
+
+    def __init__(self, names: Sequence[str], update: str, epochs: int = EPOCHS, **options: Any):
+        self.model = net(dropout=0.0).double()
+        optimizer = optimizer_for(update, self.model)
+        self.plugins: dict[str, Any] = {
+            "ewc": RotatedEWCPlugin(LAMBDA, update=update, seed=5, **options),
+            "clip": ClipPlugin(),
+            "schedule": LRSchedulerPlugin(ExponentialLR(optimizer, GAMMA)),
+            "lwf": LwFPlugin(alpha=1.0),
+            "replay": ReplayPlugin(mem_size=8),
+            "stop": EarlyStoppingPlugin(1, "test_stream"),
+            "theirs": EWCPlugin(0.5),
+            "mas": MASPlugin(),
+        }
+        watch = "stop" in names
+        evaluator = EvaluationPlugin(accuracy_metrics(stream=True)) if watch else None
+        self.strategy = Naive(
+            model=self.model, optimizer=optimizer, criterion=CE, train_mb_size=8, eval_mb_size=24,
+            train_epochs=epochs, plugins=[self.plugins[name] for name in names],
+            evaluator=evaluator, eval_every=1 if watch else -1,
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[int]:
+        """Train on task after task."""
+        benchmark = double_benchmark()
+        torch.manual_seed(9)
+        for t, experience in enumerate(benchmark.train_stream):
+            self.strategy.train(experience, eval_streams=[benchmark.test_stream])
+            yield t
+
+    def weights(self) -> Tensor:
+        assert len(list(self)) == TASKS
+        return flat(self.model)
+
+
+def double_dataset(seed: int) -> TensorDataset:
+    x, y = dataset(seed).tensors
+    data = TensorDataset(x.double(), y)
+    data.targets = y.tolist()
+    return data
+
+
+def double_benchmark() -> Any:
+    """With task labels, which `LwFPlugin` wants to see; they are all 0."""
+    streams = [double_dataset(seed) for seed in range(TASKS)]
+    return dataset_benchmark(streams, streams)
+
+
+def spread(names: Sequence[str], update: str, **options: Any) -> float:
+    """How far the parameters of all orders are from those of the first."""
+    first, *others = (Run(o, update, **options).weights() for o in permutations(names))
+    assert others
+    return max(float((weights - first).abs().max()) for weights in others)
+
+
+# --------------------------------------------------------------------------- every order
+
+
+@pytest.mark.parametrize(
+    ("update", "others"),
+    [
+        ("penalty", ["lwf", "clip", "schedule"]),
+        ("penalty", ["lwf", "replay"]),
+        ("tangent", ["lwf", "clip", "schedule"]),
+        ("tangent", ["lwf", "replay"]),
+        ("proximal", ["lwf", "replay"]),
+        ("optimizer", ["lwf", "replay"]),
+    ],
+)
+def test_order_of_plugins_does_not_matter(update: str, others: list[str]) -> None:
+    """Loss terms are added in other orders, which rounds differently; nothing else differs."""
+    assert spread(["ewc", *others], update) < 1e-12
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("names", [["clip", "schedule"], ["replay", "clip"], ["replay", "stop"]])
+def test_order_does_not_matter_bit_for_bit(names: list[str], update: str) -> None:
+    """Without a third term in the loss there is but one way to round."""
+    assert spread(["ewc", *names], update) == 0.0
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_order_beside_early_stopping(update: str) -> None:
+    assert spread(["ewc", "stop", "lwf"], update, epochs=6) < 1e-12
+
+
+@pytest.mark.parametrize("update", ["tangent", "proximal"])
+@pytest.mark.parametrize("names", [["lwf", "stop"], ["theirs"], ["mas"]])
+def test_order_with_steps_that_are_left_over(names: list[str], update: str) -> None:
+    """Six steps a task: two of them wait for an implicit step when the task ends."""
+    assert spread(["ewc", *names], update, every=4) < 1e-12
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_other_regularizers(update: str) -> None:
+    """Theirs estimate in `after_training_exp` too, and change gradients and modes there."""
+    assert spread(["ewc", "theirs", "mas"], update) < 1e-12
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("name", ["clip", "schedule", "lwf", "replay", "theirs", "mas"])
+def test_every_plugin_has_an_effect(name: str, update: str) -> None:
+    """Guards the tests above against plugins that do nothing."""
+    together, alone = (Run(names, update).weights() for names in (["ewc", name], ["ewc"]))
+    assert (together - alone).abs().max() > 1e-4
+
+
+# --------------------------------------------------------------------------- by hand
+
+
+def by_hand(update: str, *, clip_penalty: bool = True) -> nn.Module:
+    """A plain loop with a schedule, clipping and the penalty."""
+    model, penalty = net(dropout=0.0), EKFACPenalty(LAMBDA, seed=5)
+    optimizer = optimizer_for(update, model)
+    tangent = TangentPenalty(penalty)
+    if isinstance(optimizer, RotatedAdam):
+        optimizer.penalty = penalty
+    for t in range(TASKS):
+        x, y = dataset(t).tensors
+        penalty.current_examples, parts = len(x), torch.arange(24).split(8)
+        for epoch in range(EPOCHS):
+            optimizer.param_groups[0]["lr"] = LR * GAMMA**epoch
+            for rows in parts:
+                loss = CE(model(x[rows]), y[rows])
+                _step(model, optimizer, penalty, tangent, loss, update, clip_penalty)
+        penalty.consolidate(model, CE, [(x[rows], y[rows]) for rows in parts])
+    return model
+
+
+def _step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    penalty: EKFACPenalty,
+    tangent: TangentPenalty,
+    loss: Tensor,
+    update: str,
+    clip_penalty: bool,
+) -> None:
+    optimizer.zero_grad()
+    if update == "penalty" and clip_penalty:
+        loss = loss + penalty(model)
+    loss.backward()
+    if update == "tangent":
+        tangent.add_gradient_(model)
+    clip_grad_norm_(model.parameters(), NORM)
+    if update == "penalty" and not clip_penalty and penalty.num_tasks > 0:
+        penalty(model).backward()
+    optimizer.step()
+    size = optimizer.param_groups[0]["lr"] / (1.0 - 0.5)
+    if update == "tangent":
+        tangent.refresh_(model, size)
+    if update == "proximal":
+        penalty.proximal_step_(model, size)
+
+
+@pytest.mark.parametrize("order", list(permutations(["ewc", "clip", "schedule"])), ids="-".join)
+@pytest.mark.parametrize("update", UPDATES)
+def test_is_the_same_as_a_loop_written_by_hand(update: str, order: tuple[str, ...]) -> None:
+    """Bit for bit: what is clipped is the gradient of loss and penalty together."""
+    run = Run(order, update)
+    run.model.float()
+    for experience in domain_benchmark(TASKS).train_stream:
+        run.strategy.train(experience, shuffle=False)
+    assert torch.equal(flat(run.model), flat(by_hand(update)))
+    assert run.plugins["clip"].clipped > 0
+
+
+def test_clipping_the_loss_alone_is_something_else() -> None:
+    """Guards the test above."""
+    difference = flat(by_hand("penalty")) - flat(by_hand("penalty", clip_penalty=False))
+    assert difference.abs().max() > 1e-4
+
+
+# --------------------------------------------------------------------------- the snapshot
+
+
+@pytest.mark.parametrize("order", list(permutations(["ewc", "stop", "lwf"])), ids="-".join)
+@pytest.mark.parametrize("update", UPDATES)
+def test_snapshot_is_taken_at_the_restored_weights(update: str, order: tuple[str, ...]) -> None:
+    """Early stopping goes back to the best epoch; anchor and teacher are those weights."""
+    run = Run(order, update, epochs=20)
+    for t in run:
+        penalty, best = run.plugins["ewc"].penalty, _restored(run, t)
+        assert _equal(best, penalty.terms[-1].anchor)
+        assert _equal(best, run.plugins["lwf"].lwf.prev_model.state_dict())
+        assert penalty(run.model).item() == 0.0
+
+
+def _restored(run: Run, t: int) -> dict[str, Tensor]:
+    """The weights that early stopping has gone back to, before the last of all epochs."""
+    assert run.strategy.clock.train_iterations < 3 * run.strategy.train_epochs * (t + 1)
+    best: dict[str, Tensor] = run.plugins["stop"].best_state
+    assert _equal(run.model.state_dict(), best)
+    return best
+
+
+def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("order", list(permutations(["ewc", "stop"])), ids="-".join)
+@pytest.mark.parametrize("every", [4, 5])
+@pytest.mark.parametrize("update", ["tangent", "proximal"])
+def test_steps_do_not_move_restored_weights(
+    update: str, every: int, order: tuple[str, ...]
+) -> None:
+    """The steps for which one is left over have been taken back."""
+    run = Run(order, update, epochs=20, every=every)
+    for t in run:
+        assert _equal(_restored(run, t), run.plugins["ewc"].penalty.terms[-1].anchor)
+
+
+@pytest.mark.parametrize("order", list(permutations(["ewc", "replay", "theirs"])), ids="-".join)
+def test_snapshot_is_of_the_experience_alone(order: tuple[str, ...]) -> None:
+    """Not of what is replayed, and not in the order in which it was trained."""
+    run = Run(order, "penalty", mode="separate")
+    for t in run:
+        x, y = double_dataset(t).tensors
+        penalty = EKFACPenalty(LAMBDA, "separate", seed=5 + t)
+        penalty.consolidate(
+            run.model, CE, [(x[rows], y[rows]) for rows in torch.arange(24).split(8)]
+        )
+        found = plugin_of(run.strategy).penalty.terms[t].operator
+        assert found.num_data == 24
+        expected = penalty.terms[0].operator
+        for one, other in zip(found.blocks, expected.blocks, strict=True):
+            torch.testing.assert_close(one.eigenvalues, other.eigenvalues, rtol=1e-12, atol=0)
+
+
+# --------------------------------------------------------------------------- two of ours
+
+
+def test_two_plugins_share_a_strength() -> None:
+    """λ/2 and λ/2 are λ, bit for bit but for rounding."""
+    runs = [Run(["ewc"], "penalty"), Run([], "penalty")]
+    halves = [RotatedEWCPlugin(LAMBDA / 2, seed=5) for _ in range(2)]
+    runs[1].strategy.plugins[:0] = halves
+    one, two = (run.weights() for run in runs)
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+
+
+def test_two_plugins_share_a_model() -> None:
+    """One protects the first layer, the other the last, and each knows its own."""
+    whole = Run(["ewc"], "penalty")
+    parts = Run([], "penalty")
+    patterns = (["0.*"], ["3.*"])
+    parts.strategy.plugins[:0] = [RotatedEWCPlugin(LAMBDA, seed=5, include=p) for p in patterns]
+    torch.testing.assert_close(whole.weights(), parts.weights(), rtol=0, atol=1e-12)
+
+
+def test_plugin_goes_on_in_another_strategy() -> None:
+    """With the same model it is the same run."""
+    first, whole = Run(["ewc"], "penalty"), Run(["ewc"], "penalty")
+    experiences = double_benchmark().train_stream
+    for experience in experiences:
+        whole.strategy.train(experience, shuffle=False, reset_optimizer_state=True)
+    for experience in experiences:
+        optimizer = optimizer_for("penalty", first.model)
+        strategy = Naive(
+            model=first.model, optimizer=optimizer, criterion=CE, train_mb_size=8,
+            train_epochs=EPOCHS, plugins=[first.plugins["ewc"]], evaluator=None,
+        )  # fmt: skip
+        strategy.train(experience, shuffle=False)
+    assert torch.equal(flat(first.model), flat(whole.model))
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_plugin_in_a_strategy_with_another_model(update: str) -> None:
+    """A model whose parameters are not those that were consolidated is refused by name."""
+    run = Run(["ewc"], update)
+    run.weights()
+    other = nn.Sequential(nn.Linear(6, 4)).double()
+    optimizer = optimizer_for(update, other)
+    before = copy.deepcopy(plugin_of(run.strategy).state_dict())
+    strategy = Naive(
+        model=other, optimizer=optimizer, criterion=CE, train_mb_size=8,
+        plugins=[plugin_of(run.strategy)], evaluator=None,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"'(0|3)\.(weight|bias)'"):
+        strategy.train(double_benchmark().train_stream[0])
+    after = plugin_of(run.strategy).state_dict()
+    assert [k for k, v in before.items() if isinstance(v, Tensor) and not v.equal(after[k])] == []
+
+
+@pytest.mark.parametrize("granularity", ["epoch", "iteration"])
+@pytest.mark.parametrize("every", [1, 4])
+def test_schedules_by_iteration_and_proximal_steps(every: int, granularity: Any) -> None:
+    """Every step counts with the rate it was made with, wherever the plugins stand."""
+    runs = []
+    for order in permutations(["ewc", "schedule"]):
+        run = Run([], "proximal")
+        plugins = {
+            "ewc": RotatedEWCPlugin(LAMBDA, update="proximal", every=every, seed=5),
+            "schedule": LRSchedulerPlugin(
+                ExponentialLR(run.strategy.optimizer, 0.8), step_granularity=granularity
+            ),
+        }
+        run.strategy.plugins[:0] = [plugins[name] for name in order]
+        runs.append(run.weights())
+    assert torch.equal(*runs)

@@ -1,0 +1,219 @@
+"""Snapshots with a valid digest that say what they should not, one mistake at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError
+from rotate_ewc.io import files
+from tests.helpers.honest_snapshots import (
+    digest_of,
+    operator,
+    penalty,
+)
+
+
+def edited(change: Callable[[dict[str, Any], dict[str, Any]], None], made: Any) -> dict[str, Any]:
+    """Return a snapshot of which header and tensors were changed."""
+    tensors = dict(made.state_dict())
+    header = json.loads(tensors.pop("header"))
+    change(header, tensors)
+    return {"header": json.dumps(header), **tensors}
+
+
+def spoil(key: str, value: float) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    def change(header: dict[str, Any], tensors: dict[str, Any]) -> None:
+        spoiled = tensors[key].clone()
+        spoiled[(0,) * spoiled.ndim] = value
+        tensors[key] = spoiled
+
+    return change
+
+
+def replace(
+    key: str, function: Callable[[Any], Any]
+) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    def change(header: dict[str, Any], tensors: dict[str, Any]) -> None:
+        tensors[key] = function(tensors[key])
+
+    return change
+
+
+def in_header(text: str) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    """Run a statement on the header, `h`."""
+
+    def change(header: dict[str, Any], tensors: dict[str, Any]) -> None:
+        exec(text, {"h": header})
+
+    return change
+
+
+VALUES, BASIS = "0.weight/eigenvalues", "0.weight/gradient_basis"
+BAD_OPERATORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]] = {
+    "NaN": (spoil(VALUES, float("nan")), f"'{VALUES}' has values that are not finite"),
+    "infinite": (spoil(VALUES, float("inf")), f"'{VALUES}' has values that are not finite"),
+    "negative": (spoil(VALUES, -1e-20), f"'{VALUES}' has negative values"),
+    "NaN in a basis": (spoil(BASIS, float("nan")), f"'{BASIS}' has values that are not finite"),
+    "stretched basis": (replace(BASIS, lambda q: 1.02 * q), f"'{BASIS}' is not orthonormal"),
+    "blank basis": (replace(BASIS, torch.zeros_like), f"'{BASIS}' is not orthonormal"),
+    "huge basis": (replace(BASIS, lambda q: 1e30 * q), f"'{BASIS}' is not orthonormal"),
+    "repeated columns": (
+        replace(BASIS, lambda q: q[:, :, :1].repeat(1, 1, 6)),
+        f"'{BASIS}' is not",
+    ),
+    "integers": (replace(VALUES, lambda t: t.long()), f"'{VALUES}' is torch.int64 of shape"),
+    "Booleans": (replace(VALUES, lambda t: t > 0), f"'{VALUES}' is torch.bool of shape"),
+    "complex": (replace(VALUES, lambda t: t + 0j), f"'{VALUES}' is torch.complex64 of shape"),
+    "float64 for float32": (replace(VALUES, lambda t: t.double()), f"'{VALUES}' is torch.float64"),
+    "eight bits": (
+        replace(VALUES, lambda t: t.to(torch.float8_e5m2)),
+        f"'{VALUES}' is torch.float8_e5m2 of shape",
+    ),
+    "another shape": (
+        replace(VALUES, lambda t: t.mT),
+        r"shape \[1, 4, 6\]; expected .*\[1, 6, 4\]",
+    ),
+    "no format": (in_header("del h['format']"), "snapshot format is None"),
+    "future": (
+        in_header("h['format'] = 'rotate_ewc.operator/3'"),
+        "format is 'rotate_ewc.operator/3'",
+    ),
+    "two blocks for one": (
+        in_header("h['blocks'].append(h['blocks'][0])"),
+        "blocks are for parameters .*; expected each of .* once",
+    ),
+    "one block less": (in_header("del h['blocks'][0]"), "blocks are for parameters"),
+    "twice in a block": (
+        in_header("h['blocks'][1]['parameters'] = ['1.weight'] * 2"),
+        r"does not fit|are for parameters",
+    ),
+    "unknown parameter": (
+        in_header("h['blocks'][0]['parameters'] = ['2.weight']"),
+        r"block for parameters \['2.weight'\]; expected one or two of",
+    ),
+    "same label": (
+        in_header(
+            "h['parameters']['1.weight+1.bias'] = [5, 5];"
+            "h['blocks'].append({**h['blocks'][1], 'parameters': ['1.weight+1.bias']})"
+        ),
+        "two blocks with the same label",
+    ),
+    "unknown basis": (in_header("h['blocks'][0]['bases'] = ['basis']"), r"'bases' \['basis'\]"),
+    "basis twice": (
+        in_header("h['blocks'][0]['bases'] *= 2"),
+        "'0.weight' has 'bases'",
+    ),
+    "no number": (in_header("h['blocks'][0]['shape'][0] = 1.0"), "'shape' of block '0.weight'"),
+    "too large": (in_header("h['parameters']['scale'] = [2**48]"), "shape of parameter 'scale'"),
+    "many axes": (
+        in_header("h['parameters']['scale'] = [1] * 10**4"),
+        "shape of parameter 'scale'",
+    ),
+    "unknown dtype": (in_header("h['blocks'][0]['dtype'] = 'int8'"), "'dtype' 'int8'"),
+    "num_data": (in_header("h['provenance']['num_data'] = 0"), "num_data 0"),
+    "reduction": (in_header("h['provenance']['reduction'] = 'none'"), "reduction 'none'"),
+    "nested setting": (in_header("h['provenance']['settings']['seed'] = [1]"), "'settings'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPERATORS)
+def test_bad_operators(case: str, tmp_path: Path) -> None:
+    """With a valid digest, so that what is wrong has to be seen; and nothing changes by it."""
+    change, message = BAD_OPERATORS[case]
+    path, receiver = tmp_path / "file", operator(50)
+    before = digest_of(receiver)
+    bad = edited(change, operator())
+    with pytest.raises(SnapshotError, match=message):
+        receiver.load_state_dict(bad)
+    assert digest_of(receiver) == before
+    files.save(bad, path)
+    with pytest.raises(SnapshotError, match=message) as caught:
+        EKFACLinearOperator.load(path)
+    assert str(caught.value).startswith(repr(str(path)))
+
+
+ANCHOR = "0/anchor/0.weight"
+BAD_PENALTIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]] = {
+    "NaN": (
+        spoil("1/operator/0.bias/eigenvalues", float("nan")),
+        "'1/operator/0.bias/eigenvalues'",
+    ),
+    "anchor": (spoil(ANCHOR, float("nan")), f"'{ANCHOR}' has values that are not finite"),
+    "anchor's shape": (replace(ANCHOR, lambda t: t.mT), rf"'{ANCHOR}' is .* of shape \[3, 4\]"),
+    "anchor's dtype": (replace(ANCHOR, lambda t: t.long()), f"'{ANCHOR}' is torch.int64"),
+    "negative weight": (in_header("h['terms'][0]['weight'] = -1"), "term '0/': weight is -1"),
+    "weight is NaN": (
+        in_header("h['terms'][0]['weight'] = float('nan')"),
+        "term '0/': weight is nan",
+    ),
+    "huge weight": (in_header("h['terms'][0]['weight'] = 1e300"), "term '0/'"),
+    "huger weight": (in_header("h['terms'][0]['weight'] = 10**400"), "term '0/'"),
+    "no weight": (in_header("del h['terms'][0]['weight']"), "term '0/': weight is None"),
+    "fewer terms": (in_header("del h['terms'][1]"), "unexpected key '1/"),
+    "more terms": (in_header("h['terms'] *= 2"), "'2/operator/0.weight/eigenvalues' is missing"),
+    "mode": (in_header("h['mode'] = 'merged'"), "2 'terms', of 2 tasks in mode 'merged'"),
+    "other mode": (in_header("h['mode'] = 'other'"), "mode 'other'; expected 'separate'"),
+    "fewer tasks": (in_header("h['num_tasks'] = 1"), "2 'terms', of 1 tasks"),
+    "weighting": (in_header("h['weighting'] = 3"), "'weighting' is 3; expected a string"),
+    "tasks": (in_header("h['num_tasks'] = -1"), "'num_tasks' is -1"),
+    "examples": (in_header("h['last_examples'] = 10**400"), "'last_examples' is 1000"),
+    "kind": (
+        in_header("h['format'] = 'rotate_ewc.operator/2'"),
+        "format is 'rotate_ewc.operator/2'",
+    ),
+    "reductions": (
+        in_header("h['terms'][0]['operator']['provenance']['reduction'] = 'sum'"),
+        "reduction",
+    ),
+}
+BAD_OPTIONS: dict[str, Any] = {
+    "strength": [-1, 10**400, "x", None, float("nan"), True],
+    "decay": [2, -1, 10**400],
+    "temperature": [0, 10**400, []],
+    "mode": ["x" * 10**5, 3, [[]]],
+    "include": ["*", [1], 5, [["x"] * 10**4]],
+    "fisher_type": ["other", {}, [], None],
+    "mc_samples": [0, 1.0, True],
+    "strict": ["yes", 2, None],
+    "seed": [1.5, "x"],
+    "self": [1],
+    "unknown": [1],
+    "a\nb": [1],
+}
+
+
+@pytest.mark.parametrize("case", BAD_PENALTIES)
+def test_bad_penalties(case: str, tmp_path: Path) -> None:
+    change, message = BAD_PENALTIES[case]
+    path, receiver = tmp_path / "file", penalty("separate", 3)
+    before = digest_of(receiver)
+    bad = edited(change, penalty("separate"))
+    files.save(bad, path)
+    with pytest.raises(SnapshotError, match=message) as caught:
+        EKFACPenalty.load(path)
+    assert str(caught.value).startswith(repr(str(path)))
+    with pytest.raises(SnapshotError, match=message):
+        receiver.load_state_dict(bad)
+    assert digest_of(receiver) == before
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options(name: str, tmp_path: Path) -> None:
+    for value in BAD_OPTIONS[name]:
+
+        def change(header: dict[str, Any], tensors: dict[str, Any], value: Any = value) -> None:
+            header["options"][name] = value
+
+        files.save(edited(change, penalty("separate")), tmp_path / "file")
+        with pytest.raises(
+            SnapshotError, match="file': snapshot's 'options' cannot be used"
+        ) as error:
+            EKFACPenalty.load(tmp_path / "file")
+        assert len(str(error.value)) < 600 + len(str(tmp_path))
+        assert str(error.value).isprintable()

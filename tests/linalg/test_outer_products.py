@@ -1,0 +1,181 @@
+"""Sums of outer products against sums by loops, whether the vectors are few or many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rotate_ewc import EKFACLinearOperator
+from rotate_ewc.linalg.outer_products import OuterProducts, eigenvectors
+from tests.helpers.oracles import assert_close as assert_close_and_not_zero
+
+SIZE = 6
+CE = nn.CrossEntropyLoss()
+
+
+assert_close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11)
+
+
+def vectors(groups: int, examples: int, shared: int, seed: int = 0, size: int = SIZE) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(groups, examples, shared, size, generator=generator, dtype=torch.float64)
+
+
+def sum_of(parts: Sequence[Tensor], size: int = SIZE) -> Tensor:
+    """The sum, by loops over groups, examples and positions."""
+    total = torch.zeros(parts[0].shape[0], size, size, dtype=torch.float64)
+    for part in parts:
+        for group, examples in enumerate(part):
+            for vector in examples.flatten(0, 1):
+                total[group] += torch.outer(vector, vector)
+    return total
+
+
+def collected(parts: Sequence[Tensor], size: int = SIZE) -> OuterProducts:
+    found = OuterProducts(parts[0].shape[0], size, parts[0])
+    for part in parts:
+        found.add(part)
+    return found
+
+
+def check_eigenvectors(basis: Tensor, matrix: Tensor) -> None:
+    """Orthonormal, and the matrix, which may be zero, is diagonal in them, in ascending order."""
+    assert basis.shape == matrix.shape
+    assert_close(basis.mT @ basis, torch.eye(matrix.shape[1], dtype=matrix.dtype).expand_as(matrix))
+    rotated = basis.mT @ matrix @ basis
+    values = rotated.diagonal(dim1=1, dim2=2)
+    assert_close(rotated, torch.diag_embed(values))
+    assert bool((values.diff(dim=1) >= -1e-9).all())
+
+
+@pytest.mark.parametrize("batches", [(1,), (3,), (4,), (20,), (1, 1, 1), (1, 2, 1), (2, 0, 9)])
+@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_eigenvectors(groups: int, shared: int, batches: tuple[int, ...]) -> None:
+    parts = [vectors(groups, count, shared, seed) for seed, count in enumerate(batches)]
+    for layout in (parts, [part.mT.contiguous().mT for part in parts]):
+        found = collected(layout)
+        assert_close(found.diagonal, sum_of(parts).diagonal(dim1=1, dim2=2))
+        check_eigenvectors(eigenvectors([found], ["sum"])[0], sum_of(parts))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.integers(1, 9),
+    batches=st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    repeated=st.booleans(),
+    scale=st.sampled_from([0.0, 1e-150, 1.0, 1e100]),
+)
+def test_any_vectors(size: int, batches: list[int], repeated: bool, scale: float) -> None:
+    """Also vectors that are zero, or all the same."""
+    parts = [vectors(2, count, 1, seed, size) for seed, count in enumerate(batches)]
+    if repeated:
+        parts = [parts[0][:, :1].expand_as(part) for part in parts]
+    basis = eigenvectors([collected([part * scale for part in parts], size)], ["sum"])[0]
+    check_eigenvectors(basis, sum_of(parts, size) if scale else torch.zeros_like(basis))
+
+
+def test_eigenvectors_of_several_are_each_its_own() -> None:
+    parts = [[vectors(1, 2, 1, 1)], [vectors(1, 9, 1, 2)], [vectors(2, 3, 1, 3)]]
+    found = eigenvectors([collected(part) for part in parts], ["a", "b", "c"])
+    for basis, part in zip(found, parts, strict=True):
+        check_eigenvectors(basis, sum_of(part))
+
+
+@pytest.mark.parametrize("before", [2, 9])
+@pytest.mark.parametrize("afterwards", [1, 9])
+def test_clones_go_their_own_ways(before: int, afterwards: int) -> None:
+    first, second, third = (vectors(1, n, 1, n) for n in (before, afterwards, afterwards + 1))
+    original = collected([first])
+    cloned = original.clone()
+    original.add(second)
+    cloned.add(third)
+    for found, parts in ((original, [first, second]), (cloned, [first, third])):
+        assert_close(found.diagonal, sum_of(parts).diagonal(dim1=1, dim2=2))
+        check_eigenvectors(eigenvectors([found], ["sum"])[0], sum_of(parts))
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_the_callers_vectors_are_neither_changed_nor_needed(count: int) -> None:
+    given = vectors(1, count, 1)
+    before = given.clone()
+    found = collected([given])
+    assert torch.equal(given, before)
+    given.zero_()
+    check_eigenvectors(eigenvectors([found], ["sum"])[0], sum_of([before]))
+
+
+@pytest.mark.parametrize(("count", "decomposed"), [(1, 1), (3, 3), (4, 6), (20, 6)])
+def test_few_vectors_are_decomposed_instead_of_their_sum(
+    count: int, decomposed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, plain = [], torch.linalg.eigh
+
+    def eigh(matrix: Tensor, UPLO: str) -> tuple[Tensor, Tensor]:  # noqa: N803
+        sizes.append(matrix.shape[1])
+        return plain(matrix, UPLO=UPLO)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    eigenvectors([collected([vectors(1, count, 1)])], ["sum"])
+    assert sizes == [decomposed]
+
+
+def test_autocast_changes_nothing() -> None:
+    parts = [vectors(1, 2, 1).float()]
+    expected = eigenvectors([collected(parts)], ["sum"])[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(eigenvectors([collected(parts)], ["sum"])[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (MemoryError("too large"), MemoryError, r"decomposition of the 6 × 6 thing \(too large\)"),
+        (RuntimeError("can't allocate memory"), MemoryError, r"leave the parameter out"),
+        (RuntimeError("something else"), RuntimeError, "^something else$"),
+    ],
+)
+def test_errors_of_the_decomposition(
+    error: Exception, expected: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(matrix: Tensor, mode: str) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.linalg, "qr", fails)
+    with pytest.raises(expected, match=message):
+        eigenvectors([collected([vectors(1, 2, 1)])], ["thing"])
+
+
+def test_a_bias_with_few_examples() -> None:
+    """Its block is the exact matrix, of as low a rank."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 40)
+            self.head = nn.Linear(40, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.first(x)).mean(dim=1))
+
+    torch.manual_seed(0)
+    model = Positions().double()
+    x, y = torch.randn(4, 5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    operator = EKFACLinearOperator(
+        model, CE, [model.first.bias], [(x[:2], y[:2]), (x[2:], y[2:])], fisher_type="empirical"
+    )
+    exact = torch.zeros(40, 40, dtype=torch.float64)
+    for example, label in zip(x, y, strict=True):
+        loss = CE(model(example[None]), label[None])
+        (gradient,) = torch.autograd.grad(loss, [model.first.bias])
+        exact += torch.outer(gradient, gradient) / 4
+    (block,) = operator.blocks
+    basis = block.gradient_basis[0]
+    assert_close_and_not_zero(basis @ torch.diag(block.eigenvalues[0, :, 0]) @ basis.T, exact)
+    assert int((block.eigenvalues > 1e-12 * block.eigenvalues.max()).sum()) == 4
