@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from rotate_ewc import EKFACPenalty, calibrated_strength
 from tests.helpers.cases import LOSSES
 from tests.helpers.cases.losses import make_targets
+from tests.helpers.model_state import ModelState
 from tests.helpers.oracles import Loss, dense_fisher, loss_mass, with_reduction
 from tests.helpers.penalties import (
     CE,
@@ -26,7 +27,6 @@ from tests.helpers.penalties import (
     shapes_of,
     task,
 )
-from tests.robustness.test_untouched import Snapshot
 
 MEAN_SQUARES, SUM_OF_SQUARES = nn.MSELoss(), nn.MSELoss(reduction="sum")
 IGNORED = -100
@@ -311,7 +311,7 @@ def in_two_modes() -> tuple[EKFACPenalty, nn.Module, Batches, nn.Module]:
 
 def test_model_and_random_states_are_left_alone() -> None:
     penalty, model, data, before = in_two_modes()
-    state, penalty_before = Snapshot.of(model), copy.deepcopy(penalty.state_dict())
+    state, penalty_before = ModelState.of(model), copy.deepcopy(penalty.state_dict())
     expected = calibrated_strength(penalty, model, CE, data)
     assert calibrated_strength(penalty, model, CE, shuffled(data)) == pytest.approx(expected)
     state.assert_unchanged(model)
@@ -326,7 +326,7 @@ def test_model_and_random_states_are_left_alone() -> None:
 
 def test_a_failure_leaves_the_model_alone_too() -> None:
     penalty, model, data, _ = in_two_modes()
-    state = Snapshot.of(model)
+    state = ModelState.of(model)
 
     class Failing:
         def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

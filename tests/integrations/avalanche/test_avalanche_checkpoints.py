@@ -31,7 +31,7 @@ from tests.helpers.avalanche_cases import (
     plugin_of,
     train,
 )
-from tests.integrations.avalanche.test_avalanche import domain_benchmark, net
+from tests.helpers.avalanche_training import domain_benchmark, net
 
 # dill looks for torch.optim.SGD where it is not, says so, and finds it all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:Cannot locate reference:dill.PicklingWarning")

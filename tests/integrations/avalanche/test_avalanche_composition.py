@@ -31,8 +31,7 @@ from torch.utils.data import TensorDataset
 from rotate_ewc import EKFACPenalty, RotatedAdam, TangentPenalty
 from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
 from tests.helpers.avalanche_cases import plugin_of
-from tests.integrations.avalanche.test_avalanche import CE, dataset, domain_benchmark, net
-from tests.integrations.avalanche.test_avalanche_updates import flat
+from tests.helpers.avalanche_training import CE, dataset, domain_benchmark, flat, net
 
 TASKS, EPOCHS, NORM, LR, GAMMA, LAMBDA = 3, 2, 0.4, 0.05, 0.5, 8.0
 UPDATES = ["penalty", "tangent", "proximal", "optimizer"]
