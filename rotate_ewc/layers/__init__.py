@@ -1,7 +1,8 @@
 """Layer families: one small file each, and the table that finds them.
 
-A rule reads the arguments of a torch function that uses parameters and returns a `LayerCall`. To
-teach the package a new layer, write its rule and add it to `RULES`.
+In come the arguments of a torch function that uses parameters; out go `LayerCall`s, which tell how
+per-example gradients come about. Nothing here may run a model or sum over data. To teach the package a
+new layer, write its rule and add it to `RULES`.
 """
 
 from __future__ import annotations

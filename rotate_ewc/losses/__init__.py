@@ -1,4 +1,9 @@
-"""Loss families: one small file each, and the table that finds them."""
+"""Loss families: one small file each, and the table that finds them.
+
+In come a loss module and model outputs; out go a `Likelihood` and the vectors whose outer products are
+the curvature. Nothing here may know of models, parameters or blocks. To teach the package a new loss,
+write its `Likelihood` and add it to `_FACTORIES`.
+"""
 
 from __future__ import annotations
 
