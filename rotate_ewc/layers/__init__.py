@@ -1,8 +1,9 @@
-"""Layer families: one small file each, and the table that finds them.
+"""Layer families, a file each: how one use of a layer's parameters makes per-example gradients.
 
-In come the arguments of a torch function that uses parameters; out go `LayerCall`s, which tell how
-per-example gradients come about. Nothing here may run a model or sum over data. To teach the package a
-new layer, write its rule and add it to `RULES`.
+In come the arguments of a torch function that uses parameters; out goes a `LayerCall`, which turns
+inputs and output gradients into the factors of per-example gradients, or into these themselves. To
+teach the package a layer, write a rule in the file of its family, and add it to `RULES`. Nothing
+here may know of models, losses or data, or import from `tracing` or `estimation`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rotate_ewc._utils.out_of_memory import is_out_of_memory
-from rotate_ewc.linalg import eigh, kronecker
+from rotate_ewc.linalg import eigh
+from rotate_ewc.linalg.outer_products import OuterProducts
 from tests.helpers.cases import BY_NAME
 from tests.helpers.exactness import Setting, assert_exact_diagonal, exact_matrix_of, off_diagonal
 
@@ -89,15 +90,15 @@ def test_work_is_halved_where_memory_runs_out(
     device: torch.device, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the real error, for all that is done on more than one example at once."""
-    error, add, failed = out_of_memory(device), kronecker.add_covariance_, []
+    error, add, failed = out_of_memory(device), OuterProducts.add, []
 
-    def failing(total: Tensor, vectors: Tensor) -> None:
+    def failing(products: OuterProducts, vectors: Tensor) -> None:
         if vectors.shape[1] > 1:
             failed.append(vectors.shape)
             raise error
-        add(total, vectors)
+        add(products, vectors)
 
-    monkeypatch.setattr(kronecker, "add_covariance_", failing)
+    monkeypatch.setattr(OuterProducts, "add", failing)
     setting = Setting(BY_NAME[name], fisher="empirical")
     operator = setting.estimate(model=setting.case.model().to(device))
     assert failed
