@@ -188,6 +188,7 @@ def test_every_plugin_has_an_effect(name: str, update: str) -> None:
 # --------------------------------------------------------------------------- by hand
 
 
+@cache
 def by_hand(update: str, *, clip_penalty: bool = True) -> nn.Module:
     """A plain loop with a schedule, clipping and the penalty."""
     model, penalty = net(dropout=0.0), EKFACPenalty(LAMBDA, seed=5)
