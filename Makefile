@@ -20,11 +20,12 @@ bench: $(VENV)/.installed-bench ## Learn ten permuted-MNIST tasks with every met
 suite: $(VENV)/.installed-bench ## Run the benchmark suite, by default a small version of everything
 	@$(VENV)/bin/python -m benchmarks $(SUITE)
 
+# A file is one process's: what its tests share is made once.
 test: $(VENV)/.installed-test ## Run the test suite
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto $(TEST)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile $(TEST)
 
 coverage: $(VENV)/.installed-test ## Measure which branches of the package the tests reach (an hour or so)
-	$(VENV)/bin/python -m coverage run -m pytest tests rotate_ewc --ignore=tests/benchmarks
+	$(VENV)/bin/python -m coverage run -m pytest --ignore=tests/benchmarks
 	$(VENV)/bin/python -m coverage report
 
 lint: $(VENV)/.installed-test ## Check style and types

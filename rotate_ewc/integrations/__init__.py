@@ -1,5 +1,5 @@
 """The penalty inside other people's training loops, one sub-package for each framework.
 
-In come a framework's strategies and batches; out go calls of the penalty at the right moments. The
-rest of the package may not import from here, and no integration from another.
+In come a framework's strategies and batches; out go calls of the penalty at the right moments.
+Nothing here may be imported by another room, or by another integration.
 """

@@ -17,7 +17,7 @@ from rotate_ewc.linalg.block import Block
 from rotate_ewc.provenance import Provenance
 from tests.helpers.random_operators import BASES, RandomOperator, random_operators
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=100)
+PROPERTY = settings(derandomize=True, deadline=None, max_examples=50)
 DAMPINGS = st.sampled_from([1e-3, 0.1, 1.0, 30.0])
 SEEDS = st.integers(0, 1000)
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.helpers.cases import BY_NAME, PLAIN_LOSSES, UNSHARED, Case
+from tests.helpers.cases import BY_NAME, PLAIN_LOSSES, UNSHARED
 from tests.helpers.exactness import (
-    EXACT_FISHERS,
     KFAC_TYPES,
+    PAIRS,
     TOLERANCE,
     Setting,
     assert_exact_diagonal,
@@ -21,7 +21,6 @@ from tests.helpers.exactness import (
 )
 from tests.helpers.oracles import (
     Approximation,
-    Fisher,
     assert_close,
     block_bases,
     dense_block,
@@ -187,13 +186,16 @@ def test_the_wrong_approximation_is_not_exact(name: str, approx: Approximation) 
             assert (dense_block(block) - matrix).norm() > 0.01 * matrix.norm()
 
 
-@pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
-@pytest.mark.parametrize("fisher", EXACT_FISHERS)
-@pytest.mark.parametrize("loss", PLAIN_LOSSES)
-@pytest.mark.parametrize("case", UNSHARED, ids=str)
-def test_one_unshared_example_is_exact(case: Case, loss: str, fisher: Fisher, joint: bool) -> None:
+ONE_EXAMPLE = [  # every loss, with the four pairs of Fisher type and jointness in turn
+    Setting(replace(case, batch_sizes=(1,)), loss, "mean", fisher, "expand", joint)
+    for number, case in enumerate(UNSHARED)
+    for loss, (fisher, _, joint) in zip(PLAIN_LOSSES, (PAIRS * 2)[number % 4 :], strict=False)
+]
+
+
+@pytest.mark.parametrize("setting", ONE_EXAMPLE, ids=str)
+def test_one_unshared_example_is_exact(setting: Setting) -> None:
     """One example, one position: the Fisher block of a layer is a Kronecker product."""
-    setting = Setting(replace(case, batch_sizes=(1,)), loss, fisher=fisher, joint=joint)
     matrices = exact(setting)
     for block in estimated(setting).blocks:
         if setting.layouts()[block.parameters].kind in ("layer", "bias", "lookup"):

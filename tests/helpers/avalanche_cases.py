@@ -19,7 +19,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from rotate_ewc import RotatedAdam
 from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
-from tests.integrations.avalanche.test_avalanche import (
+from tests.helpers.avalanche_training import (
     CE,
     Incremental,
     MultiHead,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -118,8 +117,11 @@ class Estimation:
         return self.operator(self.build(), self.data()).state_dict()
 
 
+# All pairs of choices: budgets as in a Latin square, and in every row and column of it both forms.
 ESTIMATIONS: Final = [
-    Estimation(*choice) for choice in product(MODELS, FISHERS, (False, True), BUDGETS)
+    Estimation(model, fisher, m == f, BUDGETS[(m + f) % len(BUDGETS)])
+    for m, model in enumerate(MODELS)
+    for f, fisher in enumerate(FISHERS)
 ]
 
 
@@ -160,6 +162,13 @@ RUNS: Final = [
         Run(way, name, joint=True)
         for way, name in (("penalty", "adam"), ("tangent", "sgd"), ("optimizer", "rotated"))
     ),
+]
+
+# Every run is stopped three times, and every way of training at every stop.
+STOPPED: Final = [
+    (run, STOPS[(3 * number + turn) % len(STOPS)])
+    for number, run in enumerate(sorted(RUNS, key=str))
+    for turn in range(3)
 ]
 
 
@@ -291,7 +300,7 @@ def main(part: str, folder: str, threads: str) -> None:
         result = {str(case): case.snapshot() for case in ESTIMATIONS}
     else:
         result = {}
-        for run, stop in product(RUNS, STOPS):
+        for run, stop in STOPPED:
             training = Training(run)
             training.load(torch.load(Path(folder) / f"{run} {stop}.pt", weights_only=True))
             training.until(END)

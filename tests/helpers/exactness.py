@@ -7,8 +7,8 @@ basis), never eigenvectors, whose signs and degenerate subspaces are arbitrary.
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,11 @@ from tests.helpers.oracles import (
     Fisher,
     LayerTerms,
     block_matrix,
-    dense_fisher,
+    dense_empirical_fisher,
+    dense_ggn,
     dense_operator,
     exact_blocks,
+    example_jacobians,
     expected_layouts,
     in_own_basis,
     parameter_shapes,
@@ -119,19 +121,28 @@ def layouts_of(case: Case, joint: bool) -> dict[tuple[str, ...], BlockLayout]:
     return {layout.parameters: layout for layout in layouts}
 
 
-@cache
+# Whatever is shared is kept as long as tests of one setting, or of one case, follow each other.
+@lru_cache(maxsize=64)
 def estimated(setting: Setting) -> EKFACLinearOperator:
     """Estimate once; operators do not change."""
     return setting.estimate()
 
 
-@cache
+@lru_cache(maxsize=64)
 def exact_matrix(case: Case, loss: str, reduction: str, fisher: Fisher) -> Tensor:
     """Assemble the dense oracle once."""
     model, loss_func = case.model(), case.loss_func(loss, reduction)
-    return dense_fisher(
-        model, loss_func, case.names(model), case.inputs(), case.targets(loss), fisher
-    )
+    names, x, y = case.names(model), case.inputs(), case.targets(loss)
+    if fisher == "empirical":
+        return dense_empirical_fisher(model, loss_func, names, x, y)
+    return dense_ggn(model, loss_func, names, x, y, jacobians_of(case))
+
+
+@lru_cache(maxsize=8)
+def jacobians_of(case: Case) -> list[Tensor]:
+    """Differentiate the outputs of a case once, for all losses."""
+    model = case.model()
+    return example_jacobians(model, case.names(model), case.inputs())
 
 
 def exact_matrix_of(setting: Setting) -> Tensor:
@@ -207,43 +218,58 @@ SUMMED = (
 )
 
 
-def settings() -> list[Setting]:
-    """Cross the cases with what can be chosen.
+# Loss, Fisher type, approximation, and whether weight and bias are together: all pairs of values.
+PAIRWISE: tuple[tuple[str, Fisher, Approximation, bool], ...] = (
+    ("ce", "type2", "expand", False),
+    ("ce", "empirical", "reduce", True),
+    ("mse", "type2", "reduce", False),
+    ("mse", "empirical", "expand", True),
+    ("bce", "type2", "expand", True),
+    ("bce", "empirical", "reduce", False),
+)
+# The same without losses.
+PAIRS: tuple[tuple[Fisher, Approximation, bool], ...] = (
+    ("type2", "expand", False),
+    ("empirical", "expand", True),
+    ("type2", "reduce", True),
+    ("empirical", "reduce", False),
+)
 
-    Every basic case meets both exact Fisher types under every loss, with weight and bias apart and
-    together; the further ones meet each of these at least once. The rest is crossed where it can
-    matter: REDUCE where positions are shared, and ``sum``, which only changes the scale, on some
-    kinds of network.
+
+def settings() -> list[Setting]:
+    """Cross the cases with what can be chosen, so that all pairs of choices meet.
+
+    In every basic case each loss meets each Fisher type, and these each approximation, with weight
+    and bias apart and together. In the further ones, whose layers see of a loss only the vectors
+    that come back from it, the losses take turns; where no positions are shared, and expanding is
+    the same as reducing, so do the two pairs of Fisher type and jointness. ``sum``, which only
+    changes the scale, meets every loss and Fisher type on some kinds of network.
     """
     found = []
     for case in BASIC:
-        for fisher in EXACT_FISHERS:
-            found += [
-                Setting(case, "ce", fisher=fisher),
-                Setting(case, "ce", fisher=fisher, joint=True),
-                Setting(case, "mse", fisher=fisher, joint=fisher == "type2"),
-                Setting(case, "bce", fisher=fisher, joint=fisher == "empirical"),
-            ]
-            if case.name in SUMMED:
-                found += [Setting(case, loss, "sum", fisher) for loss in PLAIN_LOSSES]
-            if case.shared:
-                reduce = Setting(case, "ce", fisher=fisher, approx="reduce")
-                found += [reduce, replace(reduce, loss="mse", joint=True)]
-    for case in FURTHER:
         found += [
-            Setting(case),
-            Setting(case, "ce", fisher="empirical", joint=True),
-            Setting(case, "mse", fisher="empirical"),
-            Setting(case, "bce", joint=True),
+            Setting(case, loss, "mean", fisher, approx if case.shared else "expand", joint)
+            for loss, fisher, approx, joint in PAIRWISE
         ]
         if case.name in SUMMED:
+            found += [
+                Setting(case, loss, "sum", fisher)
+                for loss in PLAIN_LOSSES
+                for fisher in EXACT_FISHERS
+            ]
+    for number, case in enumerate(FURTHER):
+        first = 2 * number % len(PAIRS)
+        rows = PAIRS if case.shared else PAIRS[first : first + 2]
+        for turn, (fisher, approx, joint) in enumerate(rows):
+            loss = tuple(PLAIN_LOSSES)[(number + turn) % len(PLAIN_LOSSES)]
+            approx = approx if case.shared else "expand"
+            found.append(Setting(case, loss, "mean", fisher, approx, joint))
+        if case.name in SUMMED:
             found += [Setting(case, "ce", "sum", fisher) for fisher in EXACT_FISHERS]
-        if case.shared:
-            found.append(Setting(case, "ce", approx="reduce", joint=True))
-            found.append(Setting(case, "bce", fisher="empirical", approx="reduce"))
     return found
 
 
 ALL_SETTINGS = settings()
-over_all_settings = pytest.mark.parametrize("setting", ALL_SETTINGS, ids=str)
+# Of the scope of a module, or pytest would go through all settings again for every test.
+over_all_settings = pytest.mark.parametrize("setting", ALL_SETTINGS, ids=str, scope="module")
 ignore_even_kernels = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACPenalty
+from tests.helpers.model_state import ModelState
 from tests.helpers.penalties import CE, Batches
-from tests.robustness.test_untouched import Snapshot
 
 NUM_BATCHES = 3
 ONE_PASS, TWO_PASSES = 2**30, 1
@@ -63,7 +63,7 @@ def task(seed: int) -> Batches:
 class State:
     """All that a failed consolidation could have changed."""
 
-    model: Snapshot
+    model: ModelState
     optimizer: dict[str, Any]
     penalty: dict[str, Any]
     value: float
@@ -86,7 +86,7 @@ class World:
 
     def state(self) -> State:
         return State(
-            Snapshot.of(self.model),
+            ModelState.of(self.model),
             copy.deepcopy(self.optimizer.state_dict()),
             copy.deepcopy(self.penalty.state_dict()),
             self.penalty(self.model).item(),

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,17 +13,24 @@ import rotate_ewc
 
 PACKAGE = Path(rotate_ewc.__file__).parent
 
-# From the ground up: a room may import from those below it, and never from its own floor.
+# The plan, from the ground up. A room imports from the floors below it, never from its own floor.
 FLOORS = (
+    # What everything stands on.
     ("errors", "version"),
     ("_utils",),
+    # What users may choose, and what is written down of a run.
     ("options", "provenance"),
+    # Matrices and blocks, without a model.
     ("linalg",),
+    # What is known of each loss and layer; blocks in files.
     ("losses", "layers", "io"),
+    # One forward pass, then all the data.
     ("tracing",),
     ("estimation",),
+    # What was estimated, as an operator, and what a penalty makes of it.
     ("curvature",),
     ("penalty",),
+    # What only uses the rest.
     ("inspection", "integrations"),
     ("__init__", "__main__"),
 )
@@ -97,9 +105,16 @@ def test_only_the_integration_imports_its_framework() -> None:
 
 @pytest.mark.parametrize("room", [r for r in FLOOR_OF if (PACKAGE / r).is_dir()])
 def test_every_room_says_what_it_is_for(room: str) -> None:
-    documentation = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text()))
-    assert documentation is not None
-    assert len(documentation.split(". ")) >= 1
+    """In its own words: an idea, then what comes in, what goes out, and what it may not do."""
+    module = ast.parse((PACKAGE / room / "__init__.py").read_text())
+    documentation = ast.get_docstring(module) or ""
+    idea, _, rest = documentation.partition("\n\n")
+    assert idea.endswith("."), f"{room} says nothing of itself"
+    form = r"In come .+[;,] out goe?s? .+\. (.+\. )?Nothing here may .+\."
+    assert re.match(form, " ".join(rest.split())), (
+        f"rotate_ewc/{room}/__init__.py says {rest!r}; expected sentences of the form "
+        "'In come …; out go …. Nothing here may ….'"
+    )
 
 
 @pytest.mark.parametrize(

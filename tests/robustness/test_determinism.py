@@ -22,6 +22,7 @@ from tests.helpers.determinism_cases import (
     EVENTS,
     EVERY,
     RUNS,
+    STOPPED,
     STOPS,
     Estimation,
     Run,
@@ -153,8 +154,7 @@ def wholes(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], di
     return outcomes, in_another_process("resumed", folder)
 
 
-@pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize(("run", "stop"), STOPPED, ids=str)
 def test_resumed_in_another_process(
     run: Run, stop: int, wholes: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:

@@ -66,7 +66,7 @@ def fails(made: World, error: BaseException, **arguments: Any) -> BaseException:
 def test_a_loader_that_fails(mode: str, batch: int) -> None:
     """In the first pass or the second, with whatever error: it comes out as it was raised."""
     made = world(mode, TWO_PASSES)
-    for error in ERRORS:
+    for error in ERRORS[batch % NUM_BATCHES :: NUM_BATCHES]:  # each in either pass
         assert fails(made, error, data=FailingLoader(batch, error)) is error
         assert not isinstance(error, ValueError) or "batch" not in str(error)
     made.assert_goes_on(mode, TWO_PASSES)
@@ -88,7 +88,7 @@ def test_a_loader_may_draw_random_numbers_before_it_fails() -> None:
 def test_a_model_that_fails(call: int) -> None:
     """The type stays; ValueError and TypeError say which batch it was."""
     made = world(budget=TWO_PASSES)
-    for error in ERRORS:
+    for error in ERRORS[call % NUM_BATCHES :: NUM_BATCHES]:
         found = fails(made, error, forward=failing(made.model, call, error))
         named = type(error) in (ValueError, TypeError)
         assert named or found is error
@@ -165,12 +165,16 @@ def interrupted(call: Callable[[], None], moment: int) -> int:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("ends", "between"), [(15, 20), pytest.param(100, 1000, marks=pytest.mark.slow)]
+    ("mode", "ends", "between"),
+    [
+        ("merged", 15, 20),
+        ("separate", 3, 10),
+        *(pytest.param(mode, 100, 1000, marks=pytest.mark.slow) for mode in MODES),
+    ],
 )
 def test_an_interrupt_at_any_moment(mode: str, ends: int, between: int) -> None:
-    """All the first and last moments, and some between."""
+    """All the first and last moments, and some between; to separate terms, merging only adds."""
     made, done = world(mode), world(mode)
     before = made.state()
     last = interrupted(done.consolidate, 10**9)

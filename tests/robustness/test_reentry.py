@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, RotatedAdam
 from tests.helpers.determinism_cases import CE, differences
 from tests.helpers.exactness import assert_exact_diagonal
+from tests.helpers.model_state import ModelState
 from tests.helpers.oracles import dense_ggn, parameter_shapes
 from tests.helpers.penalties import dense_quadratic, flat, flat_gradient, shapes_of
-from tests.robustness.test_untouched import Snapshot
 
 Data = Any
 
@@ -121,7 +121,7 @@ def test_one_estimation_inside_another(place: str, which: str, joint: bool, budg
     options = {"separate_weight_and_bias": not joint, "memory_budget": budget}
     expected = estimate(model, batches(), **options)
     of_inner = estimate(inner, batches(1))
-    before = [Snapshot.of(model), Snapshot.of(inner)]
+    before = [ModelState.of(model), ModelState.of(inner)]
     found: list[dict[str, Any]] = []
     deep = False
 
@@ -145,7 +145,7 @@ def test_one_estimation_inside_another(place: str, which: str, joint: bool, budg
 def test_failure_of_the_inner_one(place: str) -> None:
     """It comes through, and everything is restored from both."""
     model = net()
-    before = Snapshot.of(model)
+    before = ModelState.of(model)
 
     def act() -> None:
         estimate(model, [])
@@ -295,7 +295,7 @@ def test_inside_a_transform_of_torch_func(
     """There autograd sees nothing of it, and blocks of zeros would come out."""
     model = net()
     model[0].bias.requires_grad_(True)
-    before = Snapshot.of(model)
+    before = ModelState.of(model)
 
     def function(x: Tensor) -> Tensor:
         estimate(model, batches())
@@ -486,7 +486,7 @@ def test_parameters_that_were_made_in_inference_mode() -> None:
 def test_loaders_with_worker_processes(method: str, budget: int) -> None:
     model, whole = net(), batches(sizes=(11,))
     dataset = TensorDataset(*whole[0])
-    before = Snapshot.of(model)
+    before = ModelState.of(model)
     loader: DataLoader[Any] = DataLoader(
         dataset, batch_size=4, num_workers=2, multiprocessing_context=method
     )

@@ -18,8 +18,8 @@ from rotate_ewc import EKFACLinearOperator, EKFACPenalty
 from rotate_ewc.linalg import eigh
 from tests.helpers.determinism_cases import CE, Estimation, differences
 from tests.helpers.exactness import assert_exact_diagonal
+from tests.helpers.model_state import ModelState
 from tests.helpers.oracles import dense_ggn, parameter_shapes
-from tests.robustness.test_untouched import Snapshot
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -120,7 +120,7 @@ def test_one_model_in_two_threads(budget: int) -> None:
     model = meeting_net(0)
     model.append(nn.BatchNorm1d(3)).append(nn.Dropout(0.5))
     model[1].bias.requires_grad_(False)
-    before = Snapshot.of(model)
+    before = ModelState.of(model)
 
     def of(seed: int) -> dict[str, Any]:
         return estimate(model, batches(seed), memory_budget=budget)
@@ -159,7 +159,7 @@ def test_who_comes_first_may_leave_first_or_last(leaves: str, fails: str | None)
     model[4].weight.requires_grad_(False)
     alone = [estimate(model, batches(seed)) for seed in (0, 1)]
     first_came, second_came, left = Event(), Event(), Event()
-    before = Snapshot.of(model)
+    before = ModelState.of(model)
 
     def wait(event: Event) -> None:
         assert event.wait(PATIENCE)
@@ -203,7 +203,7 @@ def test_the_failure_of_one_is_its_own() -> None:
     bad = [*batches(1, (4,)), (torch.full((2, 5), float("nan")), torch.zeros(2).long())]
     good = batches(0, (4, 2))
     alone = estimate(models[0], good)
-    before = [Snapshot.of(model) for model in models]
+    before = [ModelState.of(model) for model in models]
     meet(models, 2)
     found, failure = at_once(lambda: estimate(models[0], good), lambda: estimate(models[1], bad))
     assert differences(found, alone) == []

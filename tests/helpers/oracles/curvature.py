@@ -162,6 +162,21 @@ def example_jacobian(model: nn.Module, names: Sequence[str], x: Tensor) -> Tenso
     return torch.stack([flatten_parameters(pull_back(unit)[0], names) for unit in units])
 
 
+def example_jacobians(model: nn.Module, names: Sequence[str], x: Tensor) -> list[Tensor]:
+    """Differentiate the outputs of every example, as `example_jacobian` does.
+
+    Args:
+        model: The model; it is evaluated in evaluation mode.
+        names: The parameters, in the order of the columns.
+        x: All inputs, ``[N, *]``.
+
+    Returns:
+        N Jacobians ``[M, D]``.
+    """
+    model = evaluation_copy(model)
+    return [example_jacobian(model, names, x_n) for x_n in x]
+
+
 def example_gradient(
     model: nn.Module, loss_func: Loss, names: Sequence[str], x: Tensor, y: Tensor
 ) -> Tensor:
@@ -189,7 +204,12 @@ def example_gradient(
 
 
 def dense_ggn(
-    model: nn.Module, loss_func: Loss, names: Sequence[str], x: Tensor, y: Tensor
+    model: nn.Module,
+    loss_func: Loss,
+    names: Sequence[str],
+    x: Tensor,
+    y: Tensor,
+    jacobians: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Assemble the generalised Gauss-Newton matrix over the named parameters.
 
@@ -199,6 +219,7 @@ def dense_ggn(
         names: The parameters, in the order of rows and columns.
         x: All inputs, ``[N, *]``.
         y: All targets, ``[N, *]`` or ``[N * rows, *]``.
+        jacobians: `example_jacobians` of all inputs, which no loss changes, to make them only once.
 
     Returns:
         The matrix ``[D, D]``.
@@ -206,9 +227,9 @@ def dense_ggn(
     model = evaluation_copy(model)
     with torch.no_grad():
         outputs = model(x)
+    jacobians = example_jacobians(model, names, x) if jacobians is None else jacobians
     total: Tensor | None = None
-    for x_n, y_n, output in by_example(x, y, outputs):
-        jacobian = example_jacobian(model, names, x_n)
+    for jacobian, (_, y_n, output) in zip(jacobians, by_example(x, y, outputs), strict=True):
         term = jacobian.T @ output_hessian(loss_func, output, y_n) @ jacobian
         total = term if total is None else total + term
     assert total is not None

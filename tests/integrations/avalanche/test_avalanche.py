@@ -9,47 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from avalanche.benchmarks import benchmark_from_datasets, nc_benchmark, split_online_stream
-from avalanche.benchmarks.utils import as_classification_dataset
-from avalanche.models import IncrementalClassifier, MultiHeadClassifier, MultiTaskModule
+from avalanche.benchmarks import split_online_stream
 from avalanche.training.plugins import ReplayPlugin
 from avalanche.training.supervised import Naive
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from rotate_ewc import EKFACPenalty
 from rotate_ewc.integrations.avalanche import RotatedEWC, RotatedEWCPlugin
-
-CE = nn.CrossEntropyLoss()
-
-
-def dataset(seed: int, n: int = 24, classes: int = 4) -> TensorDataset:
-    """Separable data, ordered by class."""
-    generator = torch.Generator().manual_seed(seed)
-    targets = torch.arange(n) * classes // n
-    centres = 2 * torch.randn(classes, 6, generator=generator)
-    data = TensorDataset(centres[targets] + torch.randn(n, 6, generator=generator), targets)
-    data.targets = targets.tolist()
-    return data
-
-
-def domain_benchmark(tasks: int = 3) -> Any:
-    """Plain datasets, without task labels: batches are pairs."""
-    streams = [as_classification_dataset(dataset(seed)) for seed in range(tasks)]
-    return benchmark_from_datasets(train=streams, test=streams)
-
-
-def class_benchmark(task_labels: bool) -> Any:
-    data = dataset(0, 48)
-    return nc_benchmark(
-        data, data, n_experiences=2, task_labels=task_labels, seed=0, shuffle=False,
-        class_ids_from_zero_in_each_exp=task_labels,
-    )  # fmt: skip
-
-
-def net(dropout: float = 0.5) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 4))
+from tests.helpers.avalanche_training import (
+    CE,
+    Incremental,
+    MultiHead,
+    class_benchmark,
+    dataset,
+    domain_benchmark,
+    net,
+)
 
 
 def run(model: nn.Module, experiences: Any, plugins: list[Any], **options: Any) -> Naive:
@@ -123,28 +98,6 @@ def test_estimation_leaves_modes_and_gradients() -> None:
 
     run(model, domain_benchmark(2).train_stream, [Watch()])
     assert seen == [[True, True, True, False, True]] * 2
-
-
-class Incremental(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.features = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
-        self.classifier = IncrementalClassifier(8, initial_out_features=1, masking=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x))
-
-
-class MultiHead(MultiTaskModule):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.features = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
-        self.classifier = MultiHeadClassifier(8)
-
-    def forward(self, x: Tensor, task_labels: Tensor) -> Tensor:
-        return self.classifier(self.features(x), task_labels)
 
 
 @pytest.mark.parametrize("mode", ["merged", "separate"])

@@ -15,7 +15,7 @@ from torch.optim import SGD
 
 from rotate_ewc.integrations.avalanche import RotatedEWC, RotatedEWCPlugin
 from rotate_ewc.options import FisherType, KFACType, Unsupported
-from tests.integrations.avalanche.test_avalanche import domain_benchmark, net
+from tests.helpers.avalanche_training import domain_benchmark, net
 
 PLUGIN = inspect.signature(RotatedEWCPlugin).parameters
 STRATEGY = inspect.signature(RotatedEWC).parameters

@@ -31,7 +31,7 @@ from tests.helpers.avalanche_cases import (
     plugin_of,
     train,
 )
-from tests.integrations.avalanche.test_avalanche import domain_benchmark, net
+from tests.helpers.avalanche_training import domain_benchmark, net
 
 # dill looks for torch.optim.SGD where it is not, says so, and finds it all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:Cannot locate reference:dill.PicklingWarning")
@@ -55,7 +55,11 @@ CASES = [
     Case(optimizer="adam", model="multi_head"),
     Case("optimizer", "rotated", model="multi_head"),
 ]
-KILLED_AFTER = [1, 2, 3]
+# Each case is killed after its first and its second experience, on one road each, and all kinds of
+# update and model after the last one, too.
+AFTER_ONE_OR_TWO = [(case, 1 + number % 2) for number, case in enumerate(CASES)]
+AFTER_THE_OTHER = [(case, 3 - stop) for case, stop in AFTER_ONE_OR_TWO]
+AFTER_ALL = [(case, 3) for case in CASES[::4]]
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +89,7 @@ def disturb() -> None:
 
 
 @pytest.mark.usefixtures("by_reference")
-@pytest.mark.parametrize("stop", KILLED_AFTER)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "stop"), AFTER_ONE_OR_TWO + AFTER_ALL, ids=str)
 def test_avalanches_checkpoints(
     case: Case, stop: int, tmp_path: Path, wholes: dict[Case, dict[str, Any]]
 ) -> None:
@@ -207,8 +210,7 @@ def load_states(strategy: Naive, path: Path, seen: list[Any], *, keep_state: boo
     torch.set_rng_state(states["random"])
 
 
-@pytest.mark.parametrize("stop", KILLED_AFTER)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "stop"), AFTER_THE_OTHER + AFTER_ALL, ids=str)
 def test_state_dictionaries(
     case: Case, stop: int, tmp_path: Path, wholes: dict[Case, dict[str, Any]]
 ) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from rotate_ewc import EKFACPenalty, RotatedAdam
 from rotate_ewc.integrations.avalanche import RotatedEWCPlugin, rotated_ewc_metrics
 from rotate_ewc.integrations.avalanche.metrics import SnapshotMetric
-from tests.integrations.avalanche.test_avalanche import dataset, domain_benchmark, net
+from tests.helpers.avalanche_training import dataset, domain_benchmark, net
 
 CE = nn.CrossEntropyLoss()
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -19,16 +19,19 @@ from torch.optim import SGD, Adam, Optimizer
 
 from rotate_ewc import EKFACPenalty, RotatedAdam
 from rotate_ewc.integrations.avalanche import RotatedEWC, RotatedEWCPlugin
-from tests.integrations.avalanche.test_avalanche import (
+from tests.helpers.avalanche_training import (
     CE,
+    EPOCHS,
+    TASKS,
     Incremental,
     MultiHead,
     class_benchmark,
     dataset,
     domain_benchmark,
+    flat,
     net,
+    trained,
 )
-from tests.integrations.avalanche.test_avalanche_updates import EPOCHS, TASKS, flat, trained
 
 LR = 0.02
 

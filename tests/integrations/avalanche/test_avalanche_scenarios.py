@@ -21,15 +21,15 @@ from torch.optim import SGD, Optimizer
 
 from rotate_ewc import EKFACPenalty, RotatedAdam
 from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
-from tests.integrations.avalanche.test_avalanche import (
+from tests.helpers.avalanche_training import (
     CE,
     Incremental,
     MultiHead,
     dataset,
     domain_benchmark,
+    flat,
     net,
 )
-from tests.integrations.avalanche.test_avalanche_updates import flat
 
 LR, LAMBDA = 0.05, 3.0
 UPDATES = ["penalty", "proximal", "optimizer"]

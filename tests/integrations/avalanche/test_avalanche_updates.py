@@ -10,42 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from avalanche.training.plugins import LRSchedulerPlugin
 from avalanche.training.supervised import Naive
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, RMSprop
-from torch.optim.lr_scheduler import ExponentialLR
 
 from rotate_ewc import EKFACPenalty, TangentPenalty
 from rotate_ewc.integrations.avalanche import RotatedEWC, RotatedEWCPlugin
-from tests.integrations.avalanche.test_avalanche import dataset, domain_benchmark, net
-
-CE = nn.CrossEntropyLoss()
-TASKS, EPOCHS = 3, 2
-
-MakeOptimizer = Callable[[nn.Module], Optimizer]
-
-
-def sgd(model: nn.Module) -> Optimizer:
-    return SGD(model.parameters(), lr=0.05, momentum=0.8)
-
-
-def trained(
-    plugins: list[Any], make_optimizer: MakeOptimizer = sgd, schedule: float | None = None
-) -> nn.Module:
-    """The model after all tasks in Avalanche's loop; three batches make an epoch."""
-    model = net(dropout=0.0)
-    optimizer = make_optimizer(model)
-    if schedule is not None:
-        scheduler = LRSchedulerPlugin(ExponentialLR(optimizer, schedule))
-        plugins = [scheduler, *plugins]
-    strategy = Naive(
-        model=model, optimizer=optimizer, criterion=CE, train_mb_size=8, train_epochs=EPOCHS,
-        plugins=plugins, evaluator=None,
-    )  # fmt: skip
-    for experience in domain_benchmark(TASKS).train_stream:
-        strategy.train(experience, shuffle=False)
-    return model
+from tests.helpers.avalanche_training import (
+    CE,
+    EPOCHS,
+    TASKS,
+    MakeOptimizer,
+    dataset,
+    domain_benchmark,
+    flat,
+    net,
+    sgd,
+    trained,
+)
 
 
 def by_hand(
@@ -80,10 +62,6 @@ def by_hand(
         batches = [(x[rows], y[rows]) for rows in torch.arange(24).split(8)]
         penalty.consolidate(model, CE, batches)
     return model
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 100])
