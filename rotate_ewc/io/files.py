@@ -28,9 +28,6 @@ DIGEST: Final = "digest"
 # Names have up to 255 bytes; a character takes up to four.
 _MOST_OF_NAME: Final = 50
 
-# The first format had none.
-_WITHOUT_DIGEST: Final = '"rotate_ewc.operator/1"'
-
 
 def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a snapshot to a safetensors file: whole, or not at all.
@@ -137,9 +134,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"this is not a snapshot file: there is no {HEADER!r} in its metadata; expected a file "
             f"that save wrote"
         )
-    if metadata.get(DIGEST) != _digest(header, state) and not (
-        DIGEST not in metadata and _WITHOUT_DIGEST in header
-    ):
+    if metadata.get(DIGEST) != _digest(header, state):
         raise SnapshotError(
             f"the file is damaged: its digest is {metadata.get(DIGEST)!r:.99}, and expected is "
             f"that of its contents; save it anew, or take another copy"

@@ -39,6 +39,11 @@ def stored_dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return own if wanted is None or wanted.itemsize >= own.itemsize else wanted
 
 
+def loadable_dtypes(own: torch.dtype) -> list[torch.dtype]:
+    """Return the dtypes that a tensor may be stored in: its own first, and all smaller ones."""
+    return [own, *(known for known in DTYPES.values() if known.itemsize < own.itemsize)]
+
+
 def restored_basis(stored: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a basis in its own dtype.
 

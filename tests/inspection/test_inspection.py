@@ -14,7 +14,7 @@ from torch import Tensor
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty
 from rotate_ewc.inspection.command import main
 from rotate_ewc.inspection.comparison import compare
-from rotate_ewc.inspection.contents import read
+from rotate_ewc.inspection.snapshot_file import read
 from rotate_ewc.inspection.summary import summaries
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.provenance import Provenance
@@ -120,8 +120,7 @@ def test_comparison_of_an_identity_basis_with_a_rotated_one() -> None:
 def test_inspect_shows_every_block(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(NEWEST)]) == 0
     shown = capsys.readouterr().out
-    assert "operator, " in shown
-    assert "format 2, written by rotate_ewc" in shown
+    assert "format rotate_ewc.operator/1, written by rotate_ewc" in shown
     assert "mc Fisher of CrossEntropyLoss (mean), N = 1000; 60 parameters, float64" in shown
     assert "estimated with: mc_samples 1, seed 7" in shown
     for block in golden.blocks():
@@ -131,7 +130,7 @@ def test_inspect_shows_every_block(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_inspect_shows_every_term_of_a_penalty(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(golden.DATA / "penalty-2.safetensors")]) == 0
+    assert main(["inspect", str(golden.DATA / f"penalty-{golden.VERSION}.safetensors")]) == 0
     shown = capsys.readouterr().out
     assert "2 tasks in 2 terms" in shown
     assert "strength 3.0, mode separate" in shown
@@ -180,7 +179,7 @@ def test_plot_without_matplotlib(
     monkeypatch.delitem(sys.modules, "rotate_ewc.inspection.figure", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["inspect", str(NEWEST), "--plot", str(tmp_path / "s.png")]) == 1
-    assert "--plot wants matplotlib" in capsys.readouterr().err
+    assert "--plot needs matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -208,7 +207,7 @@ def test_plot_of_an_unknown_kind(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_diff_shows_every_block(capsys: pytest.CaptureFixture[str]) -> None:
-    reduced = golden.DATA / "operator-2-bfloat16.safetensors"
+    reduced = golden.DATA / f"operator-{golden.VERSION}-bfloat16.safetensors"
     assert main(["diff", str(NEWEST), str(reduced)]) == 0
     shown = capsys.readouterr().out
     for block in golden.blocks():
@@ -219,8 +218,10 @@ def test_diff_shows_every_block(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_diff_takes_the_last_term(tmp_path: Path) -> None:
-    assert len(read(golden.DATA / "penalty-2.safetensors").operators) == 2
-    assert main(["diff", str(golden.DATA / "penalty-2.safetensors"), str(NEWEST)]) == 0
+    assert len(read(golden.DATA / f"penalty-{golden.VERSION}.safetensors").operators) == 2
+    assert (
+        main(["diff", str(golden.DATA / f"penalty-{golden.VERSION}.safetensors"), str(NEWEST)]) == 0
+    )
 
 
 def test_penalties_without_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
