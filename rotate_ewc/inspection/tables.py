@@ -19,7 +19,7 @@ effective rank  (Σλ)² / Σλ²: how many equal eigenvalues would be spread li
 condition       largest eigenvalue over the smallest that rank counts
 bytes           in memory"""
 COMPARISON_NOTES = """\
-cosine   tr(AB) / (‖A‖ ‖B‖): 1 where they are proportional
+cosine   tr(AB) / (‖A‖ ‖B‖): 1 if they are proportional
 k        A's effective rank
 overlap  tr(P_A P_B) / k of the projections on the k leading eigenvectors: 1 for the same space"""
 

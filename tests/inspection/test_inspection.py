@@ -6,16 +6,19 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError, TangentPenalty
 from rotate_ewc.inspection.command import main
 from rotate_ewc.inspection.comparison import compare
 from rotate_ewc.inspection.snapshot_file import read
 from rotate_ewc.inspection.summary import summaries
+from rotate_ewc.io import files, header
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.provenance import Provenance
 from tests.helpers import golden
@@ -230,6 +233,48 @@ def test_penalties_without_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "0 tasks in 0 terms" in capsys.readouterr().out
     assert main(["diff", str(tmp_path / "empty"), str(NEWEST)]) == 1
     assert "a penalty without tasks" in capsys.readouterr().err
+
+
+def test_without_rich() -> None:
+    """Says how to install it, and fails; any other module that is missing is not hidden."""
+    code = (
+        "import runpy, sys; sys.modules[sys.argv[1]] = None; sys.argv[1:] = ['inspect', 'x'];"
+        "runpy.run_module('rotate_ewc', run_name='__main__', alter_sys=True)"
+    )
+    for missing, message in (
+        ("rich", "error: this needs rich: pip install 'rotate-ewc[cli]'\n"),
+        ("argparse", "ModuleNotFoundError: import of argparse halted"),
+    ):
+        command = [sys.executable, "-c", code, missing]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert ("Traceback" in done.stderr) == (missing != "rich")
+
+
+def test_the_library_does_not_import_rich() -> None:
+    code = "import sys, rotate_ewc; assert not {m for m in sys.modules if m.startswith('rich')}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_headers_are_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def decode(text: str) -> Any:
+        calls.append(text)
+        return header_decoder.decode(text)
+
+    header_decoder = header._DECODER
+    monkeypatch.setattr(header, "_DECODER", SimpleNamespace(decode=decode))
+    for kind in ("operator", "penalty"):
+        read(golden.DATA / f"{kind}-{golden.VERSION}.safetensors")
+    assert len(calls) == 2
+
+
+def test_tangents_are_not_files(tmp_path: Path) -> None:
+    files.save(TangentPenalty(EKFACPenalty()).state_dict(), tmp_path / "tangent")
+    with pytest.raises(SnapshotError, match=r"format 'rotate_ewc.tangent/1'; expected"):
+        read(tmp_path / "tangent")
 
 
 def test_as_a_program() -> None:
