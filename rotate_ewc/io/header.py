@@ -271,7 +271,7 @@ def _located(path: str, text: str) -> tuple[str, str]:
                 path = path.replace("...", f"{step!r:.99}")
             found, field = members[step], step
     # Behind what is wrong there may be no JSON, or the same name again.
-    except (ValueError, LookupError, RecursionError, StopIteration):
+    except (msgspec.DecodeError, ValueError, LookupError, RecursionError, StopIteration):
         return path, "something"
     return path, bytes(found).decode()
 
