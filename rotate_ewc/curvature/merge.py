@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from rotate_ewc._utils.numerics import check_trace
@@ -56,9 +57,8 @@ def merge(
     groups = matching_blocks(operators, checked)
     shapes = common_shapes(operators, groups)
     blocks = [_merge_blocks(group, shapes[group[0].parameters[0]]) for group in groups]
-    provenance = replace(
-        operators[-1].provenance, num_data=sum(operator.num_data for operator in operators)
-    )
+    num_data = sum(operator.num_data for operator in operators)
+    provenance = structs.replace(operators[-1].provenance, num_data=num_data)
     return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
 
 

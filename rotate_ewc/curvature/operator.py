@@ -385,7 +385,7 @@ class EKFACLinearOperator:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> EKFACLinearOperator:
-        """Make an operator from a snapshot of this or an older format; nothing is decomposed again.
+        """Make an operator from a snapshot; nothing is decomposed again.
 
         Raises:
             SnapshotError: If the snapshot is not whole or not consistent, naming the key.

@@ -1,6 +1,6 @@
 """Look into snapshots: what each block holds, and how two of them differ.
 
-In come files; out go numbers (`summary`, `comparison`), and from these tables and figures for the
-command line `python -m rotate_ewc`. Nothing here may change a snapshot, and nothing else may import
-from here.
+Files are read, summarised (`summary`) and compared (`comparison`), and the results shown as tables
+and figures by the command line `python -m rotate_ewc`. Nothing here may change a snapshot, and
+nothing else may import from here.
 """

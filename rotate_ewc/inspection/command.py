@@ -12,7 +12,7 @@ from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.inspection import tables
 from rotate_ewc.inspection.comparison import compare
-from rotate_ewc.inspection.contents import Contents, read
+from rotate_ewc.inspection.snapshot_file import SnapshotFile, read
 from rotate_ewc.inspection.summary import summaries
 from rotate_ewc.version import __version__
 
@@ -21,10 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: What is given on it; None takes those of the process.
+        arguments: The arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0, or 1 for files that cannot be used.
+        The exit status: 0, or 1 if a file cannot be used.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -46,46 +46,44 @@ def _parser() -> argparse.ArgumentParser:
         help="show the blocks of a snapshot",
         description="Show the blocks of a snapshot file, an operator's or a penalty's.",
     )
-    inspect.add_argument("file", metavar="FILE", help="what save() wrote")
+    inspect.add_argument("file", metavar="FILE", help="a file that save() wrote")
     inspect.add_argument(
         "--plot",
         metavar="PICTURE",
-        help="draw the spectra to this file (.png, .svg, .pdf; wants matplotlib)",
+        help="draw the spectra to this file (.png, .svg or .pdf; needs matplotlib)",
     )
     inspect.set_defaults(run=_inspect)
     diff = commands.add_parser(
         "diff",
         help="compare two snapshots",
         description="Compare two snapshot files block by block: traces, and the spaces that their "
-        "leading eigenvectors span. Of a penalty with several terms, the last is taken.",
+        "leading eigenvectors span. If a penalty has several terms, the last one is compared.",
     )
-    diff.add_argument("first", metavar="A", help="what save() wrote")
+    diff.add_argument("first", metavar="A", help="a file that save() wrote")
     diff.add_argument("second", metavar="B", help="another one")
     diff.set_defaults(run=_diff)
     return parser
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> None:
-    contents = read(options.file)
-    console.print(tables.heading(contents))
-    several = len(contents.operators) > 1
-    for index, operator in enumerate(contents.operators):
+    file = read(options.file)
+    console.print(tables.heading(file))
+    several = len(file.operators) > 1
+    for index, operator in enumerate(file.operators):
         console.print(tables.operator_heading(operator, index if several else None))
         console.print(tables.summary_table(summaries(operator)))
     console.print(tables.SUMMARY_NOTES, highlight=False)
     if options.plot is not None:
-        _plot(contents, options.plot)
-        console.print(f"Spectra are drawn in {options.plot}", markup=False, highlight=False)
+        _plot(file, options.plot)
+        console.print(f"The spectra are in {options.plot}", markup=False, highlight=False)
 
 
-def _plot(contents: Contents, path: str) -> None:
+def _plot(file: SnapshotFile, path: str) -> None:
     try:
         from rotate_ewc.inspection.figure import save_spectra
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--plot wants matplotlib, and there is no {error.name}: pip install matplotlib"
-        ) from None
-    save_spectra(_latest(contents), f"Spectra of {contents.path}", path)
+        raise ValueError(f"--plot needs {error.name}: pip install 'rotate-ewc[plot]'") from None
+    save_spectra(_latest(file), f"Spectra of {file.path}", path)
 
 
 def _diff(options: argparse.Namespace, console: Console) -> None:
@@ -95,7 +93,9 @@ def _diff(options: argparse.Namespace, console: Console) -> None:
     console.print(tables.COMPARISON_NOTES, highlight=False)
 
 
-def _latest(contents: Contents) -> EKFACLinearOperator:
-    if not contents.operators:
-        raise ValueError(f"{contents.path!r} is of a penalty without tasks: there is nothing in it")
-    return contents.operators[-1]
+def _latest(file: SnapshotFile) -> EKFACLinearOperator:
+    if not file.operators:
+        raise ValueError(
+            f"{file.path!r} is of a penalty without tasks; expected one with something in it"
+        )
+    return file.operators[-1]

@@ -20,11 +20,11 @@ class BlockComparison:
     Attributes:
         label: The blocks' name.
         trace_ratio: The second's trace over the first's.
-        cosine: `tr(F₁F₂) / (‖F₁‖ ‖F₂‖)`, 1 where they are proportional.
+        cosine: `tr(F₁F₂) / (‖F₁‖ ‖F₂‖)`, 1 if they are proportional.
         dimension: k, the number of leading eigenvectors that are compared: the first block's
             effective rank, rounded.
-        overlap: `tr(P₁P₂) / k` of the projections on the k leading eigenvectors of each: 1 where
-            these span the same space, k over the number of parameters where they are unrelated.
+        overlap: `tr(P₁P₂) / k` of the projections on the k leading eigenvectors of each: 1 if they
+            span the same space, k over the number of parameters if they are unrelated.
     """
 
     label: str
@@ -40,7 +40,7 @@ class Comparison:
 
     Attributes:
         blocks: Blocks of the same parameters and form.
-        different: Labels of blocks whose parameters both have, but in blocks of another form.
+        different: Labels of blocks whose parameters the second has in blocks of another form.
         only_first: Labels of blocks whose parameters the second lacks.
         only_second: Labels of blocks whose parameters the first lacks.
     """

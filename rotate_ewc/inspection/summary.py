@@ -1,4 +1,4 @@
-"""What the eigenvalues of a block say."""
+"""Figures that summarise the eigenvalues of a block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rotate_ewc.linalg.block import Block
 
 @dataclass(frozen=True)
 class BlockSummary:
-    """What the eigenvalues of a block say.
+    """Figures that summarise the eigenvalues of a block.
 
     Attributes:
         label: The block's name.
@@ -21,7 +21,7 @@ class BlockSummary:
         form: `(groups, d_out, d_in)`.
         trace: Sum of the eigenvalues.
         largest: The largest eigenvalue.
-        rank: Eigenvalues above the rounding error of the largest.
+        rank: Number of eigenvalues above the rounding error of the largest.
         effective_rank: `(Σλ)² / Σλ²`: how many equal eigenvalues would be spread like these.
         condition: The largest eigenvalue over the smallest of those that `rank` counts.
         nbytes: Bytes of its tensors in memory.
@@ -53,7 +53,7 @@ def spectrum(block: Block) -> Tensor:
 
 
 def relative(values: Tensor) -> Tensor:
-    """Divide eigenvalues by the largest, so that no square leaves the range of numbers."""
+    """Divide eigenvalues by the largest, so that their squares neither overflow nor vanish."""
     largest = values.max() if values.numel() else values.sum()
     return values / largest if largest > 0 else values
 

@@ -10,36 +10,39 @@ from rich.text import Text
 
 from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.inspection.comparison import Comparison
-from rotate_ewc.inspection.contents import Contents
+from rotate_ewc.inspection.snapshot_file import SnapshotFile
 from rotate_ewc.inspection.summary import BlockSummary
 
 SUMMARY_NOTES = """\
-rank            eigenvalues above the rounding of the largest
-effective rank  (Σλ)² / Σλ²: as many equal eigenvalues would be spread alike
+rank            eigenvalues above the rounding error of the largest
+effective rank  (Σλ)² / Σλ²: how many equal eigenvalues would be spread like these
 condition       largest eigenvalue over the smallest that rank counts
 bytes           in memory"""
 COMPARISON_NOTES = """\
-cosine   tr(AB) / (‖A‖ ‖B‖): 1 where they are proportional
+cosine   tr(AB) / (‖A‖ ‖B‖): 1 if they are proportional
 k        A's effective rank
 overlap  tr(P_A P_B) / k of the projections on the k leading eigenvectors: 1 for the same space"""
 
 
-def heading(contents: Contents) -> Text:
+def heading(file: SnapshotFile) -> Text:
     """Say what a file is."""
     lines = [
-        f"{contents.path}: {contents.kind}, {_size(contents.file_bytes)}, format "
-        f"{contents.format.split('/')[-1]}"
-        + (f", written by {contents.library}" if contents.library else "")
+        f"{file.path}: {_size(file.file_bytes)}, format {file.format}, written by {file.library}"
     ]
-    if contents.kind == "penalty":
-        terms = len(contents.operators)
-        lines.append(f"{contents.num_tasks} tasks in {terms} term{'' if terms == 1 else 's'}")
-    lines += _listed("options", contents.options.items())
+    if file.num_tasks is not None:
+        terms = len(file.operators)
+        lines.append(f"{file.num_tasks} tasks in {terms} term{'' if terms == 1 else 's'}")
+    lines += _listed("options", file.options.items())
     return Text("\n".join(lines))
 
 
 def operator_heading(operator: EKFACLinearOperator, number: int | None) -> Text:
-    """Say what an operator is; the number is that of a penalty's term, if there are several."""
+    """Say what an operator is.
+
+    Args:
+        operator: The operator.
+        number: The number of the penalty's term that it belongs to, if there are several.
+    """
     named = "" if number is None else f"term {number}: "
     lines = [
         f"{named}{operator.provenance}; {operator.shape[0]:,} parameters, "

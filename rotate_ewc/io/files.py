@@ -1,8 +1,8 @@
 """Snapshots ⇄ safetensors files: written whole or not at all, read whole or refused.
 
-A file holds tensors and text, no code: reading one cannot run anything. Beside the header it has a
-digest of everything in it, so that damage is noticed wherever it is. A digest is no signature:
-whoever can write the file can make a new one.
+A file holds tensors and text, no code: reading one cannot run anything. It also holds a digest of
+everything in it, so that damage is noticed wherever it is. A digest is no signature: whoever can
+write the file can make a new one.
 """
 
 from __future__ import annotations
@@ -25,65 +25,67 @@ from rotate_ewc.io.header import HEADER
 
 DIGEST: Final = "digest"
 
-# Names have up to 255 bytes; a character takes up to four.
-_MOST_OF_NAME: Final = 50
-
-# The first format had none.
-_WITHOUT_DIGEST: Final = '"rotate_ewc.operator/1"'
+# Names of files have up to 255 bytes; a character takes up to four.
+_MOST_CHARACTERS: Final = 50
 
 
 def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a snapshot to a safetensors file: whole, or not at all.
 
-    It is written under another name in the same folder, brought to the disk and renamed. A process
-    that is killed leaves the old file or the new one, and perhaps one that begins with a dot. A
-    link is replaced too, and what it points to stays as it is.
+    It is written under another name in the same folder, flushed to disk and renamed. A process that
+    is killed leaves the old file or the new one, and perhaps one whose name begins with a dot. A
+    symbolic link is replaced; the file that it points to is left alone.
 
     Args:
-        state: Tensors, and the header.
+        state: The snapshot: tensors and the header.
         path: The file; an older one is replaced.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
         IsADirectoryError: If there is a folder of that name.
-        OSError: If it cannot be written, as on a full disk.
-        TypeError: If the path is none.
+        OSError: If the file cannot be written, for example because the disk is full.
+        TypeError: If `path` is not a path.
     """
     target = _as_path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {os.fspath(target.parent)!r} to save in")
     if target.is_dir():
         raise IsADirectoryError(f"there is a folder {os.fspath(target)!r}; expected a file's name")
-    tensors = _own({key: value for key, value in state.items() if key != HEADER})
+    tensors = _separate({key: value for key, value in state.items() if key != HEADER})
     metadata = {HEADER: state[HEADER], DIGEST: _digest(state[HEADER], tensors)}
-    # The target's own name may be as long as names can be.
-    temporary = target.parent / f".{uuid.uuid4().hex}.{target.name[:_MOST_OF_NAME]}"
+    # The target's own name may already be as long as names can be.
+    temporary = target.parent / f".{uuid.uuid4().hex}.{target.name[:_MOST_CHARACTERS]}"
     try:
         mode = _mode(target, temporary)
         save_file(tensors, temporary, metadata=metadata)
         temporary.chmod(mode)
-        _bring_to_disk(temporary)
+        _flush_to_disk(temporary)
         os.replace(temporary, target)
     except SafetensorError as error:
         raise OSError(f"{os.fspath(target)!r} cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":
-        # Windows cannot open folders, and does without.
-        _bring_to_disk(target.parent)
+        # Windows cannot open folders, and does not need this.
+        _flush_to_disk(target.parent)
 
 
 @contextmanager
 def loaded(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Read a snapshot from a safetensors file; inside, errors about it name the file.
+    """Read a snapshot from a safetensors file; a `SnapshotError` in the context names the file.
 
-    The file is mapped into memory and its tensors are copied: nothing that happens to it later can
-    change them.
+    The tensors are copies: nothing that happens to the file later can change them.
+
+    Args:
+        path: The file.
+
+    Yields:
+        The snapshot.
 
     Raises:
-        SnapshotError: If the file is not one that `save` wrote, or has been damaged.
+        SnapshotError: If the file is not one that `save` wrote, or is damaged.
         FileNotFoundError: If there is no file.
-        TypeError: If the path is none.
+        TypeError: If `path` is not a path.
     """
     source = _as_path(path)
     name = os.fspath(source)
@@ -96,9 +98,9 @@ def loaded(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def _read_whole(path: Path) -> dict[str, Any]:
-    """Read a file again if another was put in its place meanwhile.
+    """Read a file, and read it again if another has replaced it meanwhile.
 
-    It is opened by name more than once, and could be the old one first and then the new one.
+    safetensors opens it by name more than once: first perhaps the old file, and then the new one.
     """
     while True:
         before = _identity(path)
@@ -117,11 +119,10 @@ def _identity(path: Path) -> tuple[int, ...]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            # Copies, since products give the same bits only with the same alignment, and nothing
-            # that happens to the file can change them.
+            # Copies: the bits of products depend on alignment in memory, and the file may change.
             state: dict[str, Any] = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             metadata: dict[str, str] = file.metadata() or {}
-    # Dtypes that are newer than the torch at hand are no SafetensorError.
+    # For dtypes that this version of torch lacks there is no SafetensorError.
     except (
         SafetensorError,
         ValueError,
@@ -135,14 +136,12 @@ def _read(path: Path) -> dict[str, Any]:
     if header is None:
         raise SnapshotError(
             f"this is not a snapshot file: there is no {HEADER!r} in its metadata; expected a file "
-            f"that save wrote"
+            f"that save() wrote"
         )
-    if metadata.get(DIGEST) != _digest(header, state) and not (
-        DIGEST not in metadata and _WITHOUT_DIGEST in header
-    ):
+    if metadata.get(DIGEST) != _digest(header, state):
         raise SnapshotError(
-            f"the file is damaged: its digest is {metadata.get(DIGEST)!r:.99}, and expected is "
-            f"that of its contents; save it anew, or take another copy"
+            f"the file is damaged: its digest is {metadata.get(DIGEST)!r:.99}; expected the one of "
+            f"its contents: save it again, or use another copy"
         )
     return {HEADER: header, **state}
 
@@ -156,17 +155,17 @@ def _as_path(path: str | os.PathLike[str]) -> Path:
         ) from None
 
 
-def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors for a file: on the CPU, contiguous, and each with memory of its own."""
-    owned: dict[str, Tensor] = {}
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as safetensors wants them: on the CPU, contiguous, sharing no memory."""
+    separate: dict[str, Tensor] = {}
     places: set[int] = set()
     for key, tensor in tensors.items():
         moved = tensor.detach().cpu().contiguous()
         storage = moved.untyped_storage()
         shared = storage.nbytes() != moved.nbytes or storage.data_ptr() in places
-        owned[key] = moved.clone() if shared else moved
+        separate[key] = moved.clone() if shared else moved
         places.add(storage.data_ptr())
-    return owned
+    return separate
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
@@ -180,12 +179,12 @@ def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _mode(target: Path, temporary: Path) -> int:
-    """Return the permissions for a file: those it has, or those that new files get."""
+    """Return the permissions that a file has, or those that new files get."""
     temporary.touch(exist_ok=False)
     return (target if target.exists() else temporary).stat().st_mode & 0o777
 
 
-def _bring_to_disk(path: Path) -> None:
+def _flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

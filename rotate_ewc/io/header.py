@@ -1,46 +1,217 @@
-"""The formats of snapshots, and how those of older formats are read.
+"""The header of a snapshot: its schema, declared once, and read without trust in it.
 
-An older snapshot is first rewritten, in memory, into the present format, and then read as if it had
-been written today; `tests/data` has a file of every format.
+A header is one JSON string. `msgspec` parses it and checks the names, types and ranges of all
+fields in the same pass; each `__post_init__` checks what has to fit together.
 
-| format | since | what changed |
-|---|---|---|
-| 1 | 0.1, before its release | |
-| 2 | 0.1 | one header, which describes all tensors and how they were made; files have a digest |
+The number in a format is its version. All kinds of snapshots have the same.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Annotated, Any, Final, TypeVar
 
-from torch import Tensor
+import msgspec
+import torch
+from msgspec import Meta, Raw, Struct
 
 from rotate_ewc.errors import SnapshotError
+from rotate_ewc.io.storage_dtype import DTYPES
+from rotate_ewc.provenance import LARGEST_COUNT, Provenance, Setting
 from rotate_ewc.version import __version__
 
 HEADER: Final = "header"
 LIBRARY: Final = f"rotate_ewc {__version__}"
-OPERATOR: Final = "rotate_ewc.operator/2"
-PENALTY: Final = "rotate_ewc.penalty/2"
+OPERATOR: Final = "rotate_ewc.operator/1"
+PENALTY: Final = "rotate_ewc.penalty/1"
+TANGENT: Final = "rotate_ewc.tangent/1"
 
-# Of a penalty's header, the shape of a block has the most.
-_MOST_LEVELS: Final = 10
+BASES: Final = ("gradient_basis", "activation_basis")
 
-_FIRST_OPERATOR: Final = "rotate_ewc.operator/1"
-_FIRST_PENALTY: Final = "rotate_ewc.penalty/1"
+Size = Annotated[int, Meta(ge=0, lt=2**48)]
+# No tensor has more axes, and the product of a million sizes would take minutes.
+Shape = Annotated[tuple[Size, ...], Meta(max_length=64)]
+Option = Setting | list[str]
 
 
-def read_header(state: Mapping[str, Any], expected: str | None = None) -> dict[str, Any]:
-    """Return a snapshot's header as a dictionary.
+class _Object(Struct, frozen=True, forbid_unknown_fields=True):
+    """An object in JSON, with the fields of the class and no others."""
 
-    Args:
-        state: The snapshot.
-        expected: The format it must have; None is any.
+
+class BlockLayout(_Object, frozen=True):
+    """One block of an operator.
+
+    Attributes:
+        parameters: Its parameter, or those of a weight and its bias.
+        transposed: Whether the input side comes first in the (weight) parameter.
+        shape: `(groups, d_out, d_in)`.
+        dtype: The dtype of its tensors, whatever they are stored in.
+        bases: The sides that have a basis, in the order of `BASES`.
+    """
+
+    parameters: Annotated[tuple[str, ...], Meta(min_length=1, max_length=2)]
+    transposed: bool
+    shape: tuple[Size, Size, Size]
+    dtype: torch.dtype
+    bases: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` if there are other bases."""
+        if self.bases != tuple(name for name in BASES if name in self.bases):
+            raise ValueError(f"'bases' is {list(self.bases)!r:.99}; expected some of {BASES}")
+
+    @property
+    def label(self) -> str:
+        """The block's name."""
+        return "+".join(self.parameters)
+
+    @property
+    def tensor_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """The shapes of its tensors, by attribute name."""
+        groups, d_out, d_in = self.shape
+        sides = {"gradient_basis": d_out, "activation_basis": d_in}
+        bases = {name: (groups, sides[name], sides[name]) for name in self.bases}
+        return {"eigenvalues": self.shape, **bases}
+
+    def fits(self, shapes: Sequence[Sequence[int]]) -> bool:
+        """Tell whether parameters of these shapes have as many entries as the block has room for.
+
+        Args:
+            shapes: The shape of the parameter, or those of the weight and the bias.
+        """
+        groups, d_out, d_in = self.shape
+        weight = groups * d_out * (d_in - (len(shapes) - 1))
+        return [prod(shape) for shape in shapes] == [weight, groups * d_out][: len(shapes)]
+
+
+class OperatorLayout(_Object, frozen=True):
+    """An operator without its tensors.
+
+    Attributes:
+        parameters: The shapes of its parameters by name, in order.
+        blocks: Its blocks, which together hold every parameter once.
+        provenance: Where it comes from.
+    """
+
+    parameters: Annotated[dict[str, Shape], Meta(min_length=1)]
+    blocks: tuple[BlockLayout, ...]
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` unless blocks and parameters fit together."""
+        held = Counter(name for block in self.blocks for name in block.parameters)
+        for name in sorted({*held, *self.parameters}):
+            if name not in self.parameters:
+                raise ValueError(f"{name!r} is in a block, but not among the parameters")
+            if held[name] != 1:
+                raise ValueError(f"parameter {name!r} is in {held[name]} blocks; expected one")
+        if len({block.label for block in self.blocks}) < len(self.blocks):
+            raise ValueError("two blocks have the same label; expected different ones")
+        for block in self.blocks:
+            shapes = [self.parameters[name] for name in block.parameters]
+            if not block.fits(shapes):
+                raise ValueError(
+                    f"block {block.label!r} has shape {block.shape}, which does not fit parameters "
+                    f"of shapes {shapes}"
+                )
+
+
+class OperatorHeader(OperatorLayout, frozen=True, tag_field="format", tag=OPERATOR):
+    """The header of an operator's snapshot.
+
+    Attributes:
+        library: Name and version of the library that wrote it.
+    """
+
+    library: str
+
+
+class TermLayout(_Object, frozen=True):
+    """A term of a penalty without its tensors.
+
+    Attributes:
+        weight: The factor of its operator.
+        operator: The operator.
+    """
+
+    weight: Annotated[float, Meta(ge=0)]
+    operator: OperatorLayout
+
+
+class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
+    """The header of a penalty's snapshot.
+
+    Attributes:
+        library: Name and version of the library that wrote it.
+        options: Arguments of the constructor by name.
+        mode: The mode it was learned in.
+        weighting: How the tasks were weighted.
+        num_tasks: Number of consolidated tasks.
+        last_examples: Number of examples of the last one.
+        terms: Its terms.
+    """
+
+    library: str
+    options: dict[str, Option]
+    mode: str
+    weighting: str
+    num_tasks: Annotated[int, Meta(ge=0, le=LARGEST_COUNT)]
+    last_examples: Annotated[int, Meta(ge=1, le=LARGEST_COUNT)]
+    terms: tuple[TermLayout, ...]
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` unless the terms can be those of one penalty."""
+        most = min(self.num_tasks, 1) if self.mode == "merged" else self.num_tasks
+        if len(self.terms) > most:
+            raise ValueError(
+                f"there are {len(self.terms)} terms, of {self.num_tasks} tasks in mode "
+                f"{self.mode!r:.99}; expected at most {most}"
+            )
+        reductions = sorted({term.operator.provenance.reduction for term in self.terms})
+        if len(reductions) > 1:
+            raise ValueError(f"terms have reductions {reductions}; expected the same for all")
+
+
+class TangentHeader(_Object, frozen=True, tag_field="format", tag=TANGENT):
+    """The header of a tangent's snapshot.
+
+    Attributes:
+        tasks: Number of tasks of its penalty.
+    """
+
+    tasks: int
+
+
+AnyHeader = OperatorHeader | PenaltyHeader | TangentHeader
+HeaderType = TypeVar("HeaderType", OperatorHeader, PenaltyHeader, TangentHeader)
+
+
+def write_header(header: AnyHeader) -> str:
+    """Return a header as JSON."""
+    return _ENCODER.encode(header).decode()
+
+
+def read_header(state: Mapping[str, Any], kind: type[HeaderType]) -> HeaderType:
+    """Read and check the header of a snapshot of one kind.
 
     Raises:
-        SnapshotError: If there is none, or it is of another format.
+        SnapshotError: If there is none, or it is not as the schema says, or of another kind.
+    """
+    header = read_any_header(state)
+    if not isinstance(header, kind):
+        got, expected = (each.__struct_config__.tag for each in (type(header), kind))
+        raise SnapshotError(f"snapshot format is {got!r}; expected {expected!r}")
+    return header
+
+
+def read_any_header(state: Mapping[str, Any]) -> AnyHeader:
+    """Read and check the header of a snapshot of any kind.
+
+    Raises:
+        SnapshotError: If there is none, or it is not as the schema says.
     """
     if not isinstance(state, Mapping):
         raise SnapshotError(f"snapshot is {type(state).__name__}; expected a dictionary")
@@ -54,101 +225,81 @@ def read_header(state: Mapping[str, Any], expected: str | None = None) -> dict[s
             f"state_dict() writes it"
         )
     try:
-        header = json.loads(text)
-    # Brackets in brackets in brackets end in the second.
-    except (ValueError, RecursionError) as error:
+        return _DECODER.decode(text)
+    except msgspec.ValidationError as error:
+        raise SnapshotError(_explained(str(error), text)) from None
+    # Half of a character that takes two cannot be encoded.
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise SnapshotError(f"snapshot key {HEADER!r} is not JSON: {error}") from None
-    got = header.get("format") if isinstance(header, dict) else None
-    if not isinstance(header, dict) or not isinstance(got, str) or expected not in (None, got):
-        raise SnapshotError(f"snapshot format is {got!r:.99}; expected {expected or OPERATOR!r}")
-    if _levels(header) > _MOST_LEVELS:
-        raise SnapshotError(
-            f"snapshot key {HEADER!r} has lists in lists, more than {_MOST_LEVELS} deep; expected "
-            f"what state_dict() writes"
-        )
-    return header
 
 
-def _levels(value: object) -> int:
-    """Count how deep lists and dictionaries are in each other, up to what is too deep."""
-    levels, layer = 0, list[Any]([value])
-    while layer and levels <= _MOST_LEVELS:
-        inside = (v.values() if isinstance(v, dict) else v for v in layer)
-        layer = [v for values in inside for v in values if isinstance(v, (dict, list))]
-        levels += 1
-    return levels
-
-
-def upgraded(state: Mapping[str, Any], expected: str) -> Mapping[str, Any]:
-    """Return a snapshot in the present format.
+def _explained(message: str, text: str) -> str:
+    """Add to a message of msgspec's the value that it is about.
 
     Args:
-        state: A snapshot of any format.
-        expected: The present format of its kind.
-
-    Raises:
-        SnapshotError: If its format is not known, perhaps because it is of a later version.
+        message: Such as ``Expected `int` >= 0 - at `$.parameters[...][1]` ``.
+        text: The header.
     """
-    got = read_header(state)["format"]
-    if got == expected:
-        return state
-    upgrades: dict[str, tuple[str, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
-        OPERATOR: (_FIRST_OPERATOR, _operator_of_first),
-        PENALTY: (_FIRST_PENALTY, _penalty_of_first),
-    }
-    older, upgrade = upgrades[expected]
-    if got != older:
-        raise SnapshotError(
-            f"snapshot format is {got!r:.99}; expected {expected!r} or {older!r}: it is of another "
-            f"kind, or was written by a later version than {LIBRARY}"
+    reason, _, rest = message.partition(" - at `$.")
+    path, found = _located(rest.rstrip("`"), text)
+    if path == "format":
+        return (
+            f"snapshot format is {found:.99}; expected {OPERATOR!r}, {PENALTY!r} or {TANGENT!r}: "
+            f"perhaps it was written by a later version than {LIBRARY}"
         )
+    value = "" if found.startswith("{") else f" has {found:.99}"
+    place = f" at {path!r}" if path else ""
+    return f"snapshot key {HEADER!r}{value}{place}: {reason}"
+
+
+def _located(path: str, text: str) -> tuple[str, str]:
+    """Return a path with its dictionary key, which msgspec leaves out, and the JSON text there.
+
+    Args:
+        path: Such as `parameters[...][1]`.
+        text: The header.
+    """
+    found, field = Raw(text.encode()), ""
     try:
-        return upgrade(state)
-    except SnapshotError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SnapshotError(f"snapshot key {HEADER!r} is incomplete: {error}") from None
+        for step in re.findall(r"\w+|\.{3}", path):
+            if step.isdecimal():
+                found = msgspec.json.decode(found, type=list[Raw])[int(step)]
+                continue
+            members = msgspec.json.decode(found, type=dict[str, Raw])
+            if step == "...":
+                step = next(n for n, m in members.items() if not _is_a(m, _MEMBERS[field]))
+                path = path.replace("...", f"{step!r:.99}")
+            found, field = members[step], step
+    # Behind what is wrong there may be no JSON, or the same name again.
+    except (msgspec.DecodeError, ValueError, LookupError, RecursionError, StopIteration):
+        return path, "something"
+    return path, bytes(found).decode()
 
 
-def _operator_of_first(state: Mapping[str, Any]) -> dict[str, Any]:
-    header, tensors = _described_by_first(state)
-    return {HEADER: json.dumps({"format": OPERATOR, "library": "", **header}), **tensors}
+def _is_a(member: Raw, kind: Any) -> bool:
+    try:
+        msgspec.json.decode(member, type=kind)
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
-def _penalty_of_first(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The operators of terms had headers of their own."""
-    header = read_header(state, _FIRST_PENALTY)
-    upgraded_state: dict[str, Any] = {}
-    terms = []
-    for index, weight in enumerate(header.pop("weights")):
-        own = f"{index}/operator/"
-        below = {key[len(own) :]: value for key, value in state.items() if key.startswith(own)}
-        description, tensors = _described_by_first(below)
-        terms.append({"weight": weight, "operator": description})
-        upgraded_state.update({own + key: value for key, value in tensors.items()})
-    headers = {HEADER, *(f"{index}/operator/{HEADER}" for index in range(len(terms)))}
-    others = {k: v for k, v in state.items() if k not in headers and k not in upgraded_state}
-    header |= {"format": PENALTY, "library": "", "options": {}, "terms": terms}
-    return {HEADER: json.dumps(header), **others, **upgraded_state}
+def _dtype_name(value: object) -> str:
+    """Encode what JSON does not know."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    raise NotImplementedError(f"headers cannot have {type(value).__name__}")
 
 
-def _described_by_first(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Describe the blocks by the tensors that there are, which was all that there was to go by."""
-    header = read_header(state, _FIRST_OPERATOR)
-    tensors = {key: value for key, value in state.items() if key != HEADER}
-    blocks = []
-    for block in header["blocks"]:
-        label = "+".join(block["parameters"])
-        eigenvalues = tensors.get(f"{label}/eigenvalues")
-        if not isinstance(eigenvalues, Tensor):
-            raise SnapshotError(f"snapshot key {label + '/eigenvalues'!r} is missing or no tensor")
-        bases = [n for n in ("gradient_basis", "activation_basis") if f"{label}/{n}" in tensors]
-        description = {
-            "shape": list(eigenvalues.shape),
-            "dtype": str(eigenvalues.dtype).removeprefix("torch."),
-            "bases": bases,
-        }
-        blocks.append({**block, **description})
-    provenance = {**header["provenance"], "settings": {}}
-    parameters = header["parameters"]
-    return {"parameters": parameters, "blocks": blocks, "provenance": provenance}, tensors
+def _dtype(_: type, value: object) -> torch.dtype:
+    """Decode what JSON does not know."""
+    if isinstance(value, str) and value in DTYPES:
+        return DTYPES[value]
+    raise ValueError(f"Expected one of {', '.join(DTYPES)}")
+
+
+# The types of what is in the dictionaries, by the names of these.
+_MEMBERS: Final[dict[str, Any]] = {"parameters": Shape, "settings": Setting, "options": Option}
+
+_ENCODER: Final = msgspec.json.Encoder(enc_hook=_dtype_name)
+_DECODER: Final[msgspec.json.Decoder[AnyHeader]] = msgspec.json.Decoder(AnyHeader, dec_hook=_dtype)

@@ -6,21 +6,45 @@ runs no code and touches no model; everything is checked before anything is retu
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rotate_ewc.errors import SnapshotError
-from rotate_ewc.io.header import HEADER, LIBRARY, OPERATOR, read_header, upgraded
-from rotate_ewc.io.layouts import BASES, Layout, read_layouts
-from rotate_ewc.io.storage_dtype import DTYPES, check_orthonormal, restored_basis, stored_dtype
+from rotate_ewc.io.header import (
+    BASES,
+    HEADER,
+    LIBRARY,
+    BlockLayout,
+    OperatorHeader,
+    OperatorLayout,
+    read_header,
+    write_header,
+)
+from rotate_ewc.io.storage_dtype import (
+    check_orthonormal,
+    loadable_dtypes,
+    restored_basis,
+    stored_dtype,
+)
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.provenance import Provenance
 
-Contents = tuple[list[Block], dict[str, torch.Size], Provenance]
+
+class OperatorParts(NamedTuple):
+    """What an operator is made of.
+
+    Attributes:
+        blocks: The blocks.
+        parameter_shapes: The shapes of its parameters by name, in order.
+        provenance: Where it comes from.
+    """
+
+    blocks: list[Block]
+    parameter_shapes: dict[str, torch.Size]
+    provenance: Provenance
 
 
 def pack(
@@ -35,45 +59,41 @@ def pack(
         blocks: The operator's blocks.
         shapes: The shapes of its parameters by name.
         provenance: Where it comes from.
-        dtype: In what the tensors are stored, where that is less than they have.
+        dtype: The dtype in which the tensors are stored, where it is smaller than their own.
     """
-    header = {"format": OPERATOR, "library": LIBRARY, **describe(blocks, shapes, provenance)}
-    return {HEADER: json.dumps(header), **tensors_of(blocks, dtype)}
+    layout = layout_of(blocks, shapes, provenance)
+    header = OperatorHeader(layout.parameters, layout.blocks, layout.provenance, LIBRARY)
+    return {HEADER: write_header(header), **tensors_of(blocks, dtype)}
 
 
-def unpack(state: Mapping[str, Any]) -> Contents:
-    """Read and check an operator's snapshot, of this or an older format.
-
-    Returns:
-        Blocks, parameter shapes by name, and the provenance.
+def unpack(state: Mapping[str, Any]) -> OperatorParts:
+    """Read and check an operator's snapshot.
 
     Raises:
         SnapshotError: If anything is missing, left over, of the wrong kind or shape, not finite, or
             negative where it cannot be; or if a basis is not orthonormal.
     """
-    current = upgraded(state, OPERATOR)
-    tensors = {key: value for key, value in current.items() if key != HEADER}
-    return restore(read_header(current, OPERATOR), tensors)
+    header = read_header(state, OperatorHeader)
+    return restore(header, {key: value for key, value in state.items() if key != HEADER})
 
 
-def describe(
+def layout_of(
     blocks: Sequence[Block], shapes: Mapping[str, Sequence[int]], provenance: Provenance
-) -> dict[str, Any]:
+) -> OperatorLayout:
     """Return what a header says of an operator."""
-    return {
-        "parameters": {name: list(shape) for name, shape in shapes.items()},
-        "blocks": [
-            {
-                "parameters": list(block.parameters),
-                "transposed": block.transposed,
-                "shape": list(block.eigenvalues.shape),
-                "dtype": str(block.eigenvalues.dtype).removeprefix("torch."),
-                "bases": [name for name in BASES if name in block.tensors],
-            }
-            for block in blocks
-        ],
-        "provenance": provenance.to_json(),
-    }
+    return OperatorLayout(
+        {name: tuple(shape) for name, shape in shapes.items()},
+        tuple(_block_layout(block) for block in blocks),
+        provenance,
+    )
+
+
+def _block_layout(block: Block) -> BlockLayout:
+    groups, d_out, d_in = block.eigenvalues.shape
+    bases = tuple(name for name in BASES if name in block.tensors)
+    return BlockLayout(
+        block.parameters, block.transposed, (groups, d_out, d_in), block.eigenvalues.dtype, bases
+    )
 
 
 def tensors_of(blocks: Sequence[Block], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -85,35 +105,36 @@ def tensors_of(blocks: Sequence[Block], dtype: torch.dtype | None = None) -> dic
     }
 
 
-def restore(
-    description: Mapping[str, Any], tensors: Mapping[str, Any], prefix: str = ""
-) -> Contents:
-    """Make blocks of a description and tensors, of which none may be missing or left over.
+def restore(layout: OperatorLayout, tensors: Mapping[str, Any], prefix: str = "") -> OperatorParts:
+    """Put the tensors of an operator back into blocks; none may be missing or left over.
 
     Args:
-        description: What `describe` returned, from a source that is not trusted.
-        tensors: By `"<block>/<attribute>"`.
-        prefix: What messages put in front of the tensors' keys.
+        layout: What the header says of it.
+        tensors: By `"<block>/<attribute>"`, from a source that is not trusted.
+        prefix: The beginning of the tensors' keys, for messages.
 
     Raises:
         SnapshotError: As `unpack` does.
     """
-    layouts, shapes = read_layouts(description)
-    used = {key for layout in layouts for key in layout.keys}
+    used = {f"{block.label}/{name}" for block in layout.blocks for name in block.tensor_shapes}
     if left_over := sorted(set(tensors) - used):
         raise SnapshotError(f"snapshot has the unexpected key {prefix + left_over[0]!r}")
-    provenance = Provenance.from_json(description.get("provenance"))
-    return [_block(layout, tensors, prefix) for layout in layouts], shapes, provenance
+    return OperatorParts(
+        [_block(block, tensors, prefix) for block in layout.blocks],
+        {name: torch.Size(shape) for name, shape in layout.parameters.items()},
+        layout.provenance,
+    )
 
 
-def _block(layout: Layout, tensors: Mapping[str, Any], prefix: str) -> Block:
+def _block(layout: BlockLayout, tensors: Mapping[str, Any], prefix: str) -> Block:
     """Return a block with its tensors, checked."""
     found: dict[str, Tensor] = {}
-    for name, key in zip(layout.attributes, layout.keys, strict=True):
+    for name, shape in layout.tensor_shapes.items():
+        key = f"{layout.label}/{name}"
         if key not in tensors:
             raise SnapshotError(f"snapshot key {prefix + key!r} is missing")
-        shape = layout.shape_of(name)
-        tensor = checked_tensor(prefix + key, tensors[key], shape, layout.dtype)
+        dtypes = loadable_dtypes(layout.dtype)
+        tensor = checked_tensor(prefix + key, tensors[key], shape, dtypes)
         if name in BASES:
             check_orthonormal(prefix + key, tensor)
             found[name] = restored_basis(tensor, layout.dtype)
@@ -130,14 +151,16 @@ def _block(layout: Layout, tensors: Mapping[str, Any], prefix: str) -> Block:
     )
 
 
-def checked_tensor(key: str, value: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def checked_tensor(
+    key: str, value: Any, shape: Sequence[int], dtypes: Collection[torch.dtype]
+) -> Tensor:
     """Return a tensor of a snapshot if it is one, as it should be, and finite.
 
     Args:
         key: Its key, for messages.
         value: What the snapshot has there.
         shape: The shape that is expected.
-        dtype: The dtype that is expected; a smaller one is that in which it was stored.
+        dtypes: The dtypes that are expected.
 
     Raises:
         SnapshotError: If it is not.
@@ -149,14 +172,13 @@ def checked_tensor(key: str, value: Any, shape: Sequence[int], dtype: torch.dtyp
             f"snapshot key {key!r} is sparse, nested, quantized or without data; expected a dense "
             f"tensor"
         )
-    smaller = {known for known in DTYPES.values() if known.itemsize < dtype.itemsize}
-    if list(value.shape) != list(shape) or value.dtype not in smaller | {dtype}:
+    if list(value.shape) != list(shape) or value.dtype not in dtypes:
         raise SnapshotError(
             f"snapshot key {key!r} is {value.dtype} of shape {list(value.shape)}; expected "
-            f"{dtype} of shape {list(shape)}"
+            f"{' or '.join(map(str, dtypes))} of shape {list(shape)}"
         )
     if value.untyped_storage().nbytes() < value.nbytes:
-        # To look at it would take what it pretends to have.
+        # An expanded tensor: looking at it would take the memory that it claims to have.
         raise SnapshotError(f"snapshot key {key!r} has fewer numbers than its shape has places")
     if not bool(torch.isfinite(value).all()):
         raise SnapshotError(f"snapshot key {key!r} has values that are not finite")

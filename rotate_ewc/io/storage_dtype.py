@@ -1,4 +1,4 @@
-"""Snapshots in fewer bits: how they are stored, and made whole again without a decomposition."""
+"""Snapshots in a smaller dtype: how tensors are rounded, and bases orthogonalised again."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ DTYPES: Final = {
 }
 _STORABLE: Final = (torch.float64, torch.float32, torch.bfloat16)
 
-# Bases of `eigh` are off by some 10 units of rounding, and by 0.003 when cast to bfloat16; they may
-# have been cast to a smaller dtype and back.
-_MOST_SKEWED: Final = 0.02
+# Bases from `eigh` deviate by about ten rounding errors, and by 0.003 once cast to bfloat16.
+_LARGEST_DEVIATION: Final = 0.02
 
-# Random vectors whose lengths a basis must keep; each looks at every entry.
+# Number of random vectors v for which QᵀQ v = v is checked; each depends on every entry of Q.
 _PROBES: Final = 4
 
 
 def check_storage_dtype(dtype: object) -> None:
-    """Raise unless a snapshot can be stored in a dtype; None is that which it has."""
+    """Raise unless a snapshot can be stored in a dtype; None stands for its own."""
     if dtype is not None and dtype not in _STORABLE:
         raise ValueError(
             f"dtype is {dtype}; expected one of {', '.join(map(str, _STORABLE))}, or None (float16 "
@@ -39,11 +38,17 @@ def stored_dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return own if wanted is None or wanted.itemsize >= own.itemsize else wanted
 
 
+def loadable_dtypes(own: torch.dtype) -> list[torch.dtype]:
+    """Return the dtypes that a tensor may be stored in: its own first, and all smaller ones."""
+    return [own, *(known for known in DTYPES.values() if known.itemsize < own.itemsize)]
+
+
 def restored_basis(stored: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a basis in its own dtype.
 
-    What rounding cost in orthogonality is restored to second order by one step of Newton's method
-    for the polar factor, `Q ← Q (3 I - QᵀQ) / 2` (Higham 2008, *Functions of Matrices*, §8.3).
+    The orthogonality that rounding has cost is restored, up to its square, by one step of the
+    Newton-Schulz iteration for the polar factor, `Q ← Q (3 I - QᵀQ) / 2` (Higham 2008, *Functions
+    of Matrices*, §8.3).
 
     Args:
         stored: `[groups, d, d]`, orthonormal up to the rounding of its dtype.
@@ -58,8 +63,8 @@ def restored_basis(stored: Tensor, dtype: torch.dtype) -> Tensor:
 def check_orthonormal(key: str, basis: Tensor) -> None:
     """Raise unless the columns of a basis are orthonormal, up to the rounding of bfloat16.
 
-    `QᵀQ v = v` is looked at for a few random vectors v instead of all of `QᵀQ`: that reads every
-    entry once, and takes a fraction of the time.
+    `QᵀQ v = v` is checked for a few random vectors v, in a fraction of the time that all of `QᵀQ`
+    would take.
 
     Args:
         key: Its key, for the message.
@@ -69,7 +74,7 @@ def check_orthonormal(key: str, basis: Tensor) -> None:
         SnapshotError: If they are not.
     """
     if not basis.numel():
-        # There may be any number of groups of nothing.
+        # The number of groups may be any, if they are empty.
         return
     groups, size, _ = basis.shape
     generator = torch.Generator().manual_seed(size)
@@ -79,8 +84,8 @@ def check_orthonormal(key: str, basis: Tensor) -> None:
     missed = torch.linalg.vector_norm(q.mT @ (q @ vectors) - vectors, dim=1)
     error = (missed / torch.linalg.vector_norm(vectors, dim=1)).max().item()
     # Written so that NaN fails too.
-    if not error <= _MOST_SKEWED:
+    if not error <= _LARGEST_DEVIATION:
         raise SnapshotError(
-            f"snapshot key {key!r} is not orthonormal: QᵀQv is off v by {error:.2g} of its length; "
-            f"expected at most {_MOST_SKEWED}"
+            f"snapshot key {key!r} is not orthonormal: |QᵀQv - v| / |v| is {error:.2g}; expected "
+            f"at most {_LARGEST_DEVIATION}"
         )

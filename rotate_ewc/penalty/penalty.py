@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from rotate_ewc._utils.numerics import check_trace
@@ -250,9 +251,8 @@ class EKFACPenalty(ConsolidatedTasks):
             self._softened(forward or model), loss_func, named, data, settings, model=model
         )
         scaled = [b.with_eigenvalues(b.eigenvalues * self.temperature**2) for b in blocks]
-        provenance = replace(
-            provenance, settings={**provenance.settings, "temperature": self.temperature}
-        )
+        settings_and_temperature = {**provenance.settings, "temperature": self.temperature}
+        provenance = structs.replace(provenance, settings=settings_and_temperature)
         operator = EKFACLinearOperator.from_blocks(scaled, shapes, provenance)
         anchor = {name: named[name].detach().clone() for name in operator.parameter_shapes}
         self._fold_in(operator, anchor, weight, parameters_of(model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc._utils.parameters import fits, parameters_of, protected_slice
-from rotate_ewc.io.header import HEADER
+from rotate_ewc.errors import SnapshotError
+from rotate_ewc.io.header import HEADER, TangentHeader, read_header, write_header
+from rotate_ewc.io.snapshot import checked_tensor
 from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.quadratic import quadratic_gradient
 from rotate_ewc.penalty.penalty import EKFACPenalty
@@ -19,8 +20,6 @@ from rotate_ewc.penalty.terms import Stack
 
 # Beyond this a step is as good as infinite; with it, products with eigenvalues are still finite.
 LARGEST_FACTOR: Final = 1e28
-
-FORMAT: Final = "rotate_ewc.tangent/1"
 
 
 class TangentPenalty:
@@ -90,38 +89,44 @@ class TangentPenalty:
         self._constant = torch.zeros(())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tangent as it is: a flat dictionary of tensors and one JSON string.
+        """Return the snapshot: a flat dictionary of tensors and one JSON string, `"header"`.
 
         With it, a run that is interrupted between two consolidations goes on as if it had not been.
         Without it the tangent is taken anew, as after a consolidation.
         """
-        header = {"format": FORMAT, "tasks": self.penalty.num_tasks}
-        state: dict[str, Any] = {HEADER: json.dumps(header)}
+        state: dict[str, Any] = {HEADER: write_header(TangentHeader(self.penalty.num_tasks))}
         if self._stacks is self.penalty.stacks:
             for name, tensors in (("contact", self._contact), ("gradient", self._gradients)):
                 state.update({f"{name}/{key}": tensor for key, tensor in tensors.items()})
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state, after the penalty has loaded its own.
+        """Continue from a snapshot, after the penalty has loaded its own.
 
         Raises:
-            ValueError: If the state is not whole, not finite, or of another penalty; the tangent is
-                then left as it was.
+            SnapshotError: If the snapshot is not whole, not finite, or of another penalty; the
+                tangent is then left as it was.
         """
-        self._check_header(state)
+        tasks = read_header(state, TangentHeader).tasks
+        if tasks != self.penalty.num_tasks:
+            raise SnapshotError(
+                f"snapshot is of a penalty with {tasks} tasks, but this one has "
+                f"{self.penalty.num_tasks}; load the penalty's own snapshot first"
+            )
         stacks = self.penalty.stacks if len(state) > 1 else ()
         found: dict[str, dict[str, Tensor]] = {"contact": {}, "gradient": {}}
         for stack in stacks:
-            dtype = stack.block.eigenvalues.dtype
+            dtypes = [stack.block.eigenvalues.dtype]
             for key, anchor in zip(stack.block.parameters, stack.anchors, strict=True):
                 for name, tensors in found.items():
-                    tensors[key] = _checked(state, f"{name}/{key}", anchor, dtype)
+                    place = f"{name}/{key}"
+                    tensor = checked_tensor(place, state.get(place), anchor.shape, dtypes)
+                    tensors[key] = tensor.to(anchor.device, copy=True)
         expected = {HEADER, *(f"{name}/{key}" for name in found for key in found[name])}
-        if left_over := sorted(set(state) - expected, key=str):
-            raise ValueError(
-                f"state has the unexpected key {left_over[0]!r}; expected that of the tangent of "
-                f"this penalty"
+        if left_over := sorted(set(state) - expected):
+            raise SnapshotError(
+                f"snapshot has the unexpected key {left_over[0]!r}; expected those of the tangent "
+                f"of this penalty"
             )
         self.forget()
         if stacks:
@@ -211,24 +216,6 @@ class TangentPenalty:
             # Parameters that are left out have not moved along with the others of a joint block.
             self.forget()
 
-    def _check_header(self, state: Mapping[str, Any]) -> None:
-        """Raise unless a state is one of a tangent, and of a penalty with as many tasks."""
-        try:
-            header = json.loads(state[HEADER])
-            got, tasks = header["format"], header["tasks"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"state has no header ({type(error).__name__}: {error}); expected what state_dict "
-                f"of a TangentPenalty returned"
-            ) from None
-        if got != FORMAT:
-            raise ValueError(f"state has format {got!r}; expected {FORMAT!r}")
-        if tasks != self.penalty.num_tasks:
-            raise ValueError(
-                f"state is of a penalty with {tasks} tasks, but this one has "
-                f"{self.penalty.num_tasks}; load the penalty's own state first"
-            )
-
     def _move(
         self,
         stack: Stack,
@@ -280,23 +267,3 @@ def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
-
-
-def _checked(state: Mapping[str, Any], key: str, anchor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a copy of a state's tensor, where the anchor is; or raise unless it is as it must be.
-
-    Args:
-        state: The state.
-        key: The tensor's key.
-        anchor: The anchor of the same parameter.
-        dtype: The dtype that is expected.
-    """
-    value = state.get(key)
-    if not isinstance(value, Tensor) or value.shape != anchor.shape or value.dtype != dtype:
-        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(
-            f"state key {key!r} is {got}; expected a tensor, {dtype} {list(anchor.shape)}"
-        )
-    if not bool(torch.isfinite(value).all()):
-        raise ValueError(f"state key {key!r} has values that are not finite; expected finite ones")
-    return value.detach().to(anchor.device, copy=True)

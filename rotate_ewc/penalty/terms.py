@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotate_ewc._utils.validation import as_non_negative_number
 from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.errors import SnapshotError
-from rotate_ewc.io.snapshot import checked_tensor, describe, restore, tensors_of
+from rotate_ewc.io.header import TermLayout
+from rotate_ewc.io.snapshot import checked_tensor, layout_of, restore, tensors_of
 from rotate_ewc.io.storage_dtype import DTYPES
 from rotate_ewc.linalg.block import Block
 
@@ -53,18 +53,20 @@ class Term:
         operator = EKFACLinearOperator.from_blocks(blocks, shapes, self.operator.provenance)
         return Term(operator, kept, self.weight)
 
-    def describe(self) -> dict[str, Any]:
-        """Return what a header says of the term."""
+    @property
+    def layout(self) -> TermLayout:
+        """What a snapshot's header says of the term."""
         operator = self.operator
-        described = describe(operator.blocks, operator.parameter_shapes, operator.provenance)
-        return {"weight": self.weight, "operator": described}
+        layout = layout_of(operator.blocks, operator.parameter_shapes, operator.provenance)
+        return TermLayout(self.weight, layout)
 
     def tensors(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return the term's tensors under keys that begin with `prefix`.
 
         Args:
-            prefix: What the keys begin with.
-            dtype: In what bases and eigenvalues are stored, where that is less than they have.
+            prefix: The beginning of the keys.
+            dtype: The dtype in which bases and eigenvalues are stored, where it is smaller than
+                their own.
         """
         operator = tensors_of(self.operator.blocks, dtype)
         return {
@@ -73,40 +75,37 @@ class Term:
         }
 
     @classmethod
-    def restore(cls, description: object, tensors: Mapping[str, Any], prefix: str) -> Term:
-        """Make a term of what `describe` and `tensors` returned, with the prefix taken off.
+    def restore(cls, layout: TermLayout, tensors: Mapping[str, Any], prefix: str) -> Term:
+        """Make a term of what a snapshot has for it.
 
         Args:
-            description: What the header says of it.
+            layout: What the header says of it.
             tensors: Its tensors, by keys without the prefix.
-            prefix: What messages put in front of the tensors' keys.
+            prefix: The beginning of the tensors' keys, for messages.
 
         Raises:
             SnapshotError: If anything is missing, left over, of the wrong shape or not finite.
         """
-        if not isinstance(description, dict) or not isinstance(description.get("operator"), dict):
-            raise SnapshotError(f"snapshot has the term {description!r:.99}; expected a dictionary")
-        try:
-            weight = as_non_negative_number("weight", description.get("weight"))
-        except (TypeError, ValueError) as error:
-            raise SnapshotError(f"snapshot's term {prefix!r}: {error}") from None
-        parts = {part: _below(tensors, f"{part}/") for part in ("operator", "anchor")}
-        blocks = restore(description["operator"], parts["operator"], f"{prefix}operator/")
-        operator = EKFACLinearOperator.from_blocks(*blocks)
+        own, found = _below(tensors, "operator/"), _below(tensors, "anchor/")
+        if len(own) + len(found) < len(tensors):
+            unexpected = min(k for k in tensors if not k.startswith(("operator/", "anchor/")))
+            raise SnapshotError(f"snapshot has the unexpected key {prefix + unexpected!r}")
+        parts = restore(layout.operator, own, f"{prefix}operator/")
+        operator = EKFACLinearOperator.from_blocks(*parts)
         for block in operator.blocks:
-            if not bool(torch.isfinite(block.eigenvalues * weight).all()):
+            if not bool(torch.isfinite(block.eigenvalues * layout.weight).all()):
                 raise SnapshotError(
-                    f"snapshot's term {prefix!r}: weight is {weight}, with which eigenvalues of "
-                    f"{block.label!r} overflow; expected less"
+                    f"snapshot's term {prefix!r}: weight is {layout.weight}, with which "
+                    f"eigenvalues of {block.label!r} overflow; expected less"
                 )
-        shapes, anchor = operator.parameter_shapes, parts["anchor"]
-        for name in sorted(set(shapes) ^ set(anchor)):
-            raise SnapshotError(
-                f"snapshot key {f'{prefix}anchor/{name}'!r} is missing or unexpected"
-            )
-        for name, shape in shapes.items():
-            _check_anchor(f"{prefix}anchor/{name}", anchor[name], shape)
-        return cls(operator, {name: anchor[name].detach() for name in shapes}, weight)
+        for name in sorted(set(parts.parameter_shapes) ^ set(found)):
+            key = f"{prefix}anchor/{name}"
+            raise SnapshotError(f"snapshot key {key!r} is missing or unexpected")
+        anchor = {
+            name: checked_tensor(f"{prefix}anchor/{name}", found[name], shape, DTYPES.values())
+            for name, shape in parts.parameter_shapes.items()
+        }
+        return cls(operator, anchor, layout.weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,12 +194,3 @@ def _joined(bases: Sequence[Tensor | None]) -> Tensor | None:
 
 def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-
-
-def _check_anchor(key: str, value: Any, shape: torch.Size) -> None:
-    if not isinstance(value, Tensor) or value.dtype not in DTYPES.values():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise SnapshotError(
-            f"snapshot key {key!r} is {got}; expected a tensor of {', '.join(DTYPES)}"
-        )
-    checked_tensor(key, value, shape, value.dtype)

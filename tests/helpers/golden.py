@@ -1,7 +1,7 @@
-"""Snapshots with known contents, of which `tests/io/data` has files in every format that ever was.
+"""Snapshots with known contents, of which `tests/io/data` has files in every format.
 
 `python -m tests.helpers.golden` writes those of the present format. Run it once when the format
-changes, and never again: the files of older formats are what older versions wrote.
+changes, and never again: the files of released formats are what released versions wrote.
 """
 
 from __future__ import annotations

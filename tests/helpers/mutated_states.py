@@ -26,8 +26,8 @@ VALUES: Final[tuple[Any, ...]] = (
     *(0.5, 1.5, -0.0, -2.5, float("nan"), float("inf"), -float("inf"), 1e308, 5e-324),
     *("", "x", "x" * 10**5, "a\nb", "\ud800", "\x00\x1b[2J", "a/b", "header", "+", "é", "NaN"),
     *("mean", "sum", "merged", "separate", "uniform", "float16", "float32", "float64", "bfloat16"),
-    *("rotate_ewc.operator/1", "rotate_ewc.operator/3", "rotate_ewc.penalty/2"),
-    *([], {}, [[]], {"": None}, {"format": "rotate_ewc.operator/2"}, [1] * 1000, [2**47] * 3000),
+    *("rotate_ewc.operator/1", "rotate_ewc.operator/2", "rotate_ewc.penalty/1"),
+    *([], {}, [[]], {"": None}, {"format": "rotate_ewc.operator/1"}, [1] * 1000, [2**47] * 3000),
     *(["gradient_basis"], ["activation_basis", "gradient_basis"], ["0.weight"], ["0.weight"] * 2),
     *([1, 2, 3], [0, 0, 0], [2**40, 0, 0], [-1, -1, 24], [1, 24, 1], [True, 6, 4], [6.0, 4.0]),
     _DEEP,
@@ -153,7 +153,7 @@ def _names(header: dict[str, Any]) -> list[str]:
 
 
 def _some(rng: random.Random, tensors: State) -> str | None:
-    """Choose a key; in the first format, terms had headers among the tensors."""
+    """Choose the key of a tensor."""
     keys = sorted(key for key, value in tensors.items() if isinstance(value, Tensor))
     return rng.choice(keys) if keys else None
 

@@ -6,16 +6,19 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError, TangentPenalty
 from rotate_ewc.inspection.command import main
 from rotate_ewc.inspection.comparison import compare
-from rotate_ewc.inspection.contents import read
+from rotate_ewc.inspection.snapshot_file import read
 from rotate_ewc.inspection.summary import summaries
+from rotate_ewc.io import files, header
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.provenance import Provenance
 from tests.helpers import golden
@@ -120,8 +123,7 @@ def test_comparison_of_an_identity_basis_with_a_rotated_one() -> None:
 def test_inspect_shows_every_block(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(NEWEST)]) == 0
     shown = capsys.readouterr().out
-    assert "operator, " in shown
-    assert "format 2, written by rotate_ewc" in shown
+    assert "format rotate_ewc.operator/1, written by rotate_ewc" in shown
     assert "mc Fisher of CrossEntropyLoss (mean), N = 1000; 60 parameters, float64" in shown
     assert "estimated with: mc_samples 1, seed 7" in shown
     for block in golden.blocks():
@@ -131,7 +133,7 @@ def test_inspect_shows_every_block(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_inspect_shows_every_term_of_a_penalty(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(golden.DATA / "penalty-2.safetensors")]) == 0
+    assert main(["inspect", str(golden.DATA / f"penalty-{golden.VERSION}.safetensors")]) == 0
     shown = capsys.readouterr().out
     assert "2 tasks in 2 terms" in shown
     assert "strength 3.0, mode separate" in shown
@@ -180,7 +182,7 @@ def test_plot_without_matplotlib(
     monkeypatch.delitem(sys.modules, "rotate_ewc.inspection.figure", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["inspect", str(NEWEST), "--plot", str(tmp_path / "s.png")]) == 1
-    assert "--plot wants matplotlib" in capsys.readouterr().err
+    assert "--plot needs matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ def test_plot_of_an_unknown_kind(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_diff_shows_every_block(capsys: pytest.CaptureFixture[str]) -> None:
-    reduced = golden.DATA / "operator-2-bfloat16.safetensors"
+    reduced = golden.DATA / f"operator-{golden.VERSION}-bfloat16.safetensors"
     assert main(["diff", str(NEWEST), str(reduced)]) == 0
     shown = capsys.readouterr().out
     for block in golden.blocks():
@@ -219,8 +221,10 @@ def test_diff_shows_every_block(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_diff_takes_the_last_term(tmp_path: Path) -> None:
-    assert len(read(golden.DATA / "penalty-2.safetensors").operators) == 2
-    assert main(["diff", str(golden.DATA / "penalty-2.safetensors"), str(NEWEST)]) == 0
+    assert len(read(golden.DATA / f"penalty-{golden.VERSION}.safetensors").operators) == 2
+    assert (
+        main(["diff", str(golden.DATA / f"penalty-{golden.VERSION}.safetensors"), str(NEWEST)]) == 0
+    )
 
 
 def test_penalties_without_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,6 +233,48 @@ def test_penalties_without_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "0 tasks in 0 terms" in capsys.readouterr().out
     assert main(["diff", str(tmp_path / "empty"), str(NEWEST)]) == 1
     assert "a penalty without tasks" in capsys.readouterr().err
+
+
+def test_without_rich() -> None:
+    """Says how to install it, and fails; any other module that is missing is not hidden."""
+    code = (
+        "import runpy, sys; sys.modules[sys.argv[1]] = None; sys.argv[1:] = ['inspect', 'x'];"
+        "runpy.run_module('rotate_ewc', run_name='__main__', alter_sys=True)"
+    )
+    for missing, message in (
+        ("rich", "error: this needs rich: pip install 'rotate-ewc[cli]'\n"),
+        ("argparse", "ModuleNotFoundError: import of argparse halted"),
+    ):
+        command = [sys.executable, "-c", code, missing]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert ("Traceback" in done.stderr) == (missing != "rich")
+
+
+def test_the_library_does_not_import_rich() -> None:
+    code = "import sys, rotate_ewc; assert not {m for m in sys.modules if m.startswith('rich')}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_headers_are_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def decode(text: str) -> Any:
+        calls.append(text)
+        return header_decoder.decode(text)
+
+    header_decoder = header._DECODER
+    monkeypatch.setattr(header, "_DECODER", SimpleNamespace(decode=decode))
+    for kind in ("operator", "penalty"):
+        read(golden.DATA / f"{kind}-{golden.VERSION}.safetensors")
+    assert len(calls) == 2
+
+
+def test_tangents_are_not_files(tmp_path: Path) -> None:
+    files.save(TangentPenalty(EKFACPenalty()).state_dict(), tmp_path / "tangent")
+    with pytest.raises(SnapshotError, match=r"format 'rotate_ewc.tangent/1'; expected"):
+        read(tmp_path / "tangent")
 
 
 def test_as_a_program() -> None:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -150,6 +151,7 @@ def test_memory_for_tensors_without_entries(shape: tuple[int, int, int], tmp_pat
     groups, d_out, _ = shape
     header = {
         "format": OPERATOR,
+        "library": "",
         "parameters": {"w": list(shape)},
         "blocks": [
             {
@@ -160,7 +162,7 @@ def test_memory_for_tensors_without_entries(shape: tuple[int, int, int], tmp_pat
                 "bases": ["gradient_basis"],
             }
         ],
-        "provenance": PROVENANCE.to_json(),
+        "provenance": msgspec.to_builtins(PROVENANCE),
     }
     try:
         state = {
@@ -184,19 +186,18 @@ FIELDS = ["blocks", "format", "settings", "dtype", "terms", "options", "strength
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_nested_headers(field: str) -> None:
-    """Of every depth: what can just be read can be too deep to be told of."""
+    """Of every depth: what can just be parsed can be too deep for the message about it."""
     state = penalty("separate").state_dict()
     receiver = penalty("separate")
-    text = state["header"]
+    text = json.dumps(json.loads(state["header"]))
     for depth in (*range(1, 800, 13), *range(800, 1000), 10**5):
         nest = "[" * depth + "]" * depth
         deep = text.replace(f'"{field}": ', f'"{field}": {nest}, "{field} before": ')
         assert deep != text
         with suppress(SnapshotError):
             receiver.load_state_dict({**state, "header": deep})
-            # What the options were is of no concern to a penalty that has its own.
-            assert depth < 10
-            assert field in ("options", "strength", "mode")
+            # A penalty that has options of its own does not look at those in the snapshot.
+            assert (field, depth) == ("strength", 1)
 
 
 def test_time_for_long_headers() -> None:
@@ -206,7 +207,7 @@ def test_time_for_long_headers() -> None:
     header = json.loads(state["header"])
     header["parameters"]["scale"] = sizes
     started = time.perf_counter()
-    with pytest.raises(SnapshotError, match="shape of parameter 'scale'"):
+    with pytest.raises(SnapshotError, match=r"parameters\['scale'\]"):
         EKFACLinearOperator.from_state_dict({**state, "header": json.dumps(header)})
     assert time.perf_counter() - started < 20
 
