@@ -16,9 +16,8 @@ from rotate_ewc.curvature import vectors
 from rotate_ewc.estimation.estimate import fit_blocks
 from rotate_ewc.io import files, snapshot
 from rotate_ewc.io.storage_dtype import check_storage_dtype
-from rotate_ewc.linalg import algebra
+from rotate_ewc.linalg import algebra, quadratic
 from rotate_ewc.linalg.block import Block
-from rotate_ewc.linalg.quadratic import quadratic_form
 from rotate_ewc.options import EstimationSettings, FisherType, KFACType, Unsupported
 from rotate_ewc.provenance import Provenance
 
@@ -358,7 +357,7 @@ class EKFACLinearOperator:
             ValueError: If a shape does not fit, naming the parameter.
         """
         vectors.check_list(tensors, self._shapes, columns_allowed=False)
-        return quadratic_form(self._blocks, dict(zip(self._shapes, tensors, strict=True)))
+        return quadratic.quadratic_form(self._blocks, dict(zip(self._shapes, tensors, strict=True)))
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

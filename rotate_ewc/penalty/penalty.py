@@ -36,7 +36,7 @@ from rotate_ewc.io.storage_dtype import check_storage_dtype
 from rotate_ewc.linalg.quadratic import quadratic_form
 from rotate_ewc.options import EstimationSettings, FisherType, KFACType, Unsupported
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
-from rotate_ewc.penalty.proximal import check_step_size, proximal_step_
+from rotate_ewc.penalty.proximal import check_step_size, shrink_towards_anchors_
 from rotate_ewc.penalty.stability import largest_curvature, warn_if_divergent
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.terms import Term
@@ -308,7 +308,7 @@ class EKFACPenalty(ConsolidatedTasks):
         parameters = parameters_of(model)
         if self._stacks and self.scale > 0:
             deltas = self.deltas(parameters)
-            proximal_step_(self._stacks, parameters, deltas, step_size, self.scale)
+            shrink_towards_anchors_(self._stacks, parameters, deltas, step_size, self.scale)
 
     @property
     def max_curvature(self) -> float:

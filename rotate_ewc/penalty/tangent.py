@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rotate_ewc._utils.parameters import fits, parameters_of, protected_slice
 from rotate_ewc.io.header import HEADER
-from rotate_ewc.linalg import kronecker
+from rotate_ewc.linalg.block import shapes_of
 from rotate_ewc.linalg.quadratic import quadratic_gradient
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.proximal import StepSize, check_step_size, step_size_of
@@ -239,16 +239,11 @@ class TangentPenalty:
         """Move the parameters of one stack, its point of contact and its gradient."""
         block = stack.block
         moved = {key: deltas[key] - self._contact[key] for key in block.parameters}
-        rotated = kronecker.to_eigenbasis(
-            block.matrix(moved), block.gradient_basis, block.activation_basis
-        )
-        rotated = rotated * (block.eigenvalues / (1.0 + factor * block.eigenvalues))
-        matrix = kronecker.from_eigenbasis(rotated, block.gradient_basis, block.activation_basis)
-        members = zip(
-            block.parameters, stack.names, stack.anchors, block.parts(matrix), strict=True
-        )
-        for key, name, anchor, part in members:
-            change = part.reshape(anchor.shape)
+        weights = block.eigenvalues / (1.0 + factor * block.eigenvalues)
+        changes = block.unrotate(block.rotate(moved) * weights, shapes_of(moved))
+        for (key, change), name, anchor in zip(
+            changes.items(), stack.names, stack.anchors, strict=True
+        ):
             self._gradients[key] = self._gradients[key] + change
             # Without what the parameter's dtype rounds off, which is in the next displacement.
             step = factor * change
