@@ -74,11 +74,7 @@ class TangentPenalty:
         """
         if not isinstance(penalty, EKFACPenalty):
             raise TypeError(f"penalty is {type(penalty).__name__}; expected an EKFACPenalty")
-        if penalty.mode != "merged":
-            raise ValueError(
-                f"penalty has mode {penalty.mode!r}; expected 'merged': the terms of separate "
-                f"tasks have no common eigenbasis in which to take an implicit step"
-            )
+        penalty.check_merged()
         self.penalty = penalty
         self.forget()
 
