@@ -3,25 +3,49 @@
 from rotate_ewc.curvature.merge import merge
 from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.errors import NotFiniteError, SnapshotError
+from rotate_ewc.linalg.block import Block
 from rotate_ewc.losses import Likelihood, register_likelihood
-from rotate_ewc.options import FisherType, KFACType
+from rotate_ewc.options import (
+    EstimationOptions,
+    EstimationSettings,
+    FisherType,
+    KFACType,
+    Mode,
+    PenaltyOptions,
+    Reduction,
+    Unsupported,
+    Weighting,
+)
 from rotate_ewc.penalty.calibration import calibrated_strength
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.rotated_adam import RotatedAdam
 from rotate_ewc.penalty.step_size import step_sizes_of
 from rotate_ewc.penalty.tangent import TangentPenalty
+from rotate_ewc.penalty.terms import Stack, Term
+from rotate_ewc.provenance import Provenance
 from rotate_ewc.version import __version__
 
 __all__ = [
+    "Block",
     "EKFACLinearOperator",
     "EKFACPenalty",
+    "EstimationOptions",
+    "EstimationSettings",
     "FisherType",
     "KFACType",
     "Likelihood",
+    "Mode",
     "NotFiniteError",
+    "PenaltyOptions",
+    "Provenance",
+    "Reduction",
     "RotatedAdam",
     "SnapshotError",
+    "Stack",
     "TangentPenalty",
+    "Term",
+    "Unsupported",
+    "Weighting",
     "__version__",
     "calibrated_strength",
     "merge",

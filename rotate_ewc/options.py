@@ -1,16 +1,28 @@
-"""The choices that define an estimate, checked once and then passed around whole."""
+"""The choices that a user has, and the settings of an estimate, checked once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypedDict
 
-from rotate_ewc._utils.validation import check_boolean, check_positive_integer
+from rotate_ewc._utils.validation import as_choice, check_boolean, check_positive_integer
 
 
-class FisherType(str, Enum):
+class Choice(str, Enum):
+    """One of several strings; a member equals its string, and is shown as it."""
+
+    def __repr__(self) -> str:
+        """Show the string, as messages do."""
+        return repr(self.value)
+
+    def __str__(self) -> str:
+        """Return the string."""
+        return str(self.value)
+
+
+class FisherType(Choice):
     """Which expectation over labels makes the Fisher matrix.
 
     `TYPE2` is the exact expectation over the model's own labels (for the losses supported here it
@@ -23,7 +35,7 @@ class FisherType(str, Enum):
     EMPIRICAL = "empirical"
 
 
-class KFACType(str, Enum):
+class KFACType(Choice):
     """How shared positions (pixels, tokens, repeated use) enter the Kronecker factors.
 
     The factors only choose the basis; the eigenvalues are exact for either choice. `EXPAND` counts
@@ -36,7 +48,7 @@ class KFACType(str, Enum):
     REDUCE = "reduce"
 
 
-class Unsupported(str, Enum):
+class Unsupported(Choice):
     """What to do about parameters that are used in a way for which there is no rule.
 
     `ERROR` refuses them by name, `DIAGONAL` takes the exact diagonal of their Fisher matrix (one
@@ -48,23 +60,99 @@ class Unsupported(str, Enum):
     SKIP = "skip"
 
 
+class Reduction(Choice):
+    """How a loss reduces the terms of a batch: `MEAN` averages them, `SUM` adds them."""
+
+    MEAN = "mean"
+    SUM = "sum"
+
+
+class Mode(Choice):
+    """What a penalty keeps of its tasks.
+
+    `MERGED` merges their operators into one, at constant time and memory; `SEPARATE` keeps one
+    operator and one anchor for each.
+    """
+
+    MERGED = "merged"
+    SEPARATE = "separate"
+
+
+class Weighting(Choice):
+    """What the tasks of a penalty weigh: `EXAMPLES` by their numbers of examples, or `UNIFORM`."""
+
+    EXAMPLES = "examples"
+    UNIFORM = "uniform"
+
+
+class EstimationOptions(TypedDict, total=False):
+    """The fields of `EstimationSettings` as keyword arguments, all of them optional."""
+
+    fisher_type: FisherType | str
+    mc_samples: int
+    kfac_approx: KFACType | str
+    separate_weight_and_bias: bool
+    seed: int
+    memory_budget: int
+    num_per_example_loss_terms: int | None
+    batch_size_fn: Callable[[Any], int] | None
+    unsupported: Unsupported | str
+    progressbar: bool | None
+
+
+class PenaltyOptions(EstimationOptions, total=False):
+    """Keyword arguments of `EKFACPenalty`, all of them optional."""
+
+    weighting: Weighting | str
+    decay: float
+    temperature: float
+    include: Sequence[str]
+    exclude: Sequence[str]
+    strict: bool
+    settings: EstimationSettings | None
+
+
 @dataclass(frozen=True)
 class EstimationSettings:
-    """How a snapshot is estimated; one object instead of ten arguments in every function.
+    """How a Fisher matrix is estimated.
+
+    `EKFACLinearOperator`, `EKFACPenalty` and Avalanche's `RotatedEWCPlugin` and `RotatedEWC` take
+    such an object as `settings=`, or its fields as keyword arguments of their own; of both, the
+    keyword arguments count.
 
     Attributes:
-        fisher_type: Which expectation over labels is taken.
-        mc_samples: Sampled labels per example, for `FisherType.MC`.
-        kfac_approx: How shared positions enter the basis.
-        separate_weight_and_bias: One block for each, or one joint block for both.
-        seed: Seed of the label samples; the global random state is neither used nor moved.
-        memory_budget: Bytes that estimation may keep and work in beyond the model's own passes.
-        num_per_example_loss_terms: Expected number of loss terms (such as tokens) per example;
-            None takes it from the outputs.
-        num_data: Examples that the data stand for, when they are a sample of a larger set.
-        batch_size_fn: Number of examples in a batch's inputs, where that is not their first axis.
-        progressbar: Whether to show progress over batches.
-        unsupported: What to do about parameters for whose uses there is no rule.
+        fisher_type: `MC` (sampled labels), `TYPE2` (exact expectation over labels) or `EMPIRICAL`
+            (the labels of the data).
+        mc_samples: Sampled labels per example, for `MC`.
+        kfac_approx: `EXPAND` or `REDUCE`: how shared positions enter the basis.
+        separate_weight_and_bias: Whether a weight and its bias have a block each, or else one joint
+            block.
+        seed: Seed of the sampled labels; the t-th task of a penalty (from 0) uses `seed + t`. The
+            global random state is neither used nor moved.
+        memory_budget: Bytes that estimation may use beyond the model's own passes. What fits is
+            kept, so that the model runs once instead of twice over these data. One example is the
+            least that is worked on at a time.
+        num_per_example_loss_terms: Number of loss terms (such as tokens) per example, if the
+            outputs are to be checked against it.
+        batch_size_fn: From a batch's inputs to its number of examples; needed where that is not the
+            length of the first axis of the (first) tensor.
+        unsupported: What to do about parameters that are used in a way for which there is no rule
+            (such as those of recurrent layers): `ERROR` refuses them by name, `DIAGONAL` takes the
+            exact diagonal of their Fisher matrix, at one backward pass for every example, `SKIP`
+            leaves them out. The last two warn.
+        progressbar: Whether to show progress over batches. None shows none, except in Avalanche,
+            where it follows the strategy's loggers.
+
+    Raises:
+        ValueError: If a value is out of range, naming the field.
+        TypeError: If a value has the wrong type.
+
+    Example:
+        >>> from rotate_ewc import EKFACPenalty, EstimationSettings
+        >>> settings = EstimationSettings(fisher_type="type2", memory_budget=2**28)
+        >>> penalty = EKFACPenalty(3.0, settings=settings, separate_weight_and_bias=False)
+        >>> penalty.settings.fisher_type, penalty.settings.separate_weight_and_bias
+        ('type2', False)
     """
 
     fisher_type: FisherType = FisherType.MC
@@ -74,28 +162,56 @@ class EstimationSettings:
     seed: int = 2147483647
     memory_budget: int = 2**30
     num_per_example_loss_terms: int | None = None
-    num_data: int | None = None
     batch_size_fn: Callable[[Any], int] | None = None
-    progressbar: bool = False
     unsupported: Unsupported = Unsupported.ERROR
+    progressbar: bool | None = None
 
     def __post_init__(self) -> None:
-        """Check every value."""
+        """Check every value, and turn strings into choices."""
+        choices: dict[str, type[Choice]] = {
+            "fisher_type": FisherType,
+            "kfac_approx": KFACType,
+            "unsupported": Unsupported,
+        }
+        for name, kind in choices.items():
+            object.__setattr__(self, name, as_choice(name, getattr(self, name), kind))
         check_boolean("separate_weight_and_bias", self.separate_weight_and_bias)
-        check_boolean("progressbar", self.progressbar)
+        if self.progressbar is not None:
+            check_boolean("progressbar", self.progressbar)
         check_positive_integer("mc_samples", self.mc_samples)
         check_positive_integer("memory_budget", self.memory_budget)
         check_positive_integer(
             "num_per_example_loss_terms", self.num_per_example_loss_terms, optional=True
         )
-        check_positive_integer("num_data", self.num_data, optional=True)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed is {self.seed!r}; expected an integer")
         if self.batch_size_fn is not None and not callable(self.batch_size_fn):
             raise TypeError(f"batch_size_fn is {self.batch_size_fn!r}; expected a function or None")
 
-    def to_json(self) -> dict[str, bool | int | str]:
-        """Return the settings that a snapshot tells, by the names of the arguments."""
+    @classmethod
+    def gather(
+        cls, settings: EstimationSettings | None, options: Mapping[str, Any]
+    ) -> EstimationSettings:
+        """Return settings with some of their fields replaced.
+
+        Args:
+            settings: The settings; None is all defaults.
+            options: Other values, by the names of the fields.
+
+        Raises:
+            ValueError: If a value is out of range, naming the field.
+            TypeError: If a value has the wrong type.
+        """
+        if settings is None:
+            return cls(**options)
+        if not isinstance(settings, EstimationSettings):
+            raise TypeError(
+                f"settings is {type(settings).__name__}; expected an EstimationSettings"
+            )
+        return replace(settings, **options)
+
+    def to_json(self) -> dict[str, bool | int | str | None]:
+        """Return the settings as JSON can hold them: all but the function."""
         return {
             "fisher_type": self.fisher_type.value,
             "mc_samples": self.mc_samples,
@@ -103,6 +219,7 @@ class EstimationSettings:
             "separate_weight_and_bias": self.separate_weight_and_bias,
             "seed": self.seed,
             "memory_budget": self.memory_budget,
-            "progressbar": self.progressbar,
+            "num_per_example_loss_terms": self.num_per_example_loss_terms,
             "unsupported": self.unsupported.value,
+            "progressbar": self.progressbar,
         }

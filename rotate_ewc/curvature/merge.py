@@ -76,35 +76,42 @@ def _merge_blocks(blocks: Sequence[Block], shape: torch.Size) -> Block:
     d_in += joint
     if len(blocks) == 1 and blocks[0].eigenvalues.shape[1:] == (d_out, d_in):
         return blocks[0]
-    gradient_bases, eigenvalues = _common_side(
-        [b.gradient_basis for b in blocks], [b.eigenvalues for b in blocks], d_out, axis=1
-    )
-    activation_bases, eigenvalues = _common_side(
-        [b.activation_basis for b in blocks], eigenvalues, d_in, axis=2
-    )
+    grown = _grown(blocks, d_out, d_in)
     gradient_basis = kronecker.merged_basis(
-        gradient_bases, [v.sum(dim=2) for v in eigenvalues], f"merged output factor of {label!r}"
+        [block.gradient_basis for block in grown],
+        [block.eigenvalues.sum(dim=2) for block in grown],
+        f"merged gradient factor of {label!r}",
     )
     activation_basis = kronecker.merged_basis(
-        activation_bases, [v.sum(dim=1) for v in eigenvalues], f"merged input factor of {label!r}"
+        [block.activation_basis for block in grown],
+        [block.eigenvalues.sum(dim=1) for block in grown],
+        f"merged activation factor of {label!r}",
     )
-    projected = [
-        kronecker.project_eigenvalues(
-            kronecker.change_basis(old_gradient, gradient_basis),
-            kronecker.change_basis(old_activation, activation_basis),
-            values,
-        )
-        for old_gradient, old_activation, values in zip(
-            gradient_bases, activation_bases, eigenvalues, strict=True
-        )
-    ]
-    total = torch.stack(projected).sum(dim=0)
+    projected = [block.diagonal_in(gradient_basis, activation_basis) for block in grown]
     return replace(
         blocks[0],
         gradient_basis=gradient_basis,
         activation_basis=activation_basis,
-        eigenvalues=total,
+        eigenvalues=torch.stack(projected).sum(dim=0),
     )
+
+
+def _grown(blocks: Sequence[Block], d_out: int, d_in: int) -> list[Block]:
+    """Bring blocks to the size of a parameter that has grown; their bases may be rectangular."""
+    gradient_bases, eigenvalues = _common_side(
+        [block.gradient_basis for block in blocks],
+        [block.eigenvalues for block in blocks],
+        d_out,
+        axis=1,
+    )
+    activation_bases, eigenvalues = _common_side(
+        [block.activation_basis for block in blocks], eigenvalues, d_in, axis=2
+    )
+    parts = zip(blocks, gradient_bases, activation_bases, eigenvalues, strict=True)
+    return [
+        replace(block, gradient_basis=gradient, activation_basis=activation, eigenvalues=values)
+        for block, gradient, activation, values in parts
+    ]
 
 
 def _common_side(

@@ -9,17 +9,18 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from rotate_ewc._utils.keywords import forwards_keywords
 from rotate_ewc._utils.parameters import Parameters, name_parameters
-from rotate_ewc._utils.validation import as_choice, as_non_negative_number, check_positive_integer
+from rotate_ewc._utils.validation import as_non_negative_number, check_positive_integer
 from rotate_ewc.curvature import vectors
 from rotate_ewc.estimation.estimate import fit_blocks
 from rotate_ewc.io import files, snapshot
 from rotate_ewc.io.storage_dtype import check_storage_dtype
-from rotate_ewc.linalg import algebra
+from rotate_ewc.linalg import algebra, quadratic
 from rotate_ewc.linalg.block import Block
-from rotate_ewc.linalg.quadratic import quadratic_form
-from rotate_ewc.options import EstimationSettings, FisherType, KFACType, Unsupported
+from rotate_ewc.options import EstimationOptions, EstimationSettings
 from rotate_ewc.provenance import Provenance
 
 _MAX_DENSE_BYTES: Final = 4 * 2**30
@@ -59,6 +60,7 @@ class EKFACLinearOperator:
     _shapes: dict[str, torch.Size]
     _provenance: Provenance
 
+    @forwards_keywords(EstimationSettings)
     def __init__(
         self,
         model_func: Callable[[Any], Tensor],
@@ -66,18 +68,10 @@ class EKFACLinearOperator:
         params: Parameters,
         data: Iterable[Any],
         *,
-        progressbar: bool = False,
-        check_deterministic: bool = True,
-        seed: int = 2147483647,
-        fisher_type: FisherType | str = FisherType.MC,
-        mc_samples: int = 1,
-        kfac_approx: KFACType | str = KFACType.EXPAND,
-        num_per_example_loss_terms: int | None = None,
-        separate_weight_and_bias: bool = True,
         num_data: int | None = None,
-        batch_size_fn: Callable[[Any], int] | None = None,
-        memory_budget: int = 2**30,
-        unsupported: Unsupported | str = Unsupported.ERROR,
+        check_deterministic: bool = True,
+        settings: EstimationSettings | None = None,
+        **options: Unpack[EstimationOptions],
     ) -> None:
         """Estimate the operator.
 
@@ -89,43 +83,19 @@ class EKFACLinearOperator:
             params: Parameters the matrix is over: a list, or a dictionary by name. A list's names
                 are those in the model.
             data: Re-iterable batches (inputs, targets), such as a `DataLoader`.
-            progressbar: Whether to show progress over batches.
+            num_data: Examples the data stand for, where they are a sample of a larger set.
             check_deterministic: Estimate twice and raise if the results differ, as they do when the
                 model or the order of the data is random. Doubles the time.
-            seed: Seed of the sampled labels.
-            fisher_type: `TYPE2` (exact expectation over labels), `MC` or `EMPIRICAL`.
-            mc_samples: Sampled labels per example, for `MC`.
-            kfac_approx: `EXPAND` or `REDUCE`: how shared positions enter the basis.
-            num_per_example_loss_terms: If given, checked against the outputs.
-            separate_weight_and_bias: One block for each, or one joint block for both.
-            num_data: Examples the data stand for, where they are a sample of a larger set.
-            batch_size_fn: From a batch's inputs to its number of examples; needed where that is not
-                the length of the first axis of the (first) tensor.
-            memory_budget: Bytes that estimation may use beyond the model's own passes. What fits is
-                kept, so that the model runs once instead of twice over these data. One example is
-                the least that is worked on at a time.
-            unsupported: What to do about parameters that are used in a way for which there is no
-                rule (such as recurrent layers): `"error"` refuses them by name; `"diagonal"` takes
-                the exact diagonal of their Fisher matrix, at one backward pass for every example;
-                `"skip"` leaves them out of the operator. The last two warn.
+            settings: How to estimate; None is all defaults.
+            **options: Single fields of `EstimationSettings`, such as `fisher_type="type2"`, which
+                replace those of `settings`.
 
         Raises:
             ValueError: If a parameter, layer, loss or batch cannot be handled, naming it.
-            TypeError: If an argument has the wrong type.
+            TypeError: If an argument has the wrong type, or there is no such option.
         """
-        settings = EstimationSettings(
-            fisher_type=as_choice("fisher_type", fisher_type, FisherType),
-            mc_samples=mc_samples,
-            kfac_approx=as_choice("kfac_approx", kfac_approx, KFACType),
-            separate_weight_and_bias=separate_weight_and_bias,
-            seed=seed,
-            memory_budget=memory_budget,
-            num_per_example_loss_terms=num_per_example_loss_terms,
-            num_data=num_data,
-            batch_size_fn=batch_size_fn,
-            progressbar=progressbar,
-            unsupported=as_choice("unsupported", unsupported, Unsupported),
-        )
+        settings = EstimationSettings.gather(settings, options)
+        check_positive_integer("num_data", num_data, optional=True)
         if not callable(model_func):
             raise TypeError(f"model_func is {model_func!r}; expected a module or a function")
         model = model_func if isinstance(model_func, nn.Module) else None
@@ -137,6 +107,7 @@ class EKFACLinearOperator:
             data,
             settings,
             model=model,
+            num_data=num_data,
             check_deterministic=check_deterministic,
         )
         self._blocks = _laid_out(blocks)
@@ -358,7 +329,7 @@ class EKFACLinearOperator:
             ValueError: If a shape does not fit, naming the parameter.
         """
         vectors.check_list(tensors, self._shapes, columns_allowed=False)
-        return quadratic_form(self._blocks, dict(zip(self._shapes, tensors, strict=True)))
+        return quadratic.quadratic_form(self._blocks, dict(zip(self._shapes, tensors, strict=True)))
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -76,7 +76,10 @@ class Observer:
         again = keeper is not None
         generator = torch.Generator(self.device).manual_seed(self.settings.seed)
         for index, inputs, targets in batches(
-            data, self.device, progressbar=self.settings.progressbar, description=description
+            data,
+            self.device,
+            progressbar=bool(self.settings.progressbar),
+            description=description,
         ):
             kept = [] if keeper is None else keeper.take(index, inputs, targets)
             if kept and kept[-1].random_state is not None:

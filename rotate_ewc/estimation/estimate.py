@@ -14,7 +14,7 @@ from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.estimation.passes import Estimate, estimate
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.losses import likelihood_of
-from rotate_ewc.options import EstimationSettings, Unsupported
+from rotate_ewc.options import EstimationSettings, Reduction, Unsupported
 from rotate_ewc.provenance import Provenance
 
 # The settings that matter to what is found.
@@ -29,6 +29,7 @@ def fit_blocks(
     settings: EstimationSettings,
     *,
     model: nn.Module | None,
+    num_data: int | None = None,
     check_deterministic: bool = False,
 ) -> tuple[tuple[Block, ...], dict[str, torch.Size], Provenance]:
     """Estimate the blocks of an operator, leaving the model and the random states as they were.
@@ -40,6 +41,7 @@ def fit_blocks(
         data: Re-iterable batches (inputs, targets).
         settings: How to estimate.
         model: The module to put into eval mode; None if it is not known.
+        num_data: Examples that the data stand for, where they are a sample of a larger set.
         check_deterministic: Whether to estimate twice and raise if the results differ.
 
     Returns:
@@ -52,9 +54,9 @@ def fit_blocks(
     likelihood = likelihood_of(loss_func)
     constants = [] if model is None else [*model.buffers(), *model.parameters()]
     with undisturbed(model, parameters.values()), torch.inference_mode(False):
-        found = estimate(forward, likelihood, parameters, data, settings, constants)
+        found = estimate(forward, likelihood, parameters, data, settings, constants, num_data)
         if check_deterministic:
-            again = estimate(forward, likelihood, parameters, data, settings, constants)
+            again = estimate(forward, likelihood, parameters, data, settings, constants, num_data)
             _check_equal(found.blocks, again.blocks)
     if len(found.unused) == len(parameters):
         raise ValueError(
@@ -78,12 +80,12 @@ def fit_blocks(
         )
     provenance = Provenance(
         loss=likelihood.name,
-        reduction=likelihood.reduction,
-        fisher_type=settings.fisher_type.value,
-        num_data=settings.num_data or found.num_examples,
+        reduction=Reduction(likelihood.reduction),
+        fisher_type=settings.fisher_type,
+        num_data=num_data or found.num_examples,
         settings={
             **{name: settings.to_json()[name] for name in _TOLD},
-            "num_examples": found.num_examples,
+            "num_data_seen": found.num_examples,
         },
     )
     kept = {name for block in found.blocks for name in block.parameters}

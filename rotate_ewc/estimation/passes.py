@@ -66,6 +66,7 @@ def estimate(
     data: Iterable[Any],
     settings: EstimationSettings,
     constants: Sequence[Tensor] = (),
+    num_data: int | None = None,
 ) -> Estimate:
     """Estimate the Fisher matrix of a loss over a data set, block by block.
 
@@ -76,6 +77,7 @@ def estimate(
         data: Re-iterable batches (inputs, targets).
         settings: How to estimate.
         constants: The model's tensors that are no parameters, such as buffers.
+        num_data: Examples that the data stand for, where they are a sample of a larger set.
 
     Returns:
         Blocks in the order of `parameters`. A parameter on which the outputs do not depend has a
@@ -98,7 +100,7 @@ def estimate(
         with naming_batch(observation.batch):
             found.add_eigenvalues(observation)
         del observation
-    scale = found.scale(likelihood)
+    scale = found.scale(likelihood, num_data)
     by_name = {}
     used = (*found.blocks.values(), *found.diagonal_blocks())
     for block in used:
@@ -209,7 +211,7 @@ class _Accumulator:
             if key in self._reached and (key in self._faint or is_faint(block.eigenvalues))
         )
 
-    def scale(self, likelihood: Likelihood) -> float:
+    def scale(self, likelihood: Likelihood, num_data: int | None) -> float:
         """Return the factor from sums over the examples seen to the loss's own reduction."""
         if likelihood.reduction == "mean":
             if self._mass <= 0:
@@ -218,7 +220,7 @@ class _Accumulator:
                     "mean loss is not defined; expected at least one"
                 )
             return 1.0 / self._mass
-        return (self._settings.num_data or self.num_examples) / max(1, self.num_examples)
+        return (num_data or self.num_examples) / max(1, self.num_examples)
 
     def _total(self, plan: Plan, observation: Observation) -> Covariances:
         """Return the factors of a block so far, which begin with its first observation."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Generator, Tensor
 
-from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.block import Block
 
 Shapes = Mapping[str, torch.Size]
@@ -16,15 +15,11 @@ Shapes = Mapping[str, torch.Size]
 def multiply(blocks: Sequence[Block], columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Multiply tensors `[K, *shape]`, by parameter name, each in the dtype of its block."""
     product: dict[str, Tensor] = {}
+    shapes = {name: tensor.shape[1:] for name, tensor in columns.items()}
     for block in blocks:
-        matrices = kronecker.apply_in_eigenbasis(
-            block.matrix(columns, leading_axes=1).to(block.eigenvalues.dtype),
-            block.gradient_basis,
-            block.activation_basis,
-            block.eigenvalues,
-        )
-        for name, part in zip(block.parameters, block.parts(matrices), strict=True):
-            product[name] = part.reshape(columns[name].shape).to(columns[name].dtype)
+        rotated = block.rotate(columns, leading_axes=1)
+        for name, part in block.unrotate(block.eigenvalues * rotated, shapes).items():
+            product[name] = part.to(columns[name].dtype)
     return product
 
 
@@ -32,11 +27,7 @@ def diagonal(blocks: Sequence[Block], shapes: Shapes) -> dict[str, Tensor]:
     """Return the diagonal over the parameters themselves, by name, in the parameters' shapes."""
     found: dict[str, Tensor] = {}
     for block in blocks:
-        matrix = kronecker.project_eigenvalues(
-            block.gradient_basis, block.activation_basis, block.eigenvalues
-        )
-        for name, part in zip(block.parameters, block.parts(matrix), strict=True):
-            found[name] = part.reshape(shapes[name])
+        found.update(block.split(block.diagonal_in(None, None), shapes))
     return found
 
 
@@ -77,11 +68,7 @@ def sample(
             (num_samples, *like.shape), generator=generator, device=like.device, dtype=like.dtype
         )
         # Noise is as normal in the eigenbasis as it would be after a rotation into it.
-        matrices = kronecker.from_eigenbasis(
-            noise * like, block.gradient_basis, block.activation_basis
-        )
-        for name, part in zip(block.parameters, block.parts(matrices), strict=True):
-            draws[name] = part.reshape(num_samples, *shapes[name])
+        draws.update(block.unrotate(noise * like, shapes))
     return draws
 
 

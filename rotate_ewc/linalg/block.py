@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.kronecker import Basis
 
 
@@ -24,6 +25,11 @@ def matrix_shape(parameter: torch.Size, groups: int, transposed: bool) -> tuple[
     columns = parameter.numel() // rows if rows else 0
     rows //= groups
     return (groups, columns, rows) if transposed else (groups, rows, columns)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Return the shapes of tensors by name."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,11 +84,53 @@ class Block:
         """Return the block with other eigenvalues in the same basis."""
         return replace(self, eigenvalues=eigenvalues)
 
-    def matrix(self, tensors: Mapping[str, Tensor], *, leading_axes: int = 0) -> Tensor:
-        """Gather parameter-shaped tensors into the block's matrix.
+    def rotate(self, tensors: Mapping[str, Tensor], *, leading_axes: int = 0) -> Tensor:
+        """Gather parameter-shaped tensors D and express them in the eigenbasis, `Q_gᵀ D Q_a`.
 
         Args:
-            tensors: By name, `[*leading, *shape]`; others than the block's are not looked at.
+            tensors: By name, `[*leading, *shape]`; the block reads only those of its parameters.
+            leading_axes: Number of axes before the parameters' own.
+
+        Returns:
+            `[*leading, groups, d_out, d_in]`, in the dtype of the eigenvalues.
+        """
+        matrix = self.gather(tensors, leading_axes=leading_axes).to(self.eigenvalues.dtype)
+        return kronecker.to_eigenbasis(matrix, self.gradient_basis, self.activation_basis)
+
+    def unrotate(self, matrix: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Undo `rotate`: return `Q_g D Q_aᵀ`, split into the parameters.
+
+        Args:
+            matrix: D in the eigenbasis, `[*leading, groups, d_out, d_in]`.
+            shapes: The parameters' shapes by name.
+
+        Returns:
+            By name, `[*leading, *shape]`.
+        """
+        product = kronecker.from_eigenbasis(matrix, self.gradient_basis, self.activation_basis)
+        return self.split(product, shapes)
+
+    def diagonal_in(self, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
+        """Return the diagonal of the block's matrix in another basis.
+
+        Args:
+            gradient_basis: `[groups, d_out, rank_out]`; None is the identity.
+            activation_basis: `[groups, d_in, rank_in]`; None is the identity.
+
+        Returns:
+            `[groups, rank_out, rank_in]`.
+        """
+        return kronecker.project_eigenvalues(
+            kronecker.change_basis(self.gradient_basis, gradient_basis),
+            kronecker.change_basis(self.activation_basis, activation_basis),
+            self.eigenvalues,
+        )
+
+    def gather(self, tensors: Mapping[str, Tensor], *, leading_axes: int = 0) -> Tensor:
+        """Gather parameter-shaped tensors into the block's matrix, without a rotation.
+
+        Args:
+            tensors: By name, `[*leading, *shape]`; the block reads only those of its parameters.
             leading_axes: Number of axes before the parameters' own.
 
         Returns:
@@ -94,14 +142,26 @@ class Block:
         bias = self._matrix(tensors[self.parameters[1]], leading_axes, transposed=False)
         return torch.cat([bias, weight], dim=-1)
 
-    def parts(self, matrix: Tensor) -> Sequence[Tensor]:
-        """Split matrices `[*leading, groups, d_out, d_in]` into those of `parameters`.
+    def split(self, matrix: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Undo `gather`: split matrices `[*leading, groups, d_out, d_in]` into the parameters.
 
-        A transposed weight comes out as it is stored; reshaped, each is its parameter.
+        Args:
+            matrix: The matrices.
+            shapes: The parameters' shapes by name.
+
+        Returns:
+            By name, `[*leading, *shape]`.
         """
-        weight = matrix if len(self.parameters) == 1 else matrix[..., 1:]
-        weight = weight.mT if self.transposed else weight
-        return [weight] if len(self.parameters) == 1 else [weight, matrix[..., :1]]
+        joint = len(self.parameters) > 1
+        weight = matrix[..., 1:] if joint else matrix
+        parts = [weight.mT if self.transposed else weight]
+        if joint:
+            parts.append(matrix[..., :1])
+        leading = matrix.shape[:-3]
+        return {
+            name: part.reshape((*leading, *shapes[name]))
+            for name, part in zip(self.parameters, parts, strict=True)
+        }
 
     def _matrix(self, tensor: Tensor, leading_axes: int, transposed: bool) -> Tensor:
         groups, d_out, _ = self.eigenvalues.shape

@@ -127,44 +127,32 @@ def scatter_rows(gradients: Tensor, indices: Tensor, vocabulary: int) -> Tensor:
 
 @full_precision
 def to_eigenbasis(matrix: Tensor, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
-    """Return `Q_gᵀ D Q_a` for matrices D `[groups, d_out, d_in]`."""
-    rotated = matrix if gradient_basis is None else gradient_basis.mT @ matrix
-    return rotated if activation_basis is None else rotated @ activation_basis
+    """Return `Q_gᵀ D Q_a` for matrices D `[*leading, groups, d_out, d_in]`."""
+    return _two_products(matrix, gradient_basis, activation_basis)
 
 
 @full_precision
 def from_eigenbasis(matrix: Tensor, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
-    """Return `Q_g D Q_aᵀ` for matrices D `[groups, rank_out, rank_in]`."""
-    rotated = matrix if gradient_basis is None else gradient_basis @ matrix
-    return rotated if activation_basis is None else rotated @ activation_basis.mT
+    """Return `Q_g D Q_aᵀ` for matrices D `[*leading, groups, rank_out, rank_in]`."""
+    return _two_products(matrix, _transposed(gradient_basis), _transposed(activation_basis))
 
 
-@full_precision
-def apply_in_eigenbasis(
-    columns: Tensor, gradient_basis: Basis, activation_basis: Basis, values: Tensor
-) -> Tensor:
-    """Multiply K matrices at once: `Q_g (Λ ∘ (Q_gᵀ D Q_a)) Q_aᵀ`.
+def _transposed(basis: Basis) -> Basis:
+    return None if basis is None else basis.mT
 
-    Args:
-        columns: `[K, groups, d_out, d_in]`.
-        gradient_basis: `[groups, d_out, d_out]` or None.
-        activation_basis: `[groups, d_in, d_in]` or None.
-        values: Λ, `[groups, d_out, d_in]`.
 
-    Returns:
-        `[K, groups, d_out, d_in]`.
-    """
-    rotated = columns
-    if gradient_basis is not None:
-        rotated = einsum(rotated, gradient_basis, "k g o i, g o p -> k g p i")
-    if activation_basis is not None:
-        rotated = einsum(rotated, activation_basis, "k g p i, g i q -> k g p q")
-    rotated = rotated * values
-    if activation_basis is not None:
-        rotated = einsum(rotated, activation_basis, "k g p q, g i q -> k g p i")
-    if gradient_basis is not None:
-        rotated = einsum(rotated, gradient_basis, "k g p i, g o p -> k g o i")
-    return rotated
+def _two_products(matrix: Tensor, left: Basis, right: Basis) -> Tensor:
+    """Return `Lᵀ D R`."""
+    if matrix.shape[:-3].numel() > 1:
+        # One product for all columns: where d_in is small, one for each is many times slower.
+        if left is not None:
+            matrix = einsum(matrix, left, "... g o i, g o p -> ... g p i")
+        if right is not None:
+            matrix = einsum(matrix, right, "... g p i, g i q -> ... g p q")
+        return matrix
+    if left is not None:
+        matrix = left.mT @ matrix
+    return matrix if right is None else matrix @ right
 
 
 @full_precision

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotate_ewc.linalg import kronecker
-from rotate_ewc.linalg.block import Block
+from rotate_ewc.linalg.block import Block, shapes_of
 
 
 def quadratic_form(blocks: Sequence[Block], tensors: Mapping[str, Tensor]) -> Tensor:
@@ -37,9 +36,9 @@ def quadratic_gradient(blocks: Sequence[Block], tensors: Mapping[str, Tensor]) -
         tensors: d by parameter name.
     """
     products: dict[str, Tensor] = {}
+    shapes = shapes_of(tensors)
     for block in blocks:
-        weighted = block.eigenvalues * _rotated(block, tensors)
-        products.update(_rotated_back(block, weighted, tensors))
+        products.update(block.unrotate(block.eigenvalues * block.rotate(tensors), shapes))
     return products
 
 
@@ -56,7 +55,7 @@ class _QuadraticForm(torch.autograd.Function):
         by_name = _by_name(blocks, tensors)
         values, weighted = [], []
         for block in blocks:
-            rotated = _rotated(block, by_name)
+            rotated = block.rotate(by_name)
             weighted.append(block.eigenvalues * rotated)
             values.append(torch.dot(weighted[-1].flatten(), rotated.flatten()))
         return torch.stack(values).sum(), *weighted
@@ -78,27 +77,16 @@ class _QuadraticForm(torch.autograd.Function):
             return None, *(None for _ in tensors)
         factor = 2 * grad_outputs[0]
         by_name = _by_name(blocks, tensors)
+        shapes = shapes_of(by_name)
         gradients: list[Tensor] = []
         for index, block in enumerate(blocks):
             weighted = saved[index]
             if torch.is_grad_enabled():
                 # A second derivative is wanted: start again from the tensors, differentiably.
-                weighted = block.eigenvalues * _rotated(block, by_name)
-            for name, product in _rotated_back(block, weighted, by_name).items():
+                weighted = block.eigenvalues * block.rotate(by_name)
+            for name, product in block.unrotate(weighted, shapes).items():
                 gradients.append((product * factor).to(by_name[name].dtype))
         return None, *gradients
-
-
-def _rotated(block: Block, tensors: Mapping[str, Tensor]) -> Tensor:
-    matrix = block.matrix(tensors).to(block.eigenvalues.dtype)
-    return kronecker.to_eigenbasis(matrix, block.gradient_basis, block.activation_basis)
-
-
-def _rotated_back(block: Block, matrix: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what a matrix in the eigenbasis is in the shapes of the block's tensors, by name."""
-    product = kronecker.from_eigenbasis(matrix, block.gradient_basis, block.activation_basis)
-    parts = zip(block.parameters, block.parts(product), strict=True)
-    return {name: part.reshape(tensors[name].shape) for name, part in parts}
 
 
 def _by_name(blocks: Sequence[Block], tensors: Sequence[Tensor]) -> dict[str, Tensor]:

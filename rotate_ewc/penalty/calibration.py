@@ -17,7 +17,9 @@ from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc.estimation.data import batches, check_reiterable, count_examples
 from rotate_ewc.linalg.quadratic import quadratic_form
 from rotate_ewc.losses import Likelihood, likelihood_of
+from rotate_ewc.options import Reduction
 from rotate_ewc.penalty.penalty import EKFACPenalty
+from rotate_ewc.penalty.weighting import kept_examples
 
 
 def calibrated_strength(
@@ -73,7 +75,14 @@ def calibrated_strength(
     anchor = {**parameters, **penalty.terms[0].anchor}
     with undisturbed(model, parameters.values()), torch.no_grad():
         check_reiterable(old_data)
-        before, now = _mean_losses(model, [anchor, parameters], loss_func, likelihood, old_data)
+        before, now = _mean_losses(
+            model,
+            [anchor, parameters],
+            loss_func,
+            likelihood,
+            old_data,
+            penalty.settings.batch_size_fn,
+        )
     _check_finite({"predicted increase": predicted, "loss before": before, "loss now": now})
     if now <= before:
         warnings.warn(
@@ -109,8 +118,7 @@ def _predicted_increase(penalty: EKFACPenalty, parameters: Mapping[str, Tensor])
             "the model is where it was when the task was consolidated, as far as the penalty can "
             "tell; expected one that has been trained on a second task"
         )
-    # Summed losses and these weights have the number of examples inside.
-    return value / term.operator.num_data if penalty.weighting == "examples" else value
+    return value / kept_examples(term.operator.num_data, penalty.weighting)
 
 
 def _mean_losses(
@@ -119,6 +127,7 @@ def _mean_losses(
     loss_func: Callable[..., Any],
     likelihood: Likelihood,
     data: Iterable[Any],
+    batch_size_fn: Callable[[Any], int] | None,
 ) -> list[float]:
     """Return the mean loss, or the summed loss per example, at each set of parameters.
 
@@ -136,8 +145,8 @@ def _mean_losses(
             terms = float(likelihood.terms(counted, targets).sum())
             losses.append(float(loss_func(outputs, targets)))
         counting = counting or terms > 0
-        if likelihood.reduction == "sum":
-            mass += count_examples(inputs, None)
+        if likelihood.reduction == Reduction.SUM:
+            mass += count_examples(inputs, batch_size_fn)
             totals = [total + loss for total, loss in zip(totals, losses, strict=True)]
         elif terms > 0:  # or else all labels are ignored, and their mean loss is no number
             mass += terms

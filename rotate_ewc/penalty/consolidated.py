@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rotate_ewc._utils.parameters import fits, protected_slice
 from rotate_ewc._utils.warnings import warn_user
+from rotate_ewc.options import Mode, Weighting
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.terms import Stack, Term, stack_terms
 
@@ -21,12 +22,12 @@ class ConsolidatedTasks(nn.Module):
     as a parameter or buffer: what there is changes in number with every task.
     """
 
-    def __init__(self, mode: str, weighting: str, *, strict: bool) -> None:
+    def __init__(self, mode: Mode, weighting: Weighting, *, strict: bool) -> None:
         """Begin without a task.
 
         Args:
-            mode: `"merged"` or `"separate"`.
-            weighting: `"examples"` or `"uniform"`.
+            mode: Whether the tasks are merged into one term.
+            weighting: What the tasks weigh.
             strict: Whether a protected parameter that is missing, or smaller than it was, is an
                 error.
         """
@@ -59,6 +60,14 @@ class ConsolidatedTasks(nn.Module):
     def nbytes(self) -> int:
         """Bytes of all tensors that are kept: bases, eigenvalues and anchors."""
         return sum(t.nbytes for t in self.state_dict().values() if isinstance(t, Tensor))
+
+    def check_merged(self) -> None:
+        """Raise `ValueError` unless there is one eigenbasis for all tasks."""
+        if self.mode is not Mode.MERGED:
+            raise ValueError(
+                f"penalty has mode {self.mode!r}; expected 'merged': the terms of separate tasks "
+                f"have no common eigenbasis in which to take a step"
+            )
 
     def deltas(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return `θ - θ*` by the stacks' own names for parameters, `[T, *shape]`.

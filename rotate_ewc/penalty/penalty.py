@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Final
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from msgspec import structs
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from rotate_ewc._utils.keywords import forwards_keywords
 from rotate_ewc._utils.numerics import check_trace
 from rotate_ewc._utils.parameters import (
     Parameters,
@@ -35,15 +37,13 @@ from rotate_ewc.estimation.estimate import fit_blocks
 from rotate_ewc.io import files
 from rotate_ewc.io.storage_dtype import check_storage_dtype
 from rotate_ewc.linalg.quadratic import quadratic_form
-from rotate_ewc.options import EstimationSettings, FisherType, KFACType, Unsupported
+from rotate_ewc.options import EstimationOptions, EstimationSettings, Mode, Weighting
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
-from rotate_ewc.penalty.proximal import check_step_size, proximal_step_
+from rotate_ewc.penalty.proximal import check_step_size, shrink_towards_anchors_
 from rotate_ewc.penalty.stability import largest_curvature, warn_if_divergent
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.terms import Term
-
-MODES: Final = ("merged", "separate")
-WEIGHTINGS: Final = ("examples", "uniform")
+from rotate_ewc.penalty.weighting import kept_weight, scale_of_penalty
 
 
 class EKFACPenalty(ConsolidatedTasks):
@@ -86,25 +86,20 @@ class EKFACPenalty(ConsolidatedTasks):
         True
     """
 
+    @forwards_keywords(EstimationSettings)
     def __init__(
         self,
         strength: float = 1.0,
-        mode: str = "merged",
+        mode: Mode | str = Mode.MERGED,
         *,
-        weighting: str = "examples",
+        weighting: Weighting | str = Weighting.EXAMPLES,
         decay: float = 1.0,
         temperature: float = 1.0,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         strict: bool = True,
-        fisher_type: FisherType | str = FisherType.MC,
-        mc_samples: int = 1,
-        kfac_approx: KFACType | str = KFACType.EXPAND,
-        separate_weight_and_bias: bool = True,
-        seed: int = 2147483647,
-        memory_budget: int = 2**30,
-        progressbar: bool = False,
-        unsupported: Unsupported | str = Unsupported.ERROR,
+        settings: EstimationSettings | None = None,
+        **options: Unpack[EstimationOptions],
     ) -> None:
         """Make a penalty that is zero until the first task is consolidated.
 
@@ -121,29 +116,20 @@ class EKFACPenalty(ConsolidatedTasks):
             exclude: Patterns for names to leave out, such as those of unsupported layers.
             strict: Whether a protected parameter that is missing, or smaller than it was, is an
                 error; otherwise it is left out, with a warning.
-            fisher_type: `MC` (sampled labels), `TYPE2` (exact expectation) or `EMPIRICAL`.
-            mc_samples: Sampled labels per example, for `MC`.
-            kfac_approx: `EXPAND` or `REDUCE`: how shared positions enter the basis.
-            separate_weight_and_bias: One block for each, or one joint block for both.
-            seed: Seed of the sampled labels; task t uses `seed + t`.
-            memory_budget: Bytes that estimation may use beyond the model's own passes.
-            progressbar: Whether to show progress while consolidating.
-            unsupported: What to do about parameters that are used in a way for which there is no
-                rule: `"error"` refuses them by name, `"diagonal"` takes the exact diagonal of their
-                Fisher matrix (slow), `"skip"` leaves them free. The last two warn.
+            settings: How Fisher matrices are estimated; None is all defaults.
+            **options: Single fields of `EstimationSettings`, such as `fisher_type="type2"`, which
+                replace those of `settings`.
 
         Raises:
             ValueError: If a value is out of range, naming the argument.
-            TypeError: If a value has the wrong type.
+            TypeError: If a value has the wrong type, or there is no such option.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, MODES))}")
-        if weighting not in WEIGHTINGS:
-            raise ValueError(
-                f"weighting is {weighting!r}; expected one of {', '.join(map(repr, WEIGHTINGS))}"
-            )
         check_boolean("strict", strict)
-        super().__init__(mode, weighting, strict=strict)
+        super().__init__(
+            as_choice("mode", mode, Mode),
+            as_choice("weighting", weighting, Weighting),
+            strict=strict,
+        )
         self.strength = strength
         self.decay = as_non_negative_number("decay", decay)
         if self.decay > 1:
@@ -151,17 +137,8 @@ class EKFACPenalty(ConsolidatedTasks):
         self.temperature = as_temperature(temperature)
         self.include = as_patterns("include", include)
         self.exclude = as_patterns("exclude", exclude)
-        self.current_examples = None
-        self.settings = EstimationSettings(
-            fisher_type=as_choice("fisher_type", fisher_type, FisherType),
-            mc_samples=mc_samples,
-            kfac_approx=as_choice("kfac_approx", kfac_approx, KFACType),
-            separate_weight_and_bias=separate_weight_and_bias,
-            seed=seed,
-            memory_budget=memory_budget,
-            progressbar=progressbar,
-            unsupported=as_choice("unsupported", unsupported, Unsupported),
-        )
+        self.current_num_data = None
+        self.settings = EstimationSettings.gather(settings, options)
 
     @property
     def strength(self) -> float:
@@ -173,28 +150,23 @@ class EKFACPenalty(ConsolidatedTasks):
         self._strength = as_non_negative_number("strength", value)
 
     @property
-    def current_examples(self) -> int | None:
+    def current_num_data(self) -> int | None:
         """N_now; None takes the last consolidated task's count."""
-        return self._current_examples
+        return self._current_num_data
 
-    @current_examples.setter
-    def current_examples(self, value: int | None) -> None:
-        check_positive_integer("current_examples", value, optional=True)
-        self._current_examples = value
+    @current_num_data.setter
+    def current_num_data(self, value: int | None) -> None:
+        check_positive_integer("current_num_data", value, optional=True)
+        self._current_num_data = value
 
     @property
     def scale(self) -> float:
-        """What multiplies the stacks: λ, over N_now where tasks weigh in by their examples.
-
-        A summed loss has the numbers inside; there, only uniform weights are to be multiplied.
-        """
+        """The factor from what `stacks` hold to the second derivatives of the penalty."""
         if not self._terms:
             return self.strength
-        now = float(self.current_examples or self._last_examples)
-        summed = self._terms[0].operator.provenance.reduction == "sum"
-        if self.weighting == "examples":
-            return self.strength if summed else self.strength / now
-        return self.strength * now if summed else self.strength
+        now = self.current_num_data or self._last_examples
+        reduction = self._terms[0].operator.provenance.reduction
+        return scale_of_penalty(self.strength, now, self.weighting, reduction)
 
     def consolidate(
         self,
@@ -204,9 +176,8 @@ class EKFACPenalty(ConsolidatedTasks):
         *,
         params: Parameters | None = None,
         forward: Callable[[Any], Tensor] | None = None,
-        num_examples: int | None = None,
+        num_data: int | None = None,
         weight: float = 1.0,
-        batch_size_fn: Callable[[Any], int] | None = None,
     ) -> None:
         """Remember a task: estimate its Fisher matrix at the current solution and fold it in.
 
@@ -221,10 +192,8 @@ class EKFACPenalty(ConsolidatedTasks):
             params: The parameters to protect, which keep the names they have in the model; None is
                 all that require gradients and that `include` and `exclude` choose.
             forward: From a batch's inputs to outputs, where that is not `model(inputs)`.
-            num_examples: The task's number of examples, where `data` is only a sample of them.
+            num_data: The task's number of examples, where `data` is only a sample of them.
             weight: w_t, what this task weighs in comparison with the others, at least 0.
-            batch_size_fn: From a batch's inputs to its number of examples, where that is not the
-                length of their first axis.
 
         Raises:
             ValueError: If a parameter, layer, loss or batch cannot be handled, naming it.
@@ -232,7 +201,7 @@ class EKFACPenalty(ConsolidatedTasks):
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-        check_positive_integer("num_examples", num_examples, optional=True)
+        check_positive_integer("num_data", num_data, optional=True)
         weight = as_non_negative_number("weight", weight)
         model = unwrapped(model)
         if params is None:
@@ -241,14 +210,14 @@ class EKFACPenalty(ConsolidatedTasks):
         chosen = name_parameters(params, model)
         named = name_parameters(list(chosen.values()), model)
         self.protected(parameters_of(model))
-        settings = replace(
-            self.settings,
-            seed=self.settings.seed + self._num_tasks,
-            num_data=num_examples,
-            batch_size_fn=batch_size_fn,
-        )
         blocks, shapes, provenance = fit_blocks(
-            self._softened(forward or model), loss_func, named, data, settings, model=model
+            self._softened(forward or model),
+            loss_func,
+            named,
+            data,
+            replace(self.settings, seed=self.settings.seed + self._num_tasks),
+            model=model,
+            num_data=num_data,
         )
         scaled = [b.with_eigenvalues(b.eigenvalues * self.temperature**2) for b in blocks]
         settings_and_temperature = {**provenance.settings, "temperature": self.temperature}
@@ -299,16 +268,12 @@ class EKFACPenalty(ConsolidatedTasks):
             ValueError: If the mode is not `"merged"`, a step size is out of range, or a protected
                 parameter is missing or has lost its shape.
         """
-        if self.mode != "merged":
-            raise ValueError(
-                f"mode is {self.mode!r}; expected 'merged': the terms of separate tasks have no "
-                f"common eigenbasis in which to take a proximal step"
-            )
+        self.check_merged()
         check_step_size(step_size)
         parameters = parameters_of(model)
         if self._stacks and self.scale > 0:
             deltas = self.deltas(parameters)
-            proximal_step_(self._stacks, parameters, deltas, step_size, self.scale)
+            shrink_towards_anchors_(self._stacks, parameters, deltas, step_size, self.scale)
 
     @property
     def max_curvature(self) -> float:
@@ -344,8 +309,8 @@ class EKFACPenalty(ConsolidatedTasks):
 
         Args:
             path: The file.
-            **options: Arguments of the constructor that are to differ from those it was saved with;
-                `mode` and `weighting` cannot.
+            **options: Arguments of the constructor, which replace those it was saved with; not
+                `mode` and `weighting`.
 
         Raises:
             SnapshotError: If the file is damaged or is none of these, naming it, and the key.
@@ -360,7 +325,7 @@ class EKFACPenalty(ConsolidatedTasks):
             except (TypeError, ValueError) as error:
                 raise SnapshotError(f"snapshot's 'options' cannot be used: {error}") from None
             found.check(mode=saved.mode, weighting=saved.weighting)
-            penalty = cls(**{**found.options, **options}) if options else saved
+            penalty = cls(**_overridden(found.options, options)) if options else saved
             found.check(mode=penalty.mode, weighting=penalty.weighting)
         penalty._restore(found)
         return penalty
@@ -386,15 +351,11 @@ class EKFACPenalty(ConsolidatedTasks):
                 f"loss_func has reduction {reduction!r}, but earlier tasks had "
                 f"{reductions.pop()!r}; expected the same for all tasks"
             )
-        if reduction == "mean" and self.weighting == "examples":
-            weight *= operator.num_data
-        elif reduction == "sum" and self.weighting == "uniform":
-            # A summed loss has its example count inside.
-            weight /= operator.num_data
+        weight = kept_weight(weight, operator.num_data, self.weighting, reduction)
         left = (term.only(lambda name, a: fits(name, parameters, a)) for term in self._terms)
         terms = [replace(term, weight=self.decay * term.weight) for term in left if term]
         terms.append(Term(operator, anchor, weight))
-        if self.mode == "merged":
+        if self.mode is Mode.MERGED:
             merged = merge([term.operator for term in terms], [term.weight for term in terms])
             older = terms[0].anchor if len(terms) > 1 else {}
             terms = [Term(merged, {**older, **anchor}, 1.0)]
@@ -408,8 +369,8 @@ class EKFACPenalty(ConsolidatedTasks):
         """Arguments that make a penalty like this one, as JSON can hold them."""
         return {
             "strength": self.strength,
-            "mode": self.mode,
-            "weighting": self.weighting,
+            "mode": self.mode.value,
+            "weighting": self.weighting.value,
             "decay": self.decay,
             "temperature": self.temperature,
             "include": list(self.include),
@@ -421,3 +382,12 @@ class EKFACPenalty(ConsolidatedTasks):
     def extra_repr(self) -> str:
         """Show strength, mode and tasks."""
         return f"strength={self.strength}, mode={self.mode!r}, tasks={self._num_tasks}"
+
+
+def _overridden(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return saved arguments of the constructor with others in their place.
+
+    Settings that are given as a whole replace all that were saved one by one.
+    """
+    names = {field.name for field in fields(EstimationSettings)} if "settings" in given else set()
+    return {**{name: saved[name] for name in saved if name not in names}, **given}

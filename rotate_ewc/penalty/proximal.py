@@ -10,13 +10,13 @@ from torch import Tensor
 
 from rotate_ewc._utils.parameters import fits, protected_slice
 from rotate_ewc._utils.validation import as_non_negative_number
-from rotate_ewc.linalg import kronecker
+from rotate_ewc.linalg.block import shapes_of
 from rotate_ewc.penalty.terms import Stack
 
 StepSize = float | Mapping[str, float]
 
 
-def proximal_step_(
+def shrink_towards_anchors_(
     stacks: Sequence[Stack],
     parameters: Mapping[str, Tensor],
     deltas: Mapping[str, Tensor],
@@ -32,19 +32,18 @@ def proximal_step_(
         step_size: η, or one for each parameter by name (a joint block takes the mean of two).
         scale: What the eigenvalues are multiplied with.
     """
+    shapes = shapes_of(deltas)
     sizes = {stack: step_size_of(step_size, stack.names) for stack in stacks}
     for stack, size in sizes.items():
         block = stack.block
-        matrix = block.matrix(deltas).to(block.eigenvalues.dtype)
-        rotated = kronecker.to_eigenbasis(matrix, block.gradient_basis, block.activation_basis)
+        rotated = block.rotate(deltas)
         # Finite, because infinity times an eigenvalue of zero would not be a number.
         factor = min(size * scale, torch.finfo(rotated.dtype).max)
         shrunk = rotated / (1.0 + factor * block.eigenvalues)
-        moved = kronecker.from_eigenbasis(shrunk, block.gradient_basis, block.activation_basis)
-        for name, anchor, part in zip(stack.names, stack.anchors, block.parts(moved), strict=True):
+        moved = block.unrotate(shrunk, shapes).values()
+        for name, anchor, part in zip(stack.names, stack.anchors, moved, strict=True):
             if fits(name, parameters, anchor[0]):
-                target = protected_slice(name, parameters, anchor[0])
-                target.copy_(anchor[0] + part.reshape(anchor[0].shape))
+                protected_slice(name, parameters, anchor[0]).copy_(anchor[0] + part[0])
 
 
 def check_step_size(step_size: StepSize) -> None:

@@ -99,11 +99,8 @@ class RotatedAdam(Optimizer):
     def penalty(self, penalty: EKFACPenalty | None) -> None:
         if penalty is not None and not isinstance(penalty, EKFACPenalty):
             raise TypeError(f"penalty is {type(penalty).__name__}; expected an EKFACPenalty")
-        if penalty is not None and penalty.mode != "merged":
-            raise ValueError(
-                f"penalty has mode {penalty.mode!r}; expected 'merged': the terms of separate "
-                f"tasks have no common eigenbasis"
-            )
+        if penalty is not None:
+            penalty.check_merged()
         if getattr(self, "_penalty", None) not in (None, penalty):
             raise ValueError(
                 "the optimizer has another penalty already; expected one that was made without, "

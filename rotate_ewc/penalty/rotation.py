@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from rotate_ewc._utils.parameters import fits, protected_slice
-from rotate_ewc.linalg import kronecker
-from rotate_ewc.linalg.block import Block
+from rotate_ewc.linalg.block import shapes_of
 from rotate_ewc.penalty.terms import Stack
 
 ByName = Mapping[str, Tensor]
@@ -80,12 +79,9 @@ class Rotation:
             block = stack.block
             displacements = [self._displacements[name][None] for name in stack.names]
             by_key = dict(zip(block.parameters, displacements, strict=True))
-            matrix = kronecker.from_eigenbasis(
-                block.matrix(by_key), block.gradient_basis, block.activation_basis
-            )
-            parts = _shaped(block.parts(matrix), stack)
+            parts = block.unrotate(block.gather(by_key), shapes_of(by_key)).values()
             for (name, anchor), part in zip(_members(stack), parts, strict=True):
-                protected_slice(name, self._parameters, anchor).copy_(anchor + part)
+                protected_slice(name, self._parameters, anchor).copy_(anchor + part[0])
 
     def _moves(self, stack: Stack) -> bool:
         """Whether a stack's parameters have gradients: all of them, or none.
@@ -109,16 +105,17 @@ class Rotation:
             key: protected_slice(name, self.gradients, anchor)[None]
             for key, (name, anchor) in zip(block.parameters, _members(stack), strict=True)
         }
-        rotated = zip(
-            stack.names,
-            _shaped(block.parts(_to_eigenbasis(block, gradients)), stack),
-            _shaped(block.parts(_to_eigenbasis(block, deltas)), stack),
-            _shaped(block.parts(block.eigenvalues), stack),
-            strict=True,
-        )
-        for name, gradient, displacement, eigenvalues in rotated:
-            self._displacements[name] = displacement
-            self._eigenvalues[name] = eigenvalues
+        shapes = {
+            key: anchor.shape
+            for key, (_, anchor) in zip(block.parameters, _members(stack), strict=True)
+        }
+        rotated_gradients = block.split(block.rotate(gradients), shapes)
+        rotated_deltas = block.split(block.rotate(deltas), shapes)
+        eigenvalues = block.split(block.eigenvalues, shapes)
+        for name, key in zip(stack.names, block.parameters, strict=True):
+            gradient = rotated_gradients[key]
+            self._displacements[name] = rotated_deltas[key]
+            self._eigenvalues[name] = eigenvalues[key]
             whole = self.gradients[name].to(gradient.dtype, copy=True)
             whole[tuple(map(slice, gradient.shape))] = gradient
             self.gradients[name] = whole
@@ -128,15 +125,3 @@ def _members(stack: Stack) -> Iterator[tuple[str, Tensor]]:
     """The names and anchors of the parameters of a stack of one term."""
     for name, anchor in zip(stack.names, stack.anchors, strict=True):
         yield name, anchor[0]
-
-
-def _to_eigenbasis(block: Block, tensors: ByName) -> Tensor:
-    """Gather tensors `[1, *shape]` by the block's own names, and rotate them."""
-    matrix = block.matrix(tensors).to(block.eigenvalues.dtype)
-    return kronecker.to_eigenbasis(matrix, block.gradient_basis, block.activation_basis)
-
-
-def _shaped(parts: Sequence[Tensor], stack: Stack) -> list[Tensor]:
-    """Give the parts of a block's matrix the shapes of its parameters."""
-    members = zip(parts, _members(stack), strict=True)
-    return [part.reshape(anchor.shape) for part, (_, anchor) in members]

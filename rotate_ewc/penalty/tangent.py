@@ -12,7 +12,7 @@ from rotate_ewc._utils.parameters import fits, parameters_of, protected_slice
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.io.header import HEADER, TangentHeader, read_header, write_header
 from rotate_ewc.io.snapshot import checked_tensor
-from rotate_ewc.linalg import kronecker
+from rotate_ewc.linalg.block import shapes_of
 from rotate_ewc.linalg.quadratic import quadratic_gradient
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.proximal import StepSize, check_step_size, step_size_of
@@ -73,11 +73,7 @@ class TangentPenalty:
         """
         if not isinstance(penalty, EKFACPenalty):
             raise TypeError(f"penalty is {type(penalty).__name__}; expected an EKFACPenalty")
-        if penalty.mode != "merged":
-            raise ValueError(
-                f"penalty has mode {penalty.mode!r}; expected 'merged': the terms of separate "
-                f"tasks have no common eigenbasis in which to take an implicit step"
-            )
+        penalty.check_merged()
         self.penalty = penalty
         self.forget()
 
@@ -226,16 +222,11 @@ class TangentPenalty:
         """Move the parameters of one stack, its point of contact and its gradient."""
         block = stack.block
         moved = {key: deltas[key] - self._contact[key] for key in block.parameters}
-        rotated = kronecker.to_eigenbasis(
-            block.matrix(moved), block.gradient_basis, block.activation_basis
-        )
-        rotated = rotated * (block.eigenvalues / (1.0 + factor * block.eigenvalues))
-        matrix = kronecker.from_eigenbasis(rotated, block.gradient_basis, block.activation_basis)
-        members = zip(
-            block.parameters, stack.names, stack.anchors, block.parts(matrix), strict=True
-        )
-        for key, name, anchor, part in members:
-            change = part.reshape(anchor.shape)
+        weights = block.eigenvalues / (1.0 + factor * block.eigenvalues)
+        changes = block.unrotate(block.rotate(moved) * weights, shapes_of(moved))
+        for (key, change), name, anchor in zip(
+            changes.items(), stack.names, stack.anchors, strict=True
+        ):
             self._gradients[key] = self._gradients[key] + change
             # Without what the parameter's dtype rounds off, which is in the next displacement.
             step = factor * change

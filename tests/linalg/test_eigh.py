@@ -123,7 +123,7 @@ def test_a_factor_that_cannot_be_decomposed(how: str, monkeypatch: pytest.Monkey
     operator = EKFACLinearOperator(model, CE, params, data)
     with monkeypatch.context() as patch:
         failing_eigh(patch, 3, how)
-        with pytest.raises(ValueError, match=r"merged output factor of '0\.weight'"):
+        with pytest.raises(ValueError, match=r"merged gradient factor of '0\.weight'"):
             merge([operator, operator])
 
 

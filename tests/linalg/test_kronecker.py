@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -102,10 +103,8 @@ def every_kernel_with_products() -> list[tuple[str, Callable[[], Tensor | None]]
         ("squared_entries", lambda: kronecker.squared_entries(matrices, left, right)),
         ("to_eigenbasis", lambda: kronecker.to_eigenbasis(matrices[:, 0], left, right)),
         ("from_eigenbasis", lambda: kronecker.from_eigenbasis(matrices[:, 0], left, right)),
-        (
-            "apply_in_eigenbasis",
-            lambda: kronecker.apply_in_eigenbasis(matrices.transpose(0, 1), left, right, values),
-        ),
+        ("columns", lambda: kronecker.to_eigenbasis(matrices.transpose(0, 1), left, right)),
+        ("columns back", lambda: kronecker.from_eigenbasis(matrices.transpose(0, 1), left, right)),
         ("merged_basis", lambda: kronecker.merged_basis([left], [values[:, :, 0]])),
         ("change_basis", lambda: kronecker.change_basis(left, left)),
         ("project_eigenvalues", lambda: kronecker.project_eigenvalues(left, right, values)),
@@ -405,22 +404,22 @@ def test_to_and_from_the_eigenbasis(groups: int, sides: str, less: int) -> None:
         assert_close(back[group], q_g @ found[group] @ q_a.T)
 
 
+@pytest.mark.parametrize("less", [0, 1])
 @pytest.mark.parametrize("sides", SIDES)
-@pytest.mark.parametrize(("columns", "groups"), [(1, 1), (2, 3), (5, 1)])
-def test_apply_in_the_eigenbasis(columns: int, groups: int, sides: str) -> None:
-    left, right = bases_of(sides, groups, 3, 4)
-    matrices, values = seeded(columns, groups, 3, 4), seeded(groups, 3, 4, seed=7).square()
-    expected = torch.zeros_like(matrices)
-    for k in range(columns):
-        for group in range(groups):
-            q_g, q_a = written_out(left, group, 3), written_out(right, group, 4)
-            for p in range(3):
-                for q in range(4):
-                    direction = torch.outer(q_g[:, p], q_a[:, q])
-                    overlap = (direction * matrices[k, group]).sum()
-                    expected[k, group] += values[group, p, q] * overlap * direction
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("leading", [(1,), (5,), (2, 3)])
+def test_columns_to_and_from_the_eigenbasis(
+    leading: tuple[int, ...], groups: int, sides: str, less: int
+) -> None:
+    left, right = bases_of(sides, groups, 3, 4, less)
+    matrices = seeded(*leading, groups, 3, 4)
     before = matrices.clone()
-    assert_close(kronecker.apply_in_eigenbasis(matrices, left, right, values), expected)
+    found = kronecker.to_eigenbasis(matrices, left, right)
+    back = kronecker.from_eigenbasis(found, left, right)
+    for place in itertools.product(*map(range, leading), range(groups)):
+        q_g, q_a = written_out(left, place[-1], 3), written_out(right, place[-1], 4)
+        assert_close(found[place], q_g.T @ matrices[place] @ q_a)
+        assert_close(back[place], q_g @ found[place] @ q_a.T)
     assert torch.equal(matrices, before)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotate_ewc.linalg.quadratic import quadratic_form, quadratic_gradient
-from rotate_ewc.penalty.proximal import check_step_size, proximal_step_, step_size_of
+from rotate_ewc.penalty.proximal import check_step_size, shrink_towards_anchors_, step_size_of
 from rotate_ewc.penalty.terms import Stack
 from tests.helpers.oracles import assert_close
 from tests.helpers.random_operators import Layout, RandomOperator
@@ -154,7 +154,7 @@ def test_proximal_step_solves_the_dense_system(scale: float) -> None:
     parameters = split(start.clone())
     deltas = {name: t[None] for name, t in split(start - anchor).items()}
     sizes = {name: 0.2 + 0.1 * i for i, name in enumerate(NAMES)}
-    proximal_step_(stacks(split(anchor)), parameters, deltas, sizes, scale)
+    shrink_towards_anchors_(stacks(split(anchor)), parameters, deltas, sizes, scale)
     # A joint block takes the mean of its two, which commutes with its matrix.
     means = {
         name: sum(sizes[n] for n in block.parameters) / len(block.parameters)
@@ -173,7 +173,7 @@ def test_proximal_step_of_other_precision() -> None:
     parameters = {name: t.float() for name, t in split(drawn(1)).items()}
     start = joined({name: t.double() for name, t in parameters.items()})
     deltas = {name: t[None].float() for name, t in split(start - anchor).items()}
-    proximal_step_(stacks(split(anchor)), parameters, deltas, 0.3, 2.0)
+    shrink_towards_anchors_(stacks(split(anchor)), parameters, deltas, 0.3, 2.0)
     system = torch.eye(len(dense), dtype=torch.float64) + 0.6 * dense
     expected = anchor + torch.linalg.solve(system, start - anchor)
     assert {tensor.dtype for tensor in parameters.values()} == {torch.float32}
@@ -189,7 +189,7 @@ def test_parameters_that_do_not_fit_stay() -> None:
     parameters[small] = parameters[small][:1].clone()
     kept = parameters[small].clone()
     del parameters[missing]
-    proximal_step_(stacks(split(anchor)), parameters, deltas, 0.3, 2.0)
+    shrink_towards_anchors_(stacks(split(anchor)), parameters, deltas, 0.3, 2.0)
     assert torch.equal(parameters[small], kept)
     assert missing not in parameters
     for name in set(NAMES) - {small, missing}:
@@ -202,7 +202,7 @@ def test_every_step_size_is_looked_up_before_anything_moves() -> None:
     deltas = {name: t[None] for name, t in split(start).items()}
     sizes = dict.fromkeys(NAMES[:-1], 0.1)
     with pytest.raises(ValueError, match=f"no entry for the parameter '{NAMES[-1]}'"):
-        proximal_step_(stacks(split(drawn(2))), parameters, deltas, sizes, 1.0)
+        shrink_towards_anchors_(stacks(split(drawn(2))), parameters, deltas, sizes, 1.0)
     assert torch.equal(joined(parameters), start)
 
 

@@ -100,21 +100,21 @@ def least_squares(seed: int = 0, n: int = 9) -> tuple[nn.Linear, Batches]:
 # ------------------------------------------------------------------ where theory knows the answer
 
 
-@pytest.mark.parametrize("current_examples", [None, 25])
-@pytest.mark.parametrize("num_examples", [None, 70])
+@pytest.mark.parametrize("current_num_data", [None, 25])
+@pytest.mark.parametrize("num_data", [None, 70])
 @pytest.mark.parametrize("loss", [MEAN_SQUARES, SUM_OF_SQUARES], ids=["mean", "sum"])
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
 @pytest.mark.parametrize("mode", ["merged", "separate"])
 def test_is_one_where_the_loss_is_quadratic(
-    mode: str, weighting: str, loss: Loss, num_examples: int | None, current_examples: int | None
+    mode: str, weighting: str, loss: Loss, num_data: int | None, current_num_data: int | None
 ) -> None:
     """The block of a linear layer and its bias is exact, and at a minimum nothing else counts."""
     model, data = least_squares()
     penalty = EKFACPenalty(
         2.5, mode, weighting=weighting, fisher_type="type2", separate_weight_and_bias=False
     )
-    penalty.consolidate(model, loss, data, num_examples=num_examples)
-    penalty.current_examples = current_examples
+    penalty.consolidate(model, loss, data, num_data=num_data)
+    penalty.current_num_data = current_num_data
     move(model, 1)
     assert calibrated_strength(penalty, model, loss, data) == pytest.approx(1.0, rel=1e-8)
 
@@ -261,7 +261,7 @@ def test_settings_that_do_not_matter() -> None:
     for strength in (0.0, 1e300):
         penalty.strength = strength
         assert calibrated_strength(penalty, model, CE, data) == expected
-    penalty.current_examples = 1
+    penalty.current_num_data = 1
     assert calibrated_strength(penalty, model, CE, data) == expected
     x, y = joined(data)
     for size in (1, 4, 9):

@@ -21,7 +21,7 @@ def learned(
     for t in range(tasks):
         penalty.consolidate(model, loss, task(name, t, 9 + t), weight=1.0 + t)
         move(model, t)
-    penalty.current_examples = 20
+    penalty.current_num_data = 20
     return model, penalty
 
 

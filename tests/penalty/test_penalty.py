@@ -62,7 +62,7 @@ def test_value_and_gradient_are_those_of_the_formula(mode: str) -> None:
         operators.append(operator_at(model, data, seed=3 + t))
         anchors.append(flat(model))
         move(model, t)
-    penalty.current_examples = 20
+    penalty.current_num_data = 20
     theta = flat(model)
     if mode == "separate":
         exact = [n * dense(op) for n, op in zip(counts, operators, strict=True)]
@@ -132,8 +132,8 @@ def test_strength_can_be_changed() -> None:
     assert penalty(model).item() == pytest.approx(10 * before)
     with pytest.raises(ValueError, match=r"strength is -1.0; expected a finite number"):
         penalty.strength = -1.0
-    with pytest.raises(ValueError, match="current_examples is 0; expected a positive integer"):
-        penalty.current_examples = 0
+    with pytest.raises(ValueError, match="current_num_data is 0; expected a positive integer"):
+        penalty.current_num_data = 0
     assert penalty(model).item() == pytest.approx(10 * before)
 
 
@@ -156,17 +156,17 @@ def test_batching_of_summed_and_mean_losses() -> None:
     mean.consolidate(model, CE, task(0))
     total.consolidate(model, nn.CrossEntropyLoss(reduction="sum"), task(0))
     move(model, 0)
-    mean.current_examples = 1
+    mean.current_num_data = 1
     torch.testing.assert_close(mean(model), total(model), rtol=1e-10, atol=0.0)
 
 
 def test_sample_stands_for_its_task() -> None:
     model = net()
     sample, whole = EKFACPenalty(1.0, seed=1), EKFACPenalty(1.0, seed=1)
-    sample.consolidate(model, CE, task(0), num_examples=900)
+    sample.consolidate(model, CE, task(0), num_data=900)
     whole.consolidate(model, CE, task(0))
     move(model, 0)
-    sample.current_examples = whole.current_examples = 9
+    sample.current_num_data = whole.current_num_data = 9
     torch.testing.assert_close(sample(model), 100 * whole(model), rtol=1e-10, atol=0.0)
 
 

@@ -17,9 +17,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rotate_ewc import EKFACPenalty, FisherType, KFACType, SnapshotError
+from rotate_ewc import (
+    EKFACPenalty,
+    EstimationSettings,
+    FisherType,
+    KFACType,
+    SnapshotError,
+    Unsupported,
+)
 from rotate_ewc.io import files
-from rotate_ewc.options import EstimationSettings, Unsupported
 from tests.helpers.oracles import assert_close, dense_operator
 from tests.helpers.penalties import CE, SUMMED, flat, flat_gradient, move
 
@@ -58,7 +64,7 @@ def test_defaults() -> None:
     assert penalty.include == ("*",)
     assert penalty.exclude == ()
     assert penalty.strict is True
-    assert penalty.current_examples is None
+    assert penalty.current_num_data is None
     assert penalty.num_tasks == 0
     assert penalty.terms == ()
     assert penalty.stacks == ()
@@ -95,7 +101,7 @@ def test_only_strength_and_mode_are_positional() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "Merged"}, "^mode is 'Merged'; expected one of 'merged', 'separate'$"),
+        ({"mode": "x"}, "^mode is 'x'; expected one of 'merged', 'separate'$"),
         ({"weighting": "x"}, "^weighting is 'x'; expected one of 'examples', 'uniform'$"),
         ({"strength": -2.0}, "^strength is -2.0"),
         ({"decay": -0.5}, "^decay is -0.5"),
@@ -106,6 +112,11 @@ def test_only_strength_and_mode_are_positional() -> None:
         ({"unsupported": "x"}, "^unsupported is 'x'"),
         ({"mc_samples": 0}, "^mc_samples is 0"),
         ({"strict": 1}, "^strict is 1"),
+        ({"batch_size_fn": 3}, "^batch_size_fn is 3"),
+        ({"num_per_example_loss_terms": 0}, "^num_per_example_loss_terms is 0"),
+        ({"settings": {"seed": 3}}, "^settings is dict; expected an EstimationSettings$"),
+        ({"fisher_typ": "mc"}, r"no argument 'fisher_typ' \(did you mean 'fisher_type'\?\)"),
+        ({"strenth": 1.0}, r"^EKFACPenalty has no argument 'strenth' \(did you mean 'strength'"),
         ({"include": "x"}, "^include is 'x'"),
         ({"exclude": "x"}, "^exclude is 'x'"),
     ],
@@ -148,8 +159,8 @@ def test_weights_of_tasks(
     matrix, anchor = fisher(model), flat(model)
     penalty = EKFACPenalty(strength, mode, weighting=weighting, decay=decay, fisher_type="type2")
     for count, weight in zip(counts, weights, strict=True):
-        penalty.consolidate(model, loss, DATA, num_examples=count, weight=weight)
-    penalty.current_examples = now
+        penalty.consolidate(model, loss, DATA, num_data=count, weight=weight)
+    penalty.current_num_data = now
     move(model, 1)
     delta, examples = flat(model) - anchor, now or counts[-1]
     omega = 0.0
@@ -251,14 +262,8 @@ def test_forward_and_sizes_of_batches() -> None:
     """Inputs that are no tensor: what the model makes of them, and how many they are."""
     model = linear()
     data = [({"rows": INPUTS.repeat(3, 1)}, TARGETS.repeat(3)), ({"rows": INPUTS}, TARGETS)]
-    penalty = EKFACPenalty(fisher_type="type2")
-    penalty.consolidate(
-        model,
-        CE,
-        data,
-        forward=lambda inputs: model(inputs["rows"]),
-        batch_size_fn=lambda inputs: len(inputs["rows"]),
-    )
+    penalty = EKFACPenalty(fisher_type="type2", batch_size_fn=lambda inputs: len(inputs["rows"]))
+    penalty.consolidate(model, CE, data, forward=lambda inputs: model(inputs["rows"]))
     assert penalty.terms[0].operator.num_data == 4
     dense = dense_operator(penalty.terms[0].operator.blocks, {"weight": (3, 4)})
     assert_close(dense, 4 * fisher(model))  # a merged term carries its weight, the four examples
@@ -274,10 +279,9 @@ def test_bytes_of_everything_that_is_kept() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_examples": 0}, "^num_examples is 0; expected a positive integer"),
-        ({"num_examples": 2.0}, "^num_examples is 2.0; expected a positive integer"),
+        ({"num_data": 0}, "^num_data is 0; expected a positive integer"),
+        ({"num_data": 2.0}, "^num_data is 2.0; expected a positive integer"),
         ({"weight": -1.0}, "^weight is -1.0"),
-        ({"batch_size_fn": 3}, "^batch_size_fn is 3"),
     ],
 )
 def test_bad_arguments_of_a_task_are_named(arguments: dict[str, Any], message: str) -> None:
@@ -437,7 +441,7 @@ def test_state_brings_everything_back(mode: str, weighting: str) -> None:
     options = {"mode": mode, "weighting": weighting}
     penalty, resumed = EKFACPenalty(2.0, **options), EKFACPenalty(2.0, **options)
     for count in (7, 13):
-        penalty.consolidate(model, CE, DATA, num_examples=count, weight=0.5)
+        penalty.consolidate(model, CE, DATA, num_data=count, weight=0.5)
         move(model, count)
     resumed.load_state_dict(penalty.state_dict())
     assert resumed.num_tasks == 2
@@ -445,7 +449,7 @@ def test_state_brings_everything_back(mode: str, weighting: str) -> None:
     assert torch.equal(resumed(model), penalty(model))
     assert [t.weight for t in resumed.terms] == [t.weight for t in penalty.terms]
     for either in (penalty, resumed):  # the seed of the next task counts on
-        either.consolidate(model, CE, DATA, num_examples=5)
+        either.consolidate(model, CE, DATA, num_data=5)
     move(model, 3)
     assert torch.equal(resumed(model), penalty(model))
 
@@ -462,7 +466,7 @@ def test_casts_reach_everything_inside_other_modules() -> None:
 def test_casts_change_nothing_but_tensors() -> None:
     penalty = EKFACPenalty(3.0)
     for count in (7, 13):
-        penalty.consolidate(linear(), CE, DATA, num_examples=count)
+        penalty.consolidate(linear(), CE, DATA, num_data=count)
     assert penalty.scale == 3.0 / 13
     penalty.float()
     assert penalty.num_tasks == 2
@@ -536,8 +540,8 @@ def test_no_strength_moves_nothing() -> None:
 def test_proximal_step_of_separate_terms_says_why_not() -> None:
     with pytest.raises(
         ValueError,
-        match=r"^mode is 'separate'; expected 'merged': the terms of separate tasks have no common "
-        r"eigenbasis in which to take a proximal step$",
+        match=r"^penalty has mode 'separate'; expected 'merged': the terms of separate tasks "
+        r"have no common eigenbasis in which to take a step$",
     ):
         learned(linear(), mode="separate").proximal_step_(linear(), 0.1)
 

@@ -68,7 +68,7 @@ def test_is_the_dense_solution(name: str, joint: bool, tasks: int, step_size: fl
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
 def test_scale_is_that_of_the_penalty(weighting: str, loss: nn.Module) -> None:
     model, penalty = consolidated("plain", 2, loss=loss, weighting=weighting, decay=0.7)
-    penalty.current_examples = 25
+    penalty.current_num_data = 25
     form = quadratic(penalty, model, scale=1.0)
     before = flat(model)
     penalty(model).backward()
@@ -194,7 +194,7 @@ def test_bad_entries_of_step_sizes() -> None:
 @pytest.mark.parametrize("tasks", [0, 1])
 def test_separate_mode_is_refused(tasks: int) -> None:
     model, penalty = consolidated("plain", tasks, mode="separate")
-    with pytest.raises(ValueError, match=r"mode is 'separate'; expected 'merged'"):
+    with pytest.raises(ValueError, match=r"penalty has mode 'separate'; expected 'merged'"):
         penalty.proximal_step_(model, 0.1)
 
 

@@ -334,7 +334,7 @@ def test_is_adam_in_the_eigenbasis_and_a_proximal_step(
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
 def test_scale_is_that_of_the_penalty(weighting: str, loss: nn.Module) -> None:
     model, penalty = consolidated("plain", 2, loss=loss, weighting=weighting, decay=0.7)
-    penalty.current_examples = 25
+    penalty.current_num_data = 25
     at = coordinates(penalty, model)
     unscaled = at.basis @ (at.eigenvalues * (at.basis.T @ (flat(model) - at.anchor)))
     penalty(model).backward()
@@ -610,7 +610,7 @@ def stronger(penalty: EKFACPenalty) -> None:
 
 
 def more_examples(penalty: EKFACPenalty) -> None:
-    penalty.current_examples = 3
+    penalty.current_num_data = 3
 
 
 def to_another_place(penalty: EKFACPenalty) -> None:

@@ -63,7 +63,7 @@ def consolidate(
 
 def separate(**options: Any) -> EKFACPenalty:
     penalty = EKFACPenalty(STRENGTH, "separate", seed=3, **options)
-    penalty.current_examples = NOW
+    penalty.current_num_data = NOW
     return penalty
 
 

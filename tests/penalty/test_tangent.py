@@ -221,7 +221,7 @@ def test_strength_and_counts_act_at_once() -> None:
     tangent, contact = TangentPenalty(penalty), flat(model)
     tangent(model)
     move(model, 8)
-    penalty.strength, penalty.current_examples = 5.0, 20
+    penalty.strength, penalty.current_num_data = 5.0, 20
     form = form._replace(weight=5.0 / 20)
     check_plane(tangent, model, form, contact)
     expected = implicit(form, contact, flat(model), 0.5)

@@ -44,7 +44,7 @@ def learn(
     for t, weight in enumerate(weights):
         data = task("grouped", t, SAMPLES[t])
         penalty.consolidate(
-            model, loss, data, weight=weight, num_examples=COUNTS[t] if t == 1 else None
+            model, loss, data, weight=weight, num_data=COUNTS[t] if t == 1 else None
         )
         anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
         operator = estimated(model, data, seed=penalty.settings.seed + t)
@@ -88,7 +88,7 @@ def test_formula(mode: str, weighting: str, decay: float, loss: nn.Module) -> No
     model, forms = learn(penalty, loss)
     theta = flat(model)
     for now in (None, NOW):
-        penalty.current_examples = now
+        penalty.current_num_data = now
         present = now or COUNTS[-1]
         omegas = [w * decay ** (2 - t) for t, w in enumerate(WEIGHTS)]
         if weighting == "examples":
@@ -125,7 +125,7 @@ def test_number_of_current_examples_does_not_matter_without_counts() -> None:
     penalty = EKFACPenalty(STRENGTH, weighting="uniform")
     model, _ = learn(penalty, CE)
     before = penalty(model).item()
-    penalty.current_examples = NOW
+    penalty.current_num_data = NOW
     assert penalty(model).item() == before > 0
 
 
@@ -194,6 +194,6 @@ def test_bad_weights(weight: Any, error: type[Exception]) -> None:
 )
 def test_bad_numbers_of_current_examples(value: Any, error: type[Exception]) -> None:
     penalty = EKFACPenalty()
-    with pytest.raises(error, match=f"current_examples is {value!r}"):
-        penalty.current_examples = value
-    assert penalty.current_examples is None
+    with pytest.raises(error, match=f"current_num_data is {value!r}"):
+        penalty.current_num_data = value
+    assert penalty.current_num_data is None

@@ -19,7 +19,8 @@ FLOORS = (
     ("errors", "version"),
     ("_utils",),
     # What users may choose, and what is written down of a run.
-    ("options", "provenance"),
+    ("options",),
+    ("provenance",),
     # Matrices and blocks, without a model.
     ("linalg",),
     # What is known of each loss and layer; blocks in files.

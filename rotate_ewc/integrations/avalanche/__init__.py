@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from rotate_ewc.integrations.avalanche.metrics import rotated_ewc_metrics
-from rotate_ewc.integrations.avalanche.plugin import RotatedEWCPlugin
+from rotate_ewc.integrations.avalanche.plugin import RotatedEWCPlugin, Update
 from rotate_ewc.integrations.avalanche.strategy import RotatedEWC
 
-__all__ = ["RotatedEWC", "RotatedEWCPlugin", "rotated_ewc_metrics"]
+__all__ = ["RotatedEWC", "RotatedEWCPlugin", "Update", "rotated_ewc_metrics"]

@@ -10,19 +10,19 @@ from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metric_utils import get_metric_name
 from torch import Tensor
 
-from rotate_ewc.integrations.avalanche.plugin import RotatedEWCPlugin
+from rotate_ewc.integrations.avalanche.plugin import RotatedEWCPlugin, Update
 
 
 def rotated_ewc_metrics(
-    *, penalty: bool = True, snapshot: bool = True, traces: bool = False
+    *, penalty: bool = True, consolidation: bool = True, traces: bool = False
 ) -> list[Any]:
     """Return metrics of a `RotatedEWCPlugin`, to be given to Avalanche's `EvaluationPlugin`.
 
     Args:
         penalty: After every epoch, the penalty and its share of loss plus penalty: means over the
             epoch's batches where the penalty is in the loss, else the penalty as the epoch ends.
-        snapshot: After every experience, how long its snapshot took in seconds, and how many bytes
-            are kept in all.
+        consolidation: After every experience, how many seconds its consolidation took, and how many
+            bytes the penalty keeps in all.
         traces: After every experience, the trace of the penalty's second derivatives for each block
             of parameters.
 
@@ -31,8 +31,8 @@ def rotated_ewc_metrics(
                                      loggers=[InteractiveLogger()])
     """
     metrics: list[Any] = [PenaltyMetric()] if penalty else []
-    if snapshot or traces:
-        metrics.append(SnapshotMetric(sizes=snapshot, traces=traces))
+    if consolidation or traces:
+        metrics.append(ConsolidationMetric(costs=consolidation, traces=traces))
     return metrics
 
 
@@ -55,7 +55,7 @@ class PenaltyMetric(PluginMetric[float]):
         return float(self._penalty) / max(self._batches, 1)
 
     def before_training_epoch(self, strategy: Any) -> None:
-        """Begin anew."""
+        """Start at zero."""
         self.reset()
 
     def after_training_iteration(self, strategy: Any) -> None:
@@ -68,7 +68,7 @@ class PenaltyMetric(PluginMetric[float]):
         """Return the penalty and its share."""
         plugin = _plugin(strategy)
         penalty, total = self.result(), float(self._loss) / max(self._batches, 1)
-        if plugin.update != "penalty":
+        if plugin.update is not Update.PENALTY:
             with torch.no_grad():
                 penalty = float(plugin.penalty(strategy.model))
             total += penalty
@@ -77,37 +77,37 @@ class PenaltyMetric(PluginMetric[float]):
         return _metric_values(self, strategy, values, add_experience=False)
 
 
-class SnapshotMetric(PluginMetric[float]):
-    """Duration and size of snapshots, and their traces, after every training experience."""
+class ConsolidationMetric(PluginMetric[float]):
+    """Duration of consolidations, size and traces of the penalty, after every experience."""
 
-    def __init__(self, *, sizes: bool, traces: bool) -> None:
+    def __init__(self, *, costs: bool, traces: bool) -> None:
         """Choose what to report.
 
         Args:
-            sizes: Whether to report duration and size.
+            costs: Whether to report duration and size.
             traces: Whether to report the trace of each block.
         """
         super().__init__()
-        self._sizes, self._traces = sizes, traces
+        self._costs, self._traces = costs, traces
         self._seconds = 0.0
 
     def reset(self) -> None:
-        """Forget the last snapshot."""
+        """Forget the last consolidation."""
         self._seconds = 0.0
 
     def result(self) -> float:
-        """Return how long the last snapshot took."""
+        """Return how many seconds the last consolidation took."""
         return self._seconds
 
     def after_training_exp(self, strategy: Any) -> list[MetricValue]:
-        """Return what is known of the snapshot; nothing in the middle of an online task."""
+        """Return the values; none in the middle of an online task."""
         plugin = _plugin(strategy)
-        if plugin.snapshot_seconds is None:
+        if plugin.consolidation_seconds is None:
             return []
-        self._seconds = plugin.snapshot_seconds
+        self._seconds = plugin.consolidation_seconds
         values: dict[str, float] = {}
-        if self._sizes:
-            values["RotatedEWC_SnapshotSeconds"] = self._seconds
+        if self._costs:
+            values["RotatedEWC_ConsolidationSeconds"] = self._seconds
             values["RotatedEWC_KeptBytes"] = plugin.penalty.nbytes
         if self._traces:
             for stack in plugin.penalty.stacks:

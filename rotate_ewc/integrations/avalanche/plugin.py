@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -14,33 +14,49 @@ from avalanche.core import SupervisedPlugin
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, Subset
+from typing_extensions import Unpack
 
+from rotate_ewc._utils.keywords import forwards_keywords
 from rotate_ewc._utils.parameters import parameters_of
-from rotate_ewc._utils.validation import (
-    as_non_negative_number,
-    check_boolean,
-    check_positive_integer,
-)
+from rotate_ewc._utils.validation import as_choice, as_non_negative_number, check_positive_integer
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.integrations.avalanche.batches import Batches, forward_batch, whole_task
 from rotate_ewc.integrations.avalanche.verbosity import shows_progress
-from rotate_ewc.options import FisherType, KFACType, Unsupported
+from rotate_ewc.options import Choice, Mode, PenaltyOptions
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.rotated_adam import RotatedAdam
 from rotate_ewc.penalty.step_size import StepSizes, check_optimizer, learning_rate_of, step_sizes_of
 from rotate_ewc.penalty.tangent import TangentPenalty
 
 PROGRESS: Final = "progress"
-UPDATES: Final = ("penalty", "tangent", "proximal", "optimizer")
-# Those that move the parameters after every so many steps of the optimizer.
-IMPLICIT: Final = ("tangent", "proximal")
+
+
+class Update(Choice):
+    """How the penalty acts on the parameters in training.
+
+    `PENALTY`: it is added to every loss. `TANGENT`: the gradient of its tangent plane is added to
+    every gradient of the loss, and the plane is renewed by an implicit step (`TangentPenalty`).
+    `PROXIMAL`: the parameters are moved after the optimizer's step (`EKFACPenalty.proximal_step_`),
+    which is stable for every strength. `OPTIMIZER`: the strategy's optimizer is a
+    `RotatedAdam(model, lr=...)`, which gets the plugin's penalty.
+    """
+
+    PENALTY = "penalty"
+    TANGENT = "tangent"
+    PROXIMAL = "proximal"
+    OPTIMIZER = "optimizer"
+
+    @property
+    def implicit(self) -> bool:
+        """Whether it moves the parameters after every so many steps of the optimizer."""
+        return self in (Update.TANGENT, Update.PROXIMAL)
 
 
 class RotatedEWCPlugin(SupervisedPlugin):
     """Elastic weight consolidation in a rotated basis, as a plugin for any supervised strategy.
 
-    After each experience a snapshot of the Fisher matrix is taken on the experience's data, with
-    its evaluation transforms. Later experiences are trained under the penalty
+    After each experience the Fisher matrix is estimated on the experience's data, with its
+    evaluation transforms. Later experiences are trained under the penalty
 
         ½ · ewc_lambda · Σ_t (N_t / N_now) (θ - θ*)ᵀ F_t (θ - θ*)
 
@@ -50,36 +66,26 @@ class RotatedEWCPlugin(SupervisedPlugin):
     Attributes:
         penalty: The `EKFACPenalty` at work.
         penalty_in_loss: What was added to the last loss.
-        snapshot_seconds: How long the snapshot of the last experience took; None without one.
+        consolidation_seconds: How long the consolidation of the last experience took; None if it
+            did not end a task.
 
     Example:
         strategy = Naive(model=model, optimizer=optimizer, criterion=CrossEntropyLoss(),
                          plugins=[RotatedEWCPlugin(ewc_lambda=3.0)])
     """
 
+    @forwards_keywords(EKFACPenalty, without=("strength",))
     def __init__(
         self,
         ewc_lambda: float = 1.0,
-        mode: str = "merged",
+        mode: Mode | str = Mode.MERGED,
         *,
-        update: str = "penalty",
+        update: Update | str = Update.PENALTY,
         every: int = 1,
         step_size: float | None = None,
-        weighting: str = "examples",
-        decay: float = 1.0,
-        temperature: float = 1.0,
-        include: Sequence[str] = ("*",),
-        exclude: Sequence[str] = (),
         num_samples: int | None = None,
         estimation_mb_size: int | None = None,
-        fisher_type: FisherType | str = FisherType.MC,
-        mc_samples: int = 1,
-        kfac_approx: KFACType | str = KFACType.EXPAND,
-        separate_weight_and_bias: bool = True,
-        seed: int = 2147483647,
-        memory_budget: int = 2**30,
-        unsupported: Unsupported | str = Unsupported.ERROR,
-        progressbar: bool | None = None,
+        **penalty_options: Unpack[PenaltyOptions],
     ) -> None:
         """Make a plugin that does nothing until the first experience has ended.
 
@@ -88,86 +94,49 @@ class RotatedEWCPlugin(SupervisedPlugin):
                 3 a good practical value.
             mode: `"merged"`: one penalty for all experiences, at constant time and memory; or
                 `"separate"`: one for each experience.
-            update: `"penalty"`: the penalty is added to every loss; or `"tangent"`: the gradient of
-                its tangent plane is added to every gradient of the loss, and the plane is taken
-                anew by an implicit step (`TangentPenalty`); or
-                `"proximal"`: the parameters are moved after the optimizer's step
-                (`EKFACPenalty.proximal_step_`), which is stable for every `ewc_lambda`; or
-                `"optimizer"`: the strategy's optimizer is a `RotatedAdam(model, lr=...)`, which
-                gets this plugin's penalty and obeys it. The last three need mode `"merged"`.
+            update: `"penalty"`, `"tangent"`, `"proximal"` or `"optimizer"`: how the penalty acts,
+                see `Update`. The last three need mode `"merged"`.
             every: After how many steps of the optimizer an implicit or proximal step is taken, of
                 so many times its size; the cost is divided by it. What is left over when an epoch
                 ends is taken then.
             step_size: That of the implicit or proximal step; None takes the optimizer's own, which
                 must then be SGD, Adam or AdamW with one learning rate.
-            weighting: `"examples"` or `"uniform"`: how the experiences weigh in.
-            decay: What earlier experiences are multiplied with at the end of each, from 0 to 1.
-            temperature: What the outputs are divided by in a snapshot; see `EKFACPenalty`.
-            include: Patterns such as `"features.*"` for the names of the parameters to protect.
-            exclude: Patterns for names to leave out, such as those of unsupported layers.
-            num_samples: Examples to draw from each experience for its snapshot; None takes all. A
+            num_samples: Examples to draw from each experience for its estimate; None takes all. A
                 few thousand are usually as good.
-            estimation_mb_size: Mini-batch size of the snapshot, which changes its speed but not its
+            estimation_mb_size: Mini-batch size of the estimate, which changes its speed but not its
                 result; None takes the strategy's `train_mb_size`.
-            fisher_type: `MC` (sampled labels), `TYPE2` (exact expectation) or `EMPIRICAL`.
-            mc_samples: Sampled labels per example, for `MC`.
-            kfac_approx: `EXPAND` or `REDUCE`: how shared positions enter the basis.
-            separate_weight_and_bias: One block for each, or one joint block for both.
-            seed: Seed of the drawn examples and labels.
-            memory_budget: Bytes that a snapshot may use beyond the model's own passes.
-            unsupported: `"error"`, `"diagonal"` or `"skip"`: what to do about parameters that are
-                used in a way for which there is no rule; see `EKFACPenalty`.
-            progressbar: Whether to show progress while a snapshot is taken; None does where the
-                strategy has an `InteractiveLogger`, which shows that of training.
+            **penalty_options: Other arguments of `EKFACPenalty`, those for `EstimationSettings`
+                among them. The seed is also that of the drawn examples.
 
         Raises:
             ValueError: If a value is out of range, naming the argument.
-            TypeError: If a value has the wrong type.
+            TypeError: If a value has the wrong type, or there is no such argument.
         """
         super().__init__()
         check_positive_integer("num_samples", num_samples, optional=True)
         check_positive_integer("estimation_mb_size", estimation_mb_size, optional=True)
         check_positive_integer("every", every)
-        if progressbar is not None:
-            check_boolean("progressbar", progressbar)
-        if update not in UPDATES:
-            raise ValueError(
-                f"update is {update!r}; expected one of {', '.join(map(repr, UPDATES))}"
-            )
-        if update != "penalty" and mode != "merged":
+        update, mode = as_choice("update", update, Update), as_choice("mode", mode, Mode)
+        if update is not Update.PENALTY and mode is not Mode.MERGED:
             raise ValueError(f"update is {update!r} and mode {mode!r}; expected mode 'merged'")
         if step_size is not None:
             step_size = as_non_negative_number("step_size", step_size)
-        if update not in IMPLICIT and (every != 1 or step_size is not None):
+        if not update.implicit and (every != 1 or step_size is not None):
             raise ValueError(
                 f"every is {every} and step_size {step_size}, but update {update!r}; expected them "
                 f"with update 'tangent' or 'proximal' only"
             )
-        self.penalty = EKFACPenalty(
-            as_non_negative_number("ewc_lambda", ewc_lambda),
-            mode,
-            weighting=weighting,
-            decay=decay,
-            temperature=temperature,
-            include=include,
-            exclude=exclude,
-            fisher_type=fisher_type,
-            mc_samples=mc_samples,
-            kfac_approx=kfac_approx,
-            separate_weight_and_bias=separate_weight_and_bias,
-            seed=seed,
-            memory_budget=memory_budget,
-            unsupported=unsupported,
-        )
-        self.progressbar = progressbar
+        strength = as_non_negative_number("ewc_lambda", ewc_lambda)
+        self.penalty = EKFACPenalty(strength, mode, **penalty_options)
+        self.progressbar = self.penalty.settings.progressbar
         self.update = update
         self.every = every
         self.step_size = step_size
         self.num_samples = num_samples
         self.estimation_mb_size = estimation_mb_size
         self.penalty_in_loss: Tensor | float = 0.0
-        self.snapshot_seconds: float | None = None
-        self._tangent = TangentPenalty(self.penalty) if update == "tangent" else None
+        self.consolidation_seconds: float | None = None
+        self._tangent = TangentPenalty(self.penalty) if update is Update.TANGENT else None
         self._sub_experiences = 0
         self._waiting, self._waiting_updates = 0.0, 0
         self._learning_rate_checked = False
@@ -179,9 +148,9 @@ class RotatedEWCPlugin(SupervisedPlugin):
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Tell the penalty how many examples the task at hand has."""
-        self.penalty.current_examples = len(whole_task(strategy.experience).dataset)
+        self.penalty.current_num_data = len(whole_task(strategy.experience).dataset)
         self._learning_rate_checked = False
-        if self.update in IMPLICIT and self.step_size is None:
+        if self.update.implicit and self.step_size is None:
             check_optimizer(strategy.optimizer)
         if self._tangent is not None:
             # Weights may have been loaded, and a run that is resumed has no tangent either.
@@ -192,7 +161,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Add the penalty to the loss."""
-        if self.update == "penalty" and self.penalty.num_tasks > 0:
+        if self.update is Update.PENALTY and self.penalty.num_tasks > 0:
             self._check_learning_rate(strategy.optimizer)
             penalty = self.penalty(strategy.model)
             self.penalty_in_loss = penalty.detach()
@@ -205,7 +174,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
 
     def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Take an implicit or proximal step, after every so many steps of the optimizer."""
-        if self.update not in IMPLICIT or self.penalty.num_tasks == 0:
+        if not self.update.implicit or self.penalty.num_tasks == 0:
             return
         own = self.step_size is None
         self._waiting += learning_rate_of(strategy.optimizer) if own else self.step_size or 0.0
@@ -222,13 +191,12 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self._implicit_step(strategy)
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Take the snapshot, at the end of a task."""
-        self.snapshot_seconds = None
+        """Consolidate, at the end of a task."""
+        self.consolidation_seconds = None
         if not self._ends_task(strategy.experience):
             return
         start = time.perf_counter()
         dataset = whole_task(strategy.experience).dataset
-        num_examples = len(dataset)
         shown = shows_progress(strategy) if self.progressbar is None else self.progressbar
         self.penalty.settings = replace(self.penalty.settings, progressbar=shown)
         self.penalty.consolidate(
@@ -236,12 +204,12 @@ class RotatedEWCPlugin(SupervisedPlugin):
             strategy._criterion,
             self._batches(dataset.eval(), strategy),
             forward=partial(forward_batch, strategy.model),
-            num_examples=num_examples,
+            num_data=len(dataset),
         )
-        self.snapshot_seconds = time.perf_counter() - start
+        self.consolidation_seconds = time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all snapshots and anchors: a flat dictionary of tensors and JSON strings.
+        """Return the snapshot of the penalty: a flat dictionary of tensors and JSON strings.
 
         To be saved between experiences, or between the parts into which an online stream cuts them.
         """
@@ -269,7 +237,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
     def _connect(self, optimizer: Optimizer) -> None:
         """Give the penalty to a `RotatedAdam`, which must not obey it unknown to this plugin."""
         rotated = isinstance(optimizer, RotatedAdam)
-        if rotated != (self.update == "optimizer"):
+        if rotated != (self.update is Update.OPTIMIZER):
             raise ValueError(
                 f"update is {self.update!r} and the optimizer {type(optimizer).__name__}; expected "
                 f"update 'optimizer' with RotatedAdam, and only with it"

@@ -58,7 +58,7 @@ def test_is_the_same_as_a_loop_written_by_hand(mode: str) -> None:
                 optimizer.step()
         drawn = torch.randperm(24, generator=torch.Generator().manual_seed(5 + t))[:16]
         batches = [(x[rows], y[rows]) for rows in drawn.split(8)]
-        penalty.consolidate(model, CE, batches, num_examples=24)
+        penalty.consolidate(model, CE, batches, num_data=24)
     assert plugin.penalty.num_tasks == 3
     for name, parameter in trained.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
@@ -137,7 +137,7 @@ def test_replay_and_the_users_list_of_plugins() -> None:
     assert plugins == [replay]
     assert strategy.rotated_ewc.ewc_lambda == 2.0
     assert strategy.rotated_ewc.penalty.num_tasks == 3
-    assert strategy.rotated_ewc.penalty.current_examples == 24
+    assert strategy.rotated_ewc.penalty.current_num_data == 24
 
 
 @pytest.mark.parametrize("size", [8, 9])
@@ -227,7 +227,7 @@ def test_sample_is_drawn_over_all_classes() -> None:
 
     def watch(model: nn.Module, loss: Any, data: Any, **options: Any) -> None:
         seen.extend(targets for _, targets in data)
-        assert options["num_examples"] == 24
+        assert options["num_data"] == 24
         consolidate(model, loss, data, **options)
 
     plugin.penalty.consolidate = watch

@@ -14,7 +14,13 @@ from torch import nn
 from torch.optim import SGD
 
 from rotate_ewc.integrations.avalanche import RotatedEWC, RotatedEWCPlugin
-from rotate_ewc.options import FisherType, KFACType, Unsupported
+from rotate_ewc.options import (
+    EstimationSettings,
+    FisherType,
+    KFACType,
+    PenaltyOptions,
+    Unsupported,
+)
 from tests.helpers.avalanche_training import domain_benchmark, net
 
 PLUGIN = inspect.signature(RotatedEWCPlugin).parameters
@@ -31,7 +37,7 @@ def settings_of(plugin: RotatedEWCPlugin) -> dict[str, Any]:
     """All that a plugin was told, by the names of its arguments."""
     penalty = plugin.penalty
     found = {name: getattr(penalty.settings, name, None) for name in PLUGIN}
-    for name in ("mode", "weighting", "decay", "temperature", "include", "exclude"):
+    for name in ("mode", "weighting", "decay", "temperature", "include", "exclude", "strict"):
         found[name] = getattr(penalty, name)
     told = ("ewc_lambda", "update", "every", "step_size", "num_samples", "estimation_mb_size")
     for name in (*told, "progressbar"):
@@ -52,6 +58,7 @@ OTHERS: dict[str, tuple[Any, Any]] = {
     "temperature": (2, 2.0),
     "include": (["0.*"], ("0.*",)),
     "exclude": (["3.*"], ("3.*",)),
+    "strict": (False, False),
     "num_samples": (10, 10),
     "estimation_mb_size": (4, 4),
     "fisher_type": ("type2", FisherType.TYPE2),
@@ -60,13 +67,30 @@ OTHERS: dict[str, tuple[Any, Any]] = {
     "separate_weight_and_bias": (False, False),
     "seed": (12, 12),
     "memory_budget": (2**20, 2**20),
+    "num_per_example_loss_terms": (1, 1),
+    "batch_size_fn": (len, len),
     "unsupported": ("skip", Unsupported.SKIP),
     "progressbar": (True, True),
 }
 
 
 def test_all_arguments_are_known_here() -> None:
-    assert set(OTHERS) == set(PLUGIN)
+    assert set(OTHERS) == set(PLUGIN) - {"settings"}
+
+
+def test_typed_options_are_those_of_the_signature() -> None:
+    own = ("ewc_lambda", "mode", "update", "every", "step_size", "num_samples")
+    typed = PenaltyOptions.__optional_keys__
+    assert set(PLUGIN) == {*own, "estimation_mb_size", *typed}
+    assert PenaltyOptions.__required_keys__ == set()
+
+
+@pytest.mark.parametrize("make", [RotatedEWCPlugin, lambda **o: ready(**o).rotated_ewc])
+def test_settings_as_a_whole(make: Any) -> None:
+    settings = EstimationSettings(seed=3, mc_samples=2)
+    plugin = make(settings=settings, mc_samples=4, decay=0.5)
+    assert plugin.penalty.settings == EstimationSettings(seed=3, mc_samples=4)
+    assert plugin.penalty.decay == 0.5
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -101,21 +125,22 @@ def test_arguments_are_keywords() -> None:
     assert positional == ["ewc_lambda", "mode"]
     with pytest.raises(TypeError, match="positional arguments"):
         RotatedEWCPlugin(1.0, "merged", "penalty")
-    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in STRATEGY.values())
+    assert all(p.kind is p.KEYWORD_ONLY for p in STRATEGY.values())
 
 
 @pytest.mark.parametrize("owner", [RotatedEWCPlugin, RotatedEWC])
-def test_every_argument_is_described(owner: type) -> None:
+def test_own_arguments_are_described(owner: type) -> None:
+    """The others are described where they belong."""
     description = (owner.__init__.__doc__ or "").split("Raises:")[0]
     described = re.findall(r"^ +\*{0,2}(\w+): ", description, flags=re.MULTILINE)
-    assert described == list(inspect.signature(owner).parameters)
+    written = inspect.signature(inspect.unwrap(owner.__init__)).parameters
+    assert described == list(written)[1:]
 
 
 def test_strategy_takes_what_avalanches_own_takes() -> None:
     """All of it but what only the other penalty has."""
     theirs = set(inspect.signature(EWC).parameters)
     assert theirs - set(STRATEGY) <= {"decay_factor", "keep_importance_data", "base_kwargs"}
-    assert STRATEGY["base_kwargs"].kind is inspect.Parameter.VAR_KEYWORD
 
 
 def test_strategy_hands_on_what_every_strategy_takes() -> None:

@@ -198,7 +198,7 @@ def by_hand(update: str, *, clip_penalty: bool = True) -> nn.Module:
         optimizer.penalty = penalty
     for t in range(TASKS):
         x, y = dataset(t).tensors
-        penalty.current_examples, parts = len(x), torch.arange(24).split(8)
+        penalty.current_num_data, parts = len(x), torch.arange(24).split(8)
         for epoch in range(EPOCHS):
             optimizer.param_groups[0]["lr"] = LR * GAMMA**epoch
             for rows in parts:

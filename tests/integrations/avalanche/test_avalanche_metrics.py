@@ -17,7 +17,7 @@ from torch import nn
 
 from rotate_ewc import EKFACPenalty, RotatedAdam
 from rotate_ewc.integrations.avalanche import RotatedEWCPlugin, rotated_ewc_metrics
-from rotate_ewc.integrations.avalanche.metrics import SnapshotMetric
+from rotate_ewc.integrations.avalanche.metrics import ConsolidationMetric
 from tests.helpers.avalanche_training import dataset, domain_benchmark, net
 
 CE = nn.CrossEntropyLoss()
@@ -107,10 +107,10 @@ def test_penalty_that_is_not_in_the_loss_is_that_of_the_moment(options: str) -> 
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_sizes_and_traces_of_snapshots(options: str) -> None:
+def test_sizes_and_traces_of_consolidations(options: str) -> None:
     evaluator = EvaluationPlugin(rotated_ewc_metrics(penalty=False, traces=True))
     model, plugin = train(evaluator, options)
-    assert all(seconds > 0 for seconds in values(evaluator, "RotatedEWC_SnapshotSeconds/"))
+    assert all(seconds > 0 for seconds in values(evaluator, "RotatedEWC_ConsolidationSeconds/"))
     kept = sum(t.nbytes for t in plugin.penalty.state_dict().values() if not isinstance(t, str))
     sizes = values(evaluator, "RotatedEWC_KeptBytes/")
     assert len(sizes) == 2
@@ -142,7 +142,7 @@ def test_loggers_show_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     loggers = [TextLogger(text), InteractiveLogger(), TensorboardLogger(tmp_path)]
     train(EvaluationPlugin(rotated_ewc_metrics(traces=True), loggers=loggers), evaluate=True)
     for shown in (text.getvalue(), capsys.readouterr().out):
-        for name in ("Penalty", "Share", "SnapshotSeconds", "KeptBytes", "Trace_0.weight"):
+        for name in ("Penalty", "Share", "ConsolidationSeconds", "KeptBytes", "Trace_0.weight"):
             assert f"RotatedEWC_{name}/train_phase/train_stream" in shown, name
     assert list(tmp_path.glob("events*"))
 
@@ -162,7 +162,7 @@ def test_csv_files_are_unharmed(tmp_path: Path) -> None:
 
 
 def test_nothing_is_chosen() -> None:
-    assert rotated_ewc_metrics(penalty=False, snapshot=False) == []
+    assert rotated_ewc_metrics(penalty=False, consolidation=False) == []
 
 
 def test_a_strategy_without_the_plugin_is_told() -> None:
@@ -175,19 +175,19 @@ def test_a_strategy_without_the_plugin_is_told() -> None:
         strategy.train(domain_benchmark(1).train_stream[0])
 
 
-def test_results_of_the_snapshot_metric_itself() -> None:
-    """The duration of the last snapshot, which Avalanche may ask for and reset."""
-    metric = SnapshotMetric(sizes=True, traces=False)
+def test_results_of_the_consolidation_metric_itself() -> None:
+    """The duration of the last consolidation, which Avalanche may ask for and reset."""
+    metric = ConsolidationMetric(costs=True, traces=False)
     assert metric.result() == 0.0
     evaluator = EvaluationPlugin([metric])
     _, plugin = train(evaluator, tasks=1)
-    assert plugin.snapshot_seconds is not None
-    assert metric.result() == plugin.snapshot_seconds > 0
+    assert plugin.consolidation_seconds is not None
+    assert metric.result() == plugin.consolidation_seconds > 0
     metric.reset()
     assert metric.result() == 0.0
 
 
-def test_no_snapshot_no_values() -> None:
+def test_no_consolidation_no_values() -> None:
     """In the middle of an online task there is none."""
     evaluator = EvaluationPlugin(rotated_ewc_metrics())
     stream = split_online_stream(domain_benchmark(1).train_stream, experience_size=8)
@@ -198,6 +198,6 @@ def test_no_snapshot_no_values() -> None:
     counts = []
     for part in stream:
         strategy.train(part)
-        found = [k for k in evaluator.get_all_metrics() if k.startswith("RotatedEWC_Snapshot")]
+        found = [k for k in evaluator.get_all_metrics() if k.startswith("RotatedEWC_Consolidation")]
         counts.append(len(found))
     assert counts == [0, 0, 1]

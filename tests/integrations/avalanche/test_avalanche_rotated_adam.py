@@ -57,7 +57,7 @@ def by_hand(strength: float = 30.0, schedule: float = 1.0) -> nn.Module:
     optimizer = RotatedAdam(model, penalty, lr=LR)
     for t in range(TASKS):
         x, y = dataset(t).tensors
-        penalty.current_examples = len(x)
+        penalty.current_num_data = len(x)
         parts = torch.arange(24).split(8)
         for epoch in range(EPOCHS):
             optimizer.param_groups[0]["lr"] = LR * schedule**epoch
@@ -140,7 +140,7 @@ def with_a_new_optimizer_for_each_task(model: nn.Module, stream: Any, strength: 
         avalanche_model_adaptation(model, experience)
         optimizer = RotatedAdam(model, penalty, lr=LR)
         batches = in_batches(experience)
-        penalty.current_examples = len(experience.dataset)
+        penalty.current_num_data = len(experience.dataset)
         model.train()
         for _ in range(2):
             for x, y, t in batches:

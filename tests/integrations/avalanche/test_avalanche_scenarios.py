@@ -101,7 +101,7 @@ def by_hand(model: nn.Module, stream: Any, update: str, mode: str) -> EKFACPenal
         torch.manual_seed(1)  # new rows are drawn
         avalanche_model_adaptation(model, experience)
         batches = batches_of(experience.dataset)
-        penalty.current_examples = len(experience.dataset)
+        penalty.current_num_data = len(experience.dataset)
         learn_by_hand(model, penalty, batches, update)
         consolidate_by_hand(model, penalty, batches)
     return penalty
@@ -272,7 +272,7 @@ def test_online_streams_are_the_same_as_by_hand(
     expected, penalty = net(dropout=0.0), EKFACPenalty(LAMBDA, seed=5)
     for part, tasks in zip(stream(), taken, strict=True):
         whole = part.logging().origin_experience
-        penalty.current_examples = len(whole.dataset)
+        penalty.current_num_data = len(whole.dataset)
         learn_by_hand(expected, penalty, batches_of(part.dataset), "penalty")
         if tasks > penalty.num_tasks:
             consolidate_by_hand(expected, penalty, batches_of(whole.dataset))

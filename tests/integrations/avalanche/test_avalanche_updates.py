@@ -41,7 +41,7 @@ def by_hand(
     optimizer = make_optimizer(model)
     for t in range(TASKS):
         x, y = dataset(t).tensors
-        penalty.current_examples = len(x)
+        penalty.current_num_data = len(x)
         rate = 0.05
         optimizer.param_groups[0]["lr"] = rate
         for _ in range(EPOCHS):
@@ -97,7 +97,7 @@ def tangent_by_hand(every: int, make_optimizer: MakeOptimizer, sizes: Callable[.
     optimizer, tangent = make_optimizer(model), TangentPenalty(penalty)
     for t in range(TASKS):
         x, y = dataset(t).tensors
-        penalty.current_examples, parts = len(x), torch.arange(24).split(8)
+        penalty.current_num_data, parts = len(x), torch.arange(24).split(8)
         for _ in range(EPOCHS):
             waiting = 0
             for number, rows in enumerate(parts, start=1):
@@ -216,7 +216,7 @@ def test_adam_steps_by_the_geometric_mean_of_its_scales(every: int) -> None:
     optimizer = adam(expected)
     for t in range(TASKS):
         x, y = dataset(t).tensors
-        penalty.current_examples = len(x)
+        penalty.current_num_data = len(x)
         parts = torch.arange(24).split(8)
         for step, rows in enumerate(parts * EPOCHS, start=1):
             optimizer.zero_grad()
