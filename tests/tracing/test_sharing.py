@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rotate_ewc import EKFACLinearOperator
 from rotate_ewc.estimation.activation_cache import Keeper
 from rotate_ewc.estimation.captured_batch import Observation
-from rotate_ewc.estimation.passes import passes
+from rotate_ewc.estimation import passes
 from rotate_ewc.layers.linear import LinearCall
 from rotate_ewc.linalg import eigh
 from rotate_ewc.linalg.block import Block
