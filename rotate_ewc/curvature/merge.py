@@ -83,10 +83,12 @@ def _merge_blocks(blocks: Sequence[Block], shape: torch.Size) -> Block:
         [b.activation_basis for b in blocks], eigenvalues, d_in, axis=2
     )
     gradient_basis = kronecker.merged_basis(
-        gradient_bases, [v.sum(dim=2) for v in eigenvalues], f"merged output factor of {label!r}"
+        gradient_bases, [v.sum(dim=2) for v in eigenvalues], f"merged gradient factor of {label!r}"
     )
     activation_basis = kronecker.merged_basis(
-        activation_bases, [v.sum(dim=1) for v in eigenvalues], f"merged input factor of {label!r}"
+        activation_bases,
+        [v.sum(dim=1) for v in eigenvalues],
+        f"merged activation factor of {label!r}",
     )
     projected = [
         kronecker.project_eigenvalues(

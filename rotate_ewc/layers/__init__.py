@@ -1,7 +1,9 @@
-"""Layer families: one small file each, and the table that finds them.
+"""Layer families, a file each: how one use of a layer's parameters makes per-example gradients.
 
-A rule reads the arguments of a torch function that uses parameters and returns a `LayerCall`. To
-teach the package a new layer, write its rule and add it to `RULES`.
+In come the arguments of a torch function that uses parameters; out goes a `LayerCall`, which turns
+inputs and output gradients into the factors of per-example gradients, or into these themselves. To
+teach the package a layer, write a rule in the file of its family, and add it to `RULES`. Nothing
+here may know of models, losses or data, or import from `tracing` or `estimation`.
 """
 
 from __future__ import annotations

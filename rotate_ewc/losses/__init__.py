@@ -1,4 +1,10 @@
-"""Loss families: one small file each, and the table that finds them."""
+"""Loss families, a file each: the vectors whose outer products make a loss's Fisher matrix.
+
+In come a model's outputs and the targets of one batch; out go vectors to back-propagate, and what
+the batch adds to the number that the reduction `mean` divides by. To teach the package a loss,
+write a `Likelihood`, and add it to `_FACTORIES` or pass it to `register_likelihood`. Nothing here
+may know of models, layers or parameters, or import from `tracing` or `estimation`.
+"""
 
 from __future__ import annotations
 
