@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -22,20 +23,19 @@ def full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments,
     @wraps(function)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         first = next(tensors_in((args, kwargs)), None)
-        if first is None or not _autocasts(first.device.type):
-            return function(*args, **kwargs)
-        with torch.autocast(first.device.type, enabled=False):
+        with nullcontext() if first is None else without_autocast(first.device):
             return function(*args, **kwargs)
 
     return wrapped
 
 
-def _autocasts(device_type: str) -> bool:
-    """Return whether autocast is enabled for a type of device, which need not know of it."""
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Let tensors of a device be computed with in their own dtypes, also in `torch.autocast`."""
     try:
-        return torch.is_autocast_enabled(device_type)
+        enabled = torch.is_autocast_enabled(device.type)
     except RuntimeError:
-        return False  # as for the meta device
+        enabled = False  # not every type of device has autocast
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,8 +47,8 @@ def check_finite(total: Tensor, what: str) -> None:
     """Raise unless a sum is finite, as it is only if every number in it is.
 
     Args:
-        total: A scalar tensor.
-        what: Squares of what it is the sum of.
+        total: The sum, a scalar tensor.
+        what: The numbers whose squares were summed, for the message.
     """
     if not bool(torch.isfinite(total)):
         raise NotFiniteError(
@@ -74,8 +74,8 @@ def check_trace(trace: Tensor, label: str) -> None:
         )
 
 
-def is_faint(squares: Tensor | None) -> bool:
-    """Whether all of some squares, or sums of them, are below what their dtype holds precisely."""
-    if squares is None or not squares.numel():
+def underflowed(squares: Tensor) -> bool:
+    """Whether all of some (sums of) squares are below the smallest normal number of their dtype."""
+    if not squares.numel():
         return False
     return float(squares.max()) < torch.finfo(squares.dtype).tiny

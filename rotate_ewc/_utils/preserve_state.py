@@ -1,18 +1,55 @@
-"""Leave the user's model and random state as they were found, whatever happens in between."""
+"""Leave the user's model and random state as they were found, whatever happens in between.
+
+Both belong to the whole process. Estimations run inside each other, and at the same time in several
+threads, where the first to come may be the first to leave. A lock held throughout would let an
+estimation inside a data loader wait for itself for ever, so every setting remembers who uses it.
+"""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from threading import Lock
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rotate_ewc._utils.process_state import Setting, kept
+AS_FOUND: Final = object()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Something that everybody can read and write.
+
+    Attributes:
+        key: What tells it from other settings.
+        read: Returns its value.
+        write: Gives it a value.
+        meanwhile: The value it has until it is restored; `AS_FOUND` leaves it alone.
+    """
+
+    key: Hashable
+    read: Callable[[], Any]
+    write: Callable[[Any], None]
+    meanwhile: Any = AS_FOUND
+
+
+@dataclass(eq=False)
+class _Visit:
+    """One use of a setting, and the value that is to be restored after it."""
+
+    found: Any = None
+
+
+# The visits to every setting that have not ended, in the order in which they began.
+_VISITS: Final[dict[Hashable, list[_Visit]]] = {}
+_LOCK: Final = Lock()
 
 
 def undisturbed(
@@ -43,6 +80,80 @@ def undisturbed(
             *([] if model is None else map(_buffer, model.buffers())),
         ]
     )
+
+
+@contextmanager
+def kept(settings: Iterable[Setting]) -> Iterator[None]:
+    """Change settings, and restore them, whatever happens in between.
+
+    The second visitor finds what the first has made of a setting. So whoever leaves before a later
+    visitor writes nothing, but hands on the value it found: the setting stays as the others need
+    it, and when all have left it is again what it was before the first came.
+    """
+    visits: list[tuple[Setting, _Visit]] = []
+    try:
+        for setting in settings:
+            # In this order, so that an interrupt in between leaves nothing that is not restored.
+            visits.append((setting, _Visit()))
+            _arrive(*visits[-1])
+        yield
+    finally:
+        # An interrupt may come here too; what it prevented is tried once more.
+        try:
+            _leave_all(visits)
+        except BaseException:
+            try:
+                _leave_all(visits)
+            finally:
+                _forget_all(visits)
+            raise
+
+
+def _leave_all(visits: Sequence[tuple[Setting, _Visit]]) -> None:
+    """End the visits that have not ended, the last first, also where one cannot be ended."""
+    errors = []
+    for setting, visit in reversed(visits):
+        try:
+            _leave(setting, visit)
+        except BaseException as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _arrive(setting: Setting, visit: _Visit) -> None:
+    with _LOCK:
+        visit.found = setting.read()
+        _VISITS.setdefault(setting.key, []).append(visit)
+        if setting.meanwhile is not AS_FOUND:
+            setting.write(setting.meanwhile)
+
+
+def _leave(setting: Setting, visit: _Visit) -> None:
+    with _LOCK:
+        visits = _VISITS.get(setting.key, [])
+        if visit not in visits:
+            return
+        later = visits[visits.index(visit) + 1 :]
+        if later:
+            later[0].found = visit.found
+        else:
+            setting.write(visit.found)
+        _forget(setting, visit)
+
+
+def _forget_all(visits: Sequence[tuple[Setting, _Visit]]) -> None:
+    with _LOCK:
+        for setting, visit in visits:
+            _forget(setting, visit)
+
+
+def _forget(setting: Setting, visit: _Visit) -> None:
+    visits = _VISITS.get(setting.key, [])
+    if visit in visits:
+        visits.remove(visit)
+    if not visits:
+        _VISITS.pop(setting.key, None)
 
 
 def _eval_mode(module: nn.Module) -> Setting:

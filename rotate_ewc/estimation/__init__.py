@@ -1,5 +1,6 @@
-"""From a model, a loss and data to finished blocks, in two passes over the data.
+"""From captured batches to finished blocks.
 
-In come the user's batches; out go bases and eigenvalues, and how many examples they were estimated
-from. Nothing here may know of operators, penalties or files.
+In come captured batches, twice; out go bases from the first pass, and eigenvalues in them from the
+second, with the number of examples. Nothing here may run the model or know its layers' functions,
+or import from `curvature`, `penalty` or `io`.
 """

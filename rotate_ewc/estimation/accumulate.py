@@ -1,240 +1,398 @@
-"""From portions of observations to Kronecker factors, bases and eigenvalues, for each form."""
+"""Sum what captured batches show, block by block: Kronecker factors first, eigenvalues later.
+
+The examples of a block are worked on in microbatches that fit in memory. If memory runs out all the
+same, a microbatch is taken again in halves. So that nothing counts twice, whatever adds to a sum
+allocates all it takes before it changes the sum.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Final
 
+import torch
 from torch import Tensor
 
-from rotate_ewc._utils.numerics import check_finite, is_faint, statistics_dtype
-from rotate_ewc.estimation.captured_batch import Portion
-from rotate_ewc.layers import Factors, Form
-from rotate_ewc.linalg import kronecker
+from rotate_ewc._utils.numerics import check_finite, statistics_dtype, without_autocast
+from rotate_ewc._utils.out_of_memory import is_out_of_memory
+from rotate_ewc.estimation.factors import KroneckerFactors
+from rotate_ewc.layers import FactoredCall, Factors
+from rotate_ewc.linalg import eigenvalues
 from rotate_ewc.linalg.block import Block
-from rotate_ewc.linalg.eigenvalues import (
-    cheapest_route,
-    single_position_product,
-    squared_projections,
-    squared_rotations,
-)
-from rotate_ewc.linalg.outer_products import OuterProducts, eigenvectors
-from rotate_ewc.tracing.block_plan import BlockKey, Plan
+from rotate_ewc.linalg.outer_products import OuterProducts, add_to_all
+from rotate_ewc.tracing.block_plan import BlockKey, BlockPlan, Contribution
+from rotate_ewc.tracing.capture import CapturedBatch
+
+# What is made of a microbatch at a time: laid out, copied, rotated, squared.
+_TENSORS_IN_WORK: Final = 4
 
 
 @dataclass
-class Covariances:
-    """The two Kronecker factors of one block, summed over the data.
+class FirstPass:
+    """The sums of the first pass over the data.
 
     Attributes:
-        form: How the block is made.
-        shape: `(groups, d_out, d_in)`.
-        template: An empty tensor of the statistics' dtype and device.
-        output: Of vectors of d_out entries; None if that side has no basis.
-        input: Of vectors of d_in entries; None likewise.
+        reduce: Whether shared positions are summed before they enter (`KFACType.REDUCE`).
+        max_bytes: What the work on one microbatch may take.
+        num_examples: Examples seen.
+        normalizer: What the reduction `mean` divides by.
+        factors: The Kronecker factors of every block.
+        leaders: The weights, by biases whose gradient factor has so far been that of the weight.
+            Theirs is not computed.
+        reached: The blocks that obviously get a gradient that is not zero.
+        squares: Squared per-example gradients of the parameters for whose uses there is no rule.
     """
 
-    form: Form
-    shape: tuple[int, int, int]
-    template: Tensor
-    output: OuterProducts | None = None
-    input: OuterProducts | None = None
+    reduce: bool
+    max_bytes: int
+    num_examples: int = 0
+    normalizer: float = 0.0
+    factors: dict[BlockKey, KroneckerFactors] = field(default_factory=dict)
+    leaders: dict[BlockKey, BlockKey] = field(default_factory=dict)
+    reached: set[BlockKey] = field(default_factory=set)
+    squares: dict[str, Tensor] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, plan: Plan, parameter: Tensor) -> Covariances:
-        """Begin the factors of a block.
+    def add(self, captured: CapturedBatch) -> None:
+        """Add what a batch shows.
 
-        Args:
-            plan: The block's plan.
-            parameter: Its weight, or whatever parameter it has.
+        Raises:
+            ValueError: If a number is not finite, or a layer is not used as in earlier batches.
+            MemoryError: If the work on a single example takes more memory than there is.
         """
-        groups, d_out, d_in = plan.form.shape(parameter.shape)
-        shape = (groups, d_out, d_in + (plan.key.bias is not None))
-        dtype = statistics_dtype(parameter.dtype)
-        return cls(plan.form, shape, parameter.detach().new_empty(0, dtype=dtype))
+        if captured.first:
+            self.num_examples += captured.num_examples
+            self.normalizer += captured.normalizer
+        for name, squares in captured.squares.items():
+            before = self.squares.get(name)
+            self.squares[name] = squares if before is None else before + squares
+        self._settle_leaders(captured)
+        for plan in captured.plans:
+            # Looked at until it is so, which for most blocks is in the first batch.
+            if plan.key not in self.reached and captured.reaches(plan):
+                self.reached.add(plan.key)
+            if plan.key not in self.leaders:
+                self._add_block(captured, plan)
 
-    def add_outputs(self, vectors: Tensor, what: str) -> None:
-        """Add the outer products of output gradients `[groups, n, shared, d_out]`."""
-        self.output = self._added(self.output, vectors, self.shape[1], what)
+    def _add_block(self, captured: CapturedBatch, plan: BlockPlan) -> None:
+        total, label = self._factors(plan), plan.key.label
+        gradient, activation = total.gradient_covariance, total.activation_covariance
+        if gradient is None and activation is None:
+            return
+        per_example = plan.form.factors is Factors.NONE
+        for microbatch in microbatches(captured, plan, self.max_bytes):
+            if activation is not None and not per_example and captured.first:
+                in_halves(
+                    microbatch, partial(_add_activations, total=activation, reduce=self.reduce)
+                )
+                check_finite(activation.diagonal.sum(), f"layer inputs of {label!r}")
+            for one in microbatch.by_vector():
+                if per_example:
+                    in_halves(one, partial(_add_rows_and_columns, total=total))
+                    for side in (gradient, activation):
+                        if side is not None:
+                            check_finite(side.diagonal.sum(), f"gradients of {label!r}")
+                elif gradient is not None:
+                    in_halves(one, partial(_add_gradients, total=gradient, reduce=self.reduce))
+                    check_finite(gradient.diagonal.sum(), f"output gradients of {label!r}")
 
-    def add_inputs(self, vectors: Tensor, what: str) -> None:
-        """Add the outer products of inputs `[groups, n, shared, d_in]`."""
-        self.input = self._added(self.input, vectors, self.shape[2], what)
-
-    @property
-    def faint(self) -> bool:
-        """Whether one of the factors is too small for its dtype."""
-        sides = [side for side in (self.output, self.input) if side is not None]
-        return any(is_faint(side.diagonal) for side in sides)
-
-    def _added(
-        self, total: OuterProducts | None, vectors: Tensor, size: int, what: str
-    ) -> OuterProducts:
-        if total is None:
-            total = OuterProducts(self.shape[0], size, self.template)
-        total.add(vectors)
-        check_finite(total.diagonal.sum(), what)
+    def _factors(self, plan: BlockPlan) -> KroneckerFactors:
+        """Return the factors of a block so far, which begin with its first batch."""
+        if plan.key not in self.factors:
+            self.factors[plan.key] = KroneckerFactors.of(plan)
+        total = self.factors[plan.key]
+        if total.form != plan.form:
+            raise ValueError(
+                f"{plan.key.label!r} was used in different ways in different batches; "
+                f"expected the same layers in all"
+            )
         return total
 
+    def _settle_leaders(self, captured: CapturedBatch) -> None:
+        """Let biases go on from a copy as soon as their factor is no longer that of a weight."""
+        followers = {p.follower: p.key for p in captured.plans if p.follower is not None}
+        for key, weight in list(self.leaders.items()):
+            if followers.get(key) != weight:
+                del self.leaders[key]
+                covariance = self.factors[weight].gradient_covariance
+                self.factors[key].gradient_covariance = covariance and covariance.clone()
+        for plan in captured.plans:
+            leader = followers.get(plan.key)
+            if leader is not None and not {plan.key, leader} & self.factors.keys():
+                self.leaders[plan.key] = leader
+                self._factors(plan).gradient_covariance = None
 
-def add_covariances(
-    portion: Portion, done: int, total: Covariances, *, reduce: bool
-) -> Iterator[None]:
-    """Add a portion's examples to the Kronecker factors of its block.
 
-    The additions (see `in_pieces`) are that of the inputs, in a batch's first observation, and one
-    for every output vector; or for every output vector one on each side that has a basis.
+@dataclass
+class SecondPass:
+    """The sums of the second pass over the data: the eigenvalues, in the bases of the first.
+
+    Attributes:
+        blocks: The blocks, whose eigenvalues are summed.
+        leaders: As in the first pass.
+        max_bytes: What the work on one microbatch may take.
+    """
+
+    blocks: Mapping[BlockKey, Block]
+    leaders: Mapping[BlockKey, BlockKey]
+    max_bytes: int
+
+    def add(self, captured: CapturedBatch) -> None:
+        """Add a batch's squared per-example gradients in the eigenbases.
+
+        Raises:
+            ValueError: If a number is not finite, or a parameter was not used in the first pass.
+            MemoryError: If the work on a single example takes more memory than there is.
+        """
+        following = {
+            plan.follower
+            for plan in captured.plans
+            if plan.follower is not None and self.leaders.get(plan.follower) == plan.key
+        }
+        for plan in captured.plans:
+            if plan.key in following:
+                continue
+            if plan.key not in self.blocks:
+                raise ValueError(
+                    f"{plan.key.label!r} was used in the second pass over the data but not in the "
+                    f"first; the model and the data must be the same in both"
+                )
+            block = self.blocks[plan.key]
+            follower = self.blocks[plan.follower] if plan.follower in following else None
+            for microbatch in microbatches(captured, plan, self.max_bytes):
+                if plan.form.factors is Factors.OUTER_PRODUCTS:
+                    add = partial(_add_outer_products, block=block, follower=follower)
+                    in_halves(microbatch, add)
+                    continue
+                lookup = plan.form.factors is Factors.LOOKUP
+                for one in microbatch.by_vector():
+                    in_halves(one, partial(_add_lookups if lookup else _add_squares, block=block))
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Some examples of a captured batch, and some of its output vectors, as one block sees them.
+
+    Attributes:
+        captured: The batch.
+        plan: How the block comes out of it.
+        examples: Which examples.
+        vectors: Which output vectors.
+        max_bytes: What the work on them may take, beyond the tensors returned here.
+    """
+
+    captured: CapturedBatch
+    plan: BlockPlan
+    examples: slice
+    vectors: range
+    max_bytes: int
+
+    @property
+    def label(self) -> str:
+        """The block's name."""
+        return self.plan.key.label
+
+    def by_vector(self) -> Iterator[Microbatch]:
+        """Yield the same examples with every output vector by itself."""
+        for vector in self.vectors:
+            yield replace(self, vectors=range(vector, vector + 1))
+
+    def halves(self) -> tuple[Microbatch, ...]:
+        """Return two microbatches of half the examples; none for a single example."""
+        start, stop = self.examples.start, self.examples.stop
+        middle = (start + stop) // 2
+        if middle == start:
+            return ()
+        halves = (slice(start, middle), slice(middle, stop))
+        return tuple(replace(self, examples=h, max_bytes=self.max_bytes // 2) for h in halves)
+
+    def block_activations(self) -> Tensor:
+        """Return the block's inputs a, `[groups, n, shared, d_in]`, in float32 or better.
+
+        In a joint block the first feature is a one, which stands for the bias. Of an embedding they
+        are the indices, `[1, n, shared, 1]`.
+        """
+        parts = [call.activations(self._inputs(index)) for index, call in self._factored_calls()]
+        activations = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        activations = self._as_statistics(activations)
+        if self.plan.key.bias is None:
+            return activations
+        return torch.cat([torch.ones_like(activations[..., :1]), activations], dim=3)
+
+    def block_gradients(self) -> Iterator[Tensor]:
+        """Yield, for every output vector, the block's gradients g, `[groups, n, shared, d_out]`."""
+        for vector in self.vectors:
+            parts = [
+                call.gradients(self._output_gradients(vector, index))
+                for index, call in self._factored_calls()
+            ]
+            yield self._as_statistics(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
+
+    def per_example_gradients(self) -> Iterator[Tensor]:
+        """Yield, for every output vector, per-example gradients `[groups, n, d_out, d_in]`."""
+        for vector in self.vectors:
+            parts = (self._contributed(c, vector) for c in self.plan.contributions)
+            total = next(parts)
+            for part in parts:
+                total = total + part
+            yield self.plan.form.matrices(total)
+
+    def _factored_calls(self) -> Iterator[tuple[int, FactoredCall]]:
+        """Yield the block's uses; in a block of factored form all are of this kind."""
+        for index in self.plan.uses:
+            call = self.captured.uses[index].call
+            if isinstance(call, FactoredCall):
+                yield index, call
+
+    def _contributed(self, contribution: Contribution, vector: int) -> Tensor:
+        """Return one use's part of the per-example gradients, `[n, *parameter.shape]`."""
+        call = self.captured.uses[contribution.use].call
+        gradients = self._as_statistics(self._output_gradients(vector, contribution.use))
+        if contribution.is_weight:
+            inputs = self._as_statistics(self._inputs(contribution.use))
+            gradients = call.weight_gradients(inputs, gradients)
+        else:
+            gradients = call.bias_gradients(gradients)
+        if contribution.through is None:
+            return gradients
+        computed = self.captured.computed[contribution.through]
+        return computed.pull_back(gradients, self.plan.parameter)
+
+    def _inputs(self, use: int) -> Tensor:
+        return self.captured.inputs[use][self.examples]
+
+    def _output_gradients(self, vector: int, use: int) -> Tensor:
+        return self.captured.gradients[vector][use][self.examples]
+
+    def _as_statistics(self, tensor: Tensor) -> Tensor:
+        dtype = statistics_dtype(self.plan.parameter.dtype)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def microbatches(captured: CapturedBatch, plan: BlockPlan, max_bytes: int) -> Iterator[Microbatch]:
+    """Cut the examples so that what is made of one microbatch stays within `max_bytes`.
+
+    Also, a tensor of a microbatch is no larger than a few chunks, for the sake of speed.
+    """
+    chunk = eigenvalues.chunk_bytes(plan.parameter.device)
+    most = min(max_bytes, _TENSORS_IN_WORK * chunk)
+    size = max(1, most // max(1, _bytes_per_example(captured, plan)))
+    vectors = range(len(captured.gradients))
+    for start in range(0, captured.num_examples, size):
+        examples = slice(start, min(start + size, captured.num_examples))
+        yield Microbatch(captured, plan, examples, vectors, max_bytes)
+
+
+def in_halves(microbatch: Microbatch, add: Callable[[Microbatch], None]) -> None:
+    """Add what a microbatch contributes; where memory does not suffice, one half after the other.
 
     Args:
-        portion: The examples.
-        done: Number of additions that have been made.
-        total: The factors so far.
-        reduce: Whether shared positions are summed before they enter (`KFACType.REDUCE`).
+        microbatch: The examples.
+        add: Adds what examples contribute to sums; whatever may take memory comes before it changes
+            one. It is called outside of `torch.autocast`.
 
     Raises:
-        ValueError: If a number is not finite.
+        MemoryError: If a single example needs more memory than there is, naming the block.
     """
-    factors, label = total.form.factors, portion.label
-    if factors is Factors.NONE:
-        yield from _add_rows_and_columns(portion, done, total)
+    try:
+        with without_autocast(microbatch.plan.parameter.device):
+            add(microbatch)
         return
-    if factors is Factors.OUTER_PRODUCTS and portion.observation.first:
-        if done == 0:
-            inputs = portion.activations()
-            inputs = inputs.mean(dim=2, keepdim=True) if reduce else inputs
-            total.add_inputs(inputs, f"layer inputs of {label!r}")
-            del inputs
-            yield
-        done = max(0, done - 1)
-    for gradients in _kept_gradients(portion, done):
-        vectors = gradients.sum(dim=2, keepdim=True) if reduce else gradients
-        total.add_outputs(vectors, f"output gradients of {label!r}")
-        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = f"{error}"
+    # Not in the handler: as long as the error lives, so do the tensors of the work that failed.
+    halves = microbatch.halves()
+    if not halves:
+        raise MemoryError(
+            f"out of memory in the work on a single example for the block of {microbatch.label!r} "
+            f"({reason}); pass a smaller memory_budget, so that less is kept beside it, use "
+            f"smaller batches, or leave the parameter out (exclude, or params)"
+        )
+    for half in halves:
+        in_halves(half, add)
 
 
-def empty_blocks(
-    factors: Mapping[BlockKey, Covariances], leaders: Mapping[BlockKey, BlockKey]
-) -> dict[BlockKey, Block]:
-    """Decompose the factors; the eigenvalues are still to be summed.
-
-    Args:
-        factors: The factors of every block.
-        leaders: Blocks whose output factor is that of another one, and this other one.
-    """
-    own = [(key, total) for key, total in factors.items() if key not in leaders]
-    sides = [(key, "output", total.output) for key, total in own]
-    sides += [(key, "input", total.input) for key, total in own]
-    present = [(key, side, total) for key, side, total in sides if total is not None]
-    labels = [f"{side} factor of {key.label!r}" for key, side, _ in present]
-    bases = eigenvectors([total for *_, total in present], labels)
-    found = {place[:2]: basis for place, basis in zip(present, bases, strict=True)}
-    for key, leader in leaders.items():
-        if (leader, "output") in found:
-            # A copy, since snapshots are files of tensors that share nothing.
-            found[key, "output"] = found[leader, "output"].clone()
-    return {
-        key: _empty_block(key, total, found.get((key, "output")), found.get((key, "input")))
-        for key, total in factors.items()
-    }
+def _bytes_per_example(captured: CapturedBatch, plan: BlockPlan) -> int:
+    """Bytes that the work on one example takes in a block."""
+    elements, itemsize = 0, torch.float32.itemsize
+    for index in plan.uses:
+        use = captured.uses[index]
+        elements += use.call.elements(use.output_shape) // captured.num_examples
+        itemsize = max(itemsize, captured.gradients[0][index].itemsize)
+    if plan.form.factors is Factors.NONE:
+        size = plan.parameter.numel()
+        through = {c.through for c in plan.contributions if c.through is not None}
+        elements += size
+        elements += sum(size + captured.computed[key].tensor.numel() for key in through)
+    return _TENSORS_IN_WORK * elements * itemsize
 
 
-def _empty_block(
-    key: BlockKey, total: Covariances, output_basis: Tensor | None, input_basis: Tensor | None
-) -> Block:
-    if input_basis is not None:
-        # Rows of the eigenvectors are reordered, rather than both sides of the matrix before.
-        input_basis = total.form.columns_of(input_basis.mT, leading=_leading(key)).mT
-    eigenvalues = total.template.new_zeros(total.shape)
-    return Block(key.parameters, output_basis, input_basis, eigenvalues, total.form.transposed)
+def _add_activations(microbatch: Microbatch, total: OuterProducts, reduce: bool) -> None:
+    """Add the outer products of inputs, or of their means over shared positions."""
+    inputs = microbatch.block_activations()
+    total.add(inputs.mean(dim=2, keepdim=True) if reduce else inputs)
 
 
-def add_eigenvalues(
-    portion: Portion, done: int, block: Block, follower: Block | None = None
-) -> Iterator[None]:
-    """Add a portion's squared per-example gradients, in its block's basis, to the eigenvalues.
-
-    The additions (see `in_pieces`) are one for all output vectors where gradients are outer
-    products, and otherwise one for each.
-
-    Args:
-        portion: The examples.
-        done: Number of additions that have been made.
-        block: Its block.
-        follower: The block of a bias that follows the block's weight, in the same basis.
-    """
-    factors = portion.plan.form.factors
-    if factors is Factors.OUTER_PRODUCTS:
-        if done == 0:
-            _add_outer_products(portion, block, follower)
-            yield
-    elif factors is Factors.LOOKUP:
-        indices = portion.activations()[0, :, :, 0]
-        for gradients in portion.gradients(done):
-            rotated = kronecker.rotate(gradients, block.gradient_basis)[0]
-            squares = kronecker.squared_lookups(rotated, indices, block.eigenvalues.shape[2])
-            block.eigenvalues.add_(squares.mT)
-            yield
-    else:
-        for gradients in portion.example_gradients(done):
-            squares = kronecker.squared_entries(
-                gradients, block.gradient_basis, block.activation_basis
-            )
-            check_finite(squares.sum(), f"gradients of {portion.label!r}")
-            block.eigenvalues.add_(squares)
-            yield
+def _add_gradients(microbatch: Microbatch, total: OuterProducts, reduce: bool) -> None:
+    """Add the outer products of output gradients, or of their sums over shared positions."""
+    (gradients,) = microbatch.block_gradients()
+    if microbatch.plan.form.factors is Factors.LOOKUP:
+        # Zeros where an embedding looks up its padding.
+        gradients = gradients * (microbatch.block_activations() >= 0)
+    total.add(gradients.sum(dim=2, keepdim=True) if reduce else gradients)
 
 
-def _add_outer_products(portion: Portion, block: Block, follower: Block | None) -> None:
-    activations, basis = portion.activations(), block.activation_basis
+def _add_rows_and_columns(microbatch: Microbatch, total: KroneckerFactors) -> None:
+    """Add `Σ G Gᵀ` and `Σ Gᵀ G`, of which the vectors are the columns and the rows of G."""
+    (gradients,) = microbatch.per_example_gradients()
+    sides = (
+        (total.gradient_covariance, gradients.mT),
+        (total.activation_covariance, gradients),
+    )
+    add_to_all([(side, vectors) for side, vectors in sides if side is not None])
+
+
+def _add_lookups(microbatch: Microbatch, block: Block) -> None:
+    (gradients,) = microbatch.block_gradients()
+    indices = microbatch.block_activations()[0, :, :, 0]
+    rotated = eigenvalues.rotate(gradients, block.gradient_basis)[0]
+    squares = eigenvalues.squared_lookups(rotated, indices, block.eigenvalues.shape[2])
+    block.eigenvalues.add_(squares.mT)
+
+
+def _add_squares(microbatch: Microbatch, block: Block) -> None:
+    (gradients,) = microbatch.per_example_gradients()
+    squares = eigenvalues.squared_entries(gradients, block.gradient_basis, block.activation_basis)
+    check_finite(squares.sum(), f"gradients of {microbatch.label!r}")
+    block.eigenvalues.add_(squares)
+
+
+def _add_outer_products(microbatch: Microbatch, block: Block, follower: Block | None) -> None:
+    """Add to the eigenvalues of a weight, and of a bias that follows it in the same basis."""
+    activations, basis = microbatch.block_activations(), block.activation_basis
     if basis is not None:
-        leading = _leading(portion.plan.key)
-        basis = portion.plan.form.features_of(basis.mT, leading=leading).mT
+        leading = microbatch.plan.key.leading_columns
+        basis = microbatch.plan.form.features_of(basis.mT, leading=leading).mT
     if follower is not None:
-        squares = squared_rotations(portion.gradients(), block.gradient_basis)
-        if squares is not None:
-            inputs = kronecker.rotate(activations, basis)
-            product = single_position_product(squares, inputs.square())
-            # Both are made before one is added, as no more than the whole may fail.
-            of_bias = squares.sum(dim=(1, 2))[..., None]
-            block.eigenvalues.add_(product)
-            follower.eigenvalues.add_(of_bias)
+        squares = eigenvalues.squared_rotations(microbatch.block_gradients(), block.gradient_basis)
+        inputs = eigenvalues.rotate(activations, basis)
+        product = eigenvalues.single_position_product(squares, inputs.square())
+        of_bias = squares.sum(dim=(1, 2))[..., None]
+        block.eigenvalues.add_(product)
+        follower.eigenvalues.add_(of_bias)
         return
     _, d_out, d_in = block.eigenvalues.shape
-    route = cheapest_route(activations.shape[2], d_out, d_in, portion.num_vectors)
-    total = squared_projections(
-        portion.gradients(), activations, block.gradient_basis, basis, route, portion.max_bytes
+    num_vectors = len(microbatch.vectors)
+    route = eigenvalues.cheapest_route(activations.shape[2], d_out, d_in, num_vectors)
+    total = eigenvalues.squared_projections(
+        microbatch.block_gradients(),
+        activations,
+        block.gradient_basis,
+        basis,
+        route,
+        microbatch.max_bytes,
     )
-    if total is not None:
-        block.eigenvalues.add_(total)
-
-
-def _leading(key: BlockKey) -> int:
-    """Columns in front of the weight's: one in a joint block."""
-    return int(key.bias is not None)
-
-
-def _kept_gradients(portion: Portion, first: int) -> Iterator[Tensor]:
-    """Yield output gradients, with zeros where an embedding looks up its padding."""
-    if portion.plan.form.factors is not Factors.LOOKUP:
-        yield from portion.gradients(first)
-        return
-    kept = portion.activations() >= 0
-    for gradients in portion.gradients(first):
-        yield gradients * kept
-
-
-def _add_rows_and_columns(portion: Portion, done: int, total: Covariances) -> Iterator[None]:
-    """Add `Σ G Gᵀ` and `Σ Gᵀ G`, of which the vectors are the columns and the rows of G."""
-    what = f"gradients of {portion.label!r}"
-    sides = total.form.output_basis + total.form.input_basis
-    if not sides:
-        return
-    first, begun = divmod(done, sides)
-    for gradients in portion.example_gradients(first):
-        if total.form.output_basis and not begun:
-            total.add_outputs(gradients.mT, what)
-            yield
-        if total.form.input_basis:
-            total.add_inputs(gradients, what)
-            yield
-        begun = 0
+    block.eigenvalues.add_(total)

@@ -1,24 +1,57 @@
-"""From a model, a loss and data to finished blocks, and no trace of having been there."""
+"""Estimate the blocks of a model in two passes over the data, and leave the model as it was.
+
+The first pass sums the Kronecker factors, whose eigenvectors become the bases. The second finds, in
+these bases, the exact mean squares of the per-example gradients.
+
+Everything is summed in a fixed order: on a CPU the same seed, the same batches and the same number
+of threads give the same bits, in every process. Another number of threads rounds differently, by
+which the bases of equal eigenvalues may turn.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc._utils.numerics import is_faint
+from rotate_ewc._utils.numerics import check_trace, statistics_dtype, underflowed
 from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.warnings import warn_user
-from rotate_ewc.estimation.passes import Estimate, estimate
-from rotate_ewc.linalg.block import Block
-from rotate_ewc.losses import likelihood_of
-from rotate_ewc.options import EstimationSettings, Reduction, Unsupported
+from rotate_ewc.estimation.accumulate import FirstPass, SecondPass
+from rotate_ewc.estimation.factors import decompose
+from rotate_ewc.linalg.block import Block, matrix_shape
+from rotate_ewc.losses import Likelihood, likelihood_of
+from rotate_ewc.options import EstimationSettings, KFACType, Reduction, Unsupported
 from rotate_ewc.provenance import Provenance
+from rotate_ewc.tracing.capture import BatchCapturer
+from rotate_ewc.tracing.passes import Passes, check_reiterable
 
 # The settings that matter to what is found.
 _TOLD: Final = ("mc_samples", "kfac_approx", "separate_weight_and_bias", "seed", "unsupported")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What estimation found.
+
+    Attributes:
+        blocks: One for every parameter, or pair of weight and bias.
+        num_examples: Examples seen.
+        used: The blocks of the parameters on which an output depended.
+        underflowed: Those that get gradients whose squares are too small for their dtype.
+        unused: Names of the parameters on which no output depended.
+        unsupported: Names of the parameters for whose uses there is no rule.
+    """
+
+    blocks: tuple[Block, ...]
+    num_examples: int
+    used: tuple[Block, ...]
+    underflowed: tuple[Block, ...]
+    unused: tuple[str, ...]
+    unsupported: tuple[str, ...]
 
 
 def fit_blocks(
@@ -70,9 +103,9 @@ def fit_blocks(
             f"parameter {found.unused[0]!r} is not used by model_func; expected parameters that "
             f"the outputs depend on"
         )
-    _warn_of_vanished(found.used, found.faint, found.num_examples)
+    _warn_of_vanished(found.used, found.underflowed, found.num_examples)
     if found.unsupported:
-        _warn(found, settings)
+        _warn_of_unsupported(found.unsupported, settings)
     if not found.blocks:
         raise ValueError(
             f"no parameter is left: unsupported='skip' leaves out {list(found.unsupported)}, and "
@@ -93,15 +126,97 @@ def fit_blocks(
     return found.blocks, shapes, provenance
 
 
-def _warn_of_vanished(used: Sequence[Block], faint: Sequence[Block], num_examples: int) -> None:
+def estimate(
+    forward: Callable[[Any], Tensor],
+    likelihood: Likelihood,
+    parameters: Mapping[str, Tensor],
+    data: Iterable[Any],
+    settings: EstimationSettings,
+    constants: Sequence[Tensor] = (),
+    num_data: int | None = None,
+) -> Estimate:
+    """Estimate the Fisher matrix of a loss over a data set, block by block.
+
+    Half of the memory budget is for batches kept for the second pass, a quarter for the gradients
+    of a batch's output vectors, and a quarter for the work on a block.
+
+    Args:
+        forward: From a batch's inputs to the model's outputs.
+        likelihood: The distribution behind the loss.
+        parameters: What the matrix is over, by name; all must require gradients.
+        data: Re-iterable batches (inputs, targets).
+        settings: How to estimate.
+        constants: The model's tensors that are no parameters, such as buffers.
+        num_data: Examples that the data stand for, where they are a sample of a larger set.
+
+    Returns:
+        Blocks in the order of `parameters`. A parameter on which the outputs do not depend has a
+        block of zeros, its exact Fisher matrix; one that is to be skipped has none.
+
+    Raises:
+        ValueError: If the data, outputs or a layer cannot be handled; the message names which.
+        TypeError: If the outputs, or a batch's parts, have the wrong type.
+        MemoryError: If a single example, or a decomposition, takes more memory than there is.
+    """
+    check_reiterable(data)
+    capturer = BatchCapturer(forward, likelihood, parameters, settings, constants)
+    passes = Passes(capturer, data, settings.memory_budget // 2)
+    first = FirstPass(settings.kfac_approx is KFACType.REDUCE, settings.memory_budget // 4)
+    passes.first(first.add)
+    tiny = {key for key, factors in first.factors.items() if factors.underflowed}
+    second = SecondPass(decompose(first.factors, first.leaders), first.leaders, first.max_bytes)
+    first.factors.clear()
+    passes.second(second.add)
+    without_rule = [_diagonal(name, squares) for name, squares in first.squares.items()]
+    used = (*second.blocks.values(), *without_rule)
+    scale = _scale(first, likelihood, num_data)
+    by_name = {}
+    for block in used:
+        block.eigenvalues.mul_(scale)
+        check_trace(block.trace, block.label)
+        by_name.update(dict.fromkeys(block.parameters, block))
+    vanished = tuple(
+        block
+        for key, block in second.blocks.items()
+        if key in first.reached and (key in tiny or underflowed(block.eigenvalues))
+    )
+    unsupported = tuple(name for name in parameters if name in (capturer.unsupported or ()))
+    skipped = unsupported if settings.unsupported is Unsupported.SKIP else ()
+    wanted = [name for name in parameters if name not in skipped]
+    unused = tuple(name for name in wanted if name not in by_name)
+    by_name.update({name: _diagonal(name, torch.zeros_like(parameters[name])) for name in unused})
+    blocks = tuple(dict.fromkeys(by_name[name] for name in wanted))
+    return Estimate(blocks, first.num_examples, used, vanished, unused, unsupported)
+
+
+def _scale(first: FirstPass, likelihood: Likelihood, num_data: int | None) -> float:
+    """Return the factor from sums over the examples seen to the loss's own reduction."""
+    if likelihood.reduction == "mean":
+        if first.normalizer <= 0:
+            raise ValueError(
+                "no target in the data counts (all are ignored, or have weight 0), so that the "
+                "mean loss is not defined; expected at least one"
+            )
+        return 1.0 / first.normalizer
+    return (num_data or first.num_examples) / max(1, first.num_examples)
+
+
+def _diagonal(name: str, values: Tensor) -> Block:
+    """Return a block with the identity for both bases."""
+    dtype = statistics_dtype(values.dtype)
+    shape = matrix_shape(values.shape, groups=1, transposed=False)
+    return Block((name,), None, None, values.detach().reshape(shape).to(dtype))
+
+
+def _warn_of_vanished(used: Sequence[Block], vanished: Sequence[Block], num_examples: int) -> None:
     """Warn, once, if the Fisher matrix or a part of it is zero only for want of a wider range.
 
     Args:
         used: The blocks of all parameters that the outputs depend on.
-        faint: Those of them that do get gradients, whose squares are too small though.
+        vanished: Those of them that do get gradients, whose squares are too small though.
         num_examples: Examples seen.
     """
-    if used and all(is_faint(block.eigenvalues) for block in used):
+    if used and all(underflowed(block.eigenvalues) for block in used):
         dtype = used[0].eigenvalues.dtype
         warn_user(
             f"the Fisher matrix has vanished: over {num_examples} examples, all of its eigenvalues "
@@ -112,18 +227,18 @@ def _warn_of_vanished(used: Sequence[Block], faint: Sequence[Block], num_example
             f"long",
             RuntimeWarning,
         )
-    elif faint:
-        labels = ", ".join(repr(block.label) for block in faint)
+    elif vanished:
+        labels = ", ".join(repr(block.label) for block in vanished)
         warn_user(
             f"the Fisher matrix of {labels} has vanished, or lost its precision: gradients do "
             f"reach these parameters, but squares of them, or of layer inputs, are too small for "
-            f"{faint[0].eigenvalues.dtype}, so that they are not protected. Use a model in float64 "
-            f"(model.double()), or layer inputs and parameters of usual size",
+            f"{vanished[0].eigenvalues.dtype}, so that they are not protected. Use a model in "
+            f"float64 (model.double()), or layer inputs and parameters of usual size",
             RuntimeWarning,
         )
 
 
-def _warn(found: Estimate, settings: EstimationSettings) -> None:
+def _warn_of_unsupported(names: Sequence[str], settings: EstimationSettings) -> None:
     """Say which parameters have no rule, and what became of them."""
     treated = {
         Unsupported.DIAGONAL: "their Fisher matrix is an exact diagonal, without a rotated basis",
@@ -131,7 +246,7 @@ def _warn(found: Estimate, settings: EstimationSettings) -> None:
     }[settings.unsupported]
     warn_user(
         f"there is no rule for the way in which these parameters are used: "
-        f"{', '.join(map(repr, found.unsupported))}; {treated}"
+        f"{', '.join(map(repr, names))}; {treated}"
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
@@ -39,8 +40,8 @@ class Form:
         factors: The factored form of the per-example gradients.
         groups: Number of independent blocks.
         transposed: Whether the input side comes first in the parameter.
-        output_basis: Whether the output side gets a basis; else the identity.
-        input_basis: Whether the input side does.
+        gradient_basis: Whether the side of the output gradients gets a basis; else the identity.
+        activation_basis: Whether the side of the inputs does.
         window: Number of positions in a kernel. The features of an input run over (position,
             channel), as its windows are cut fastest; the matrix's columns over (channel, position).
     """
@@ -48,8 +49,8 @@ class Form:
     factors: Factors = Factors.NONE
     groups: int = 1
     transposed: bool = False
-    output_basis: bool = True
-    input_basis: bool = False
+    gradient_basis: bool = True
+    activation_basis: bool = False
     window: int = 1
 
     def shape(self, parameter: torch.Size) -> tuple[int, int, int]:
@@ -83,7 +84,7 @@ class Form:
         return torch.cat([tensor[..., :leading], moved], dim=-1) if leading else moved
 
 
-DIAGONAL = Form(output_basis=False)
+DIAGONAL = Form(gradient_basis=False)
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ class LayerCall(ABC):
     def bias_form(self) -> Form:
         """How the bias becomes a block."""
 
-    def elements(self, output_gradient: Tensor) -> int:
+    def elements(self, output_shape: Sequence[int]) -> int:
         """Return how many numbers have to be laid out for all examples together."""
-        return self.input.numel() + output_gradient.numel()
+        return self.input.numel() + math.prod(output_shape)
 
     @abstractmethod
     def weight_gradients(self, inputs: Tensor, output_gradients: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ class FactoredCall(LayerCall):
     @property
     def weight_form(self) -> Form:
         """Both sides get a basis, from the covariances of g and a."""
-        return Form(Factors.OUTER_PRODUCTS, self.groups, input_basis=True)
+        return Form(Factors.OUTER_PRODUCTS, self.groups, activation_basis=True)
 
     @property
     def bias_form(self) -> Form:

@@ -42,13 +42,13 @@ class ConvolutionCall(FactoredCall):
     def weight_form(self) -> Form:
         """Both sides get a basis; the input's features are windows."""
         window = math.prod(self.kernel)
-        return Form(Factors.OUTER_PRODUCTS, self.groups, input_basis=True, window=window)
+        return Form(Factors.OUTER_PRODUCTS, self.groups, activation_basis=True, window=window)
 
-    def elements(self, output_gradient: Tensor) -> int:
+    def elements(self, output_shape: Sequence[int]) -> int:
         """Every output position has a window of inputs."""
-        channels = output_gradient.shape[1]
+        channels = output_shape[1]
         window = self.input.shape[1] * math.prod(self.kernel)
-        return output_gradient.numel() // channels * (window + channels)
+        return math.prod(output_shape) // channels * (window + channels)
 
     def activations(self, inputs: Tensor) -> Tensor:
         """Cut the input into windows: `[groups, n, shared, d_in]`.

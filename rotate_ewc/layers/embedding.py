@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
 from rotate_ewc.layers.base import FactoredCall, Factors, Form
-from rotate_ewc.linalg import kronecker
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class EmbeddingCall(FactoredCall):
         """Add the gradients to the rows looked up, `[n, vocabulary, d_out]`."""
         indices = self.activations(inputs)[0, :, :, 0]
         vocabulary = 0 if self.weight is None else len(self.weight)
-        return kronecker.scatter_rows(self.gradients(output_gradients)[0], indices, vocabulary)
+        return scatter_rows(self.gradients(output_gradients)[0], indices, vocabulary)
 
 
 def embedding(
@@ -71,3 +71,16 @@ def embedding(
         )
     padding = -1 if padding_idx is None else padding_idx % len(weight)
     return EmbeddingCall(input, weight, None, padding_index=padding)
+
+
+def scatter_rows(gradients: Tensor, indices: Tensor, vocabulary: int) -> Tensor:
+    """Add gradients `[n, shared, d]` to the rows looked up → `[n, vocabulary, d]`.
+
+    Negative indices count nothing.
+    """
+    examples, features = len(indices), gradients.shape[2]
+    kept = (indices >= 0).flatten()
+    rows = (torch.arange(examples, device=indices.device)[:, None] * vocabulary + indices).flatten()
+    total = gradients.new_zeros(examples * vocabulary, features)
+    total.index_add_(0, rows[kept], gradients.flatten(0, 1)[kept])
+    return total.view(examples, vocabulary, features)

@@ -34,7 +34,9 @@ class LinearCall(FactoredCall):
 class MatmulCall(LinearCall):
     """`input @ weight + bias`."""
 
-    weight_form: ClassVar[Form] = Form(Factors.OUTER_PRODUCTS, transposed=True, input_basis=True)
+    weight_form: ClassVar[Form] = Form(
+        Factors.OUTER_PRODUCTS, transposed=True, activation_basis=True
+    )
 
 
 def linear(

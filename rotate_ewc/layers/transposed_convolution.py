@@ -8,7 +8,7 @@ side of the weight is a window: (output channels of a group, kernel).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,12 +46,12 @@ class TransposedConvolutionCall(FactoredCall):
     @property
     def weight_form(self) -> Form:
         """The weight comes as `[input channels, output channels of a group, *kernel]`."""
-        return Form(Factors.OUTER_PRODUCTS, self.groups, transposed=True, input_basis=True)
+        return Form(Factors.OUTER_PRODUCTS, self.groups, transposed=True, activation_basis=True)
 
-    def elements(self, output_gradient: Tensor) -> int:
+    def elements(self, output_shape: Sequence[int]) -> int:
         """Every input position has a window of outputs."""
         channels = self.input.shape[1]
-        window = output_gradient.shape[1] * math.prod(self.kernel)
+        window = output_shape[1] * math.prod(self.kernel)
         return self.input.numel() // channels * (window + channels)
 
     def activations(self, inputs: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ Natural Gradient Descent in a Kronecker-factored Eigenbasis"; here with per-exam
 sum over shared positions). Rotating G is the same as rotating what it is made of, so there are many
 ways to the same numbers, and which is cheapest depends on the shapes: see `cheapest_route`.
 
-Data are `[groups, batch, shared, features]`, as in `rotate_ewc.linalg.kronecker`.
+Data are `[groups, batch, shared, features]`, as in `rotate_ewc.linalg.kronecker`. All functions
+compute in the dtypes of their arguments: call them outside of `torch.autocast`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from rotate_ewc._utils.numerics import full_precision
-from rotate_ewc.linalg.kronecker import Basis, rotate
+from rotate_ewc.linalg.kronecker import Basis
 
 # Floating-point operations that a large product does in the time one element takes to be written
 # to memory and read back. With this value the faster kernel was chosen in 26 of 28 measured cases
@@ -98,6 +98,17 @@ def cheapest_route(shared: int, d_out: int, d_in: int, num_vectors: int) -> Rout
     return min(costs, key=costs.__getitem__)
 
 
+def rotate(vectors: Tensor, basis: Basis) -> Tensor:
+    """Express vectors `[groups, batch, shared, d]` in a basis → `[groups, batch, shared, rank]`."""
+    if basis is None:
+        return vectors
+    if vectors.stride(3) != 1 and vectors.shape[2] > 1:
+        # Positions lie together (as pixels do), and stay so: copying them costs more.
+        return (basis.mT[:, None] @ vectors.mT).mT
+    rotated = vectors.flatten(1, 2) @ basis
+    return rotated.view(*vectors.shape[:3], basis.shape[2])
+
+
 def squared_projections(
     gradients: Iterable[Tensor],
     activations: Tensor,
@@ -105,11 +116,12 @@ def squared_projections(
     activation_basis: Basis,
     route: Route,
     max_bytes: int | None = None,
-) -> Tensor | None:
+) -> Tensor:
     """Sum the squared entries of rotated per-example gradients over examples and label vectors.
 
     Args:
-        gradients: For every label vector the output gradients, `[groups, batch, shared, d_out]`.
+        gradients: For every label vector the output gradients, `[groups, batch, shared, d_out]`;
+            there is at least one.
         activations: Layer inputs, `[groups, batch, shared, d_in]`.
         gradient_basis: Q_g, `[groups, d_out, d_out]`; None is the identity.
         activation_basis: Q_a, `[groups, d_in, d_in]`; None likewise.
@@ -118,53 +130,51 @@ def squared_projections(
             takes more); no more than `chunk_bytes` in any case.
 
     Returns:
-        `[groups, d_out, d_in]`; None if there are no label vectors.
+        `[groups, d_out, d_in]`.
     """
     if route.rotate_activations:
         activations, activation_basis = rotate(activations, activation_basis), None
     if route.kernel is Kernel.SINGLE:
         squares = squared_rotations(gradients, gradient_basis)
-        return None if squares is None else single_position_product(squares, activations.square())
-    total: Tensor | None = None
-    for g in gradients:
+        return single_position_product(squares, activations.square())
+
+    def of_vector(g: Tensor) -> Tensor:
         rest = gradient_basis
         if route.rotate_gradients:
             g, rest = rotate(g, gradient_basis), None
         if route.kernel is Kernel.PAIRS:
-            squares = pair_products(g, activations, max_bytes)
-        else:
-            squares = example_products(g, activations, rest, activation_basis, max_bytes)
-        total = squares if total is None else total.add_(squares)
+            return pair_products(g, activations, max_bytes)
+        return example_products(g, activations, rest, activation_basis, max_bytes)
+
+    squares_of_vectors = map(of_vector, gradients)
+    total = next(squares_of_vectors)
+    for squares in squares_of_vectors:
+        total.add_(squares)
     return total
 
 
-def squared_rotations(gradients: Iterable[Tensor], basis: Basis) -> Tensor | None:
+def squared_rotations(gradients: Iterable[Tensor], basis: Basis) -> Tensor:
     """Rotate the gradients of all label vectors, and sum their squares.
 
     Args:
-        gradients: `[groups, batch, shared, d_out]` for every label vector.
+        gradients: `[groups, batch, shared, d_out]` for every label vector; there is at least one.
         basis: Q_g, or None.
 
     Returns:
-        `[groups, batch, shared, d_out]`; None if there are no label vectors.
+        `[groups, batch, shared, d_out]`.
     """
-    total: Tensor | None = None
-    for g in gradients:
-        rotated = rotate(g, basis)
-        if total is None:
-            total = rotated.square()
-        else:
-            total.addcmul_(rotated, rotated)
+    rotations = (rotate(g, basis) for g in gradients)
+    total = next(rotations).square()
+    for rotated in rotations:
+        total.addcmul_(rotated, rotated)
     return total
 
 
-@full_precision
 def single_position_product(gradient_squares: Tensor, activation_squares: Tensor) -> Tensor:
     """Return `(g²)ᵀ (a²)`: with one shared position, no per-example gradient is needed."""
     return gradient_squares.flatten(1, 2).mT @ activation_squares.flatten(1, 2)
 
 
-@full_precision
 def pair_products(gradients: Tensor, activations: Tensor, max_bytes: int | None = None) -> Tensor:
     """Write the square out, `Σ_{s,t} (g_si g_ti) (a_sj a_tj)`: one product over pairs s ≤ t."""
     shared = gradients.shape[2]
@@ -180,7 +190,6 @@ def pair_products(gradients: Tensor, activations: Tensor, max_bytes: int | None 
     return total
 
 
-@full_precision
 def example_products(
     gradients: Tensor,
     activations: Tensor,
@@ -212,6 +221,52 @@ def example_products(
             work = spare[0]
         total += work.square_().view(groups, count, d_out, d_in).sum(dim=1)
     return total
+
+
+def squared_entries(gradients: Tensor, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
+    """Sum over examples the squared entries of `Q_gᵀ G_n Q_a`.
+
+    Args:
+        gradients: Per-example gradients, `[groups, n, d_out, d_in]`.
+        gradient_basis: Q_g, `[groups, d_out, d_out]` or None.
+        activation_basis: Q_a, `[groups, d_in, d_in]` or None.
+
+    Returns:
+        `[groups, d_out, d_in]`.
+    """
+    rotated = gradients
+    if activation_basis is not None:
+        # All examples in one product.
+        rotated = (rotated.flatten(1, 2) @ activation_basis).view_as(rotated)
+    if gradient_basis is not None and rotated.shape[3] == 1:
+        rotated = (rotated.squeeze(3) @ gradient_basis).unsqueeze(3)
+    elif gradient_basis is not None:
+        rotated = gradient_basis.mT[:, None] @ rotated
+    return rotated.square().sum(dim=1)
+
+
+def squared_lookups(gradients: Tensor, indices: Tensor, vocabulary: int) -> Tensor:
+    """Sum over examples the squared entries of gradients of rows looked up.
+
+    `Λ_vj = Σ_n (Σ_{s: k_ns = v} g_nsj)²`: what one example adds to a row is summed before it is
+    squared, without a vocabulary-sized tensor for each example.
+
+    Args:
+        gradients: `[n, shared, d]`.
+        indices: k, `[n, shared]`; negative ones count nothing.
+        vocabulary: Number of rows.
+
+    Returns:
+        `[vocabulary, d]`.
+    """
+    kept = (indices >= 0).flatten()
+    example = torch.arange(len(indices), device=indices.device)[:, None]
+    rows = (example * vocabulary + indices).flatten()[kept]
+    distinct, place = torch.unique(rows, return_inverse=True)
+    sums = gradients.new_zeros(len(distinct), gradients.shape[2])
+    sums.index_add_(0, place, gradients.flatten(0, 1)[kept])
+    total = gradients.new_zeros(vocabulary, gradients.shape[2])
+    return total.index_add_(0, distinct % vocabulary, sums.square_())
 
 
 def _examples_at_once(like: Tensor, elements_per_example: int, max_bytes: int | None) -> int:

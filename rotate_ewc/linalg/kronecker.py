@@ -9,7 +9,6 @@ orthonormal columns; None stands for the identity, which is never stored.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 from einops import einsum
@@ -20,109 +19,6 @@ from rotate_ewc._utils.numerics import full_precision
 from rotate_ewc.linalg.eigh import eigenbasis
 
 Basis = Tensor | None
-
-# Symmetric products are computed by panels, above the diagonal only: narrower ones save more, but
-# products of less than about this width are slow.
-_NARROWEST_PANEL: Final = 96
-_MOST_PANELS: Final = 4
-
-
-@full_precision
-def add_covariance_(total: Tensor, vectors: Tensor) -> None:
-    """Add the outer products of vectors to a symmetric sum, of which the upper triangle counts.
-
-    Args:
-        total: `[groups, d, d]`, changed in place. What is below the diagonal is meaningless.
-        vectors: `[groups, batch, shared, d]`.
-    """
-    groups, _, shared, size = vectors.shape
-    if vectors.stride(3) != 1 and shared >= size:
-        # Positions lie together (as pixels do): cheaper multiplied as they are than laid out anew.
-        total.add_((vectors.mT @ vectors).sum(dim=1))
-        return
-    rows = vectors.flatten(1, 2)
-    panels = min(_MOST_PANELS, size // _NARROWEST_PANEL)
-    if groups > 1 or panels < 2:
-        total.baddbmm_(rows.mT, rows)
-        return
-    width = -(-size // panels)
-    for start in range(0, size, width):
-        panel = total[0, start : start + width, start:]
-        left = rows[0, :, start : start + width]
-        panel.addmm_(left.mT, rows[0, :, start:])
-
-
-@full_precision
-def rotate(vectors: Tensor, basis: Basis) -> Tensor:
-    """Express vectors `[groups, batch, shared, d]` in a basis → `[groups, batch, shared, rank]`."""
-    if basis is None:
-        return vectors
-    if vectors.stride(3) != 1 and vectors.shape[2] > 1:
-        # Positions lie together (as pixels do), and stay so: laying them out anew costs more.
-        return (basis.mT[:, None] @ vectors.mT).mT
-    rotated = vectors.flatten(1, 2) @ basis
-    return rotated.view(*vectors.shape[:3], basis.shape[2])
-
-
-@full_precision
-def squared_entries(gradients: Tensor, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
-    """Sum over examples the squared entries of `Q_gᵀ G_n Q_a`.
-
-    Args:
-        gradients: Per-example gradients, `[groups, n, d_out, d_in]`.
-        gradient_basis: Q_g, `[groups, d_out, d_out]` or None.
-        activation_basis: Q_a, `[groups, d_in, d_in]` or None.
-
-    Returns:
-        `[groups, d_out, d_in]`.
-    """
-    rotated = gradients
-    if activation_basis is not None:
-        # All examples in one product.
-        rotated = (rotated.flatten(1, 2) @ activation_basis).view_as(rotated)
-    if gradient_basis is not None and rotated.shape[3] == 1:
-        rotated = (rotated.squeeze(3) @ gradient_basis).unsqueeze(3)
-    elif gradient_basis is not None:
-        rotated = gradient_basis.mT[:, None] @ rotated
-    return rotated.square().sum(dim=1)
-
-
-@full_precision
-def squared_lookups(gradients: Tensor, indices: Tensor, vocabulary: int) -> Tensor:
-    """Sum over examples the squared entries of gradients of rows looked up.
-
-    `Λ_vj = Σ_n (Σ_{s: k_ns = v} g_nsj)²`: what one example adds to a row is summed before it is
-    squared, without a vocabulary-sized tensor for each example.
-
-    Args:
-        gradients: `[n, shared, d]`.
-        indices: k, `[n, shared]`; negative ones count nothing.
-        vocabulary: Number of rows.
-
-    Returns:
-        `[vocabulary, d]`.
-    """
-    kept = (indices >= 0).flatten()
-    example = torch.arange(len(indices), device=indices.device)[:, None]
-    rows = (example * vocabulary + indices).flatten()[kept]
-    distinct, place = torch.unique(rows, return_inverse=True)
-    sums = gradients.new_zeros(len(distinct), gradients.shape[2])
-    sums.index_add_(0, place, gradients.flatten(0, 1)[kept])
-    total = gradients.new_zeros(vocabulary, gradients.shape[2])
-    return total.index_add_(0, distinct % vocabulary, sums.square_())
-
-
-def scatter_rows(gradients: Tensor, indices: Tensor, vocabulary: int) -> Tensor:
-    """Add gradients `[n, shared, d]` to the rows looked up → `[n, vocabulary, d]`.
-
-    Negative indices count nothing.
-    """
-    examples, features = len(indices), gradients.shape[2]
-    kept = (indices >= 0).flatten()
-    rows = (torch.arange(examples, device=indices.device)[:, None] * vocabulary + indices).flatten()
-    total = gradients.new_zeros(examples * vocabulary, features)
-    total.index_add_(0, rows[kept], gradients.flatten(0, 1)[kept])
-    return total.view(examples, vocabulary, features)
 
 
 @full_precision

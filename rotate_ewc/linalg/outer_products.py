@@ -1,21 +1,32 @@
-"""Sums of outer products of vectors, and their eigenvectors: one side of a Kronecker product."""
+"""Sums of outer products of vectors, and their eigenvectors: one side of a Kronecker product.
+
+Vectors are `[groups, batch, shared, d]` and sums `[groups, d, d]`, as in
+`rotate_ewc.linalg.kronecker`. Vectors are multiplied in their own dtype: add them outside of
+`torch.autocast`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from rotate_ewc._utils.numerics import full_precision
-from rotate_ewc.linalg import eigh, kronecker
+from rotate_ewc.linalg import eigh
 
 # With fewer vectors per entry, decomposing them is the faster way. With 512 to 2048 entries it took
 # 0.15 to 0.3 of the time of `eigh` for a quarter as many vectors, half for half, and all of it for
 # three quarters.
 _FEW: Final = 0.5
+
+# Symmetric products are computed by panels, above the diagonal only: narrower ones save more, but
+# products of less than about this width are slow.
+_NARROWEST_PANEL: Final = 96
+_MOST_PANELS: Final = 4
 
 
 class OuterProducts:
@@ -32,7 +43,7 @@ class OuterProducts:
         """Begin with no vectors.
 
         Args:
-            groups: Number of sums beside each other.
+            groups: Number of independent sums.
             size: d, the entries of a vector.
             template: A tensor of the sum's dtype and device.
         """
@@ -49,22 +60,30 @@ class OuterProducts:
         return self._matrix.diagonal(dim1=1, dim2=2)
 
     def add(self, vectors: Tensor) -> None:
-        """Add vectors `[groups, n, shared, d]`."""
+        """Add vectors `[groups, n, shared, d]`: all or, where memory runs out, none of them."""
+        self.prepared(vectors)()
+
+    def prepared(self, vectors: Tensor) -> Callable[[], object]:
+        """Allocate whatever adding vectors takes, and return what adds them without allocating.
+
+        In this way several sums can be changed together: see `add_to_all`.
+        """
         groups, size = self._diagonal.shape
         count = self._num_vectors + vectors.shape[1] * vectors.shape[2]
         if self._matrix is None and count <= _FEW * size:
             # A copy: what they are a view of is larger, and the caller's.
             rows = vectors.flatten(1, 2).clone()
-            self._diagonal = self._diagonal + rows.square().sum(dim=1)
-            self._vectors.append(rows)
-            self._num_vectors = count
-            return
+            return partial(self._keep, rows, self._diagonal + rows.square().sum(dim=1), count)
         if self._matrix is None:
             matrix = self._diagonal.new_zeros(groups, size, size)
             for rows in self._vectors:
-                kronecker.add_covariance_(matrix, rows[:, None])
+                add_covariance_(matrix, rows[:, None])
             self._matrix, self._vectors = matrix, []
-        kronecker.add_covariance_(self._matrix, vectors)
+        return _prepared_covariance(self._matrix, vectors)
+
+    def _keep(self, rows: Tensor, diagonal: Tensor, count: int) -> None:
+        self._vectors.append(rows)
+        self._diagonal, self._num_vectors = diagonal, count
 
     def clone(self) -> OuterProducts:
         """Return a sum of the same vectors, to which others can be added."""
@@ -87,6 +106,49 @@ class OuterProducts:
             return None, self._matrix
         with eigh.naming_decomposition(self._diagonal.shape[1], label):
             return _triangular(torch.cat(self._vectors, dim=1))
+
+
+def add_to_all(additions: Sequence[tuple[OuterProducts, Tensor]]) -> None:
+    """Add vectors to several sums: to all of them or, where memory runs out, to none.
+
+    Args:
+        additions: Sums, and the vectors `[groups, n, shared, d]` to add to each.
+    """
+    for add in [total.prepared(vectors) for total, vectors in additions]:
+        add()
+
+
+def add_covariance_(total: Tensor, vectors: Tensor) -> None:
+    """Add the outer products of vectors to a symmetric sum, of which the upper triangle counts.
+
+    Args:
+        total: `[groups, d, d]`, changed in place. What is below the diagonal is meaningless.
+        vectors: `[groups, batch, shared, d]`.
+    """
+    _prepared_covariance(total, vectors)()
+
+
+def _prepared_covariance(total: Tensor, vectors: Tensor) -> Callable[[], Any]:
+    """Return what adds outer products to a sum in place, and allocates nothing."""
+    shared, size = vectors.shape[2:]
+    if vectors.stride(3) != 1 and shared >= size:
+        # Positions lie together (as pixels do): cheaper multiplied as they are than copied.
+        return partial(total.add_, (vectors.mT @ vectors).sum(dim=1))
+    return partial(_add_products_, total, vectors.flatten(1, 2))
+
+
+def _add_products_(total: Tensor, rows: Tensor) -> None:
+    """Add `Vᵀ V` of rows V `[groups, n, d]`, above the diagonal."""
+    size = rows.shape[2]
+    panels = min(_MOST_PANELS, size // _NARROWEST_PANEL)
+    if len(rows) > 1 or panels < 2:
+        total.baddbmm_(rows.mT, rows)
+        return
+    width = -(-size // panels)
+    for start in range(0, size, width):
+        panel = total[0, start : start + width, start:]
+        left = rows[0, :, start : start + width]
+        panel.addmm_(left.mT, rows[0, :, start:])
 
 
 def eigenvectors(sums: Sequence[OuterProducts], labels: Sequence[str]) -> list[Tensor]:

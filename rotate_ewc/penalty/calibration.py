@@ -14,12 +14,13 @@ from torch.func import functional_call
 from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc._utils.parameters import parameters_of, unwrapped
 from rotate_ewc._utils.preserve_state import undisturbed
-from rotate_ewc.estimation.data import batches, check_reiterable, count_examples
 from rotate_ewc.linalg.quadratic import quadratic_form
 from rotate_ewc.losses import Likelihood, likelihood_of
 from rotate_ewc.options import Reduction
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.weighting import kept_examples
+from rotate_ewc.tracing.capture import count_examples
+from rotate_ewc.tracing.passes import batches, check_reiterable
 
 
 def calibrated_strength(

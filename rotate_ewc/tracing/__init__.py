@@ -1,6 +1,6 @@
-"""One forward pass: which operation uses which parameter, and which row belongs to which example.
+"""From the user's data to captured batches: what each batch shows of every use of a parameter.
 
-In come a model's forward function and its parameters; out go the recorded uses, where the examples
-lie in them, and a plan of the blocks that they make. Nothing here may sum over data, or import from
-`estimation`, `curvature` or `penalty`.
+In come a model's forward function, its parameters, a loss and the data; out go captured batches,
+each with the inputs of all uses, the gradients at their outputs, and a plan of the blocks that they
+make. Nothing here may sum over batches, or import from `estimation`, `curvature` or `penalty`.
 """

@@ -1,4 +1,7 @@
-"""Which blocks the uses of parameters make, and of what form."""
+"""Plan the blocks: which uses of a parameter make its block, and in what form.
+
+A plan is made of names, shapes and forms alone, and knows nothing of a batch's numbers.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rotate_ewc.layers import Factors, Form
-from rotate_ewc.tracing.recorder import Computed, Use
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,32 @@ class BlockKey:
         """The names joined for messages."""
         return "+".join(self.parameters)
 
+    @property
+    def leading_columns(self) -> int:
+        """Columns of the block's matrix in front of the weight's: one in a joint block."""
+        return int(self.bias is not None)
+
+
+@dataclass(frozen=True)
+class UseForms:
+    """What the plan depends on in one use of parameters.
+
+    Attributes:
+        weight: Name of the weight (or key of a computed one), None if it is not tracked.
+        bias: Name of the bias, likewise.
+        weight_form: How the weight becomes a block.
+        bias_form: How the bias does.
+        joins_bias: Whether the two can have a joint block.
+        output_size: Number of entries of the operation's output.
+    """
+
+    weight: str | None
+    bias: str | None
+    weight_form: Form
+    bias_form: Form
+    joins_bias: bool
+    output_size: int
+
 
 @dataclass(frozen=True)
 class Contribution:
@@ -49,22 +77,28 @@ class Contribution:
     through: str | None = None
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
     """How one block comes out of the uses.
 
     Attributes:
         key: The block's parameters.
+        parameter: The weight, or whatever parameter has a block of its own.
         form: How its matrix is made.
         contributions: Where its gradient comes from.
         uniform: Whether all contributions are direct and of this form.
-        follower: Of a weight, the bias that has a block of its own but only this weight's use.
+        one_position: Whether its (first) use has one output vector for each example.
+        follower: Of a weight, the bias with a block of its own whose per-example gradients are this
+            weight's output gradients, as they are where both have one use, with one position. What
+            is computed from them is then computed for both.
     """
 
     key: BlockKey
+    parameter: Tensor
     form: Form
     contributions: tuple[Contribution, ...]
     uniform: bool
+    one_position: bool
     follower: BlockKey | None = None
 
     @property
@@ -74,23 +108,28 @@ class Plan:
 
 
 def plan_blocks(
-    uses: Sequence[Use],
-    computed: Mapping[str, Computed],
+    uses: Sequence[UseForms],
+    sources: Mapping[str, frozenset[str]],
     parameters: Mapping[str, Tensor],
+    num_examples: int,
     *,
     separate: bool,
-) -> tuple[Plan, ...]:
+) -> tuple[BlockPlan, ...]:
     """Plan one block for every parameter that is used, or for every pair of weight and bias.
 
     Args:
         uses: The uses of one forward pass.
-        computed: The computed tensors that uses may name.
+        sources: For the key of every computed tensor, the parameters that it is computed from.
         parameters: The parameters that get blocks, by name.
+        num_examples: Number of examples in the batch.
         separate: Whether a weight and its bias are two blocks also where they could share one.
+
+    Raises:
+        ValueError: If a pair that is to share a block is not always used together.
     """
-    contributions = _contributions(uses, computed)
+    contributions = _contributions(uses, sources)
     plans = {
-        name: _plan(name, found, uses, parameters[name])
+        name: _plan(name, found, uses, parameters[name], num_examples)
         for name, found in contributions.items()
         if name in parameters
     }
@@ -98,20 +137,20 @@ def plan_blocks(
         if not separate:
             _check_pair(plans[weight], plans[bias])
             plans[weight] = replace(plans[weight], key=BlockKey(weight, bias))
-        elif plans[weight].uses == plans[bias].uses and len(plans[weight].uses) == 1:
+        elif plans[weight].one_position and _have_one_use(plans[weight], plans[bias]):
             plans[weight] = replace(plans[weight], follower=BlockKey(bias))
     joined = {plan.key.bias for plan in plans.values()}
     return tuple(plan for name, plan in plans.items() if name not in joined)
 
 
 def _contributions(
-    uses: Sequence[Use], computed: Mapping[str, Computed]
+    uses: Sequence[UseForms], sources: Mapping[str, frozenset[str]]
 ) -> dict[str, list[Contribution]]:
     found: dict[str, list[Contribution]] = {}
     for index, use in enumerate(uses):
         for name, is_weight in ((use.weight, True), (use.bias, False)):
-            if name is not None and name in computed:
-                for source in sorted(computed[name].sources):
+            if name is not None and name in sources:
+                for source in sorted(sources[name]):
                     found.setdefault(source, []).append(Contribution(index, is_weight, name))
             elif name is not None:
                 found.setdefault(name, []).append(Contribution(index, is_weight))
@@ -119,13 +158,17 @@ def _contributions(
 
 
 def _plan(
-    name: str, contributions: Sequence[Contribution], uses: Sequence[Use], parameter: Tensor
-) -> Plan:
+    name: str,
+    contributions: Sequence[Contribution],
+    uses: Sequence[UseForms],
+    parameter: Tensor,
+    num_examples: int,
+) -> BlockPlan:
     """Plan a parameter's own block, in the form of all its uses or the most they have in common."""
     forms = set()
     for contribution in contributions:
-        call = uses[contribution.use].call
-        forms.add(call.weight_form if contribution.is_weight else call.bias_form)
+        use = uses[contribution.use]
+        forms.add(use.weight_form if contribution.is_weight else use.bias_form)
     direct = all(contribution.through is None for contribution in contributions)
     uniform = direct and len(forms) == 1
     if uniform:
@@ -134,23 +177,30 @@ def _plan(
         # An embedding tied to an output layer: no basis for the vocabulary.
         form = Form(transposed=True)
     else:
-        form = Form(input_basis=parameter.ndim > 1)
-    return Plan(BlockKey(name), form, tuple(contributions), uniform)
+        form = Form(activation_basis=parameter.ndim > 1)
+    groups, d_out, _ = form.shape(parameter.shape)
+    one_position = uses[contributions[0].use].output_size == num_examples * groups * d_out
+    return BlockPlan(BlockKey(name), parameter, form, tuple(contributions), uniform, one_position)
 
 
-def _pairs(uses: Sequence[Use], plans: Mapping[str, Plan]) -> dict[tuple[str, str], None]:
+def _pairs(uses: Sequence[UseForms], plans: Mapping[str, BlockPlan]) -> dict[tuple[str, str], None]:
     """Return the names of weights and biases that are used together and could share a block."""
     pairs: dict[tuple[str, str], None] = {}
     for use in uses:
         weight, bias = plans.get(use.weight or ""), plans.get(use.bias or "")
-        if weight is None or bias is None or not use.call.joins_bias:
+        if weight is None or bias is None or not use.joins_bias:
             continue
         if weight.form.factors is Factors.OUTER_PRODUCTS and bias.uniform:
             pairs[weight.key.weight, bias.key.weight] = None
     return pairs
 
 
-def _check_pair(weight: Plan, bias: Plan) -> None:
+def _have_one_use(weight: BlockPlan, bias: BlockPlan) -> bool:
+    """Whether both are used once, together."""
+    return weight.uses == bias.uses and len(weight.uses) == 1
+
+
+def _check_pair(weight: BlockPlan, bias: BlockPlan) -> None:
     """Raise if one of a pair is also used without the other."""
     if weight.uses != bias.uses:
         raise ValueError(

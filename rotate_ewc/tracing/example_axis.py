@@ -1,4 +1,4 @@
-"""Where a layer's tensors hold the examples: found by experiment, and proved."""
+"""Find the axis of a layer's tensors that holds the examples, by experiment, and prove it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torch import Generator, Tensor
 
 from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc.errors import NotFiniteError
-from rotate_ewc.tracing.recorder import Use
-from rotate_ewc.tracing.trace import Trace
+from rotate_ewc.tracing.recorder import ForwardPass, Use
 
 
 @dataclass(frozen=True)
-class Placement:
+class ExampleAxis:
     """The axis that holds the examples, each of which may own several rows of it.
 
     Attributes:
@@ -35,27 +34,32 @@ class Placement:
         return rearrange(moved, "(r n t) ... -> n (r t) ...", n=num_examples, r=self.runs)
 
 
-def find_placements(
-    recorded: Trace, num_examples: int, generator: Generator
-) -> tuple[list[Placement], bool]:
-    """Find where the examples are in every use, and prove that they are independent.
+def find_example_axes(
+    recorded: ForwardPass, num_examples: int, generator: Generator
+) -> tuple[list[ExampleAxis], bool]:
+    """Find the axis of the examples in every use, and prove that they are independent.
 
-    One example's outputs are back-propagated: in a layer whose placement is found right, and which
+    One example's outputs are back-propagated: in a layer whose example axis is right, and which
     does not mix examples, only that example's rows can receive a gradient. Two examples are tried,
     the first and the last, because a model that reads only one position of a sequence can make a
-    wrong placement look right for one of them. Where a layer's shape leaves a choice and an
-    example's gradient vanishes, which proves nothing, others are tried in its place.
+    wrong axis look right for one of them. Where a layer's shape leaves a choice and an example's
+    gradient vanishes, which proves nothing, others are tried in its place.
 
-    Wherever several placements pass, more examples are tried, but no more than five.
+    Wherever several candidates pass, more examples are tried, but no more than five.
+
+    Args:
+        recorded: The forward pass.
+        num_examples: Number of examples in the batch.
+        generator: Where the random combinations of outputs come from.
 
     Returns:
-        The placement for every use, and whether it holds for all batches of these shapes.
+        The axis for every use, and whether it holds for all batches of these shapes.
 
     Raises:
-        ValueError: If none passes, naming the layer.
+        ValueError: If no candidate passes, naming the layer.
     """
     fitting = [_fitting(use, num_examples) for use in recorded.uses]
-    undecided = [index for index, placements in enumerate(fitting) if len(placements) > 1]
+    undecided = [index for index, candidates in enumerate(fitting) if len(candidates) > 1]
     evidence = dict.fromkeys(undecided, 0)
     examples = dict.fromkeys([0, num_examples - 1, *range(1, num_examples - 1)])
     for tried, example in enumerate(examples):
@@ -71,29 +75,32 @@ def find_placements(
         del gradients, gradient
     # What passes is right for this batch, but only the last one left is for others too.
     certain = all(evidence[i] >= 2 and len(fitting[i]) == 1 for i in undecided)
-    return [placements[0] for placements in fitting], certain
+    return [candidates[0] for candidates in fitting], certain
 
 
-def _fitting(use: Use, num_examples: int) -> list[Placement]:
-    """Return the placements that the shape of a use's input allows."""
+def _fitting(use: Use, num_examples: int) -> list[ExampleAxis]:
+    """Return the candidates that the shape of a use's input allows."""
     shape = use.call.input.shape
-    placements = []
+    candidates = []
     for axis in use.call.batch_axes:
         rows, left_over = divmod(shape[axis], num_examples)
         if not left_over:
             possible = (runs for runs in range(2, rows) if rows % runs == 0)
             several = num_examples > 1 and rows > 1
-            placements += [Placement(axis, r) for r in (1, *([rows, *possible] if several else []))]
-    if not placements:
+            runs_to_try = (1, *([rows, *possible] if several else []))
+            candidates += [ExampleAxis(axis, runs) for runs in runs_to_try]
+    if not candidates:
         raise ValueError(
             f"the layer of {use.name!r} got an input of shape {list(shape)}, in which no axis can "
             f"hold the batch's {num_examples} examples; expected them on the first axis (if the "
             f"inputs' first axis is not the number of examples, pass batch_size_fn)"
         )
-    return placements
+    return candidates
 
 
-def _probe(recorded: Trace, example: int, num_examples: int, generator: Generator) -> list[Tensor]:
+def _probe(
+    recorded: ForwardPass, example: int, num_examples: int, generator: Generator
+) -> list[Tensor]:
     """Return the gradients at every use of a random combination of one example's outputs."""
     outputs = recorded.outputs.detach()
     rows = outputs.shape[0] // num_examples
@@ -104,9 +111,9 @@ def _probe(recorded: Trace, example: int, num_examples: int, generator: Generato
 
 
 def _passing(
-    use: Use, gradient: Tensor, placements: Sequence[Placement], example: int, num_examples: int
-) -> list[Placement]:
-    """Return the placements by which one example's gradient is in its own rows alone."""
+    use: Use, gradient: Tensor, candidates: Sequence[ExampleAxis], example: int, num_examples: int
+) -> list[ExampleAxis]:
+    """Return the candidates by which one example's gradient is in its own rows alone."""
     # Their sum may be too large for half precision where each of them is not.
     if not bool(torch.isfinite(gradient.sum(dtype=statistics_dtype(gradient.dtype)))):
         raise NotFiniteError(
@@ -114,9 +121,9 @@ def _passing(
         )
     everywhere = int(gradient.count_nonzero())
     passing = [
-        placement
-        for placement in placements
-        if int(placement.examples_first(gradient, num_examples)[example].count_nonzero())
+        candidate
+        for candidate in candidates
+        if int(candidate.examples_first(gradient, num_examples)[example].count_nonzero())
         == everywhere
     ]
     if not passing:

@@ -1,7 +1,13 @@
-"""See every operation of a forward pass, and keep those that use parameters."""
+"""Record every operation of a forward pass that uses parameters, and find the gradients there.
+
+Not by module hooks: a `TorchFunctionMode` sees the operations themselves, so it is right where
+hooks are not (padding modes, in-place activations, layers that run twice, functional use). A use
+for which there is no rule is seen too, and refused by name instead of being silently wrong.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -12,8 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from rotate_ewc._utils.numerics import without_autocast
 from rotate_ewc._utils.tree import tensors_in, version_of
 from rotate_ewc.layers import BROADCASTING, RULES, LayerCall
+from rotate_ewc.tracing.block_plan import UseForms
 
 # What these make depends on no data. But of the second kind may also be the first state of a
 # recurrent layer, and of the third the positions of every example's tokens: a layer's input.
@@ -49,6 +57,18 @@ class Use:
     call: LayerCall
     input_version: int
     output_shape: tuple[int, ...] = ()
+
+    @property
+    def forms(self) -> UseForms:
+        """What the plan of the blocks depends on."""
+        return UseForms(
+            self.weight,
+            self.bias,
+            self.call.weight_form,
+            self.call.bias_form,
+            self.call.joins_bias,
+            math.prod(self.output_shape),
+        )
 
     @property
     def unmodified(self) -> bool:
@@ -122,8 +142,45 @@ class _Constant:
     blank: bool
 
 
+@dataclass(frozen=True)
+class ForwardPass:
+    """The uses of parameters that the outputs depend on, and the gradients at their outputs.
+
+    Attributes:
+        outputs: The model's outputs, attached to the autograd graph.
+        uses: Every use of a tracked parameter, in the order in which they ran.
+        edges: An edge to the output of every use.
+        computed: The tensors computed from parameters that uses may name instead of them.
+        unsupported: Parameters that have some use without a rule.
+    """
+
+    outputs: Tensor
+    uses: tuple[Use, ...]
+    edges: tuple[GradientEdge, ...]
+    computed: Mapping[str, Computed]
+    unsupported: frozenset[str]
+
+    def gradients(self, vector: Tensor, *, last: bool) -> list[Tensor]:
+        """Back-propagate one output vector.
+
+        Args:
+            vector: Of the outputs' shape.
+            last: Whether the graph can be freed.
+
+        Returns:
+            For every use, the gradient at its output; zeros where the outputs do not depend on it.
+        """
+        gradients = back_propagate(self.outputs, self.edges, vector, retain_graph=not last)
+        return [
+            self.outputs.detach().new_zeros(use.output_shape)
+            if gradient is None
+            else gradient.reshape(use.output_shape)
+            for gradient, use in zip(gradients, self.uses, strict=True)
+        ]
+
+
 class Recorder(TorchFunctionMode):
-    """Sees every torch function called, and keeps those that use a tracked parameter.
+    """Sees every call of a torch function, and keeps those that use a tracked parameter.
 
     Attributes:
         uses: Uses by operations that have a rule, in order.
@@ -266,6 +323,35 @@ class Recorder(TorchFunctionMode):
             return None
         detached = replace(call, input=call.input.detach())
         return Use(weight, bias, detached, version_of(call.input))
+
+
+def back_propagate(
+    outputs: Tensor,
+    to: Sequence[Tensor] | Sequence[GradientEdge],
+    vector: Tensor,
+    *,
+    retain_graph: bool,
+) -> list[Tensor | None]:
+    """Return the gradients of `outputs · vector` at tensors or edges; None where none gets there.
+
+    Args:
+        outputs: The model's outputs, attached to the autograd graph.
+        to: Where gradients are wanted.
+        vector: Of the outputs' shape.
+        retain_graph: Whether another vector will follow.
+    """
+    if not to:
+        return []
+    # A backward pass computes in the dtypes of its forward pass; autocast would lower them.
+    with without_autocast(outputs.device):
+        gradients = torch.autograd.grad(
+            outputs,
+            to,
+            grad_outputs=vector.to(outputs.dtype),
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+    return [None if gradient is None else gradient.detach() for gradient in gradients]
 
 
 def _output_edge(func: Callable[..., Any], output: Tensor) -> GradientEdge:

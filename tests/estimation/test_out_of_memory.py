@@ -9,17 +9,19 @@ once.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rotate_ewc._utils.out_of_memory import in_pieces, is_out_of_memory
-from rotate_ewc.estimation.captured_batch import Portion
-from rotate_ewc.linalg import eigenvalues, kronecker
+from rotate_ewc._utils.out_of_memory import is_out_of_memory
+from rotate_ewc.estimation import accumulate
+from rotate_ewc.estimation.accumulate import Microbatch, in_halves
+from rotate_ewc.linalg import eigenvalues, outer_products
 from rotate_ewc.linalg.outer_products import OuterProducts
 from tests.helpers.cases import BY_NAME
 from tests.helpers.exactness import (
@@ -33,21 +35,36 @@ from tests.helpers.exactness import (
 from tests.helpers.oracles import kronecker_factors, partial_traces
 from tests.helpers.worlds import failing, world
 
-# Every function that makes something of a portion.
+# Every function that makes something of a microbatch.
 WORK = (
-    (Portion, "activations"),
-    (Portion, "_own"),
-    (kronecker, "add_covariance_"),
+    (Microbatch, "block_activations"),
+    (Microbatch, "_inputs"),
+    (Microbatch, "_output_gradients"),
+    (Microbatch, "_as_statistics"),
     (OuterProducts, "add"),
-    (kronecker, "rotate"),
-    (kronecker, "squared_entries"),
-    (kronecker, "squared_lookups"),
+    (OuterProducts, "prepared"),
+    (outer_products, "add_covariance_"),
+    (outer_products, "_prepared_covariance"),
+    (accumulate, "add_to_all"),
     (eigenvalues, "rotate"),
+    (eigenvalues, "squared_entries"),
+    (eigenvalues, "squared_lookups"),
     (eigenvalues, "squared_projections"),
     (eigenvalues, "squared_rotations"),
     (eigenvalues, "single_position_product"),
     (eigenvalues, "pair_products"),
     (eigenvalues, "example_products"),
+)
+# Those whose (first or second) argument tells how many examples there are.
+KERNELS = (
+    "prepared",
+    "_prepared_covariance",
+    "rotate",
+    "squared_entries",
+    "squared_lookups",
+    "single_position_product",
+    "pair_products",
+    "example_products",
 )
 ERRORS = (
     MemoryError(),
@@ -134,16 +151,15 @@ def test_one_failure_at_any_call(setting: Setting, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_memory_for_one_example(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every portion of several examples fails, at one function after another."""
+    """Every microbatch of several examples fails, at one function after another."""
     failed = 0
 
     def alone(function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             nonlocal failed
-            examples = tensor if name != "add_covariance_" else args[0]
+            examples = args[0] if name in ("prepared", "_prepared_covariance") else tensor
             count = len(examples) if name == "squared_lookups" else examples.shape[1]
-            several = count > 1
-            if several:
+            if count > 1:
                 failed += 1
                 raise MemoryError
             return function(tensor, *args, **kwargs)
@@ -152,7 +168,7 @@ def test_memory_for_one_example(setting: Setting, monkeypatch: pytest.MonkeyPatc
 
     total = 0
     for owner, name in WORK:
-        if isinstance(owner, type) or name in ("squared_projections", "squared_rotations"):
+        if name not in KERNELS:
             continue
         failed = 0
         with monkeypatch.context() as patch:
@@ -167,11 +183,11 @@ def test_memory_for_one_example(setting: Setting, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("owner", "name", "label"),
     [
-        (kronecker, "add_covariance_", "0.weight"),
+        (outer_products, "_prepared_covariance", "0.weight"),
         (OuterProducts, "add", "0.weight"),
-        (Portion, "example_gradients", "0.bias"),
+        (Microbatch, "per_example_gradients", "0.bias"),
         (eigenvalues, "squared_projections", "0.weight"),
-        (kronecker, "squared_entries", "0.bias"),
+        (eigenvalues, "squared_entries", "0.bias"),
     ],
 )
 def test_never_enough_memory(
@@ -206,44 +222,41 @@ def test_no_memory_for_a_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
     made.assert_goes_on("merged")
 
 
-class Piece:
-    """Examples 0 to n - 1, or some of them."""
-
-    def __init__(self, examples: range, label: str = "block") -> None:
-        self.examples, self.label = examples, label
-
-    def halves(self) -> list[Piece]:
-        middle = len(self.examples) // 2
-        return [Piece(self.examples[:middle]), Piece(self.examples[middle:])] if middle else []
+def microbatch(num_examples: int) -> Microbatch:
+    """Examples 0 to n - 1 of a batch that nobody looks at."""
+    plan: Any = SimpleNamespace(parameter=torch.zeros(1), key=SimpleNamespace(label="block"))
+    captured: Any = None
+    return Microbatch(captured, plan, slice(0, num_examples), range(1), 1000)
 
 
-@pytest.mark.parametrize("additions", [1, 2, 3])
+def examples_of(part: Microbatch) -> range:
+    return range(part.examples.start, part.examples.stop)
+
+
+@pytest.mark.parametrize("num_examples", [1, 2, 7, 8])
 @pytest.mark.parametrize("most", [1, 2, 3, 8])
-def test_every_example_counts_once(additions: int, most: int) -> None:
-    """With memory for so many examples, and less the later the addition is."""
-    sums = torch.zeros(additions, 8)
+def test_every_example_counts_once(num_examples: int, most: int) -> None:
+    """With memory for so many examples."""
+    sums = torch.zeros(num_examples)
 
-    def add(piece: Piece, done: int) -> Iterator[None]:
-        for addition in range(done, additions):
-            if len(piece.examples) > max(1, most - addition):
-                raise MemoryError
-            sums[addition, list(piece.examples)] += 1
-            yield
+    def add(part: Microbatch) -> None:
+        if len(examples_of(part)) > most:
+            raise MemoryError
+        sums[part.examples] += 1
 
-    in_pieces(Piece(range(8)), add)
+    in_halves(microbatch(num_examples), add)
     assert torch.equal(sums, torch.ones_like(sums))
 
 
 def test_other_errors_are_not_tried_again() -> None:
     calls = []
 
-    def add(piece: Piece, done: int) -> Iterator[None]:
-        calls.append(piece)
+    def add(part: Microbatch) -> None:
+        calls.append(part)
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-        yield
 
     with pytest.raises(RuntimeError, match="shapes"):
-        in_pieces(Piece(range(8)), add)
+        in_halves(microbatch(8), add)
     assert len(calls) == 1
 
 
@@ -257,16 +270,15 @@ def test_what_was_made_before_a_failure_is_released() -> None:
 
     found: list[weakref.ref[Large]] = []
 
-    def add(piece: Piece, done: int) -> Iterator[None]:
+    def add(part: Microbatch) -> None:
         assert not any(reference() for reference in found)
         large = Large()
         alive.clear()
         found.append(weakref.ref(large))
-        if len(piece.examples) > 2:
+        if len(examples_of(part)) > 2:
             raise MemoryError
-        yield
 
-    in_pieces(Piece(range(8)), add)
+    in_halves(microbatch(8), add)
     assert len(found) == 7
 
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rotate_ewc.linalg import eigenvalues, eigh, kronecker
+from rotate_ewc.linalg import eigenvalues, eigh
 from rotate_ewc.linalg.eigenvalues import Kernel, Route, cheapest_route, squared_projections
+from rotate_ewc.linalg.outer_products import add_covariance_
 
 MANY_POSITIONS = [
     Route(Kernel.PAIRS),
@@ -84,11 +85,6 @@ def test_work_in_chunks_changes_nothing(route: Route, max_bytes: int) -> None:
     torch.testing.assert_close(chunks, whole, rtol=1e-12, atol=1e-12)
 
 
-def test_no_label_vectors_make_no_squares() -> None:
-    for route in (Route(Kernel.SINGLE), *MANY_POSITIONS):
-        assert squared_projections(iter(()), seeded(1, 2, 1, 3), None, None, route) is None
-
-
 def least_products(shared: int, d_out: int, d_in: int, vectors: int, route: Route) -> float:
     """Multiplications of a route for one example, counted without memory traffic."""
     total = shared * d_in**2 if route.rotate_activations else vectors * d_out * d_in**2
@@ -138,7 +134,7 @@ def test_covariance_by_panels(groups: int, size: int, shared: int) -> None:
     expected = start + torch.einsum("gnsi,gnsj->gij", vectors, vectors)
     for layout in (vectors, positions_together(vectors)):
         total = start.clone()
-        kronecker.add_covariance_(total, layout)
+        add_covariance_(total, layout)
         torch.testing.assert_close(total.triu(), expected.triu(), rtol=1e-11, atol=1e-11)
 
 

@@ -115,7 +115,7 @@ def test_a_factor_that_cannot_be_decomposed(how: str, monkeypatch: pytest.Monkey
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     data = [(torch.randn(6, 4), torch.arange(6) % 3)]
     params = list(model.parameters())
-    message = r"eigh of the 5 × 5 output factor of '0.weight' did not converge.*exclude"
+    message = r"eigh of the 5 × 5 gradient factor of '0.weight' did not converge.*exclude"
     with monkeypatch.context() as patch:
         failing_eigh(patch, 3, how)
         with pytest.raises(ValueError, match=message):
@@ -140,7 +140,7 @@ def test_the_block_and_the_line_are_named(least: int, monkeypatch: pytest.Monkey
     torch.set_num_threads(2)
     try:
         failing_eigh(monkeypatch, 1, "raises", size=4)
-        with pytest.warns(RuntimeWarning, match="4 × 4 input factor of '0.weight'") as caught:
+        with pytest.warns(RuntimeWarning, match="4 × 4 activation factor of '0.weight'") as caught:
             operator = EKFACLinearOperator(model, CE, params, data, check_deterministic=False)
     finally:
         torch.set_num_threads(threads)

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotate_ewc._utils.numerics import full_precision, statistics_dtype
-from rotate_ewc.linalg import eigh, kronecker
+from rotate_ewc.layers.embedding import scatter_rows
+from rotate_ewc.linalg import eigenvalues, eigh, kronecker
+from rotate_ewc.linalg.outer_products import add_covariance_
 from tests.helpers.oracles import assert_close
 
 SIDES = ["both", "gradient", "activation", "neither"]
@@ -86,21 +88,15 @@ def test_statistics_are_in_single_precision_or_better(
     assert statistics_dtype(of_model) is of_statistics
 
 
-def every_kernel_with_products() -> list[tuple[str, Callable[[], Tensor | None]]]:
+Kernels = list[tuple[str, Callable[[], Tensor]]]
+
+
+def kernels_with_products() -> Kernels:
     """Calls that autocast would turn into products of half precision."""
     left, right = orthogonal(1, 4, 1).float(), orthogonal(1, 6, 2).float()
-    matrices, vectors = seeded(1, 3, 4, 6).float(), seeded(1, 3, 2, 6).float()
+    matrices = seeded(1, 3, 4, 6).float()
     values = seeded(1, 4, 6, seed=5).square().float()
-
-    def covariance() -> Tensor:
-        total = torch.zeros(1, 6, 6, device="cpu")
-        kronecker.add_covariance_(total, vectors)
-        return total
-
     return [
-        ("add_covariance_", covariance),
-        ("rotate", lambda: kronecker.rotate(vectors, right)),
-        ("squared_entries", lambda: kronecker.squared_entries(matrices, left, right)),
         ("to_eigenbasis", lambda: kronecker.to_eigenbasis(matrices[:, 0], left, right)),
         ("from_eigenbasis", lambda: kronecker.from_eigenbasis(matrices[:, 0], left, right)),
         ("columns", lambda: kronecker.to_eigenbasis(matrices.transpose(0, 1), left, right)),
@@ -111,7 +107,24 @@ def every_kernel_with_products() -> list[tuple[str, Callable[[], Tensor | None]]
     ]
 
 
-@pytest.mark.parametrize(("name", "call"), every_kernel_with_products())
+def kernels_of_estimation() -> Kernels:
+    """Calls that estimation makes, outside of autocast."""
+    left, right = orthogonal(1, 4, 1).float(), orthogonal(1, 6, 2).float()
+    matrices, vectors = seeded(1, 3, 4, 6).float(), seeded(1, 3, 2, 6).float()
+
+    def covariance() -> Tensor:
+        total = torch.zeros(1, 6, 6, device="cpu")
+        add_covariance_(total, vectors)
+        return total
+
+    return [
+        ("add_covariance_", covariance),
+        ("rotate", lambda: eigenvalues.rotate(vectors, right)),
+        ("squared_entries", lambda: eigenvalues.squared_entries(matrices, left, right)),
+    ]
+
+
+@pytest.mark.parametrize(("name", "call"), kernels_with_products())
 def test_autocast_does_not_reach_a_kernel(name: str, call: Callable[[], Tensor]) -> None:
     expected = call()
     with torch.autocast("cpu", torch.bfloat16):
@@ -143,7 +156,7 @@ def test_full_precision_of_any_arguments() -> None:
         assert torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize(("name", "call"), every_kernel_with_products())
+@pytest.mark.parametrize(("name", "call"), [*kernels_with_products(), *kernels_of_estimation()])
 def test_the_default_device_does_not_reach_a_kernel(name: str, call: Callable[[], Tensor]) -> None:
     expected = call()
     with torch.device("meta"):
@@ -178,7 +191,7 @@ def test_covariance(groups: int, size: int, shared: int, together: bool) -> None
     total = start.triu() + torch.full_like(start, float("nan")).tril(-1)
     given = positions_together(vectors) if together else vectors
     before = given.clone()
-    assert kronecker.add_covariance_(total, given) is None
+    assert add_covariance_(total, given) is None
     assert_close(total.triu(), expected)
     assert torch.equal(given, before)
 
@@ -195,7 +208,7 @@ def test_covariance_of_large_factors_saves_products(groups: int, size: int, shar
     vectors = seeded(groups, 2, 1, size)
     total = torch.zeros(groups, size, size, dtype=torch.float64)
     with Products() as products:
-        kronecker.add_covariance_(total, vectors)
+        add_covariance_(total, vectors)
     assert products.count == pytest.approx(share * groups * 2 * size**2)
 
 
@@ -214,7 +227,7 @@ def test_covariance_of_pixels_is_computed_without_copies() -> None:
     for shared, copies in ((8, 0), (4, 0), (3, 1)):
         vectors = positions_together(seeded(1, 3, shared, 4))
         with Copies() as mode:
-            kronecker.add_covariance_(torch.zeros(1, 4, 4, dtype=torch.float64), vectors)
+            add_covariance_(torch.zeros(1, 4, 4, dtype=torch.float64), vectors)
         assert mode.found == copies, shared
 
 
@@ -367,12 +380,12 @@ def test_rotate(groups: int, shared: int, together: bool, rank: int) -> None:
             for s in range(shared):
                 expected[group, n, s] = basis[group].T @ vectors[group, n, s]
     given = positions_together(vectors) if together else vectors
-    found = kronecker.rotate(given, basis)
+    found = eigenvalues.rotate(given, basis)
     assert_close(found, expected)
     if shared > 1:
         # Positions or features lie side by side, as they did.
         assert found.stride(2 if together else 3) == 1
-    assert kronecker.rotate(given, None) is given
+    assert eigenvalues.rotate(given, None) is given
 
 
 @pytest.mark.parametrize("d_in", [1, 4])
@@ -386,7 +399,7 @@ def test_squared_entries(groups: int, sides: str, d_in: int) -> None:
         for gradient in gradients[group]:
             expected[group] += (q_g.T @ gradient @ q_a) ** 2
     before = gradients.clone()
-    assert_close(kronecker.squared_entries(gradients, left, right), expected)
+    assert_close(eigenvalues.squared_entries(gradients, left, right), expected)
     assert torch.equal(gradients, before)
 
 
@@ -472,8 +485,8 @@ def test_rows_looked_up(rows: list[list[int]], vocabulary: int) -> None:
         squares += example**2
     before = gradients.clone()
     with torch.device("meta"):  # where nothing of the data is
-        found = kronecker.scatter_rows(gradients, indices, vocabulary)
-        found_squares = kronecker.squared_lookups(gradients, indices, vocabulary)
+        found = scatter_rows(gradients, indices, vocabulary)
+        found_squares = eigenvalues.squared_lookups(gradients, indices, vocabulary)
     torch.testing.assert_close(found, by_row, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found_squares, squares, rtol=1e-12, atol=1e-12)
     assert torch.equal(gradients, before)
@@ -483,6 +496,6 @@ def test_rows_looked_up_take_no_memory_for_each_example() -> None:
     """A vocabulary for each of these examples would be 16 GB."""
     examples, vocabulary = 1000, 2_000_000
     indices = torch.arange(examples)[:, None] * 2
-    squares = kronecker.squared_lookups(torch.ones(examples, 1, 1), indices, vocabulary)
+    squares = eigenvalues.squared_lookups(torch.ones(examples, 1, 1), indices, vocabulary)
     assert int(squares.count_nonzero()) == examples
     assert float(squares.sum()) == examples

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACLinearOperator
-from rotate_ewc.linalg.outer_products import OuterProducts, eigenvectors
+from rotate_ewc.linalg.outer_products import OuterProducts, add_to_all, eigenvectors
+from tests.helpers.memory import peak_bytes
 from tests.helpers.oracles import assert_close as assert_close_and_not_zero
 
 SIZE = 6
@@ -124,6 +125,42 @@ def test_few_vectors_are_decomposed_instead_of_their_sum(
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
     eigenvectors([collected([vectors(1, count, 1)])], ["sum"])
     assert sizes == [decomposed]
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("count", [1, 20])
+@pytest.mark.parametrize("shared", [1, 300])
+@pytest.mark.parametrize(("groups", "size"), [(1, 60), (3, 60), (1, 250), (2, 250)])
+def test_what_is_prepared_is_added_without_memory(
+    groups: int, size: int, shared: int, count: int, together: bool
+) -> None:
+    """So it cannot fail half-way for want of it: of few vectors or many, in panels or not."""
+    given = vectors(groups, count, shared, size=size)
+    found = OuterProducts(groups, size, given)
+    if count > 1:
+        found.add(given)
+    before = found.diagonal.clone()
+    add = found.prepared(given.mT.contiguous().mT if together else given)
+    assert_close(found.diagonal, before)
+    assert peak_bytes(add) == 0
+    assert_close(found.diagonal, before + given.square().sum(dim=(1, 2)))
+
+
+def test_vectors_are_added_to_all_sums_or_to_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (OuterProducts(1, SIZE, vectors(1, 1, 1)) for _ in range(2))
+    given = vectors(1, 9, 1)
+    add_to_all([(first, given), (second, 2 * given)])
+    assert_close(first.diagonal, sum_of([given]).diagonal(dim1=1, dim2=2))
+    assert_close(second.diagonal, 4 * first.diagonal)
+    before = first.diagonal.clone()
+
+    def fails(vectors: Tensor) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(second, "prepared", fails)
+    with pytest.raises(MemoryError):
+        add_to_all([(first, given), (second, given)])
+    assert torch.equal(first.diagonal, before)
 
 
 def test_autocast_changes_nothing() -> None:

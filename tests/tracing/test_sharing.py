@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACLinearOperator
-from rotate_ewc.estimation.activation_cache import Keeper
-from rotate_ewc.estimation.captured_batch import Observation
-from rotate_ewc.estimation.passes import passes
 from rotate_ewc.layers.linear import LinearCall
 from rotate_ewc.linalg import eigh
 from rotate_ewc.linalg.block import Block
+from rotate_ewc.tracing import passes
+from rotate_ewc.tracing.capture import CapturedBatch
+from rotate_ewc.tracing.passes import ActivationCache
 from rotate_ewc.tracing.recorder import Use
 from tests.helpers.oracles import assert_close, dense_fisher
 
@@ -146,6 +146,11 @@ def test_the_model_runs_again_only_for_what_does_not_fit_in_memory(
     assert calls == [0, 1, 2, 3, *again]
 
 
+def limit_cache(patch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    """Let the cache hold so many bytes, whatever the memory budget is."""
+    patch.setattr(passes, "ActivationCache", lambda max_bytes: ActivationCache(num_bytes))
+
+
 @pytest.mark.parametrize("fisher", ["mc", "type2"])
 @pytest.mark.parametrize("kept", [0, 1, 2, 3, 4, 5])
 def test_nothing_depends_on_how_much_is_kept(
@@ -174,7 +179,9 @@ def test_nothing_depends_on_how_much_is_kept(
         return {n: t for n, t in operator.state_dict().items() if isinstance(t, Tensor)}
 
     expected, runs = blocks(), 0
-    monkeypatch.setattr(passes, "Keeper", lambda max_bytes: Keeper(kept * of_batch))
+    monkeypatch.setattr(
+        passes, "ActivationCache", lambda max_bytes: ActivationCache(kept * of_batch)
+    )
     found = blocks()
     assert runs == 5 + (5 - kept)
     assert expected.keys() == found.keys()
@@ -233,7 +240,9 @@ def test_every_batch_in_the_same_memory(
     """The layers' inputs that were kept are right, but of which batch nobody knows any more."""
     network, data = Converting(model()), [tokens(3, seed) for seed in range(5)]
     of_batch = 8 * 5 * (2 * 3 * 3 + 4 + 3 * 4 + 3)
-    monkeypatch.setattr(passes, "Keeper", lambda max_bytes: Keeper(kept * of_batch + 999))
+    monkeypatch.setattr(
+        passes, "ActivationCache", lambda max_bytes: ActivationCache(kept * of_batch + 999)
+    )
     params = list(network.parameters())
     options = {"fisher_type": "empirical", "check_deterministic": False}
     loader = Buffered(data, how)
@@ -252,7 +261,9 @@ def test_every_batch_counts_once_whatever_its_place(
     """What was kept is not used for another batch. With changed labels the second ones count."""
     network, data = model(), [tokens(3, seed) for seed in range(5)]
     of_batch = 8 * 5 * (1 + 3 * 3 + 4 + 3 * 4 + 3)
-    monkeypatch.setattr(passes, "Keeper", lambda max_bytes: Keeper(kept * of_batch))
+    monkeypatch.setattr(
+        passes, "ActivationCache", lambda max_bytes: ActivationCache(kept * of_batch)
+    )
     loader = Restless(data, how)
     operator = EKFACLinearOperator(
         network,
@@ -282,37 +293,30 @@ def basis_of(block: Block) -> Tensor:
     return torch.kron(block.gradient_basis[0], block.activation_basis[0])
 
 
-def observed(inputs: Tensor, batch: int = 0) -> Observation:
-    """An observation that holds some inputs and nothing else."""
+def captured(inputs: Tensor) -> CapturedBatch:
+    """What a batch shows, which is some inputs and nothing else."""
     use = Use("weight", None, LinearCall(inputs, None, None), inputs._version)
-    return Observation(
-        num_examples=len(inputs),
-        mass=1.0,
-        parameters={},
-        plans=(),
-        uses=(use,),
-        placements=(),
-        computed={},
-        batch=batch,
-        given=(inputs, None),
-        versions=[inputs._version],
-    )
+    return CapturedBatch(len(inputs), 1.0, (), (use,), (inputs,))
+
+
+def batch(number: int, inputs: Tensor) -> passes.Batch:
+    return passes.Batch(number, inputs, inputs[:0])
 
 
 def kept(max_bytes: int, inputs: Sequence[Tensor], parts: int = 1) -> tuple[int, bool]:
-    """Offer observations, so many of each batch; return how many are kept, and whether all are."""
-    keeper = Keeper(max_bytes)
+    """Add so many parts of each batch; return how many are kept, and whether all are."""
+    cache = ActivationCache(max_bytes)
     for index, tensor in enumerate(inputs):
-        keeper.offer(observed(tensor, index // parts))
-    held = keeper.take_all()
-    if held is not None:
-        found = [observation.uses[0].call.input for observation in held]
+        cache.add(batch(index // parts, tensor), captured(tensor))
+    if cache.holds_all:
+        found = [part.inputs[0] for cached in cache.take_all() for part in cached.parts]
         assert list(map(id, found)) == list(map(id, inputs))
         return len(found), True
     count = 0
-    for batch in range(len(inputs) // parts):
-        expected = inputs[batch * parts : (batch + 1) * parts]
-        found = [o.uses[0].call.input for o in keeper.take(batch, expected[0], None)]
+    for number in range(len(inputs) // parts):
+        expected = inputs[number * parts : (number + 1) * parts]
+        cached = cache.take(batch(number, expected[0]))
+        found = [] if cached is None else [part.inputs[0] for part in cached.parts]
         assert list(map(id, found)) in ([], list(map(id, expected)))
         count += len(found)
     return count, False
@@ -335,19 +339,22 @@ def test_slices_of_one_tensor_count_once() -> None:
 
 
 def test_a_batch_is_kept_as_a_whole_or_not_at_all() -> None:
-    observations = [torch.ones(10, 25) for _ in range(6)]
-    assert kept(6000, observations, parts=3) == (6, True)
-    assert kept(5000, observations, parts=3) == (3, False)
-    assert kept(2000, observations, parts=3) == (0, False)
+    parts = [torch.ones(10, 25) for _ in range(6)]
+    assert kept(6000, parts, parts=3) == (6, True)
+    assert kept(5000, parts, parts=3) == (3, False)
+    assert kept(2000, parts, parts=3) == (0, False)
 
 
-def test_observations_that_were_written_to_are_not_returned() -> None:
+def test_batches_that_were_written_to_are_not_returned() -> None:
     batches = [torch.ones(10, 25) for _ in range(3)]
-    keeper = Keeper(6000)
-    for index, inputs in enumerate(batches):
-        keeper.offer(observed(inputs, index))
+    cache = ActivationCache(6000)
+    for number, inputs in enumerate(batches):
+        cache.add(batch(number, inputs), captured(inputs))
+    assert cache.holds_all
     batches[1].add_(1)
-    assert keeper.take_all() is None
-    assert len(keeper.take(0, batches[0], None)) == 1
-    assert keeper.take(1, batches[1], None) == []
-    assert keeper.take(2, batches[2], None) == [], "nor any that come afterwards"
+    assert not cache.holds_all
+    found = cache.take(batch(0, batches[0]))
+    assert found is not None
+    assert len(found.parts) == 1
+    assert cache.take(batch(1, batches[1])) is None
+    assert cache.take(batch(2, batches[2])) is None, "nor any that come afterwards"

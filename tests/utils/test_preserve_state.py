@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc._utils import process_state
-from rotate_ewc._utils.preserve_state import undisturbed
-from rotate_ewc._utils.process_state import Setting, kept
+from rotate_ewc._utils import preserve_state
+from rotate_ewc._utils.preserve_state import Setting, kept, undisturbed
 
 
 def orders(visitors: int) -> Iterator[tuple[int, ...]]:
@@ -84,7 +83,7 @@ def test_everything_is_as_it_was_when_all_have_left(order: Sequence[int]) -> Non
         else:
             assert (modes(model), requires_grad(model)) == found
             assert random_states() == drawn
-    assert not process_state._VISITS
+    assert not preserve_state._VISITS
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -102,7 +101,7 @@ def test_visitors_with_only_some_in_common(order: Sequence[int]) -> None:
         for index, layer in enumerate(layers):
             needed = any(who in inside for who in (index, (index - 1) % 3))
             assert layer.training is not needed
-    assert not process_state._VISITS
+    assert not preserve_state._VISITS
 
 
 def test_what_is_changed_inside_is_restored() -> None:
@@ -136,7 +135,7 @@ def test_a_setting_that_cannot_be_written() -> None:
     with kept([setting("a"), setting("b")]):
         assert (values.a, values.b) == (7, 7)
     assert (values.a, values.b) == (1, 2)
-    assert not process_state._VISITS
+    assert not preserve_state._VISITS
 
 
 def test_one_that_cannot_be_put_back_does_not_keep_the_others() -> None:
@@ -151,7 +150,7 @@ def test_one_that_cannot_be_put_back_does_not_keep_the_others() -> None:
     with pytest.raises(RuntimeError, match="no way back"), kept([first, stuck]):
         assert values.a == 7
     assert values.a == 1
-    assert not process_state._VISITS
+    assert not preserve_state._VISITS
 
 
 def test_random_states_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:

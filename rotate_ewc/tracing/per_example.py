@@ -1,4 +1,4 @@
-"""Per-example gradients of whatever a model does with its parameters: one example after another."""
+"""Per-example gradients of whatever a model does with its parameters, one example at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc._utils.tree import map_tensors, tensors_in
-from rotate_ewc.tracing.trace import Trace, back_propagate
+from rotate_ewc.tracing.recorder import back_propagate
 
 
 def squares_like(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -23,25 +23,23 @@ def add_squares(
     parameters: Mapping[str, Tensor],
     forward: Callable[[Any], Tensor],
     inputs: Any,
-    recorded: Trace,
+    outputs: Tensor,
     vector: Tensor,
     num_examples: int,
 ) -> None:
-    """Back-propagate one output vector for every example alone, and add the squared gradients.
+    """Back-propagate one output vector for every example by itself, and add the squared gradients.
 
     Args:
         squares: The sums so far, by parameter name.
         parameters: The parameters, by name.
         forward: From inputs to the model's outputs.
         inputs: The batch's inputs.
-        recorded: The trace of these inputs.
+        outputs: The model's outputs for the batch, attached to the autograd graph.
         vector: Of the outputs' shape.
         num_examples: Number of examples in the batch.
     """
-    if not parameters:
-        return
-    for outputs, part in _by_example(forward, inputs, recorded, vector, num_examples):
-        gradients = back_propagate(outputs, list(parameters.values()), part, retain_graph=True)
+    for own_outputs, part in _by_example(forward, inputs, outputs, vector, num_examples):
+        gradients = back_propagate(own_outputs, list(parameters.values()), part, retain_graph=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue
@@ -66,7 +64,7 @@ def _same(alone: Tensor, in_batch: Tensor) -> bool:
 def _by_example(
     forward: Callable[[Any], Tensor],
     inputs: Any,
-    recorded: Trace,
+    outputs: Tensor,
     vector: Tensor,
     num_examples: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -83,9 +81,9 @@ def _by_example(
         own = slice(example * rows, (example + 1) * rows)
         if can_be_cut:
             with torch.enable_grad():
-                outputs = forward(_cut(inputs, example))
-            if _same(outputs.detach(), recorded.outputs.detach()[own]):
-                yield outputs, vector[own]
+                own_outputs = forward(_cut(inputs, example))
+            if _same(own_outputs.detach(), outputs.detach()[own]):
+                yield own_outputs, vector[own]
                 continue
             if isinstance(inputs, Tensor):
                 raise ValueError(
@@ -95,7 +93,7 @@ def _by_example(
                 )
         of_example = torch.zeros_like(vector)
         of_example[own] = vector[own]
-        yield recorded.outputs, of_example
+        yield outputs, of_example
 
 
 def _cut(inputs: Any, example: int) -> Any:

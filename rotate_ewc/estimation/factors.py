@@ -1,0 +1,106 @@
+"""The two Kronecker factors of a block, and the bases that come out of them between the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rotate_ewc._utils.numerics import statistics_dtype, underflowed
+from rotate_ewc.layers import Form
+from rotate_ewc.linalg.block import Block
+from rotate_ewc.linalg.outer_products import OuterProducts, eigenvectors
+from rotate_ewc.tracing.block_plan import BlockKey, BlockPlan
+
+
+@dataclass
+class KroneckerFactors:
+    """The two Kronecker factors of one block, summed over the data.
+
+    Attributes:
+        form: How the block is made.
+        shape: `(groups, d_out, d_in)`.
+        template: An empty tensor of the statistics' dtype and device.
+        gradient_covariance: `Σ g gᵀ`, `[groups, d_out, d_out]`; None if that side has no basis.
+        activation_covariance: `Σ a aᵀ`, `[groups, d_in, d_in]`; None likewise.
+    """
+
+    form: Form
+    shape: tuple[int, int, int]
+    template: Tensor
+    gradient_covariance: OuterProducts | None
+    activation_covariance: OuterProducts | None
+
+    @classmethod
+    def of(cls, plan: BlockPlan) -> KroneckerFactors:
+        """Begin the factors of a block."""
+        groups, d_out, d_in = plan.form.shape(plan.parameter.shape)
+        d_in += plan.key.leading_columns
+        dtype = statistics_dtype(plan.parameter.dtype)
+        template = plan.parameter.detach().new_empty(0, dtype=dtype)
+        sides = ((plan.form.gradient_basis, d_out), (plan.form.activation_basis, d_in))
+        sums = (OuterProducts(groups, d, template) if basis else None for basis, d in sides)
+        return cls(plan.form, (groups, d_out, d_in), template, *sums)
+
+    @property
+    def underflowed(self) -> bool:
+        """Whether one of the factors is too small for its dtype."""
+        sides = (self.gradient_covariance, self.activation_covariance)
+        return any(side is not None and underflowed(side.diagonal) for side in sides)
+
+
+def decompose(
+    factors: Mapping[BlockKey, KroneckerFactors], leaders: Mapping[BlockKey, BlockKey]
+) -> dict[BlockKey, Block]:
+    """Return the blocks in the eigenbases of their factors; all eigenvalues are zero still.
+
+    Args:
+        factors: The factors of every block.
+        leaders: Blocks whose gradient factor is that of another one, and this other one.
+
+    Raises:
+        ValueError: If a joint block would claim a parameter that another block claims too, or a
+            factor cannot be decomposed.
+        MemoryError: If there is not enough memory; the message names the factor.
+    """
+    _check_partition(factors)
+    own = {key: total for key, total in factors.items() if key not in leaders}
+    sides = [(key, "gradient", total.gradient_covariance) for key, total in own.items()]
+    sides += [(key, "activation", total.activation_covariance) for key, total in own.items()]
+    present = [(key, side, total) for key, side, total in sides if total is not None]
+    labels = [f"{side} factor of {key.label!r}" for key, side, _ in present]
+    bases = eigenvectors([total for *_, total in present], labels)
+    found = {place[:2]: basis for place, basis in zip(present, bases, strict=True)}
+    for key, leader in leaders.items():
+        if (leader, "gradient") in found:
+            # A copy, since snapshots are files of tensors that share nothing.
+            found[key, "gradient"] = found[leader, "gradient"].clone()
+    return {
+        key: _empty_block(key, total, found.get((key, "gradient")), found.get((key, "activation")))
+        for key, total in factors.items()
+    }
+
+
+def _empty_block(
+    key: BlockKey, total: KroneckerFactors, gradient: Tensor | None, activation: Tensor | None
+) -> Block:
+    if activation is not None:
+        # Rows of the eigenvectors are reordered, rather than both sides of the matrix before.
+        activation = total.form.columns_of(activation.mT, leading=key.leading_columns).mT
+    eigenvalues = total.template.new_zeros(total.shape)
+    return Block(key.parameters, gradient, activation, eigenvalues, total.form.transposed)
+
+
+def _check_partition(keys: Iterable[BlockKey]) -> None:
+    """Raise if a joint block would claim a parameter that another block claims too."""
+    owners: dict[str, BlockKey] = {}
+    for key in keys:
+        for name in key.parameters:
+            if name in owners:
+                raise ValueError(
+                    f"parameter {name!r} is used in different pairs of weight and bias "
+                    f"({owners[name].label!r} and {key.label!r}), which have no joint block; "
+                    f"pass separate_weight_and_bias=True"
+                )
+            owners[name] = key

@@ -1,0 +1,335 @@
+"""Run the model on one batch, and capture what it shows of every use of a parameter."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from rotate_ewc._utils.numerics import statistics_dtype
+from rotate_ewc._utils.tree import tensors_in
+from rotate_ewc.errors import NotFiniteError
+from rotate_ewc.layers import Factors
+from rotate_ewc.losses import Likelihood
+from rotate_ewc.options import EstimationSettings, Unsupported
+from rotate_ewc.tracing.autograd_graph import reachable_nodes, unsupported_parameters
+from rotate_ewc.tracing.block_plan import BlockPlan, plan_blocks
+from rotate_ewc.tracing.example_axis import ExampleAxis, find_example_axes
+from rotate_ewc.tracing.per_example import add_squares, squares_like
+from rotate_ewc.tracing.recorder import Computed, ForwardPass, Recorder, Use
+
+
+@dataclass(frozen=True)
+class CapturedBatch:
+    """What a batch shows of every block: layer inputs, and gradients of some output vectors.
+
+    Attributes:
+        num_examples: Examples in the batch.
+        normalizer: What the batch adds to the number that the reduction `mean` divides by.
+        plans: How the blocks come out of the uses.
+        uses: Every use of a parameter.
+        inputs: The input of every use with the examples first, `[n, rows, *rest]`.
+        gradients: For every output vector, the gradient at the output of every use, likewise.
+        computed: The tensors computed from parameters that plans may name.
+        first: Whether these are the batch's first output vectors. A batch is captured in several
+            parts where the gradients of all its output vectors do not fit in the memory budget.
+        squares: Squared per-example gradients, summed, of parameters whose uses have no rule.
+    """
+
+    num_examples: int
+    normalizer: float
+    plans: tuple[BlockPlan, ...]
+    uses: tuple[Use, ...]
+    inputs: tuple[Tensor, ...]
+    gradients: Sequence[Sequence[Tensor]] = ()
+    computed: Mapping[str, Computed] = field(default_factory=dict)
+    first: bool = True
+    squares: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def reaches(self, plan: BlockPlan) -> bool:
+        """Whether a block gets a gradient that is not zero; False where that is not obvious.
+
+        It is where the gradients are outer products of g and something else, or are g.
+        """
+        for contribution in plan.contributions:
+            if contribution.is_weight:
+                inputs = self.inputs[contribution.use]
+                obvious = plan.form.factors is not Factors.NONE
+                obvious = obvious and (not inputs.is_floating_point() or bool(inputs.any()))
+            else:
+                obvious = plan.uniform and plan.one_position
+            if obvious and any(bool(found[contribution.use].any()) for found in self.gradients):
+                return True
+        return False
+
+
+def record_forward(
+    forward: Callable[[], Tensor],
+    parameters: Mapping[str, Tensor],
+    *,
+    constants: Iterable[Tensor] = (),
+    unsupported: Unsupported = Unsupported.ERROR,
+) -> ForwardPass:
+    """Run a forward pass and record every use of the given parameters.
+
+    Args:
+        forward: Runs the model and returns its outputs.
+        parameters: The tensors to look for, by name; they must require gradients.
+        constants: Tensors that do not depend on the data, such as buffers.
+        unsupported: What to do about uses that have no rule.
+
+    Raises:
+        TypeError: If the outputs are not a floating-point tensor.
+        ValueError: If a parameter is used by an operation without a rule, or by one that cannot be
+            observed, and `unsupported` says so; or if a layer's input was modified after its use.
+    """
+    recorder = Recorder(parameters, constants)
+    with torch.enable_grad(), recorder:
+        outputs = forward()
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"model returned {type(outputs).__name__}; expected a tensor")
+    if not outputs.is_floating_point():
+        raise TypeError(f"model returned dtype {outputs.dtype}; expected floating-point")
+    nodes = reachable_nodes(outputs.grad_fn)
+    without_rule = unsupported_parameters(
+        outputs.grad_fn,
+        nodes,
+        parameters,
+        recorder.refusals,
+        recorder.data_nodes,
+        recorder.hidden,
+        unsupported,
+    )
+    kept = [i for i, edge in enumerate(recorder.edges) if edge.node in nodes]
+    uses = tuple(recorder.uses[i] for i in kept)
+    for use in uses:
+        if not use.unmodified:
+            raise ValueError(
+                f"the input of the layer of {use.name!r} was modified in place after the layer "
+                f"used it, so its activations are lost; make that operation out-of-place"
+            )
+    edges = tuple(recorder.edges[i] for i in kept)
+    return ForwardPass(outputs, uses, edges, recorder.computed, without_rule)
+
+
+class BatchCapturer:
+    """Captures batches of one model with one loss.
+
+    Attributes:
+        forward: From a batch's inputs to the model's outputs.
+        likelihood: The distribution behind the loss.
+        parameters: The parameters to look for, by name.
+        settings: How to estimate.
+        device: Where the parameters are.
+        unsupported: Names of the parameters for whose uses there is no rule, from the first batch
+            on.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Any], Tensor],
+        likelihood: Likelihood,
+        parameters: Mapping[str, Tensor],
+        settings: EstimationSettings,
+        constants: Sequence[Tensor] = (),
+    ) -> None:
+        """Hold what is needed to run the model and to know its parameters.
+
+        Args:
+            forward: From a batch's inputs to the model's outputs.
+            likelihood: The distribution behind the loss.
+            parameters: The parameters to look for, by name; all must require gradients.
+            settings: How to estimate.
+            constants: The model's tensors that are no parameters, such as buffers.
+        """
+        self.forward = forward
+        self.likelihood = likelihood
+        self.parameters = parameters
+        self.settings = settings
+        self.device = next(iter(parameters.values())).device
+        self.unsupported: frozenset[str] | None = None
+        self._constants = constants
+        self._known_axes: dict[tuple[object, ...], list[ExampleAxis]] = {}
+
+    def capture(
+        self, inputs: Any, targets: Tensor, generator: Generator, *, with_squares: bool
+    ) -> Iterator[CapturedBatch]:
+        """Run the model on a batch, and yield what it shows, in parts where memory asks for it.
+
+        Args:
+            inputs: The batch's inputs.
+            targets: Its targets.
+            generator: Where sampled labels come from.
+            with_squares: Whether to take squared per-example gradients of parameters without rule.
+
+        Raises:
+            ValueError: If the batch or a layer cannot be handled; the message names the layer.
+            TypeError: If the outputs or the targets have the wrong type.
+        """
+        num_examples = count_examples(inputs, self.settings.batch_size_fn)
+        recorded = self._record(inputs)
+        outputs = recorded.outputs.detach()
+        outputs = outputs.to(statistics_dtype(outputs.dtype))
+        self._check_outputs(outputs, targets, num_examples)
+        normalizer = float(self.likelihood.terms(outputs, targets).sum())
+        plans = self._plans(recorded, num_examples)
+        axes = self._example_axes(recorded, num_examples)
+        inputs_of_uses = tuple(
+            axis.examples_first(use.call.input, num_examples)
+            for use, axis in zip(recorded.uses, axes, strict=True)
+        )
+        captured = CapturedBatch(
+            num_examples,
+            normalizer,
+            plans,
+            recorded.uses,
+            inputs_of_uses,
+            computed=recorded.computed,
+        )
+        without_rule = self._per_example_parameters() if with_squares else {}
+        if not recorded.uses and not without_rule:
+            yield captured
+            return
+        squares = squares_like(without_rule)
+        found: list[list[Tensor]] = []
+        first, held = True, 0
+        for vector, last in _with_last(self._vectors(outputs, targets, num_examples, generator)):
+            if without_rule:
+                add_squares(
+                    squares,
+                    without_rule,
+                    self.forward,
+                    inputs,
+                    recorded.outputs,
+                    vector,
+                    num_examples,
+                )
+            gradients = recorded.gradients(vector, last=last)
+            del vector
+            for index, axis in enumerate(axes):
+                gradients[index] = axis.examples_first(gradients[index], num_examples)
+            found.append(gradients)
+            held += sum(gradient.nbytes for gradient in gradients)
+            del gradients
+            if last or held > self.settings.memory_budget // 4:
+                squares_so_far = squares if last else {}
+                yield replace(captured, gradients=found, first=first, squares=squares_so_far)
+                found, first, held = [], False, 0
+
+    def _record(self, inputs: Any) -> ForwardPass:
+        """Run the model, and check that its unsupported parameters are always the same."""
+        given = {id(tensor) for tensor in tensors_in(inputs)}
+        recorded = record_forward(
+            lambda: self.forward(inputs),
+            self.parameters,
+            constants=[tensor for tensor in self._constants if id(tensor) not in given],
+            unsupported=self.settings.unsupported,
+        )
+        if self.unsupported is None:
+            self.unsupported = recorded.unsupported
+        elif recorded.unsupported - self.unsupported:
+            names = ", ".join(map(repr, sorted(recorded.unsupported - self.unsupported)))
+            raise ValueError(
+                f"parameter {names} is used by an operation without a rule, but was not in the "
+                f"first batch; leave it out (params, or exclude)"
+            )
+        return recorded
+
+    def _plans(self, recorded: ForwardPass, num_examples: int) -> tuple[BlockPlan, ...]:
+        without_rule = self.unsupported or frozenset()
+        return plan_blocks(
+            [use.forms for use in recorded.uses],
+            {key: computed.sources for key, computed in recorded.computed.items()},
+            {name: p for name, p in self.parameters.items() if name not in without_rule},
+            num_examples,
+            separate=self.settings.separate_weight_and_bias,
+        )
+
+    def _per_example_parameters(self) -> dict[str, Tensor]:
+        """Return the parameters whose gradients are taken for one example after another."""
+        if self.settings.unsupported is not Unsupported.DIAGONAL:
+            return {}
+        return {name: self.parameters[name] for name in sorted(self.unsupported or ())}
+
+    def _vectors(
+        self, outputs: Tensor, targets: Tensor, num_examples: int, generator: Generator
+    ) -> Iterator[Tensor]:
+        """Yield the output vectors; one of zeros where there are none (with a single class)."""
+        settings, vector = self.settings, None
+        for vector in self.likelihood.vectors(
+            outputs, targets, num_examples, settings.fisher_type, settings.mc_samples, generator
+        ):
+            yield vector
+        if vector is None:
+            yield torch.zeros_like(outputs)
+
+    def _check_outputs(self, outputs: Tensor, targets: Tensor, num_examples: int) -> None:
+        if not bool(torch.isfinite(outputs).all()):
+            raise NotFiniteError("the model's outputs are not finite (NaN or infinity)")
+        if outputs.ndim == 0 or outputs.shape[0] % num_examples:
+            raise ValueError(
+                f"the model's outputs have shape {list(outputs.shape)} for {num_examples} examples;"
+                f" expected the examples on the first axis"
+            )
+        self.likelihood.check(outputs, targets)
+        expected = self.settings.num_per_example_loss_terms
+        terms = self.likelihood.predictions(outputs) / num_examples
+        if expected is not None and terms != expected:
+            raise ValueError(
+                f"num_per_example_loss_terms is {expected}, but the outputs of shape "
+                f"{list(outputs.shape)} for {num_examples} examples have {terms:g} each"
+            )
+
+    def _example_axes(self, recorded: ForwardPass, num_examples: int) -> list[ExampleAxis]:
+        """Find the example axes once for every sequence of layers (and shapes of their inputs)."""
+        if not recorded.uses:
+            return []
+        layers = tuple(
+            (use.weight, use.bias, *(size / num_examples for size in use.call.input.shape[:2]))
+            for use in recorded.uses
+        )
+        axes = self._known_axes.get(layers)
+        if axes is None:
+            probe = Generator(self.device).manual_seed(self.settings.seed)
+            axes, certain = find_example_axes(recorded, num_examples, probe)
+            # With a single example every axis passes, so nothing has been learned.
+            if certain and num_examples > 1:
+                self._known_axes[layers] = axes
+        return axes
+
+
+def count_examples(inputs: Any, batch_size_fn: Callable[[Any], int] | None) -> int:
+    """Return the number of examples in a batch's inputs.
+
+    Raises:
+        TypeError: If the inputs are not tensors and no `batch_size_fn` was given.
+        ValueError: If there are no examples.
+    """
+    if batch_size_fn is not None:
+        count = batch_size_fn(inputs)
+    elif (first := next(tensors_in(inputs), None)) is not None and first.ndim > 0:
+        count = first.shape[0]
+    else:
+        raise TypeError(
+            f"the number of examples in inputs of type {type(inputs).__name__} is not obvious; "
+            f"pass batch_size_fn, a function from inputs to their number of examples"
+        )
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"a batch has {count!r} examples; expected at least 1")
+    return count
+
+
+def _with_last(vectors: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Yield every vector, and whether it is the last: then the graph can be freed.
+
+    No vector is held any longer once it has been yielded.
+    """
+    pending = deque(islice(vectors, 1))
+    while pending:
+        pending.extend(islice(vectors, 1))
+        yield pending.popleft(), not pending

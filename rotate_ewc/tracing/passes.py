@@ -1,0 +1,299 @@
+"""Two passes over the user's data, which show the same examples with the same sampled labels."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from rotate_ewc._utils.out_of_memory import is_out_of_memory
+from rotate_ewc._utils.tree import same, tensors_in, to_device, version_of
+from rotate_ewc._utils.warnings import add_note
+from rotate_ewc.errors import NotFiniteError
+from rotate_ewc.tracing.capture import BatchCapturer, CapturedBatch
+
+Consumer = Callable[[CapturedBatch], None]
+
+
+class Batch(NamedTuple):
+    """One batch of the user's data: its number, and inputs and targets on the model's device."""
+
+    number: int
+    inputs: Any
+    targets: Tensor
+
+
+class Passes:
+    """Two passes over the data; in the second, the model runs only for batches not in the cache.
+
+    What the model itself raises is not changed, but for a note that says which batch it was (Python
+    3.11 or later); neither is what the data raise.
+    """
+
+    def __init__(self, capturer: BatchCapturer, data: Iterable[Any], max_bytes: int) -> None:
+        """Prepare the first pass.
+
+        Args:
+            capturer: Runs the model.
+            data: Batches (inputs, targets) that can be iterated more than once.
+            max_bytes: What may be kept of the first pass for the second.
+        """
+        self._capturer = capturer
+        self._data = data
+        self._cache = ActivationCache(max_bytes)
+
+    def first(self, consume: Consumer) -> None:
+        """Capture every batch, and keep what fits in memory.
+
+        Args:
+            consume: Gets what every batch shows, in one or several parts.
+
+        Raises:
+            ValueError: If a batch or a layer cannot be handled; the message names it.
+            TypeError: If a part of a batch, or the outputs, have the wrong type.
+        """
+        generator = self._label_generator()
+        for batch in self._batches("factors"):
+            with naming_batch(batch.number):
+                for captured in self._captured(batch, generator, with_squares=True):
+                    consume(captured)
+                    self._cache.add(batch, captured)
+                    # Or it would live on while the model runs on the next batch.
+                    del captured
+            self._cache.end_batch(generator.get_state())
+
+    def second(self, consume: Consumer) -> None:
+        """Show all batches again, those in the cache as they were, without the squares.
+
+        Args:
+            consume: Gets what every batch shows, in the parts that the first pass had.
+
+        Raises:
+            ValueError: As in the first pass.
+            TypeError: As in the first pass.
+        """
+        if self._cache.holds_all:
+            for cached in self._cache.take_all():
+                _hand_on(cached, consume)
+            return
+        generator = self._label_generator()
+        for batch in self._batches("eigenvalues"):
+            found = self._cache.take(batch)
+            if found is not None:
+                generator.set_state(found.random_state)
+                _hand_on(found, consume)
+                continue
+            with naming_batch(batch.number):
+                for captured in self._captured(batch, generator, with_squares=False):
+                    consume(captured)
+                    del captured
+
+    def _label_generator(self) -> Generator:
+        return Generator(self._capturer.device).manual_seed(self._capturer.settings.seed)
+
+    def _batches(self, description: str) -> Iterator[Batch]:
+        return batches(
+            self._data,
+            self._capturer.device,
+            progressbar=bool(self._capturer.settings.progressbar),
+            description=description,
+        )
+
+    def _captured(
+        self, batch: Batch, generator: Generator, *, with_squares: bool
+    ) -> Iterator[CapturedBatch]:
+        """Run the model on a batch, and note on its own errors which batch it was."""
+        try:
+            yield from self._capturer.capture(
+                batch.inputs, batch.targets, generator, with_squares=with_squares
+            )
+        except RuntimeError as error:
+            add_note(error, f"in the model's own passes over batch {batch.number} of data")
+            if is_out_of_memory(error):
+                add_note(error, "smaller batches take less memory, as in training")
+            raise
+
+
+@dataclass
+class CachedBatch:
+    """What one batch has shown.
+
+    Attributes:
+        batch: The batch as it was given.
+        versions: How often its tensors had been written to.
+        parts: What it has shown.
+        random_state: State of the generator of labels after the batch.
+    """
+
+    batch: Batch
+    versions: list[int]
+    parts: deque[CapturedBatch] = field(default_factory=deque)
+    random_state: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def unmodified(self) -> bool:
+        """Whether the batch and the layers' inputs are still what they were."""
+        return self.versions == _versions(self.batch) and all(
+            use.unmodified for part in self.parts for use in part.uses
+        )
+
+
+class ActivationCache:
+    """What the first batches have shown, of whole batches, as long as there is room.
+
+    Not all loaders give the same batches twice: they may shuffle, change the inputs at random, or
+    fill the same buffer for every batch. What is cached counts only for a batch that is the same.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        """Hold nothing yet.
+
+        Args:
+            max_bytes: What all that is cached may take.
+        """
+        self._max_bytes = max_bytes
+        self._cached: deque[CachedBatch] = deque()
+        # Addresses of memory that counts already, since batches may be views of the same.
+        self._addresses: set[int] = set()
+        self._num_bytes = 0
+        self._full = False
+
+    def add(self, batch: Batch, captured: CapturedBatch) -> None:
+        """Keep what a batch shows (or a part of it), if all before it is kept and it fits."""
+        if self._full:
+            return
+        if not self._cached or self._cached[-1].batch.number != batch.number:
+            self._cached.append(CachedBatch(batch, _versions(batch)))
+        self._cached[-1].parts.append(captured)
+        storages = _storages(batch, captured)
+        self._num_bytes += sum(storages[address] for address in storages.keys() - self._addresses)
+        self._addresses |= storages.keys()
+        if self._num_bytes > self._max_bytes:
+            self._full = True
+            self._cached.pop()
+
+    def end_batch(self, random_state: Tensor) -> None:
+        """Note the state of the generator of labels after the last batch that was added."""
+        if not self._full:
+            self._cached[-1].random_state = random_state
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether every batch was kept, and is still what it was."""
+        return not self._full and all(cached.unmodified for cached in self._cached)
+
+    def take_all(self) -> Iterator[CachedBatch]:
+        """Give away all batches in order."""
+        while self._cached:
+            yield self._cached.popleft()
+
+    def take(self, batch: Batch) -> CachedBatch | None:
+        """Give away what a batch has shown; None if another one is given than was kept.
+
+        Batches must be asked for in order. After one for which there is nothing, nothing is kept.
+        """
+        found = self._cached.popleft() if self._cached else None
+        if found is None or not found.unmodified or not same(found.batch[1:], batch[1:]):
+            self._cached.clear()
+            return None
+        return found
+
+
+def check_reiterable(data: object) -> None:
+    """Raise unless `data` can be iterated more than once.
+
+    Raises:
+        TypeError: If `data` is not iterable at all.
+        ValueError: If `data` is its own iterator, such as a generator: it would be used up.
+    """
+    try:
+        iterator = iter(data)  # type: ignore[call-overload]
+    except TypeError:
+        raise TypeError(
+            f"data is {type(data).__name__}; expected an iterable of batches (inputs, targets)"
+        ) from None
+    if iterator is data:
+        raise ValueError(
+            f"data is a one-shot iterator ({type(data).__name__}), of which any look would lose "
+            f"batches; pass something that can be iterated again, such as a list or a DataLoader"
+        )
+
+
+def batches(
+    data: Iterable[Any], device: torch.device, *, progressbar: bool, description: str
+) -> Iterator[Batch]:
+    """Yield every batch, checked and moved to a device.
+
+    Raises:
+        ValueError: If a batch is not a pair, or if there are no batches.
+        TypeError: If a batch's targets are not a tensor.
+    """
+    index = -1
+    for index, batch in enumerate(tqdm(data, desc=description, disable=not progressbar)):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            got = (
+                f"{type(batch).__name__} of {len(batch)} items"
+                if isinstance(batch, (tuple, list))
+                else type(batch).__name__
+            )
+            raise ValueError(f"batch {index} of data is a {got}; expected (inputs, targets)")
+        inputs, targets = batch
+        if not isinstance(targets, Tensor):
+            raise TypeError(
+                f"batch {index} of data has targets of type {type(targets).__name__}; "
+                f"expected a tensor"
+            )
+        yield Batch(index, to_device(inputs, device), targets.to(device))
+    if index < 0:
+        raise ValueError("data is empty; expected at least one batch (inputs, targets)")
+
+
+@contextmanager
+def naming_batch(index: int) -> Iterator[None]:
+    """Say in the message of a ValueError or TypeError which batch it was."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        # Others may have more to tell than a message.
+        if type(error) not in (ValueError, TypeError, NotFiniteError):
+            raise
+        raise type(error)(f"batch {index} of data: {error}") from error
+
+
+def _hand_on(cached: CachedBatch, consume: Consumer) -> None:
+    """Hand on the parts of a batch, and hold none of them any longer."""
+    with naming_batch(cached.batch.number):
+        while cached.parts:
+            consume(cached.parts.popleft())
+
+
+def _versions(batch: Batch) -> list[int]:
+    return [version_of(tensor) for tensor in tensors_in((batch.inputs, batch.targets))]
+
+
+def _storages(batch: Batch, captured: CapturedBatch) -> dict[int, int]:
+    """Return the bytes of all memory that a captured batch keeps, by address.
+
+    It is all of what its tensors are views of, and several may share some.
+    """
+    tensors = [gradient for gradients in captured.gradients for gradient in gradients]
+    tensors += [use.call.input for use in captured.uses]
+    tensors += captured.inputs
+    tensors += tensors_in((batch.inputs, batch.targets))
+    return dict(map(_memory, tensors))
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Return the address and the bytes of what a tensor is a view of."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except NotImplementedError:
+        # A tensor inside a transform of `torch.func` only stands for another one.
+        return id(tensor), tensor.nbytes
