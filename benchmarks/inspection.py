@@ -5,6 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rotate_ewc import EKFACPenalty
+from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
+
 RANKS_PER_BLOCK = 40
 
 Spectra = dict[str, dict[str, list[float]]]
@@ -27,6 +30,13 @@ def state_bytes(plugin: Any | None, model: nn.Module) -> int:
         for tensor in _tensors(plugin, set())
     }
     return sum(size for place, size in kept.items() if place not in known)
+
+
+def penalty_of(strategy: Any) -> EKFACPenalty:
+    """The penalty of the rotated method among a strategy's plugins."""
+    (plugin,) = (found for found in strategy.plugins if isinstance(found, RotatedEWCPlugin))
+    penalty: EKFACPenalty = plugin.penalty
+    return penalty
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:

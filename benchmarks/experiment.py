@@ -7,22 +7,22 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.avalanche_names import ReplayPlugin
+from benchmarks.avalanche_names import ReplayPlugin, avalanche_forward
 from benchmarks.configuration import Configuration
-from benchmarks.evaluation import accuracies
 from benchmarks.inspection import spectra, state_bytes
 from benchmarks.methods import Variant, make_optimizer, make_plugin, make_strategy
 from benchmarks.metrics import average_accuracy, backward_transfer, forgetting
 from benchmarks.models import make_model
-from benchmarks.progress import ProgressPlugin
-from benchmarks.records import Record
+from benchmarks.plugins import Progress, Schedule
+from benchmarks.results import Record
 from benchmarks.scenarios import Scenario, training_experiences
-from benchmarks.schedule import Schedule
 from benchmarks.timing import Stopwatch, penalty_milliseconds, time_callback
 from benchmarks.versions import versions
 from rotate_ewc.errors import NotFiniteError
+
+EVALUATION_BATCH_SIZE = 2_000
 
 
 def run(
@@ -63,7 +63,11 @@ def run(
     if plugin is not None:
         time_callback(plugin, "after_training_exp", estimation)
 
-    progress = _progress(variant, scenario, configuration, seed, examples, quiet=quiet)
+    names = [f"task {task}/{scenario.tasks}" for task in range(1, scenario.tasks + 1)]
+    if jointly:
+        names = [f"all {scenario.tasks} tasks"]
+    steps = len(names) * configuration.epochs * ceil(examples / configuration.batch_size)
+    progress = Progress(f"{variant.label}, seed {seed}", names, steps, quiet=quiet)
     own = [] if plugin is None else [plugin]
     # The schedule first, so that a proximal step is as long as the step that it follows.
     plugins = [*_schedule(configuration), *extra_plugins, *own, *_replay(configuration), progress]
@@ -84,7 +88,12 @@ def run(
         state_bytes=state_bytes(plugin, strategy.model),
         spectra=spectra(plugin),
         trained_jointly=jointly,
-        configuration=_resolved(configuration, variant, data_source),
+        configuration={
+            **configuration.as_dict(),
+            "data": data_source,
+            "strength": variant.strength,
+            "threads": torch.get_num_threads(),
+        },
         versions=versions(),
         diverged=refused or diverged(strategy.model),
     )
@@ -108,7 +117,7 @@ def _train(
     experiences: Sequence[Any],
     scenario: Scenario,
     stopwatch: Stopwatch,
-    progress: ProgressPlugin,
+    progress: Progress,
 ) -> tuple[list[list[float]], bool]:
     """Train on one experience after another, and test on all tasks after each.
 
@@ -156,28 +165,37 @@ def diverged(model: nn.Module) -> bool:
     return not all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
-def _progress(
-    variant: Variant,
-    scenario: Scenario,
-    configuration: Configuration,
-    seed: int,
-    examples: int,
-    *,
-    quiet: bool,
-) -> ProgressPlugin:
-    """The progress of a run, whose experiences have about the same number of examples."""
-    names = [f"task {task}/{scenario.tasks}" for task in range(1, scenario.tasks + 1)]
-    if variant.method.trained_jointly:
-        names = [f"all {scenario.tasks} tasks"]
-    steps = len(names) * configuration.epochs * ceil(examples / configuration.batch_size)
-    return ProgressPlugin(f"{variant.label}, seed {seed}", names, steps, quiet=quiet)
+def accuracies(model: nn.Module, scenario: Scenario, device: torch.device) -> list[float]:
+    """Accuracy on the test set of every task, learned already or not: a row of the matrix."""
+    return [
+        accuracy(model, *scenario.test_set(task), device, task) for task in range(scenario.tasks)
+    ]
 
 
-def _resolved(configuration: Configuration, variant: Variant, data_source: str) -> dict[str, Any]:
-    """The options with what they came to in this run."""
-    return {
-        **configuration.as_dict(),
-        "data": data_source,
-        "strength": variant.strength,
-        "threads": torch.get_num_threads(),
-    }
+@torch.inference_mode()
+def accuracy(
+    model: nn.Module, inputs: Tensor, labels: Tensor, device: torch.device, task: int = 0
+) -> float:
+    """Fraction of examples whose largest logit is that of their class.
+
+    Avalanche's evaluation would load every image by itself, which takes longer than training.
+
+    Args:
+        model: The network; it is left in the mode it was in.
+        inputs: Inputs ``[M, ...]``.
+        labels: Classes ``[M]``.
+        device: Where the network is.
+        task: What a network with a head for every task is told.
+
+    Returns:
+        A fraction between 0 and 1.
+    """
+    was_training = model.training
+    model.eval()
+    correct = 0
+    batches = (torch.split(tensor, EVALUATION_BATCH_SIZE) for tensor in (inputs, labels))
+    for x, y in zip(*batches, strict=True):
+        logits = avalanche_forward(model, x.to(device), torch.full((len(x),), task))
+        correct += int((logits.argmax(1) == y.to(device)).sum().item())
+    model.train(was_training)
+    return correct / len(labels)
