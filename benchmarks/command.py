@@ -1,5 +1,6 @@
 """What several commands do before and after their work."""
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def make_folder(output: Path) -> None:
         raise CommandError(f"--output: cannot make the folder: {error}") from error
 
 
-def prepare(options: "StreamOptions") -> "tuple[Configuration, ImageData]":
+def start(options: "StreamOptions") -> "tuple[Configuration, ImageData]":
     """Make the folder of the results, set the number of threads, and load and announce the images.
 
     Args:
@@ -70,29 +71,24 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def keep(
-    results: Iterable[Result], path: Path, document: Mapping[str, Any], key: str = "records"
-) -> list[Result]:
+def keep(results: Iterable[Result], path: Path, document: Mapping[str, Any]) -> list[Result]:
     """Collect results, and write all there are after each, so that an interruption loses none.
 
     Args:
         results: Dataclass instances, each made when it is asked for.
         path: The JSON file.
         document: What else is in it.
-        key: Where in it the results are.
 
     Returns:
         The results.
     """
-    import dataclasses
-
     from benchmarks.files import write_document
 
     found: list[Result] = []
     for result in results:
         found.append(result)
         plain = [dataclasses.asdict(one) for one in found]  # type: ignore[call-overload]
-        write_document(path, {**document, key: plain})
+        write_document(path, {**document, "records": plain})
     return found
 
 
@@ -101,9 +97,19 @@ def title_of(data: "ImageData") -> str:
     return "Permuted MNIST" if data.source == "mnist" else "Permuted digits (not MNIST)"
 
 
-def number_of_seeds(seeds: Sequence[int]) -> str:
-    """Say how many seeds there are."""
-    return f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+def print_table(
+    title: str, names: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """Print a table with headings of columns of names and of numbers."""
+    from benchmarks.report.tables import add_number_columns, empty_table
+
+    table = empty_table(title)
+    for name in names:
+        table.add_column(name)
+    add_number_columns(table, *numbers)
+    for row in rows:
+        table.add_row(*row)
+    make_console().print(table)
 
 
 def make_console() -> "Console":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.avalanche_names import ReplayPlugin, avalanche_forward
 from benchmarks.configuration import Configuration
-from benchmarks.inspection import spectra, state_bytes
+from benchmarks.inspection import state_bytes
 from benchmarks.methods import Variant, make_optimizer, make_plugin, make_strategy
 from benchmarks.metrics import average_accuracy, backward_transfer, forgetting
 from benchmarks.models import make_model
@@ -86,7 +86,6 @@ def run(
         estimation_seconds=estimation.seconds,
         penalty_ms_per_step=penalty_milliseconds(plugin, strategy, experiences[-1]),
         state_bytes=state_bytes(plugin, strategy.model),
-        spectra=spectra(plugin),
         trained_jointly=jointly,
         configuration={
             **configuration.as_dict(),

@@ -96,7 +96,9 @@ def several(one: Spec, *, repeated: bool = False) -> Spec:
         metavar=f"{one.metavar} ...",
         instance_from_str=convert,
         is_instance=lambda value: True,
-        str_from_instance=lambda values: [one.str_from_instance(value)[0] for value in values or ()],
+        str_from_instance=lambda values: [
+            one.str_from_instance(value)[0] for value in values or ()
+        ],
     )
 
 

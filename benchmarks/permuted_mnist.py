@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from benchmarks.command import keep, make_console, number_of_seeds, prepare, title_of
+from benchmarks.command import keep, make_console, start, title_of
 from benchmarks.configuration import Configuration, MethodNames, StreamOptions
 from benchmarks.methods import DEFAULT_METHODS, METHODS, Variant, is_own
 from benchmarks.option_types import number, several
@@ -44,11 +44,12 @@ def run(options: Options) -> int:
     from benchmarks.report.tables import results_table
     from benchmarks.results import FORMAT
 
-    configuration, data = prepare(options)
+    configuration, data = start(options)
     results = options.output / f"{NAME}.json"
     document = {"format": FORMAT, "scenario": NAME}
     records = keep(_records(options, configuration, data), results, document)
-    title = f"{title_of(data)}: {configuration.tasks} tasks, {number_of_seeds(options.seeds)}"
+    seeds = f"{len(options.seeds)} seed{'s' * (len(options.seeds) > 1)}"
+    title = f"{title_of(data)}: {configuration.tasks} tasks, {seeds}"
     make_console().print(results_table(records, title))
     picture = results.with_suffix(".png")
     draw(records, title).savefig(picture)

@@ -2,7 +2,7 @@
 
 A file holds one or more runs of one scenario::
 
-    {"format": "rotate_ewc.benchmarks/1", "scenario": "permuted_mnist", "records": [...]}
+    {"format": "rotate_ewc.benchmarks/2", "scenario": "permuted_mnist", "records": [...]}
 
 with one object per record, its keys being the fields of :class:`Record`. The suite keeps every run
 in a file of its own, whose name ends in a digest of all options that can change the result: so an
@@ -22,7 +22,7 @@ from benchmarks.configuration import Configuration
 from benchmarks.files import write_document
 from benchmarks.methods import Variant
 
-FORMAT = "rotate_ewc.benchmarks/1"
+FORMAT = "rotate_ewc.benchmarks/2"
 DIGEST_LENGTH = 10
 
 
@@ -48,8 +48,6 @@ class Record:
             last task; 0 where there is no penalty.
         state_bytes: Memory that the method holds between tasks, besides the network: anchors,
             importances, copies.
-        spectra: For each block of a snapshot, after the last task, eigenvalues at some ranks; empty
-            for methods without. See :func:`benchmarks.inspection.spectra`.
         trained_jointly: Whether all tasks were learned at once.
         configuration: The options of the run, data source and thread count.
         versions: Versions of the software, and the processor.
@@ -67,7 +65,6 @@ class Record:
     estimation_seconds: float
     penalty_ms_per_step: float
     state_bytes: int
-    spectra: dict[str, dict[str, list[float]]]
     trained_jointly: bool
     configuration: dict[str, Any]
     versions: dict[str, Any]

@@ -1,11 +1,11 @@
 """``study-calibrate``: measure λ on the first two tasks of permuted MNIST."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
-from benchmarks.command import keep, make_console, prepare, title_of
+from benchmarks.command import keep, print_table, start, title_of
 from benchmarks.configuration import Configuration, StreamOptions
 from benchmarks.methods import Variant
 from benchmarks.option_types import PositiveOrZero, described, one_of, several
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benchmarks.data import ImageData
+    from benchmarks.results import Record
     from benchmarks.scenarios import Scenario
 
 NAME = "calibrate"
-FORMAT = "rotate_ewc.benchmarks.calibrate/1"
+FORMAT = "rotate_ewc.benchmarks.calibrate/2"
 METHODS = ("rotated-ewc", "rotated-ewc-proximal", "rotated-adam")
 OLD_IMAGES = 10_000
 OLD_BATCH_SIZE = 2_000
@@ -54,39 +55,24 @@ class Calibration:
     """The results of one method at one seed.
 
     Attributes:
-        method: Name of the method.
-        seed: Seed of the initial weights, the order of the batches and the tasks.
         strength: The calibrated λ.
         old_images: Training images of the first task that it was measured on.
-        accuracies: Accuracies on both tasks after the second, fractions.
-        configuration: The options of the run, data source and thread count; ``"strength"`` is the
-            λ of the calibration itself.
-        versions: Versions of the software, and the processor.
+        record: The run; its own ``"strength"`` is the λ with which the second task was trained.
     """
 
-    method: str
-    seed: int
     strength: float
     old_images: int
-    accuracies: list[float]
-    configuration: dict[str, Any]
-    versions: dict[str, Any]
+    record: "Record"
 
 
 def run(options: Options) -> int:
     """Calibrate every method at every seed, and present the results."""
-    from benchmarks.report.tables import add_number_columns, empty_table
-
-    configuration, data = prepare(options)
+    configuration, data = start(options)
     results = options.output / f"{NAME}.json"
     calibrations = keep(_calibrations(options, configuration, data), results, {"format": FORMAT})
-    table = empty_table(f"{title_of(data)}: two tasks, the second with λ = {options.ewc_lambda:g}")
-    table.add_column("\nmethod")
+    title = f"{title_of(data)}: two tasks, the second with λ = {options.ewc_lambda:g}"
     headings = ("\nseed", "calibrated\nλ", "first task\n[%]", "second task\n[%]")
-    add_number_columns(table, *headings)
-    for row in rows_of(calibrations):
-        table.add_row(*row)
-    make_console().print(table)
+    print_table(title, ["\nmethod"], headings, rows_of(calibrations))
     print(f"Wrote {results}.")
     return 0
 
@@ -98,13 +84,13 @@ def rows_of(calibrations: Iterable[Calibration]) -> Iterator[tuple[str, ...]]:
     """
     groups: dict[str, list[Calibration]] = {}
     for calibration in calibrations:
-        groups.setdefault(calibration.method, []).append(calibration)
+        groups.setdefault(calibration.record.method, []).append(calibration)
     for method, group in groups.items():
-        several_seeds = [("median", group)] if len(group) > 1 else []
-        for seed, some in [*((str(one.seed), [one]) for one in group), *several_seeds]:
-            strength = median(one.strength for one in some)
-            accuracies = (100 * median(one.accuracies[task] for one in some) for task in range(2))
-            yield method, seed, f"{strength:.2f}", *(f"{value:.2f}" for value in accuracies)
+        rows = [(str(one.record.seed), [one]) for one in group]
+        for seed, some in [*rows, ("median", group)] if len(group) > 1 else rows:
+            ends = [one.record.accuracy_matrix[-1] for one in some]
+            accuracies = (f"{100 * median(end[task] for end in ends):.2f}" for task in range(2))
+            yield method, seed, f"{median(one.strength for one in some):.2f}", *accuracies
 
 
 def _calibrations(
@@ -155,8 +141,8 @@ def calibrate(
         def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
             penalty = penalty_of(strategy)
             if penalty.num_tasks == 1:
-                harm = penalty, strategy.model, strategy._criterion, old_data
-                strengths.append(calibrated_strength(*harm))
+                loss_fn = strategy._criterion
+                strengths.append(calibrated_strength(penalty, strategy.model, loss_fn, old_data))
 
     record = experiment.run(
         variant,
@@ -166,15 +152,7 @@ def calibrate(
         data_source=data_source,
         extra_plugins=[Measurement()],
     )
-    return Calibration(
-        method=variant.name,
-        seed=seed,
-        strength=strengths[0],
-        old_images=sum(len(labels) for _, labels in old_data),
-        accuracies=record.accuracy_matrix[-1],
-        configuration=record.configuration,
-        versions=record.versions,
-    )
+    return Calibration(strengths[0], sum(len(labels) for _, labels in old_data), record)
 
 
 def first_images(scenario: "Scenario") -> "list[tuple[Tensor, Tensor]]":
@@ -183,6 +161,6 @@ def first_images(scenario: "Scenario") -> "list[tuple[Tensor, Tensor]]":
     from torch.utils.data import DataLoader, Subset
 
     dataset: Any = scenario.training_sets()[0]
-    rows: Sequence[int] = range(min(OLD_IMAGES, len(dataset)))
+    rows = range(min(OLD_IMAGES, len(dataset)))
     loader = DataLoader(Subset(dataset, rows), batch_size=OLD_BATCH_SIZE)
     return [(inputs, torch.as_tensor(labels)) for inputs, labels in loader]

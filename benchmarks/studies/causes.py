@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
-from benchmarks.command import keep, make_console, make_folder, use_threads
+from benchmarks.command import keep, make_folder, print_table, use_threads
 from benchmarks.configuration import DataRoot, default_data_root
 from benchmarks.option_types import (
     Count,
@@ -101,7 +101,6 @@ class Outcome:
 def run(options: Options) -> int:
     """Run every combination, and present the results."""
     from benchmarks.data import load_images
-    from benchmarks.report.tables import add_number_columns, empty_table
     from benchmarks.versions import versions
 
     make_folder(options.output)
@@ -117,13 +116,9 @@ def run(options: Options) -> int:
         "versions": versions(),
     }
     outcomes = keep(_outcomes(options, data), options.output / f"{NAME}.json", document)
-    table = empty_table("Accuracy after the last task [%]")
-    table.add_column("optimizer")
-    table.add_column("curvature")
-    add_number_columns(table, "all tasks", "first", "middle", "last")
-    for row in rows_of(outcomes):
-        table.add_row(*row)
-    make_console().print(table)
+    headings = ("all tasks", "first", "middle", "last")
+    title = "Accuracy after the last task [%]"
+    print_table(title, ["optimizer", "curvature"], headings, rows_of(outcomes))
     return 0
 
 
