@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from math import ceil
 from statistics import fmean
 from typing import Any
 
@@ -15,9 +14,9 @@ from benchmarks.inspection import state_bytes
 from benchmarks.methods import Variant, make_optimizer, make_plugin, make_strategy
 from benchmarks.metrics import average_accuracy, backward_transfer, forgetting
 from benchmarks.models import make_model
-from benchmarks.plugins import Progress, Schedule
 from benchmarks.results import Record
 from benchmarks.scenarios import Scenario, training_experiences
+from benchmarks.schedule import Schedule
 from benchmarks.timing import Stopwatch, penalty_milliseconds, time_callback
 from benchmarks.versions import versions
 from rotate_ewc.errors import NotFiniteError
@@ -63,17 +62,13 @@ def run(
     if plugin is not None:
         time_callback(plugin, "after_training_exp", estimation)
 
-    names = [f"task {task}/{scenario.tasks}" for task in range(1, scenario.tasks + 1)]
-    if jointly:
-        names = [f"all {scenario.tasks} tasks"]
-    steps = len(names) * configuration.epochs * ceil(examples / configuration.batch_size)
-    progress = Progress(f"{variant.label}, seed {seed}", names, steps, quiet=quiet)
     own = [] if plugin is None else [plugin]
     # The schedule first, so that a proximal step is as long as the step that it follows.
-    plugins = [*_schedule(configuration), *extra_plugins, *own, *_replay(configuration), progress]
+    plugins = [*_schedule(configuration), *extra_plugins, *own, *_replay(configuration)]
     optimizer = make_optimizer(model, configuration, variant.method)
     strategy = make_strategy(model, configuration, optimizer, plugins)
-    matrix, refused = _train(strategy, experiences, scenario, training, progress)
+    title = "" if quiet else f"{variant.label}, seed {seed}"
+    matrix, refused = _train(strategy, experiences, scenario, training, title)
     return Record(
         method=variant.name,
         label=variant.label,
@@ -116,7 +111,7 @@ def _train(
     experiences: Sequence[Any],
     scenario: Scenario,
     stopwatch: Stopwatch,
-    progress: Progress,
+    title: str,
 ) -> tuple[list[list[float]], bool]:
     """Train on one experience after another, and test on all tasks after each.
 
@@ -125,21 +120,24 @@ def _train(
         experiences: One for each task, or one for all.
         scenario: The tasks, to test on.
         stopwatch: Gets the time of training.
-        progress: Is told when an experience is finished.
+        title: Begins the lines that tell of progress; if it is empty, nothing is told.
 
     Returns:
         The accuracy matrix ``[T][T]``, and whether a task could not be consolidated because the
         network had diverged.
     """
-    matrix, refused = [], False
+    matrix: list[list[float]] = []
+    refused = False
     jointly = len(experiences) < scenario.tasks
-    with progress:
-        for task, experience in enumerate(experiences):
-            with stopwatch:
-                refused |= not _train_once(strategy, experience)
-            row = accuracies(strategy.model, scenario, strategy.device)
-            matrix.append(row)
-            progress.finish_experience(fmean(row if jointly else row[: task + 1]))
+    for task, experience in enumerate(experiences):
+        with stopwatch:
+            refused |= not _train_once(strategy, experience)
+        row = accuracies(strategy.model, scenario, strategy.device)
+        matrix.append(row)
+        if title:
+            seen, done = (row, "all") if jointly else (row[: task + 1], f"task {task + 1} of")
+            accuracy = f"average accuracy {fmean(seen):.2%}"
+            print(f"{title}, {done} {scenario.tasks} tasks: {accuracy}", flush=True)
     return matrix * scenario.tasks if jointly else matrix, refused
 
 

@@ -24,19 +24,15 @@ class PluginSettings:
 
     Attributes:
         strength: λ.
-        fisher_type: Labels in the Fisher matrix, for methods that have the choice.
         samples: Examples per snapshot; None for all.
         seed: Seed of the run.
-        proximal_every: Steps of the optimizer for each proximal step or tangent plane.
-        temperature: What the outputs are divided by in a snapshot.
+        options: All other options.
     """
 
     strength: float
-    fisher_type: str
     samples: int | None
     seed: int
-    proximal_every: int
-    temperature: float
+    options: "Configuration"
 
 
 MakePlugin = Callable[[PluginSettings], Any]
@@ -101,9 +97,9 @@ def _rotated_ewc(mode: str, update: str) -> MakePlugin:
             ewc_lambda=settings.strength,
             mode=mode,
             update=update,
-            every=settings.proximal_every if update in ("proximal", "tangent") else 1,
-            temperature=settings.temperature,
-            fisher_type=settings.fisher_type,
+            every=settings.options.proximal_every if update in ("proximal", "tangent") else 1,
+            temperature=settings.options.temperature,
+            fisher_type=settings.options.fisher_type,
             num_samples=settings.samples,
             seed=settings.seed,
         )
@@ -203,15 +199,10 @@ def make_plugin(
     Returns:
         An Avalanche plugin, or None for plain training.
     """
-    samples = configuration.fisher_samples
-    settings = PluginSettings(
-        strength=variant.strength or 0.0,
-        fisher_type=configuration.fisher_type,
-        samples=samples if 0 < samples < examples else None,
-        seed=seed,
-        proximal_every=configuration.proximal_every,
-        temperature=configuration.temperature,
-    )
+    samples: int | None = configuration.fisher_samples
+    if not samples or samples >= examples:
+        samples = None
+    settings = PluginSettings(variant.strength or 0.0, samples, seed, configuration)
     return variant.method.make_plugin(settings)
 
 
