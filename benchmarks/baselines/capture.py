@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -73,7 +74,8 @@ class Capture:
             layers: The layers by name.
         """
         self._layers = layers
-        self._calls: dict[str, tuple[Tensor, Tensor]] = {}
+        # Edges in the graph remain right if an output is changed in place.
+        self._calls: dict[str, tuple[Tensor, GradientEdge]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> "Capture":
@@ -96,9 +98,9 @@ class Capture:
         Returns:
             By name, for every layer that the outputs depend on.
         """
-        values = [output for _, output in self._calls.values()]
+        edges = [edge for _, edge in self._calls.values()]
         pulled = torch.autograd.grad(
-            outputs, values, grad_outputs=vectors, retain_graph=True, allow_unused=True
+            outputs, edges, grad_outputs=vectors, retain_graph=True, allow_unused=True
         )
         return {
             name: _outer(self._layers[name], inputs, gradient)
@@ -110,7 +112,7 @@ class Capture:
         """Note a call of a layer."""
         if name in self._calls:
             raise ValueError(f"cannot protect {name!r}: it is called more than once")
-        self._calls[name] = args[0].detach(), output
+        self._calls[name] = args[0].detach(), get_gradient_edge(output)
 
 
 def _outer(layer: Layer, inputs: Tensor, gradient: Tensor) -> Outer:

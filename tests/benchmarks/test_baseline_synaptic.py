@@ -84,16 +84,6 @@ def test_training_follows_the_equations_of_the_paper() -> None:
     assert importance.max() > 1e-3, "or else this would hold without any penalty too"
 
 
-def test_a_larger_strength_stays_closer_to_the_first_task() -> None:
-    tasks = [make_task(seed) for seed in range(2)]
-    first = by_plugin(SynapticIntelligence(0.0), tasks[:1])
-    distances = []
-    for strength in (0.0, 1.0, 5.0):
-        model = by_plugin(SynapticIntelligence(strength), tasks)
-        distances.append((model.weight - first.weight).norm().item())
-    assert distances[0] > distances[1] > distances[2]
-
-
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
 def test_avalanches_own_protects_nothing_on_a_cpu() -> None:
     """The reason for ours; once this fails, ours may go."""
@@ -115,32 +105,6 @@ class _Quiet:
         return lambda strategy: None
 
 
-def test_parameters_that_grow_keep_their_importance() -> None:
-    model = make_model()
-    plugin = SynapticIntelligence(1.0)
-    strategy = SimpleNamespace(model=model, loss=torch.zeros(1))
-    plugin.before_training_exp(strategy)
-    plugin.before_update(strategy)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    with torch.no_grad():
-        model.weight -= 0.5
-    plugin.after_update(strategy)
-    plugin.after_training_exp(strategy)
-    grown = nn.Linear(3, 4, dtype=torch.float64)
-    with torch.no_grad():
-        grown.weight[:2] = model.weight
-        grown.bias[:2] = model.bias
-    strategy.model = grown
-    plugin.before_training_exp(strategy)
-    assert plugin.penalty(grown) == 0
-    with torch.no_grad():
-        grown.weight += 2.0
-    # ω = 1 · 0.5 for each entry, Δ = -0.5
-    expected = 6 * 0.5 / (0.25 + DAMPING) * 4.0
-    assert plugin.penalty(grown).item() == pytest.approx(expected)
-
-
 def test_a_negative_strength_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"strength is -1\.0; expected at least 0"):
+    with pytest.raises(ValueError, match=r"strength: got -1\.0, expected at least 0"):
         SynapticIntelligence(-1.0)
