@@ -1,120 +1,154 @@
-"""The benchmark suite: ``python -m benchmarks run``, ``compare``, ``plot`` and ``report``."""
+"""All benchmarks: ``python -m benchmarks COMMAND``; without a command it lists them."""
 
+import contextlib
+import difflib
+import importlib
+import io
+import os
+import re
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
-from benchmarks.command import complain, make_console, obstacle, prepare
-from benchmarks.configuration import Configuration
-from benchmarks.permuted_mnist import EXIT_INTERRUPTED, REQUIREMENTS
-from benchmarks.suite.options import RunOptions, ShowOptions, parse
+PROGRAM = "python -m benchmarks"
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+SO_WIDE_THAT_NOTHING_IS_BROKEN = 100_000  # columns
 
-if TYPE_CHECKING:
-    from benchmarks.suite.pool import Pool
-    from benchmarks.suite.protocol import Experiment
-    from benchmarks.suite.sweep import Search
 
-NAME = "suite"
+class Command(NamedTuple):
+    """Where a command is: a module with a class of options and a function ``run`` of them.
+
+    Attributes:
+        module: Its dotted name. Imports of PyTorch and Avalanche are inside its functions.
+        options: Name of the class, a frozen dataclass.
+        summary: One line about it.
+    """
+
+    module: str
+    options: str
+    summary: str
+
+
+COMMANDS = {
+    "permuted-mnist": Command(
+        "benchmarks.permuted_mnist", "Options", "a few methods on permuted MNIST, with given λ"
+    ),
+    "run": Command("benchmarks.suite.run", "Options", "search λ of every method, and test them"),
+    "compare": Command("benchmarks.suite.show", "Compare", "print tables of what runs reached"),
+    "plot": Command("benchmarks.suite.show", "Plot", "draw what runs reached"),
+    "report": Command("benchmarks.suite.show", "Report", "tables and figures on one page"),
+    "speed": Command("benchmarks.speed.command", "Options", "time and memory of snapshots"),
+    "speed-penalty": Command(
+        "benchmarks.speed.penalty_command", "Options", "what a penalty adds to a training step"
+    ),
+    "peers": Command("benchmarks.peers.command", "Options", "exactness, beside other libraries"),
+    "study-calibrate": Command(
+        "benchmarks.studies.calibrate", "Options", "λ from the first two tasks alone"
+    ),
+    "study-causes": Command(
+        "benchmarks.studies.causes", "Options", "why long streams of tasks lose accuracy"
+    ),
+    "study-storage": Command(
+        "benchmarks.studies.storage", "Options", "snapshots in files: bytes, time and accuracy"
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run or present benchmarks.
+    """Run a command.
 
     Args:
         arguments: Words of the command line; None for those of the process.
 
     Returns:
-        The exit code: 0; 1 where something is missing, a run failed, or methods are not in the
-        order that was to be checked; 130 after an interruption.
+        The exit code: 0; 1 where something is missing or failed; 2 after a wrong command line; 130
+        after an interruption.
     """
-    options = parse(arguments)
-    missing = [package for module, package in REQUIREMENTS.items() if not find_spec(module)]
-    if problem := obstacle(missing, options.output):
-        return complain(NAME, problem)
-    try:
-        return _run(options) if isinstance(options, RunOptions) else _show(options)
-    except KeyboardInterrupt:
-        print("\nInterrupted; finished runs are kept, and the same command goes on from there.")
-        return EXIT_INTERRUPTED
-
-
-def _run(options: RunOptions) -> int:
-    """Run all experiments, print their tables, and return the exit code."""
-    from benchmarks.download import DataUnavailableError
-    from benchmarks.suite.pool import Pool
-
-    experiments: list[Experiment] = []
-    with Pool(options.output, options.jobs, options.configurations[0].threads) as pool:
-        for configuration in options.configurations:
-            try:
-                experiments += _run_one(configuration, options.search, pool)
-            except DataUnavailableError as error:
-                problem = f"{configuration.scenario}: its data set {error}"
-                if len(options.configurations) == 1:
-                    return complain(NAME, problem)
-                print(f"Left out {problem}.")
-            except ValueError as error:
-                return complain(NAME, f"{configuration.scenario}: {error}")
-    _print_tables(experiments)
-    print(f"Records of all runs are in {options.output}.")
-    return _verdict(options, experiments, pool)
-
-
-def _run_one(configuration: Configuration, search: "Search", pool: "Pool") -> "list[Experiment]":
-    """Search and test all methods on one scenario; without a result if all runs fail."""
-    from benchmarks.scenarios import make_scenario
-    from benchmarks.suite.protocol import experiments
-    from benchmarks.suite.sweep import Sweep
-
-    configuration, data = prepare(configuration)
-    scenario = make_scenario(configuration, data, seed=0)
-    sweep = Sweep(configuration, search, scenario.name, data.source)
-    records = sweep.run(pool.execute)
-    return experiments((scenario.name, record) for record in records)
-
-
-def _print_tables(found: "Sequence[Experiment]") -> None:
-    """Print a table for each experiment."""
-    from benchmarks.suite.tables import terminal_notes, terminal_table
-
-    console = make_console()
-    for experiment in found:
-        console.print(terminal_table(experiment))
-    console.print(terminal_notes())
-
-
-def _verdict(options: RunOptions, found: "Sequence[Experiment]", pool: "Pool") -> int:
-    """Say what failed and, if that was asked for, what is out of order."""
-    from benchmarks.suite.orderings import orderings
-
-    comparisons = orderings(found) if options.check else []
-    for comparison in comparisons:
-        print(comparison)
-    for trace in dict.fromkeys(pool.failures.values()):  # many runs fail for the same reason
-        jobs = [job for job, other in pool.failures.items() if other == trace]
-        print(f"\nFailed: {'; '.join(jobs)}\n{trace}", file=sys.stderr)
-    in_order = all(comparison.holds for comparison in comparisons)
-    return 0 if in_order and not pool.failures else 1
-
-
-def _show(options: ShowOptions) -> int:
-    """Present what earlier runs left behind."""
-    from benchmarks.suite.page import write_figures, write_report
-    from benchmarks.suite.protocol import experiments
-    from benchmarks.suite.store import load_all
-
-    try:
-        found = experiments(load_all(options.folders))
-    except ValueError as error:
-        return complain(NAME, str(error))
-    if options.output is None:
-        _print_tables(found)
+    name, *words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_overview())
         return 0
-    write = write_report if options.command == "report" else write_figures
-    for path in write(found, options.output):
-        print(f"Wrote {path}")
-    return 0
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return _complain("", f"expected one of {', '.join(COMMANDS)}, got {name!r}{hint}", 2)
+    return _run(name, words)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    listed = (f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return "\n".join(
+        (
+            f"usage: {PROGRAM} COMMAND [OPTIONS]\n",
+            *listed,
+            f"\n{PROGRAM} COMMAND --help tells more.",
+        )
+    )
+
+
+def _run(name: str, words: Sequence[str]) -> int:
+    """Read the options of a command and run it."""
+    try:
+        from benchmarks.command import CommandError
+
+        module = importlib.import_module(COMMANDS[name].module)
+        options = _parse(name, getattr(module, COMMANDS[name].options), words)
+        try:
+            code: int = module.run(options)
+        except CommandError as error:
+            return _complain(name, str(error), EXIT_FAILED)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("benchmarks", "rotate_ewc"):
+            raise
+        problem = f"{error.name} is missing; it comes with: pip install '.[bench]'"
+        return _complain(name, problem, EXIT_FAILED)
+    except KeyboardInterrupt:
+        print("\nInterrupted; the records of finished runs are kept.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return code
+
+
+def _complain(name: str, problem: str, code: int) -> int:
+    """Say in one line what is wrong, and return the exit code for it."""
+    print(f"{PROGRAM} {name}".rstrip() + f": error: {problem}", file=sys.stderr)
+    return code
+
+
+def _parse(name: str, options: type[Any], words: Sequence[str]) -> Any:
+    """Turn words into options, or leave with a message in one line."""
+    import tyro
+
+    def read() -> Any:
+        config = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
+        return tyro.cli(options, prog=f"{PROGRAM} {name}", args=words, config=config)
+
+    if {"-h", "--help"} & {*words}:
+        return read()
+    messages = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(SO_WIDE_THAT_NOTHING_IS_BROKEN)
+    try:
+        with contextlib.redirect_stderr(messages):
+            return read()
+    except SystemExit:
+        sys.exit(_complain(name, _one_line(messages.getvalue()), EXIT_USAGE))
+    finally:
+        del os.environ["COLUMNS"]
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _one_line(box: str) -> str:
+    """The message in one of tyro's boxes, without what ``--help`` says as well.
+
+    Boxes begin with what is wrong. After a rule comes a suggestion, if there is any.
+    """
+    inside = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    message, *others = (part.strip() for part in re.split("─{9,} ?", " ".join(inside)))
+    message = re.sub(r"^Error parsing ([A-Z]\w*[a-z]\w*: )?", "", message)
+    suggested = [found[1] for other in others if (found := re.match(r"Perhaps .*?(--\S+)", other))]
+    return message + (f" (did you mean {suggested[0]}?)" if suggested else "")
 
 
 if __name__ == "__main__":

@@ -1,72 +1,115 @@
 """What several commands do before and after their work."""
 
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from benchmarks.configuration import Configuration
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from benchmarks.configuration import Configuration, StreamOptions
     from benchmarks.data import ImageData
 
-LOG_WIDTH = 110
+LOG_WIDTH = 120
+
+Result = TypeVar("Result")
 
 
-def obstacle(missing: Sequence[str], output: Path | None) -> str | None:
-    """Make the folder of the results, if nothing else is in the way.
+class CommandError(Exception):
+    """What prevents a command from running, to be told in one line."""
 
-    Args:
-        missing: Packages that are needed and not there.
-        output: The folder; None where nothing is written.
 
-    Returns:
-        What prevents the command from running; None if nothing does.
+def make_folder(output: Path) -> None:
+    """Make the folder of the results, before anything takes time.
+
+    Raises:
+        CommandError: If it cannot be made.
     """
-    if missing:
-        return f"something is missing; it comes with: pip install {' '.join(missing)}"
-    if output is None:
-        return None
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return f"--output: cannot make the folder: {error}"
-    return None
+        raise CommandError(f"--output: cannot make the folder: {error}") from error
 
 
-def complain(name: str, message: str) -> int:
-    """Say what prevents a benchmark from running, and return the exit code for it."""
-    print(f"benchmarks.{name}: error: {message}", file=sys.stderr)
-    return 1
-
-
-def prepare(configuration: Configuration) -> "tuple[Configuration, ImageData]":
-    """Set the number of threads, load the images, and announce them.
+def start(options: "StreamOptions") -> "tuple[Configuration, ImageData]":
+    """Make the folder of the results, set the number of threads, and load and announce the images.
 
     Args:
-        configuration: The options.
+        options: Of a command about one stream of permuted-MNIST tasks.
 
     Returns:
-        The options, with the defaults that fit the data, and the images.
+        The options with defaults that fit the data, and the images.
     """
-    import torch
+    from benchmarks.configuration import settle
 
+    make_folder(options.output)
+    use_threads(options.threads)
+    data = announced(settle(options, "permuted_mnist"), options.data_root)
+    return settle(options, "permuted_mnist", digits=data.source == "digits"), data
+
+
+def announced(configuration: "Configuration", data_root: Path) -> "ImageData":
+    """Load the images, and say which they are."""
+    from benchmarks.configuration import DIGITS_DEFAULTS
     from benchmarks.scenarios import load_data
 
-    if configuration.threads is not None:
-        torch.set_num_threads(configuration.threads)
-    data = load_data(configuration)
+    data = load_data(configuration, data_root)
     print(data.announcement, flush=True)
     if data.source == "digits":
-        configuration = configuration.for_digits()
-        print(
-            f"So few images are learned with --epochs {configuration.epochs} "
-            f"--batch-size {configuration.batch_size}.",
-            flush=True,
-        )
-    return configuration, data
+        defaults = ", ".join(f"{name} {value}" for name, value in DIGITS_DEFAULTS.items())
+        print(f"Defaults for so few images: {defaults.replace('_', ' ')}.", flush=True)
+    return data
+
+
+def use_threads(threads: int | None) -> None:
+    """Set the number of PyTorch's CPU threads; None leaves its own choice."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def keep(results: Iterable[Result], path: Path, document: Mapping[str, Any]) -> list[Result]:
+    """Collect results, and write all there are after each, so that an interruption loses none.
+
+    Args:
+        results: Dataclass instances, each made when it is asked for.
+        path: The JSON file.
+        document: What else is in it.
+
+    Returns:
+        The results.
+    """
+    from benchmarks.files import write_document
+
+    found: list[Result] = []
+    for result in results:
+        found.append(result)
+        plain = [dataclasses.asdict(one) for one in found]  # type: ignore[call-overload]
+        write_document(path, {**document, "records": plain})
+    return found
+
+
+def title_of(data: "ImageData") -> str:
+    """How tables call the permuted images."""
+    return "Permuted MNIST" if data.source == "mnist" else "Permuted digits (not MNIST)"
+
+
+def print_table(
+    title: str, names: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """Print a table with headings of columns of names and of numbers."""
+    from benchmarks.report.tables import add_number_columns, empty_table
+
+    table = empty_table(title)
+    for name in names:
+        table.add_column(name)
+    add_number_columns(table, *numbers)
+    for row in rows:
+        table.add_row(*row)
+    make_console().print(table)
 
 
 def make_console() -> "Console":

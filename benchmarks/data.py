@@ -1,31 +1,85 @@
-"""Images in memory: MNIST where it can be had, scikit-learn's digits where it cannot.
+"""Images in memory: MNIST, or scikit-learn's digits where it cannot be had, and CIFAR.
 
-Both come as flat, normalised ``float32`` tensors. The digits (8 by 8 pixels) need no download, so
+All come as flat, normalised ``float32`` tensors. The digits (8 by 8 pixels) need no download, so
 that every benchmark runs on a machine without a network; their figures are not comparable with
 MNIST's, which is why :class:`ImageData` carries a line to announce its origin.
 """
 
+import contextlib
 import dataclasses
+import io
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.download import DataUnavailableError, download, reason
-
-MNIST_MEAN = 0.1307
-MNIST_STANDARD_DEVIATION = 0.3081
-MNIST_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
-MNIST_SHAPE = (1, 28, 28)
-DIGITS_SHAPE = (1, 8, 8)
+NETWORK_TIMEOUT_SECONDS = 10.0
 DIGITS_TEST_IMAGES = 300
 VALIDATION_PART = 6
+
+
+class DataUnavailableError(Exception):
+    """A data set can be neither read nor downloaded; the message completes "NAME ..."."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A data set of torchvision.
+
+    Attributes:
+        name: How people call it.
+        folder: Where torchvision keeps it, below the folder of all data.
+        files: What must be there, or else it is downloaded.
+        means: Means of the training pixels, by channel.
+        deviations: Standard deviations of the training pixels, by channel.
+        shape: Channels, height and width.
+        classes: Number of classes.
+    """
+
+    name: str
+    folder: str
+    files: tuple[str, ...]
+    means: tuple[float, ...]
+    deviations: tuple[float, ...]
+    shape: tuple[int, ...]
+    classes: int
+
+
+MNIST = Kind(
+    name="MNIST",
+    folder="MNIST/raw",
+    files=tuple(
+        f"{part}-{content}-ubyte"
+        for part in ("train", "t10k")
+        for content in ("images-idx3", "labels-idx1")
+    ),
+    means=(0.1307,),
+    deviations=(0.3081,),
+    shape=(1, 28, 28),
+    classes=10,
+)
+CIFAR10 = Kind(
+    name="CIFAR-10",
+    folder="cifar-10-batches-py",
+    files=(".",),
+    means=(0.4914, 0.4822, 0.4465),
+    deviations=(0.2470, 0.2435, 0.2616),
+    shape=(3, 32, 32),
+    classes=10,
+)
+CIFAR100 = Kind(
+    name="CIFAR-100",
+    folder="cifar-100-python",
+    files=(".",),
+    means=(0.5071, 0.4865, 0.4409),
+    deviations=(0.2673, 0.2564, 0.2762),
+    shape=(3, 32, 32),
+    classes=100,
+)
 
 
 @dataclass(frozen=True)
@@ -53,11 +107,7 @@ class ImageData:
     classes: int = 10
 
     def for_validation(self) -> "ImageData":
-        """Hold out the last sixth of the training images, in place of the test images.
-
-        Returns:
-            Images of which none is a test image, to choose options by.
-        """
+        """Hold out the last sixth of the training images, in place of the test images."""
         held_out = len(self.train_inputs) // VALIDATION_PART
         kept = len(self.train_inputs) - held_out
         return dataclasses.replace(
@@ -71,11 +121,7 @@ class ImageData:
         )
 
     def limited(self, training_images: int) -> "ImageData":
-        """Keep the first training images only.
-
-        Args:
-            training_images: How many; 0 keeps all.
-        """
+        """Keep the first training images only; 0 keeps all."""
         if not 0 < training_images < len(self.train_inputs):
             return self
         return dataclasses.replace(
@@ -97,16 +143,17 @@ def load_images(data_root: Path) -> ImageData:
         The images. Nothing has been printed: printing the announcement is up to the caller.
     """
     try:
-        return load_mnist(data_root)
+        return load(MNIST, data_root)
     except DataUnavailableError as error:
         return load_digits(why=str(error))
 
 
-def load_mnist(data_root: Path) -> ImageData:
-    """Load MNIST, downloading it where it is missing.
+def load(kind: Kind, data_root: Path) -> ImageData:
+    """Load a data set of torchvision, downloading it where it is missing.
 
     Args:
-        data_root: Folder that has, or is to have, ``MNIST/raw`` with the four data files.
+        kind: Which.
+        data_root: Folder that has, or is to have, the folder that torchvision makes.
 
     Returns:
         The images.
@@ -114,25 +161,28 @@ def load_mnist(data_root: Path) -> ImageData:
     Raises:
         DataUnavailableError: If the files are damaged, or missing and cannot be downloaded.
     """
-    from torchvision.datasets import MNIST
+    from torchvision import datasets
 
+    make = getattr(datasets, kind.name.replace("-", ""))
+    folder = data_root / kind.folder
     origin = f"from {data_root}"
-    if not all((data_root / "MNIST" / "raw" / name).is_file() for name in MNIST_FILES):
-        _download_mnist(data_root)
+    if not all((folder / name).exists() for name in kind.files):
+        _download(lambda: make(data_root, download=True), folder, data_root)
         origin = f"downloaded to {data_root}"
     try:
-        training, test = MNIST(data_root, train=True), MNIST(data_root, train=False)
-    # Truncated files fail in the parser, in whatever way their bytes make it fail.
+        training, test = make(data_root, train=True), make(data_root, train=False)
+    # Damaged files fail in a check or in a parser, in whatever way their bytes make them fail.
     except Exception as error:
-        raise DataUnavailableError(f"in {data_root} is damaged ({reason(error)})") from error
+        raise DataUnavailableError(f"in {data_root} is damaged ({_reason(error)})") from error
     return ImageData(
-        source="mnist",
-        announcement=f"Data: MNIST {sizes(len(training), len(test), MNIST_SHAPE)} {origin}.",
-        train_inputs=_normalised(training.data / 255, MNIST_MEAN, MNIST_STANDARD_DEVIATION),
-        train_labels=training.targets.long(),
-        test_inputs=_normalised(test.data / 255, MNIST_MEAN, MNIST_STANDARD_DEVIATION),
-        test_labels=test.targets.long(),
-        shape=MNIST_SHAPE,
+        source=make.__name__.lower(),
+        announcement=f"Data: {kind.name} {_sizes(len(training), len(test), kind.shape)} {origin}.",
+        train_inputs=_normalised(training.data, kind),
+        train_labels=torch.as_tensor(training.targets).long(),
+        test_inputs=_normalised(test.data, kind),
+        test_labels=torch.as_tensor(test.targets).long(),
+        shape=kind.shape,
+        classes=kind.classes,
     )
 
 
@@ -145,42 +195,89 @@ def load_digits(why: str = "was not asked for") -> ImageData:
     Returns:
         1,497 training and 300 test images, each class alike in both.
     """
-    from sklearn.datasets import load_digits as load
+    from sklearn.datasets import load_digits as load_them
     from sklearn.model_selection import train_test_split
 
-    pixels, classes = load(return_X_y=True)
+    pixels, classes = load_them(return_X_y=True)
     train_pixels, test_pixels, train_classes, test_classes = train_test_split(
         pixels, classes, test_size=DIGITS_TEST_IMAGES, stratify=classes, random_state=0
     )
     train_inputs = torch.from_numpy(train_pixels).float()
     mean, deviation = train_inputs.mean().item(), train_inputs.std().item()
+    shape = (1, 8, 8)
     return ImageData(
         source="digits",
         announcement="Data: scikit-learn digits "
-        f"{sizes(len(train_pixels), len(test_pixels), DIGITS_SHAPE)}: "
+        f"{_sizes(len(train_pixels), len(test_pixels), shape)}: "
         f"MNIST {why}. The figures below are not comparable with MNIST's.",
-        train_inputs=_normalised(train_inputs, mean, deviation),
+        train_inputs=(train_inputs - mean) / deviation,
         train_labels=torch.from_numpy(train_classes).long(),
-        test_inputs=_normalised(torch.from_numpy(test_pixels), mean, deviation),
+        test_inputs=((torch.from_numpy(test_pixels) - mean) / deviation).float(),
         test_labels=torch.from_numpy(test_classes).long(),
-        shape=DIGITS_SHAPE,
+        shape=shape,
     )
 
 
-def _download_mnist(data_root: Path) -> None:
-    """Download the four files of MNIST, or raise."""
-    from torchvision.datasets import MNIST
+def _normalised(pixels: Any, kind: Kind) -> Tensor:
+    """Bring images ``uint8`` ``[N, H, W(, C)]`` to ``float32`` ``[N, D]``, channels first."""
+    scaled = torch.as_tensor(pixels).float().div_(255)
+    if kind.shape[0] == 1:
+        return scaled.sub_(kind.means[0]).div_(kind.deviations[0]).flatten(1)
+    scaled.sub_(torch.tensor(kind.means)).div_(torch.tensor(kind.deviations))
+    return scaled.permute(0, 3, 1, 2).flatten(1)
 
-    download(lambda: MNIST(data_root, download=True), data_root / "MNIST" / "raw", data_root)
 
-
-def sizes(training: int, test: int, shape: tuple[int, ...]) -> str:
+def _sizes(training: int, test: int, shape: tuple[int, ...]) -> str:
     """Describe the size of a data set of images ``[channels, height, width]``."""
     channels, height, width = shape
     colours = f"×{channels}" if channels > 1 else ""
     return f"({training:,} training and {test:,} test images of {height}×{width}{colours})"
 
 
-def _normalised(pixels: Tensor, mean: float, deviation: float) -> Tensor:
-    """Flatten images ``[N, ...]`` to ``float32`` ``[N, D]``, shifted and scaled."""
-    return ((pixels.flatten(1) - mean) / deviation).float()
+def _download(make_dataset: Callable[[], object], folder: Path, data_root: Path) -> None:
+    """Download a data set in silence, or raise within about twenty seconds.
+
+    Args:
+        make_dataset: Makes torchvision's data set, with ``download=True``.
+        folder: Where its files go; if it was not there, it is not there after a failure.
+        data_root: What the user knows the place as.
+
+    Raises:
+        DataUnavailableError: If the download fails.
+    """
+    missing_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        with _silence(), _network_timeout(NETWORK_TIMEOUT_SECONDS):
+            make_dataset()
+    # No network, a full disk, a folder that cannot be written: other data help with all of them.
+    except Exception as error:
+        for parent in missing_folders:
+            with contextlib.suppress(OSError):  # one that holds something is kept
+                parent.rmdir()
+        raise DataUnavailableError(
+            f"is not in {data_root} and could not be downloaded ({_reason(error)})"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The last line of an error's message, which for torchvision is the cause."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep progress bars and mirror lists from preceding the announcement."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def _network_timeout(seconds: float) -> Iterator[None]:
+    """Give up on connections that hang, torchvision having no option for it."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -24,44 +24,34 @@ class PluginSettings:
 
     Attributes:
         strength: λ.
-        fisher_type: Labels in the Fisher matrix, for methods that have the choice.
         samples: Examples per snapshot; None for all.
         seed: Seed of the run.
-        proximal_every: Steps of the optimizer for each proximal step or tangent plane.
-        temperature: What the outputs are divided by in a snapshot.
+        options: All other options.
     """
 
     strength: float
-    fisher_type: str
     samples: int | None
     seed: int
-    proximal_every: int
-    temperature: float
+    options: "Configuration"
+
+
+MakePlugin = Callable[[PluginSettings], Any]
 
 
 def _no_plugin(settings: PluginSettings) -> None:
     """Plain training."""
 
 
-def _ewc(settings: PluginSettings) -> Any:
-    """Avalanche's elastic weight consolidation: diagonal, a penalty and an anchor per task."""
-    from benchmarks.avalanche_names import EWCPlugin
+def _ewc(mode: str) -> MakePlugin:
+    """Avalanche's EWC: a diagonal and an anchor per task, or one with summed importances."""
 
-    return EWCPlugin(ewc_lambda=settings.strength, mode="separate")
+    def make(settings: PluginSettings) -> Any:
+        from benchmarks.avalanche_names import EWCPlugin
 
+        decay = 1.0 if mode == "online" else None
+        return EWCPlugin(ewc_lambda=settings.strength, mode=mode, decay_factor=decay)
 
-def _ewc_online(settings: PluginSettings) -> Any:
-    """Avalanche's elastic weight consolidation with one penalty: importances add up."""
-    from benchmarks.avalanche_names import EWCPlugin
-
-    return EWCPlugin(ewc_lambda=settings.strength, mode="online", decay_factor=1.0)
-
-
-def _si(settings: PluginSettings) -> Any:
-    """Synaptic intelligence (Zenke et al., 2017); Avalanche's own protects nothing on a CPU."""
-    from benchmarks.baselines import SynapticIntelligence
-
-    return SynapticIntelligence(settings.strength)
+    return make
 
 
 def _mas(settings: PluginSettings) -> Any:
@@ -78,28 +68,26 @@ def _lwf(settings: PluginSettings) -> Any:
     return LwFPlugin(alpha=settings.strength)
 
 
-def _r_ewc(settings: PluginSettings) -> Any:
-    """Rotated EWC as published: the last task's rotation and diagonal (Liu et al., 2018)."""
-    from benchmarks.baselines import PublishedRotatedEWC
+def _si(settings: PluginSettings) -> Any:
+    """Synaptic intelligence (Zenke et al., 2017); Avalanche's own protects nothing on a CPU."""
+    from benchmarks.baselines import SynapticIntelligence
 
-    return PublishedRotatedEWC(settings.strength, samples=settings.samples, seed=settings.seed)
-
-
-def _kronecker_laplace(settings: PluginSettings) -> Any:
-    """Kronecker-factored Laplace with sums of factors (Ritter et al., 2018)."""
-    from benchmarks.baselines import KroneckerLaplace
-
-    return KroneckerLaplace(settings.strength, samples=settings.samples, seed=settings.seed)
+    return SynapticIntelligence(settings.strength)
 
 
-def _diagonal_ewc(settings: PluginSettings) -> Any:
-    """Elastic weight consolidation with the exact diagonal of the Fisher matrix."""
-    from benchmarks.baselines import DiagonalFisherEWC
+def _published(name: str) -> MakePlugin:
+    """A method of :mod:`benchmarks.baselines` that estimates a penalty from examples."""
 
-    return DiagonalFisherEWC(settings.strength, samples=settings.samples, seed=settings.seed)
+    def make(settings: PluginSettings) -> Any:
+        from benchmarks import baselines
+
+        plugin = getattr(baselines, name)
+        return plugin(settings.strength, samples=settings.samples, seed=settings.seed)
+
+    return make
 
 
-def _rotated_ewc(mode: str, update: str = "penalty") -> Callable[[PluginSettings], Any]:
+def _rotated_ewc(mode: str, update: str) -> MakePlugin:
     """Elastic weight consolidation in the rotated basis, in one of its modes and updates."""
 
     def make(settings: PluginSettings) -> Any:
@@ -109,22 +97,14 @@ def _rotated_ewc(mode: str, update: str = "penalty") -> Callable[[PluginSettings
             ewc_lambda=settings.strength,
             mode=mode,
             update=update,
-            every=settings.proximal_every if update in ("proximal", "tangent") else 1,
-            temperature=settings.temperature,
-            fisher_type=settings.fisher_type,
+            every=settings.options.proximal_every if update in ("proximal", "tangent") else 1,
+            temperature=settings.options.temperature,
+            fisher_type=settings.options.fisher_type,
             num_samples=settings.samples,
             seed=settings.seed,
         )
 
     return make
-
-
-def _rotated_strengths(configuration: "Configuration") -> Sequence[float]:
-    return (configuration.ewc_lambda,)
-
-
-def _baseline_strengths(configuration: "Configuration") -> Sequence[float]:
-    return configuration.baseline_ewc_lambda
 
 
 @dataclass(frozen=True)
@@ -137,45 +117,47 @@ class Method:
             is no λ.
         centre: Middle of the range of λ that is searched, a power of ten; see
             :mod:`benchmarks.suite.sweep`.
-        strengths: Picks the values of λ to run from a configuration, where an option sets them.
         trained_jointly: Whether all tasks are learned at once.
         rotates_adam: Whether the optimizer is Adam in the eigenbasis of the plugin's penalty,
             whatever ``--optimizer`` says.
-        by_default: Whether it is among the methods that run when none are named.
+        by_default: Whether ``permuted-mnist`` runs it when no methods are named.
     """
 
-    make_plugin: Callable[[PluginSettings], Any]
-    default_strength: float | None = None
+    make_plugin: MakePlugin
+    default_strength: float | None = 1.0
     centre: float = 1.0
-    strengths: Callable[["Configuration"], Sequence[float]] | None = None
     trained_jointly: bool = False
     rotates_adam: bool = False
-    by_default: bool = True
+    by_default: bool = False
 
 
-def _ours(mode: str, update: str = "penalty", **others: Any) -> Method:
-    """One of the rotated methods."""
-    return Method(_rotated_ewc(mode, update), 1.0, strengths=_rotated_strengths, **others)
+def _ours(mode: str, update: str = "penalty", **others: bool) -> Method:
+    return Method(_rotated_ewc(mode, update), **others)
 
 
 METHODS: dict[str, Method] = {
-    "naive": Method(_no_plugin),
-    "ewc": Method(_ewc, 1.0, centre=100.0, strengths=_baseline_strengths),
-    "ewc-online": Method(_ewc_online, 1.0, centre=100.0, by_default=False),
-    "si": Method(_si, 1.0, by_default=False),
-    "mas": Method(_mas, 1.0, centre=0.1, by_default=False),
-    "lwf": Method(_lwf, 1.0, by_default=False),
-    "r-ewc": Method(_r_ewc, 1.0, centre=100.0, by_default=False),
-    "kronecker-laplace": Method(_kronecker_laplace, 1.0, by_default=False),
-    "diagonal-ewc": Method(_diagonal_ewc, 1.0, centre=10.0, by_default=False),
-    "rotated-ewc": _ours("merged"),
-    "rotated-ewc-separate": _ours("separate"),
-    "rotated-ewc-tangent": _ours("merged", "tangent", by_default=False),
-    "rotated-ewc-proximal": _ours("merged", "proximal", by_default=False),
-    "rotated-adam": _ours("merged", "optimizer", rotates_adam=True),
-    "joint": Method(_no_plugin, trained_jointly=True),
+    "naive": Method(_no_plugin, None, by_default=True),
+    "ewc": Method(_ewc("separate"), centre=100.0, by_default=True),
+    "ewc-online": Method(_ewc("online"), centre=100.0),
+    "si": Method(_si),
+    "mas": Method(_mas, centre=0.1),
+    "lwf": Method(_lwf),
+    "r-ewc": Method(_published("PublishedRotatedEWC"), centre=100.0),
+    "kronecker-laplace": Method(_published("KroneckerLaplace")),
+    "diagonal-ewc": Method(_published("DiagonalFisherEWC"), centre=10.0),
+    "rotated-ewc": _ours("merged", by_default=True),
+    "rotated-ewc-separate": _ours("separate", by_default=True),
+    "rotated-ewc-tangent": _ours("merged", "tangent"),
+    "rotated-ewc-proximal": _ours("merged", "proximal"),
+    "rotated-adam": _ours("merged", "optimizer", rotates_adam=True, by_default=True),
+    "joint": Method(_no_plugin, None, trained_jointly=True, by_default=True),
 }
 DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.by_default)
+
+
+def is_own(label: str) -> bool:
+    """Whether the label of a method, whatever is added to it, is of one of this package's."""
+    return label.startswith("rotated-")
 
 
 @dataclass(frozen=True)
@@ -184,32 +166,23 @@ class Variant:
 
     Attributes:
         name: Key in :data:`METHODS`.
-        label: Name for tables and plots, with the strength where there are several.
         strength: λ; None where there is none.
+        note: What tables and plots add to the name.
     """
 
     name: str
-    label: str
     strength: float | None
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name for tables and plots."""
+        return self.name + self.note
 
     @property
     def method(self) -> Method:
         """The method itself."""
         return METHODS[self.name]
-
-
-def variants(configuration: "Configuration") -> list[Variant]:
-    """List what is to be run, in the order of ``--methods``."""
-    found = []
-    for name in configuration.methods:
-        method = METHODS[name]
-        values: Sequence[float | None] = (method.default_strength,)
-        if method.strengths:
-            values = method.strengths(configuration)
-        for value in values:
-            label = name if len(values) == 1 else f"{name}[λ={value:g}]"
-            found.append(Variant(name, label, value))
-    return found
 
 
 def make_plugin(
@@ -226,15 +199,10 @@ def make_plugin(
     Returns:
         An Avalanche plugin, or None for plain training.
     """
-    samples = configuration.fisher_samples
-    settings = PluginSettings(
-        strength=variant.strength or 0.0,
-        fisher_type=configuration.fisher_type,
-        samples=samples if 0 < samples < examples else None,
-        seed=seed,
-        proximal_every=configuration.proximal_every,
-        temperature=configuration.temperature,
-    )
+    samples: int | None = configuration.fisher_samples
+    if not samples or samples >= examples:
+        samples = None
+    settings = PluginSettings(variant.strength or 0.0, samples, seed, configuration)
     return variant.method.make_plugin(settings)
 
 

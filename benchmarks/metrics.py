@@ -10,27 +10,9 @@ from statistics import fmean
 AccuracyMatrix = Sequence[Sequence[float]]
 
 
-def _check_square(matrix: AccuracyMatrix) -> None:
-    """Refuse anything but a non-empty square matrix."""
-    lengths = [len(row) for row in matrix]
-    if not lengths or any(length != len(lengths) for length in lengths):
-        raise ValueError(
-            f"accuracy matrix: got {len(lengths)} rows of lengths {lengths}, "
-            "expected T rows of T accuracies each, with T ≥ 1"
-        )
-
-
 def average_accuracy(matrix: AccuracyMatrix) -> float:
-    """Mean accuracy over all tasks after the last one.
-
-    Args:
-        matrix: Accuracies ``[T][T]``.
-
-    Returns:
-        The mean of the last row, a fraction between 0 and 1.
-    """
-    _check_square(matrix)
-    return fmean(matrix[-1])
+    """Mean accuracy over all tasks after the last one."""
+    return fmean(_square(matrix)[-1])
 
 
 def forgetting(matrix: AccuracyMatrix) -> float:
@@ -38,51 +20,36 @@ def forgetting(matrix: AccuracyMatrix) -> float:
 
     The definition of Chaudhry et al., "Riemannian walk for incremental learning" (2018). The
     best is taken over the moments from learning the task to just before the last task, so the
-    result can be negative: learning the last task then helped the earlier ones.
-
-    Args:
-        matrix: Accuracies ``[T][T]``.
-
-    Returns:
-        The mean over all tasks but the last, between -1 and 1; 0 for a single task.
+    result can be negative: learning the last task then helped the earlier ones. The mean is over
+    all tasks but the last; 0 for a single task.
     """
-    _check_square(matrix)
-    last = len(matrix) - 1
-    if last == 0:
-        return 0.0
-    return fmean(
-        max(matrix[row][task] for row in range(task, last)) - matrix[last][task]
-        for task in range(last)
-    )
+    last = len(_square(matrix)) - 1
+    drops = (max(row[j] for row in matrix[j:last]) - matrix[last][j] for j in range(last))
+    return fmean(drops) if last else 0.0
 
 
 def backward_transfer(matrix: AccuracyMatrix) -> float:
     """Mean change of a task's accuracy from just after learning it to the end.
 
     The definition of Lopez-Paz and Ranzato, "Gradient episodic memory for continual learning"
-    (2017). Negative where tasks are forgotten.
-
-    Args:
-        matrix: Accuracies ``[T][T]``.
-
-    Returns:
-        The mean over all tasks but the last, between -1 and 1; 0 for a single task.
+    (2017). Negative where tasks are forgotten. The mean is over all tasks but the last; 0 for a
+    single task.
     """
-    _check_square(matrix)
-    last = len(matrix) - 1
-    if last == 0:
-        return 0.0
-    return fmean(matrix[last][task] - matrix[task][task] for task in range(last))
+    last = len(_square(matrix)) - 1
+    return fmean(matrix[last][j] - matrix[j][j] for j in range(last)) if last else 0.0
 
 
 def accuracy_on_seen_tasks(matrix: AccuracyMatrix) -> list[float]:
-    """Mean accuracy over the tasks seen so far, after each task.
+    """Mean accuracy over the tasks seen so far: entry ``i`` of ``matrix[i][0]`` to ``[i][i]``."""
+    return [fmean(row[: position + 1]) for position, row in enumerate(_square(matrix))]
 
-    Args:
-        matrix: Accuracies ``[T][T]``.
 
-    Returns:
-        ``T`` fractions: entry ``i`` is the mean of ``matrix[i][0]`` to ``matrix[i][i]``.
-    """
-    _check_square(matrix)
-    return [fmean(row[: position + 1]) for position, row in enumerate(matrix)]
+def _square(matrix: AccuracyMatrix) -> AccuracyMatrix:
+    """Refuse anything but a non-empty square matrix."""
+    lengths = [len(row) for row in matrix]
+    if not lengths or any(length != len(lengths) for length in lengths):
+        raise ValueError(
+            f"accuracy matrix: got {len(lengths)} rows of lengths {lengths}, "
+            "expected T rows of T accuracies each, with T ≥ 1"
+        )
+    return matrix

@@ -37,17 +37,7 @@ def make_model(scenario: "Scenario", hidden: Sequence[int]) -> nn.Module:
 
 
 def multilayer_perceptron(features: int, hidden: Sequence[int], classes: int) -> nn.Sequential:
-    """Linear layers with ReLU between them.
-
-    Args:
-        features: Width of the input.
-        hidden: Widths of the hidden layers.
-        classes: Width of the output.
-
-    Returns:
-        A network from ``[N, features]`` to logits ``[N, classes]``, initialised from PyTorch's
-        global random state.
-    """
+    """Linear layers with ReLU between them, from ``[N, features]`` to logits ``[N, classes]``."""
     return nn.Sequential(
         *hidden_layers(features, hidden), nn.Linear((features, *hidden)[-1], classes)
     )

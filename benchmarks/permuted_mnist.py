@@ -1,113 +1,97 @@
 """Permuted MNIST: the same digits, their pixels in a new order in each task.
 
-Run ``python -m benchmarks.permuted_mnist --help`` for the options.
+``python -m benchmarks.permuted_mnist`` is short for ``python -m benchmarks permuted-mnist``.
 """
 
 import sys
-from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from benchmarks.command import complain, make_console, obstacle, prepare
-from benchmarks.configuration import Configuration, parse_configuration
+from benchmarks.command import keep, make_console, start, title_of
+from benchmarks.configuration import Configuration, MethodNames, StreamOptions
+from benchmarks.methods import DEFAULT_METHODS, METHODS, Variant, is_own
+from benchmarks.option_types import number, several
 
 if TYPE_CHECKING:
     from benchmarks.data import ImageData
-    from benchmarks.records import Record
+    from benchmarks.results import Record
 
 NAME = "permuted_mnist"
-DESCRIPTION = """\
-Train a network on one permuted-MNIST task after another with several methods, and compare what
-is left of the earlier tasks at the end. Each task shows all images with their pixels in a new
-order, drawn anew for every task, the first included.
-
-Writes permuted_mnist.json (after every finished run) and permuted_mnist.png, and prints a table.
-Where MNIST is neither found nor to be downloaded, scikit-learn's digits take its place.
-Lists are separated by spaces or commas.
-"""
-REQUIREMENTS = {
-    "avalanche": "avalanche-lib",
-    "matplotlib": "matplotlib",
-    "rich": "rich",
-    "sklearn": "scikit-learn",
-    "torchvision": "torchvision",
-    "tqdm": "tqdm",
-}
-EXIT_INTERRUPTED = 130
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark.
+@dataclass(frozen=True, kw_only=True)
+class Options(StreamOptions):
+    """Learn one permuted-MNIST task after another with several methods, and compare what is left.
 
-    Args:
-        arguments: Words of the command line; None for those of the process.
+    Each task shows all images with their pixels in a new order, drawn for every task, the first
+    included. Writes permuted_mnist.json (after every finished run) and permuted_mnist.png, and
+    prints a table. Where MNIST is neither found nor to be downloaded, scikit-learn's digits take
+    its place.
 
-    Returns:
-        The exit code: 0, 1 where something needed is missing, or 130 after an interruption.
+    Attributes:
+        methods: Which to run.
+        baseline_ewc_lambda: Strength of Avalanche's EWC; with several values, one run for each.
     """
-    configuration = parse_configuration(
-        arguments, program=f"python -m benchmarks.{NAME}", description=DESCRIPTION
-    )
-    missing = [package for module, package in REQUIREMENTS.items() if not find_spec(module)]
-    if problem := obstacle(missing, configuration.output):
-        return complain(NAME, problem)
-    records: list[Record] = []
-    results = configuration.output / f"{NAME}.json"
-    try:
-        _run_all(configuration, results, records)
-    except KeyboardInterrupt:
-        kept = f"the records of finished runs are kept in {results}: {len(records)}"
-        print(f"\nInterrupted; {kept if records else 'no run was finished, so nothing is kept'}.")
-        return EXIT_INTERRUPTED
-    return 0
+
+    methods: MethodNames = DEFAULT_METHODS
+    baseline_ewc_lambda: Annotated[tuple[float, ...], several(number(zero=True))] = (100.0,)
 
 
-def _run_all(configuration: Configuration, results: Path, records: "list[Record]") -> None:
-    """Load the data, run everything, and present the results.
+def run(options: Options) -> int:
+    """Run every method at every seed, and present the results."""
+    from benchmarks.report.accuracy import draw
+    from benchmarks.report.tables import results_table
+    from benchmarks.results import FORMAT
 
-    Args:
-        configuration: The options.
-        results: The JSON file, rewritten after every run.
-        records: Gets a record for every finished run.
-    """
-    configuration, data = prepare(configuration)
-    _train_all(configuration, data, results, records)
-    _present(configuration, data, results, records)
-
-
-def _train_all(
-    configuration: Configuration, data: "ImageData", results: Path, records: "list[Record]"
-) -> None:
-    """Run every method at every seed, all methods at one seed before the next."""
-    from benchmarks.methods import variants
-    from benchmarks.records import write_records
-    from benchmarks.runner import run
-    from benchmarks.scenarios import PermutedImages
-
-    for seed in configuration.seeds:
-        scenario = PermutedImages(data, configuration.tasks, seed)
-        for variant in variants(configuration):
-            record = run(variant, scenario, configuration, seed=seed, data_source=data.source)
-            records.append(record)
-            write_records(results, NAME, records)
-
-
-def _present(
-    configuration: Configuration, data: "ImageData", results: Path, records: "list[Record]"
-) -> None:
-    """Print the table, and draw the figure next to the results."""
-    from benchmarks.plots import draw
-    from benchmarks.report import results_table
-
-    shown = "MNIST" if data.source == "mnist" else "digits (not MNIST)"
-    seeds = len(configuration.seeds)
-    title = f"Permuted {shown}: {configuration.tasks} tasks, {seeds} seed{'s' * (seeds > 1)}"
+    configuration, data = start(options)
+    results = options.output / f"{NAME}.json"
+    document = {"format": FORMAT, "scenario": NAME}
+    records = keep(_records(options, configuration, data), results, document)
+    seeds = f"{len(options.seeds)} seed{'s' * (len(options.seeds) > 1)}"
+    title = f"{title_of(data)}: {configuration.tasks} tasks, {seeds}"
     make_console().print(results_table(records, title))
     picture = results.with_suffix(".png")
     draw(records, title).savefig(picture)
     print(f"Wrote {results} and {picture}.")
+    return 0
+
+
+def _records(
+    options: Options, configuration: Configuration, data: "ImageData"
+) -> "Iterator[Record]":
+    """Run all methods at one seed before the next."""
+    from benchmarks import experiment
+    from benchmarks.scenarios import PermutedImages
+
+    for seed in options.seeds:
+        scenario = PermutedImages(data, configuration.tasks, seed)
+        for variant in variants(options):
+            yield experiment.run(
+                variant, scenario, configuration, seed=seed, data_source=data.source
+            )
+
+
+def variants(options: Options) -> list[Variant]:
+    """What is to be run, in the order of ``--methods``."""
+    found = []
+    for name in options.methods:
+        if name == "ewc":
+            noted = len(options.baseline_ewc_lambda) > 1
+            found += [
+                Variant(name, value, f"[λ={value:g}]" if noted else "")
+                for value in options.baseline_ewc_lambda
+            ]
+        else:
+            found.append(
+                Variant(
+                    name, options.ewc_lambda if is_own(name) else METHODS[name].default_strength
+                )
+            )
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from benchmarks.__main__ import main
+
+    sys.exit(main(["permuted-mnist", *sys.argv[1:]]))

@@ -24,7 +24,7 @@ class Schedule(SupervisedPlugin, supports_distributed=True):  # type: ignore[mis
         self._done = 0
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Begin anew."""
+        """Start a task."""
         if not self._full:
             self._full = [group["lr"] for group in strategy.optimizer.param_groups]
         batches = ceil(len(strategy.experience.dataset) / strategy.train_mb_size)

@@ -1,45 +1,22 @@
-"""The inputs and output gradients of layers, taken from forward and backward passes."""
+"""The inputs and output gradients of layers, taken from forward and backward passes.
 
-from collections.abc import Iterable, Mapping
+For one example the gradient of a layer's weight, as a matrix ``[d_out, d_in]``, is ``Σ_s g_s a_sᵀ``
+over the positions ``s`` at which the weight is used: one for a linear layer on vectors, the pixels
+of the output for a convolution.
+"""
+
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
-from types import TracebackType
-from typing import Any
+from functools import partial
+from typing import Any, TypeGuard
 
 import torch
-from opt_einsum import contract
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from benchmarks.baselines.layers import Layer, channels, features, parameter_name
-
-RELATIVE_TOLERANCE = 1e-2
-
-
-@dataclass(frozen=True)
-class Use:
-    """One call of a layer.
-
-    Attributes:
-        layer: The layer.
-        inputs: What it was given, without a graph.
-        edge: Where its output is in the graph; still right if the output is changed in place.
-    """
-
-    layer: Layer
-    inputs: Tensor
-    edge: GradientEdge
-
-    @cached_property
-    def features(self) -> Tensor:
-        """What the weight was multiplied with, ``[n, S, d_in]``."""
-        return features(self.layer, self.inputs)
-
-    @cached_property
-    def pixels(self) -> Tensor:
-        """What the layer was given, pixel by pixel, ``[n, P, channels]``."""
-        return channels(self.layer, self.inputs)
+Layer = nn.Linear | nn.Conv2d
 
 
 @dataclass(frozen=True)
@@ -47,7 +24,8 @@ class Outer:
     """A layer's part in the gradients of ``n`` examples: ``Σ_s g_s a_sᵀ`` for each.
 
     Attributes:
-        inputs: ``a``, ``[n, S, d_in]``.
+        inputs: ``a``, ``[n, S, d_in]``; for a convolution the patches, ``d_in`` being (channel,
+            row, column).
         gradients: ``g``, ``[n, S, d_out]``.
         pixels: The layer's inputs pixel by pixel, ``[n, P, channels]``; ``a`` for linear layers.
     """
@@ -57,36 +35,56 @@ class Outer:
     pixels: Tensor
 
 
-class Capture:
-    """Watches layers for the duration of a ``with`` block.
+def trained_layers(model: nn.Module) -> dict[str, Layer]:
+    """List the layers of a model.
 
-    Attributes:
-        uses: Every call of a layer, in order, by the layer's name.
+    Args:
+        model: The network.
+
+    Returns:
+        The layers by name.
+
+    Raises:
+        ValueError: If something else is trained than weight and bias of linear layers on vectors
+            and of convolutions without groups, with zeros around the image.
     """
+    layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
+    known = {id(p) for layer in layers.values() for p in layer.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in known or not parameter.requires_grad:
+            raise ValueError(
+                f"cannot protect {name!r}: expected a trained weight or bias of an nn.Linear, or "
+                "of an nn.Conv2d without groups"
+            )
+    return layers
 
-    def __init__(self, layers: Mapping[str, Layer]) -> None:
+
+def _is_layer(module: nn.Module) -> TypeGuard[Layer]:
+    plain = isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
+    return plain or isinstance(module, nn.Linear)
+
+
+class Capture:
+    """Watches layers for the duration of a ``with`` block, in which each is called at most once."""
+
+    def __init__(self, layers: dict[str, Layer]) -> None:
         """Watch nothing yet.
 
         Args:
             layers: The layers by name.
         """
-        self.uses: dict[str, list[Use]] = {name: [] for name in layers}
         self._layers = layers
+        # Edges in the graph remain right if an output is changed in place.
+        self._calls: dict[str, tuple[Tensor, GradientEdge]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> "Capture":
         """Start watching."""
         for name, layer in self._layers.items():
-            handle = layer.register_forward_hook(self._hook(name, layer), with_kwargs=True)
-            self._stack.callback(handle.remove)
+            self._stack.callback(layer.register_forward_hook(partial(self._note, name)).remove)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop watching."""
         self._stack.close()
 
@@ -98,92 +96,33 @@ class Capture:
             vectors: The gradient of something with respect to them, ``[N, C]``.
 
         Returns:
-            By name, for every layer that the outputs depend on; the positions of several calls of
-            one layer follow each other.
+            By name, for every layer that the outputs depend on.
         """
-        calls = [(name, use) for name, uses in self.uses.items() for use in uses]
-        edges = [use.edge for _, use in calls]
-        if not edges:
-            return {}
+        edges = [edge for _, edge in self._calls.values()]
         pulled = torch.autograd.grad(
             outputs, edges, grad_outputs=vectors, retain_graph=True, allow_unused=True
         )
-        parts: dict[str, list[Outer]] = {}
-        for (name, use), gradient in zip(calls, pulled, strict=True):
-            if gradient is not None:
-                parts.setdefault(name, []).append(_outer(use, gradient))
-        return {name: _joined(several) for name, several in parts.items()}
+        return {
+            name: _outer(self._layers[name], inputs, gradient)
+            for (name, (inputs, _)), gradient in zip(self._calls.items(), pulled, strict=True)
+            if gradient is not None
+        }
 
-    def check(self, outputs: Tensor, ignored: Iterable[Tensor] = ()) -> None:
-        """Make sure that what was watched explains the gradients of the layers' parameters.
-
-        Args:
-            outputs: Of the forward pass that was watched, ``[N, C]``. The graph is kept.
-            ignored: Parameters of the layers that need no explanation.
-
-        Raises:
-            ValueError: If a layer's parameter was also used in some other way, naming it.
-        """
-        ramp = torch.linspace(1, 2, outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
-        vectors = ramp.expand_as(outputs)
-        outers = self.backward(outputs, vectors)
-        ignored_ids = {id(parameter) for parameter in ignored}
-        for name, layer in self._layers.items():
-            outer = outers.get(name)
-            for kind, parameter in layer.named_parameters(recurse=False):
-                if parameter.requires_grad and id(parameter) not in ignored_ids:
-                    expected = _gradient(outputs, parameter, vectors)
-                    found = torch.zeros_like(expected) if outer is None else _sum(outer, expected)
-                    error, size = (found - expected).abs().max(), expected.abs().max()
-                    if error > RELATIVE_TOLERANCE * size + torch.finfo(size.dtype).tiny:
-                        raise ValueError(
-                            f"cannot protect {parameter_name(name, kind)!r}: it is used in other "
-                            f"ways than by calling the layer"
-                        )
-
-    def _hook(self, name: str, layer: Layer) -> Any:
-        """Make the hook that notes the calls of one layer."""
-
-        def note(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            inputs: Tensor = args[0] if args else kwargs["input"]
-            dimensions = 4 if isinstance(layer, nn.Conv2d) else 2
-            if inputs.ndim < dimensions:
-                raise ValueError(
-                    f"{name!r} was given an input of shape {list(inputs.shape)}; expected at least "
-                    f"{dimensions} axes, the first that of the examples"
-                )
-            self.uses[name].append(Use(layer, inputs.detach(), get_gradient_edge(output)))
-
-        return note
+    def _note(self, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
+        """Note a call of a layer."""
+        if name in self._calls:
+            raise ValueError(f"cannot protect {name!r}: it is called more than once")
+        self._calls[name] = args[0].detach(), get_gradient_edge(output)
 
 
-def _outer(use: Use, gradient: Tensor) -> Outer:
+def _outer(layer: Layer, inputs: Tensor, gradient: Tensor) -> Outer:
     """Bring one call of a layer into the common layout."""
-    return Outer(use.features, channels(use.layer, gradient), use.pixels)
-
-
-def _joined(parts: list[Outer]) -> Outer:
-    """Put several calls of one layer after each other along the axis of positions."""
-    if len(parts) == 1:
-        return parts[0]
+    if isinstance(layer, nn.Linear):
+        vectors = inputs.unsqueeze(1)
+        return Outer(vectors, gradient.unsqueeze(1), vectors)
+    patches = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
     return Outer(
-        torch.cat([part.inputs for part in parts], dim=1),
-        torch.cat([part.gradients for part in parts], dim=1),
-        torch.cat([part.pixels for part in parts], dim=1),
+        rearrange(patches, "n d s -> n s d"),
+        rearrange(gradient, "n d h w -> n (h w) d"),
+        rearrange(inputs, "n d h w -> n (h w) d"),
     )
-
-
-def _gradient(outputs: Tensor, parameter: Tensor, vectors: Tensor) -> Tensor:
-    """Return the gradient of a parameter, zero where it is not used."""
-    (gradient,) = torch.autograd.grad(
-        outputs, parameter, grad_outputs=vectors, retain_graph=True, allow_unused=True
-    )
-    return torch.zeros_like(parameter) if gradient is None else gradient
-
-
-def _sum(outer: Outer, like: Tensor) -> Tensor:
-    """Return the gradient of a weight or a bias, summed over examples, in that one's shape."""
-    if like.ndim == 1:
-        return outer.gradients.sum((0, 1))
-    matrix: Tensor = contract("nso,nsi->oi", outer.gradients, outer.inputs)
-    return matrix.reshape(like.shape)

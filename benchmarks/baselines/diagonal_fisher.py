@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from opt_einsum import contract
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
 
-from benchmarks.baselines.capture import Capture, Outer
-from benchmarks.baselines.examples import Batch, Examples, call, evaluating, forward
-from benchmarks.baselines.growth import grown, leading
-from benchmarks.baselines.layers import Trained, parameter_name, trained
-from benchmarks.baselines.plugin import QuadraticPlugin, present
+from benchmarks.baselines.capture import Capture, Outer, trained_layers
+from benchmarks.baselines.plugin import Examples, QuadraticPlugin, evaluating, forward
 
-CHUNK = 32  # examples whose Jacobians are in memory at a time
+CHUNK = 32  # examples whose gradients are in memory at a time
 
 
 class DiagonalFisherEWC(QuadraticPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -31,7 +27,7 @@ class DiagonalFisherEWC(QuadraticPlugin, supports_distributed=True):  # type: ig
     spread of the anchors of the tasks. Where ``P_i`` is zero nothing is anchored.
 
     Attributes:
-        precision: ``P`` by name of parameter, in its shape when it was last estimated.
+        precision: ``P`` by name of parameter, in its shape.
         anchor: ``m`` likewise.
     """
 
@@ -44,10 +40,10 @@ class DiagonalFisherEWC(QuadraticPlugin, supports_distributed=True):  # type: ig
     def penalty(self, model: nn.Module) -> Tensor:
         """Return the penalty, a scalar with a gradient."""
         parameters = dict(model.named_parameters())
-        terms = []
-        for name, precision in self.precision.items():
-            now = leading(present(parameters, name), precision.shape, name)
-            terms.append((precision * (now - self.anchor[name]).square()).sum())
+        terms = [
+            (precision * (parameters[name] - self.anchor[name]).square()).sum()
+            for name, precision in self.precision.items()
+        ]
         return 0.5 * self.strength * torch.stack(terms).sum()
 
     def consolidate(self, strategy: Any, examples: Examples) -> None:
@@ -55,12 +51,10 @@ class DiagonalFisherEWC(QuadraticPlugin, supports_distributed=True):  # type: ig
         parameters = dict(strategy.model.named_parameters())
         for name, fisher in exact_diagonal(strategy.model, examples).items():
             now = parameters[name].detach()
-            before = grown(self.precision.get(name, torch.zeros_like(fisher)), now.shape)
-            anchor = grown(self.anchor.get(name, now), now.shape)
-            precision = before + fisher
+            precision = self.precision.get(name, torch.zeros_like(fisher)) + fisher
             share = torch.where(precision > 0, fisher / precision, torch.ones_like(fisher))
             self.precision[name] = precision
-            self.anchor[name] = torch.lerp(anchor, now, share)
+            self.anchor[name] = torch.lerp(self.anchor.get(name, now), now, share)
 
 
 def exact_diagonal(model: nn.Module, examples: Examples) -> dict[str, Tensor]:
@@ -71,93 +65,27 @@ def exact_diagonal(model: nn.Module, examples: Examples) -> dict[str, Tensor]:
         examples: The data, over which it is averaged.
 
     Returns:
-        By name of the trained parameters, in their shapes; zeros for those that were not used.
+        By name of the parameters, in their shapes; zeros for those that were not used.
     """
-    found = trained(model)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
-    own = {name: total for name, total in sums.items() if name not in found.others}
+    layers = trained_layers(model)
+    sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in model.named_parameters()}
     with evaluating(model):
-        for number, batch in enumerate(examples):
-            _add_layers(model, batch, found, own, check=number == 0)
-            if found.others:
-                _add_others(model, batch, found, sums)
+        for batch in examples:
+            with Capture(layers) as capture:
+                logits = forward(model, batch)
+            squares: dict[str, tuple[Outer, Tensor]] = {}
+            for vectors in _vectors(logits).unbind(1):
+                for name, outer in capture.backward(logits, vectors).items():
+                    if isinstance(layers[name], nn.Conv2d):
+                        _add_positions(name, outer, sums)
+                        continue
+                    # The inputs are the same for all classes, so their squares wait for the sum.
+                    square = outer.gradients.squeeze(1).square()
+                    _, before = squares.get(name, (outer, torch.zeros_like(square)))
+                    squares[name] = (outer, before + square)
+            for name, (outer, square) in squares.items():
+                _add(sums, name, square.T @ outer.inputs.squeeze(1).square(), square.sum(0))
     return {name: total / len(examples) for name, total in sums.items()}
-
-
-def _add_layers(
-    model: nn.Module, batch: Batch, found: Trained, sums: dict[str, Tensor], *, check: bool
-) -> None:
-    """Add the squared gradients of linear layers and convolutions, from inputs and gradients."""
-    with Capture(found.layers) as capture:
-        logits = forward(model, batch)
-    if check:
-        capture.check(logits, ignored=found.others.values())
-    squares: dict[str, tuple[Outer, Tensor]] = {}
-    for vectors in _vectors(logits).unbind(1):
-        for name, outer in capture.backward(logits, vectors).items():
-            if outer.gradients.shape[1] == 1:
-                # The inputs are the same for all classes, so their squares wait for the sum.
-                square = outer.gradients.squeeze(1).square()
-                _, before = squares.get(name, (outer, torch.zeros_like(square)))
-                squares[name] = (outer, before + square)
-            else:
-                _add_positions(name, outer, sums)
-    for name, (outer, square) in squares.items():
-        _add(sums, parameter_name(name, "weight"), square.T @ outer.inputs.squeeze(1).square())
-        _add(sums, parameter_name(name, "bias"), square.sum(0))
-
-
-def _add_positions(name: str, outer: Outer, sums: dict[str, Tensor]) -> None:
-    """Add the squared gradients of a layer that is used at several positions of an example."""
-    for start in range(0, len(outer.inputs), CHUNK):
-        part = slice(start, start + CHUNK)
-        a, g = outer.inputs[part], outer.gradients[part]
-        gradients = contract("nso,nsi->noi", g, a)
-        _add(sums, parameter_name(name, "weight"), gradients.square().sum(0))
-        _add(sums, parameter_name(name, "bias"), g.sum(1).square().sum(0))
-
-
-def _add(sums: dict[str, Tensor], name: str, squares: Tensor) -> None:
-    """Add to the sum of a parameter, if there is one and it is trained."""
-    if name in sums:
-        sums[name] += squares.reshape(sums[name].shape)
-
-
-def _add_others(model: nn.Module, batch: Batch, found: Trained, sums: dict[str, Tensor]) -> None:
-    """Add the squared gradients of all other parameters, from the Jacobian of each example."""
-    wrapped = _Forward(model)
-
-    for inputs, task_label in _by_task(batch):
-
-        def logits(
-            others: dict[str, Tensor], example: Tensor, label: Tensor | None = task_label
-        ) -> Tensor:
-            values = {f"model.{name}": value for name, value in others.items()}
-            outputs: Tensor = functional_call(wrapped, values, (example.unsqueeze(0), label))
-            return outputs.squeeze(0)
-
-        others = {name: parameter.detach() for name, parameter in found.others.items()}
-        for chunk in torch.split(inputs, CHUNK):
-            with torch.no_grad():
-                labels = None if task_label is None else task_label.expand(len(chunk))
-                vectors = _vectors(call(model, chunk, labels))
-            jacobians = vmap(jacrev(logits), in_dims=(None, 0))(others, chunk)
-            for name, jacobian in jacobians.items():
-                rows = contract("nyc,nci->nyi", vectors, jacobian.reshape(*vectors.shape[:2], -1))
-                sums[name] += rows.square().sum((0, 1)).reshape(sums[name].shape)
-
-
-class _Forward(nn.Module):
-    """A model that is always called with inputs and task label."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Tensor, task_labels: Tensor | None) -> Tensor:
-        """Call the model with the task labels, if it takes any."""
-        return call(self.model, inputs, task_labels)
 
 
 def _vectors(logits: Tensor) -> Tensor:
@@ -167,9 +95,17 @@ def _vectors(logits: Tensor) -> Tensor:
     return probabilities.sqrt().unsqueeze(2) * (probabilities.unsqueeze(1) - identity)
 
 
-def _by_task(batch: Batch) -> list[tuple[Tensor, Tensor | None]]:
-    """Split a batch into the inputs of each task, with its label ``[1]``, for one path each."""
-    labels = batch.task_labels
-    if labels is None:
-        return [(batch.inputs, None)]
-    return [(batch.inputs[labels == label], label.view(1)) for label in torch.unique(labels)]
+def _add_positions(name: str, outer: Outer, sums: dict[str, Tensor]) -> None:
+    """Add the squared gradients of a layer that is used at several positions of an example."""
+    for start in range(0, len(outer.inputs), CHUNK):
+        part = slice(start, start + CHUNK)
+        a, g = outer.inputs[part], outer.gradients[part]
+        gradients = contract("nso,nsi->noi", g, a)
+        _add(sums, name, gradients.square().sum(0), g.sum(1).square().sum(0))
+
+
+def _add(sums: dict[str, Tensor], layer: str, weight: Tensor, bias: Tensor) -> None:
+    """Add to the sums of a layer's weight and, if it has one, bias."""
+    for kind, squares in (("weight", weight), ("bias", bias)):
+        if (total := sums.get(f"{layer}.{kind}")) is not None:
+            total += squares.reshape(total.shape)

@@ -11,18 +11,16 @@ import torch
 from opt_einsum import contract
 from torch import Tensor, nn
 
-from benchmarks.baselines.capture import Capture, Outer
-from benchmarks.baselines.examples import (
+from benchmarks.baselines.capture import Capture, Layer, Outer, trained_layers
+from benchmarks.baselines.plugin import (
     LABELLING,
     Examples,
+    QuadraticPlugin,
     evaluating,
     forward,
     make_generator,
     sampled_gradients,
 )
-from benchmarks.baselines.growth import grown, leading
-from benchmarks.baselines.layers import Layer, trained_layers
-from benchmarks.baselines.plugin import QuadraticPlugin, present
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,8 @@ class Factors:
     gradients: Tensor
 
     def __add__(self, other: "Factors") -> "Factors":
-        """Add both factors; the smaller are padded with zeros, as of outputs that were added."""
-        return Factors(
-            grown(self.inputs, other.inputs.shape) + other.inputs,
-            grown(self.gradients, other.gradients.shape) + other.gradients,
-        )
+        """Add both factors, each by itself."""
+        return Factors(self.inputs + other.inputs, self.gradients + other.gradients)
 
 
 class KroneckerLaplace(QuadraticPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -74,12 +69,10 @@ class KroneckerLaplace(QuadraticPlugin, supports_distributed=True):  # type: ign
 
     def penalty(self, model: nn.Module) -> Tensor:
         """Return the penalty, a scalar with a gradient (but no second derivatives)."""
-        modules = dict(model.named_modules())
+        layers: dict[str, Any] = dict(model.named_modules())
         terms = []
         for name, factors in self.factors.items():
-            anchor = self.anchor[name]
-            now = leading(joint_matrix(present(modules, name)), anchor.shape, name)
-            change = now - anchor
+            change = _joint_matrix(layers[name]) - self.anchor[name]
             with torch.no_grad():
                 # The gradient of the quadratic form. Given to the graph as a constant, it costs
                 # two products of matrices in place of the six of a backward pass.
@@ -94,11 +87,8 @@ class KroneckerLaplace(QuadraticPlugin, supports_distributed=True):  # type: ign
         for name, new in kronecker_factors(strategy.model, examples, generator).items():
             before = self.factors.get(name)
             self.factors[name] = new if before is None else before + new
-        modules = dict(strategy.model.named_modules())
-        for name, factors in self.factors.items():
-            now = joint_matrix(present(modules, name)).detach()
-            shape = torch.Size((len(factors.gradients), len(factors.inputs)))
-            self.anchor[name] = leading(now, shape, name).clone()
+        layers = trained_layers(strategy.model)
+        self.anchor = {name: _joint_matrix(layers[name]).detach().clone() for name in self.factors}
 
 
 def kronecker_factors(
@@ -113,19 +103,14 @@ def kronecker_factors(
 
     Returns:
         The factors by name of layer.
-
-    Raises:
-        ValueError: If the model has trained parameters that are not a layer's, naming one.
     """
     layers = trained_layers(model)
     sums: dict[str, Factors] = {}
     uses = dict.fromkeys(layers, 0)
     with evaluating(model):
-        for number, batch in enumerate(examples):
+        for batch in examples:
             with Capture(layers) as capture:
                 logits = forward(model, batch)
-            if number == 0:
-                capture.check(logits)
             vectors = sampled_gradients(logits, generator)
             for name, outer in capture.backward(logits, vectors).items():
                 new = _sums(layers[name], outer)
@@ -137,10 +122,8 @@ def kronecker_factors(
     }
 
 
-def joint_matrix(layer: nn.Module) -> Tensor:
+def _joint_matrix(layer: Layer) -> Tensor:
     """Return a layer's bias, if it has one, and weight as one matrix ``[d_out, 1 + d_in]``."""
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
-        raise ValueError(f"a protected layer has become a {type(layer).__name__}")
     weight = layer.weight.flatten(1)
     return weight if layer.bias is None else torch.cat([layer.bias.unsqueeze(1), weight], 1)
 

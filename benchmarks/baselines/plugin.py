@@ -1,14 +1,19 @@
 """What the baselines have in common: a quadratic penalty that is estimated after every task."""
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
-from benchmarks.avalanche_names import SupervisedPlugin
-from benchmarks.baselines.examples import Examples
+from benchmarks.avalanche_names import SupervisedPlugin, avalanche_forward
 
-Value = TypeVar("Value")
+BATCH_SIZE = 256
+DRAWING, LABELLING = 0, 1
 
 
 class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[misc, call-arg]
@@ -32,9 +37,9 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         """
         super().__init__()
         if not strength >= 0:
-            raise ValueError(f"strength is {strength}; expected at least 0")
+            raise ValueError(f"strength: got {strength}, expected at least 0")
         if samples is not None and samples < 1:
-            raise ValueError(f"samples is {samples}; expected at least 1, or None for all")
+            raise ValueError(f"samples: got {samples}, expected at least 1, or None for all")
         self.strength = strength
         self.tasks = 0
         self._samples = samples
@@ -51,21 +56,117 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         self.consolidate(strategy, examples)
         self.tasks += 1
 
+    @abstractmethod
     def penalty(self, model: nn.Module) -> Tensor:
         """Return the penalty, a scalar with a gradient."""
-        raise NotImplementedError
 
-    def consolidate(self, strategy: Any, examples: Examples) -> None:
+    @abstractmethod
+    def consolidate(self, strategy: Any, examples: "Examples") -> None:
         """Estimate on the examples of a task, and anchor the weights of ``strategy.model``."""
-        raise NotImplementedError
 
 
-def present(found: Mapping[str, Value], name: str) -> Value:
-    """Look up something that is protected.
+@dataclass(frozen=True)
+class Batch:
+    """Examples without their classes: all methods take those from the model.
+
+    Attributes:
+        inputs: ``[n, ...]``.
+        task_labels: ``[n]``, or None where the data have none.
+    """
+
+    inputs: Tensor
+    task_labels: Tensor | None
+
+
+class Examples:
+    """The examples of an experience, or some drawn at random, in batches and always in one order.
+
+    The global random state is not used.
+    """
+
+    def __init__(self, strategy: Any, *, samples: int | None, seed: int, task: int) -> None:
+        """Draw the examples.
+
+        Args:
+            strategy: The Avalanche strategy, whose experience is the task.
+            samples: How many; None for all, as for numbers that are larger.
+            seed: Seed of the run.
+            task: Number of the task, from 0.
+        """
+        dataset = strategy.experience.dataset.eval()
+        self._collate = getattr(dataset, "collate_fn", None)
+        if samples is not None and samples < len(dataset):
+            generator = make_generator(seed, task, DRAWING)
+            drawn = torch.randperm(len(dataset), generator=generator)[:samples]
+            dataset = Subset(dataset, drawn.tolist())
+        self._dataset = dataset
+        self._device = strategy.device
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches, on the strategy's device."""
+        loader: DataLoader[Any] = DataLoader(
+            self._dataset,
+            batch_size=BATCH_SIZE,
+            collate_fn=self._collate,
+            generator=torch.Generator(),  # or else the loader draws from the global one
+        )
+        for batch in loader:
+            labels = batch[-1].to(self._device) if len(batch) > 2 else None
+            yield Batch(batch[0].to(self._device), labels)
+
+
+def make_generator(seed: int, task: int, stream: int) -> torch.Generator:
+    """Make a generator on the CPU for one purpose in one task.
+
+    Args:
+        seed: Seed of the run.
+        task: Number of the task, from 0.
+        stream: ``DRAWING`` or ``LABELLING``.
+    """
+    return torch.Generator().manual_seed((2 * (seed * 1_000_003 + task) + stream) % 2**63)
+
+
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    """Return a model's outputs ``[n, C]`` for some examples.
 
     Raises:
-        ValueError: If the model has it no longer.
+        ValueError: If the outputs are not finite.
     """
-    if name not in found:
-        raise ValueError(f"{name!r} is protected, but the model does not have it any more")
-    return found[name]
+    outputs: Tensor = avalanche_forward(model, batch.inputs, batch.task_labels)
+    if not outputs.isfinite().all():
+        raise ValueError(
+            "the model's outputs are not finite: training has diverged, which a smaller strength "
+            "or learning rate may prevent"
+        )
+    return outputs
+
+
+def sampled_gradients(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the gradients of cross-entropy for labels drawn from the model's own predictions.
+
+    Args:
+        logits: ``[n, C]``.
+        generator: Of the labels; on the CPU, whatever the device, so that it is the same for all.
+
+    Returns:
+        ``p - e_y`` for one label ``y`` of each example, ``[n, C]``.
+    """
+    probabilities = logits.detach().softmax(1)
+    labels = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(logits.device)
+    return probabilities.scatter_add(1, labels, -torch.ones_like(probabilities[:, :1]))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, with gradients, and back into the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        model.train(was_training)

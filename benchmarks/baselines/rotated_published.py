@@ -4,6 +4,7 @@ Liu, Masana, Herranz, Van de Weijer, López and Bagdanov, "Rotate your networks:
 consolidation and less catastrophic forgetting", ICPR 2018.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,26 +12,18 @@ import torch
 from opt_einsum import contract
 from torch import Tensor, nn
 
-from benchmarks.baselines.capture import Capture, Outer
+from benchmarks.baselines.capture import Capture, Layer, Outer, trained_layers
 from benchmarks.baselines.diagonal_fisher import CHUNK
-from benchmarks.baselines.examples import (
+from benchmarks.baselines.plugin import (
     LABELLING,
     Examples,
+    QuadraticPlugin,
     evaluating,
     forward,
     make_generator,
     sampled_gradients,
 )
-from benchmarks.baselines.growth import leading
-from benchmarks.baselines.layers import Layer, is_layer, parameter_name, trained_layers
-from benchmarks.baselines.plugin import QuadraticPlugin, present
-from benchmarks.baselines.rotation import (
-    Rotation,
-    is_rotated,
-    rotate,
-    rotate_back,
-    trained_weight,
-)
+from benchmarks.baselines.rotation import Rotation, is_rotated, rotate, rotate_back, trained_weight
 
 
 @dataclass(frozen=True)
@@ -71,8 +64,7 @@ class PublishedRotatedEWC(QuadraticPlugin, supports_distributed=True):  # type: 
     A parametrisation of ``torch.nn.utils.parametrize`` does the rotation, so that any optimizer
     works in rotated coordinates. The parameter remains the same object, under another name. What
     the optimizer knows of it (Adam's moments, momentum) belongs to the old coordinates and is
-    dropped; what it knows of biases remains. A layer that Avalanche replaces by a larger one is
-    rotated again before the next task, with identity for the new inputs and outputs.
+    dropped; what it knows of biases remains.
 
     Attributes:
         fisher: By name of layer; none for layers that no task has used.
@@ -83,50 +75,32 @@ class PublishedRotatedEWC(QuadraticPlugin, supports_distributed=True):  # type: 
         super().__init__(strength, samples=samples, seed=seed)
         self.fisher: dict[str, RotatedFisher] = {}
 
-    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Rotate the layers that have been replaced since."""
-        modules = dict(strategy.model.named_modules())
-        for name, fisher in self.fisher.items():
-            layer = _layer(modules, name)
-            if not is_rotated(layer):
-                rotate(layer, fisher.rotation.padded(layer.weight))
-                _forget(strategy.optimizer, layer)
-
     def penalty(self, model: nn.Module) -> Tensor:
         """Return the penalty, a scalar with a gradient."""
-        modules = dict(model.named_modules())
+        layers: dict[str, Any] = dict(model.named_modules())
         terms = []
         for name, fisher in self.fisher.items():
-            layer = _layer(modules, name)
-            weight = leading(
-                trained_weight(layer), fisher.anchor.shape, parameter_name(name, "weight")
-            )
-            if not is_rotated(layer):  # replaced in the middle of a task
-                weight = fisher.rotation.to_rotated(weight)
-            terms.append((fisher.weight * (weight - fisher.anchor).square()).sum())
+            layer = layers[name]
+            terms.append((fisher.weight * (trained_weight(layer) - fisher.anchor).square()).sum())
             if fisher.bias is not None and fisher.bias_anchor is not None:
-                full = parameter_name(name, "bias")
-                bias = leading(
-                    present(dict(layer.named_parameters(name)), full), fisher.bias.shape, full
-                )
-                terms.append((fisher.bias * (bias - fisher.bias_anchor).square()).sum())
+                terms.append((fisher.bias * (layer.bias - fisher.bias_anchor).square()).sum())
         return 0.5 * self.strength * torch.stack(terms).sum()
 
     def consolidate(self, strategy: Any, examples: Examples) -> None:
         """Rotate the layers that the task used, and anchor their weights."""
         model = strategy.model
-        # The rotations of earlier tasks are not parameters of their own, but hide those that are.
-        old = _rotated_layers(model)
-        for layer in old.values():
-            rotate_back(layer)
         layers = trained_layers(model)
+        old = [name for name, layer in layers.items() if is_rotated(layer)]
+        for name in old:
+            rotate_back(layers[name])
         seed = (self._seed, self.tasks, LABELLING)
         rotations = moment_bases(model, layers, examples, make_generator(*seed))
         diagonals = rotated_diagonals(model, layers, rotations, examples, make_generator(*seed))
         for name, rotation in rotations.items():
             layer = layers[name]
             rotate(layer, rotation)
-            _forget(strategy.optimizer, layer)
+            # What the optimizer knows of the weight is of other coordinates.
+            strategy.optimizer.state.pop(trained_weight(layer), None)
             weight, bias = diagonals[name]
             self.fisher[name] = RotatedFisher(
                 rotation=rotation,
@@ -135,9 +109,9 @@ class PublishedRotatedEWC(QuadraticPlugin, supports_distributed=True):  # type: 
                 bias=None if layer.bias is None else bias,
                 bias_anchor=None if layer.bias is None else layer.bias.detach().clone(),
             )
-        for name in old.keys() - rotations.keys():
-            layer = old[name]
-            rotate(layer, self.fisher[name].rotation.padded(layer.weight))
+        for name in old:
+            if name not in rotations:
+                rotate(layers[name], self.fisher[name].rotation)
 
 
 def moment_bases(
@@ -147,7 +121,7 @@ def moment_bases(
 
     Args:
         model: The network, left as it is.
-        layers: Its trained layers by name, none of them rotated.
+        layers: Its layers by name, none of them rotated.
         examples: The data.
         generator: Of the labels.
 
@@ -175,7 +149,7 @@ def rotated_diagonals(
 
     Args:
         model: The network, left as it is.
-        layers: Its trained layers by name, none of them rotated.
+        layers: Its layers by name, none of them rotated.
         rotations: The coordinates of those that the examples use.
         examples: The data.
         generator: Of the labels; in the state in which the moments found it.
@@ -196,14 +170,12 @@ def rotated_diagonals(
 
 def _passes(
     model: nn.Module, layers: dict[str, Layer], examples: Examples, generator: torch.Generator
-) -> Any:
+) -> Iterator[dict[str, Outer]]:
     """Yield the layers' inputs and gradients for each batch, with labels drawn from the model."""
-    for number, batch in enumerate(examples):
+    for batch in examples:
         with evaluating(model):
             with Capture(layers) as capture:
                 logits = forward(model, batch)
-            if number == 0:
-                capture.check(logits)
             outers = capture.backward(logits, sampled_gradients(logits, generator))
         yield outers
 
@@ -211,7 +183,7 @@ def _passes(
 def _sum_of_squares(layer: Layer, rotation: Rotation, outer: Outer) -> Tensor:
     """Sum the squares of the gradients of ``W'`` over the examples of a batch."""
     a, g = outer.inputs, outer.gradients @ rotation.outputs
-    if isinstance(layer, nn.Linear) and a.shape[1] == 1:
+    if isinstance(layer, nn.Linear):
         squares: Tensor = g.squeeze(1).square().T @ (a @ rotation.inputs).squeeze(1).square()
         return squares
     total: Tensor = torch.zeros_like(layer.weight, requires_grad=False)
@@ -229,25 +201,3 @@ def _basis(moment: Tensor) -> Tensor:
     """Return the eigenvectors of a symmetric matrix, in columns."""
     vectors: Tensor = torch.linalg.eigh(moment.double()).eigenvectors
     return vectors.to(moment.dtype)
-
-
-def _rotated_layers(model: nn.Module) -> dict[str, Layer]:
-    """List the layers that are trained in rotated coordinates."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if is_layer(module) and is_rotated(module)
-    }
-
-
-def _layer(modules: dict[str, nn.Module], name: str) -> Layer:
-    """Look up a protected layer."""
-    module = present(modules, name)
-    if not is_layer(module):
-        raise ValueError(f"the protected layer {name!r} has become a {type(module).__name__}")
-    return module
-
-
-def _forget(optimizer: torch.optim.Optimizer, layer: Layer) -> None:
-    """Drop what an optimizer knows of a layer's weight, which is of other coordinates."""
-    optimizer.state.pop(trained_weight(layer), None)

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from opt_einsum import contract
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from benchmarks.baselines.layers import Layer
+from benchmarks.baselines.capture import Layer
 
 
 @dataclass(frozen=True)
@@ -22,26 +21,12 @@ class Rotation:
     outputs: Tensor
     inputs: Tensor
 
-    def to_rotated(self, weight: Tensor) -> Tensor:
-        """Return ``W' = U2ᵀ W U1``; convolutions are rotated pixel by pixel of the kernel."""
-        rotated: Tensor = contract("op,oi...,ij->pj...", self.outputs, weight, self.inputs)
-        return rotated
-
-    def from_rotated(self, rotated: Tensor) -> Tensor:
-        """Return ``W = U2 W' U1ᵀ``."""
-        weight: Tensor = contract("po,oi...,ji->pj...", self.outputs, rotated, self.inputs)
-        return weight
-
-    def padded(self, weight: Tensor) -> "Rotation":
-        """Return the rotation of a grown weight, which leaves the new inputs and outputs alone."""
-        return Rotation(
-            _with_identity(self.outputs, weight.shape[0]),
-            _with_identity(self.inputs, weight.shape[1]),
-        )
-
 
 class RotatedWeight(nn.Module):
-    """A parametrisation: what is trained is ``W'``, what the layer uses is ``W``."""
+    """A parametrisation: what is trained is ``W' = U2ᵀ W U1``, what the layer uses is ``W``.
+
+    Convolutions are rotated pixel by pixel of the kernel.
+    """
 
     outputs: Tensor
     inputs: Tensor
@@ -53,28 +38,26 @@ class RotatedWeight(nn.Module):
         self.register_buffer("inputs", rotation.inputs)
 
     def forward(self, rotated: Tensor) -> Tensor:
-        """Return ``W``."""
-        return Rotation(self.outputs, self.inputs).from_rotated(rotated)
+        """Return ``W = U2 W' U1ᵀ``."""
+        weight: Tensor = contract("po,oi...,ji->pj...", self.outputs, rotated, self.inputs)
+        return weight
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return ``W'``."""
-        return Rotation(self.outputs, self.inputs).to_rotated(weight)
+        rotated: Tensor = contract("op,oi...,ij->pj...", self.outputs, weight, self.inputs)
+        return rotated
 
 
 def is_rotated(layer: nn.Module) -> bool:
     """Whether a layer's weight is trained in rotated coordinates."""
-    if not parametrize.is_parametrized(layer, "weight"):
-        return False
-    steps: nn.Module = layer.parametrizations["weight"]  # type: ignore[index, assignment]
-    return isinstance(steps[0], RotatedWeight)  # type: ignore[index]
+    return parametrize.is_parametrized(layer, "weight")
 
 
 def trained_weight(layer: Layer) -> Tensor:
     """Return the parameter behind a layer's weight: ``W'`` if that is rotated, else ``W``."""
     if not is_rotated(layer):
         return layer.weight
-    steps: nn.Module = layer.parametrizations["weight"]  # type: ignore[index, assignment]
-    original: Tensor = steps.original  # type: ignore[assignment]
+    original: Tensor = layer.parametrizations["weight"].original  # type: ignore[index, union-attr]
     return original
 
 
@@ -88,10 +71,3 @@ def rotate_back(layer: Layer) -> None:
     """Train a layer's weight as it is; its parameter remains the same object."""
     if is_rotated(layer):
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-
-
-def _with_identity(basis: Tensor, size: int) -> Tensor:
-    """Add unit vectors to a basis."""
-    padded = torch.eye(size, dtype=basis.dtype, device=basis.device)
-    padded[: len(basis), : len(basis)] = basis
-    return padded

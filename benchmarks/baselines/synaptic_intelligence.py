@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.avalanche_names import SupervisedPlugin
-from benchmarks.baselines.growth import grown
 
 DAMPING = 0.1
 
@@ -60,7 +59,7 @@ class SynapticIntelligence(SupervisedPlugin, supports_distributed=True):  # type
         """
         super().__init__()
         if not strength >= 0:
-            raise ValueError(f"strength is {strength}; expected at least 0")
+            raise ValueError(f"strength: got {strength}, expected at least 0")
         self.strength = strength
         self.tasks = 0
         self._paths: dict[str, Path] = {}
@@ -69,8 +68,9 @@ class SynapticIntelligence(SupervisedPlugin, supports_distributed=True):  # type
         """Begin a path for every parameter, or go on where it has ended."""
         known = self._paths
         self._paths = {
-            name: _begun(parameter.detach(), known.get(name))
-            for name, parameter in _trained(strategy.model).items()
+            name: Path(p.detach().clone(), p.detach().clone(), torch.zeros_like(p), importance)
+            for name, p in _trained(strategy.model).items()
+            for importance in [known[name].importance if name in known else torch.zeros_like(p)]
         }
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -116,13 +116,3 @@ class SynapticIntelligence(SupervisedPlugin, supports_distributed=True):  # type
 def _trained(model: nn.Module) -> Mapping[str, nn.Parameter]:
     """The parameters that are trained, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _begun(parameter: Tensor, known: Path | None) -> Path:
-    """A path that begins at a parameter, with the importances of those that have ended.
-
-    Entries by which the parameter has grown since have no importance.
-    """
-    nothing = torch.zeros_like(parameter)
-    importance = nothing.clone() if known is None else grown(known.importance, parameter.shape)
-    return Path(parameter.clone(), parameter.clone(), nothing, importance)

@@ -6,7 +6,8 @@ import signal
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
@@ -16,42 +17,41 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from benchmarks.configuration import Configuration
-from benchmarks.records import Record
-from benchmarks.suite.store import Job, load, save
+from benchmarks.results import Job, Record, load, save
 
 if TYPE_CHECKING:
     from benchmarks.data import ImageData
 
 
+@dataclass
 class Pool:
     """Workers that do jobs; a context, at the end of which they are gone.
 
     Attributes:
+        output: Folder of the results.
+        data_root: Folder of the data sets.
+        workers: Number of processes; with 1, this one does the work.
+        threads: CPU threads of PyTorch for each; None shares out those that one process would use.
         failures: What went wrong, by job.
     """
 
-    def __init__(self, folder: Path, workers: int, threads: int | None) -> None:
-        """Say where the records go.
+    output: Path
+    data_root: Path
+    workers: int = 1
+    threads: int | None = None
+    failures: dict[str, str] = field(default_factory=dict)
 
-        Args:
-            folder: Folder of the results.
-            workers: Number of processes; with 1, this one does the work.
-            threads: CPU threads of PyTorch for each; None shares out those that one process would
-                use.
-        """
-        self.failures: dict[str, str] = {}
-        self._folder = folder
-        self._workers = workers
-        self._threads = threads
+    def __post_init__(self) -> None:
+        """Start no worker yet."""
         self._executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Pool":
         """Start the workers, if there are several."""
-        if self._workers > 1:
+        if self.workers > 1:
             # A fork of a process in which PyTorch has threads may hang.
             context = get_context("spawn")
             self._executor = ProcessPoolExecutor(
-                self._workers, mp_context=context, initializer=_begin_worker
+                self.workers, mp_context=context, initializer=_begin_worker
             )
         return self
 
@@ -75,36 +75,30 @@ class Pool:
             The records of all jobs, in their order, but for those that failed, which are in
             ``failures`` from then on.
         """
-        waiting = [job for job in jobs if load(job, self._folder) is None]
+        waiting = [job for job in jobs if load(job, self.output) is None]
         # disable=None: no bar unless standard error is a terminal
         with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), disable=None) as bar:
             for job, outcome in self._outcomes(waiting):
-                self._note(job, outcome, quiet=not bar.disable)
+                if isinstance(outcome, str):
+                    self.failures[str(job)] = outcome
+                    print(f"{job}: failed: {outcome.strip().splitlines()[-1]}", flush=True)
+                elif bar.disable:
+                    print(f"{job}: {outcome:.2%}", flush=True)
                 bar.set_description(str(job))
                 bar.update()
-        records = [load(job, self._folder) for job in jobs]
+        records = [load(job, self.output) for job in jobs]
         return [record for record in records if record is not None]
 
     def _outcomes(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, float | str]]:
         """Do jobs, and yield each with its accuracy or with what went wrong."""
+        settings = (self.output, self.data_root, self.threads, self.workers)
         if self._executor is None:
             for job in jobs:
-                yield job, work(job, self._folder, self._threads, self._workers)
+                yield job, work(job, *settings)
             return
-        futures: dict[Future[float | str], Job] = {
-            self._executor.submit(work, job, self._folder, self._threads, self._workers): job
-            for job in jobs
-        }
+        futures = {self._executor.submit(work, job, *settings): job for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
-
-    def _note(self, job: Job, outcome: float | str, *, quiet: bool) -> None:
-        """Remember a failure, and print what came out unless a bar shows it."""
-        if isinstance(outcome, str):
-            self.failures[str(job)] = outcome
-            print(f"{job}: failed: {outcome.strip().splitlines()[-1]}", flush=True)
-        elif not quiet:
-            print(f"{job}: {outcome:.2%}", flush=True)
 
 
 def _begin_worker() -> None:
@@ -121,12 +115,13 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def work(job: Job, folder: Path, threads: int | None, workers: int) -> float | str:
+def work(job: Job, output: Path, data_root: Path, threads: int | None, workers: int) -> float | str:
     """Do a job and keep its record.
 
     Args:
         job: The job.
-        folder: Folder of the results.
+        output: Folder of the results.
+        data_root: Folder of the data sets.
         threads: CPU threads of PyTorch; None shares out those that one process would use.
         workers: Number of processes that work at the same time, for the record.
 
@@ -134,28 +129,28 @@ def work(job: Job, folder: Path, threads: int | None, workers: int) -> float | s
         The average accuracy; or, if it failed, the traceback, so that others can go on.
     """
     try:
-        record = _run(job, threads or _share(workers))
+        record = _run(job, data_root, threads or _share(workers))
     except Exception:
         return traceback.format_exc()
     configuration = {**record.configuration, "jobs": workers}
-    save(dataclasses.replace(record, configuration=configuration), job, folder)
+    save(dataclasses.replace(record, configuration=configuration), job, output)
     return record.average_accuracy
 
 
-def _run(job: Job, threads: int) -> Record:
+def _run(job: Job, data_root: Path, threads: int) -> Record:
     """Train and test."""
     import torch
 
-    from benchmarks.runner import run
+    from benchmarks import experiment
     from benchmarks.scenarios import make_scenario
 
     torch.set_num_threads(threads)
     # The images are those of all runs with these options, whatever else differs.
-    kept = ("scenario", "data_root", "training_images", "validate")
+    kept = ("scenario", "training_images", "validate")
     options = {name: getattr(job.configuration, name) for name in kept}
-    data = _images(Configuration(**options))
+    data = _images(Configuration(**options), data_root)
     scenario = make_scenario(job.configuration, data, job.seed)
-    return run(
+    return experiment.run(
         job.variant,
         scenario,
         job.configuration,
@@ -174,8 +169,8 @@ def _share(workers: int) -> int:
 
 
 @lru_cache(maxsize=1)
-def _images(configuration: Configuration) -> "ImageData":
+def _images(configuration: Configuration, data_root: Path) -> "ImageData":
     """The images of the last run, which are mostly those of the next."""
     from benchmarks.scenarios import load_data
 
-    return load_data(configuration)
+    return load_data(configuration, data_root)

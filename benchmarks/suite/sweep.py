@@ -11,14 +11,11 @@ from dataclasses import dataclass
 
 from benchmarks.configuration import Configuration
 from benchmarks.methods import METHODS, Variant
-from benchmarks.records import Record
-from benchmarks.suite.protocol import best_strength, by_strength
-from benchmarks.suite.store import Job
+from benchmarks.results import Job, Record
+from benchmarks.suite.outcome import best_strength, by_strength
 
 # Where a task lacks most classes, a penalty must hold much more. The same factor for every method.
 STRONGER_IN_SPLIT_STREAMS = 100.0
-
-Execute = Callable[[Sequence[Job]], list[Record]]
 
 
 @dataclass(frozen=True)
@@ -42,17 +39,21 @@ class Sweep:
 
     Attributes:
         configuration: The options.
+        methods: Names of the methods.
+        seeds: Every method is tested with each.
         search: How strengths are chosen.
         scenario: Name of the results.
         data_source: Where the images are from.
     """
 
     configuration: Configuration
+    methods: Sequence[str]
+    seeds: Sequence[int]
     search: Search
     scenario: str
     data_source: str
 
-    def run(self, execute: Execute) -> list[Record]:
+    def run(self, execute: Callable[[Sequence[Job]], list[Record]]) -> list[Record]:
         """Search, refine and test, each stage for all methods at once.
 
         Args:
@@ -72,82 +73,52 @@ class Sweep:
         half = self.search.values // 2
         factor = STRONGER_IN_SPLIT_STREAMS if self.scenario.startswith("split") else 1.0
         return self._searches(
-            Variant(name, self._label(name), _rounded(factor * METHODS[name].centre * 10.0**power))
+            (name, factor * METHODS[name].centre * 10.0**power)
             for name in self._searched_methods()
             for power in range(-half, half + 1)
         )
 
     def second_search(self, found: Sequence[Record]) -> list[Job]:
-        """Half a power of ten to either side of each method's best so far.
-
-        Args:
-            found: Records of the first search.
-        """
+        """Half a power of ten to either side of each method's best in the first search."""
         return self._searches(
-            Variant(name, self._label(name), _rounded(best * factor))
+            (name, best * factor)
             for name in self._searched_methods()
             if (best := _best(name, found)) is not None
             for factor in (10.0**-0.5, 10.0**0.5)
         )
 
     def tests(self, found: Sequence[Record]) -> list[Job]:
-        """Every method at its best and at its default strength, which may be the same.
-
-        Args:
-            found: Records of the search.
-        """
-        strengths = {
-            name: dict.fromkeys(
-                (
-                    METHODS[name].default_strength,
-                    _best(name, found) or METHODS[name].default_strength,
-                )
-            )
-            for name in self.configuration.methods
-        }
+        """Every method at its default strength and at the best of the search, often the same."""
+        strengths = {name: METHODS[name].default_strength for name in self.methods}
         return [
-            self._job(Variant(name, self._label(name), strength), seed, validate=False)
-            for seed in self.configuration.seeds
-            for name, values in strengths.items()
-            for strength in values
+            self._job(name, strength, seed, validate=False)
+            for seed in self.seeds
+            for name, default in strengths.items()
+            for strength in dict.fromkeys((default, _best(name, found) or default))
         ]
 
-    def _searches(self, variants: Iterable[Variant]) -> list[Job]:
-        """Jobs on held-out training images."""
-        chosen = list(variants)
+    def _searches(self, strengths: Iterable[tuple[str, float]]) -> list[Job]:
+        """Jobs on held-out training images, with strengths as people write them."""
+        chosen = [(name, float(f"{strength:.3g}")) for name, strength in strengths]
         return [
-            self._job(variant, seed, validate=True)
+            self._job(name, strength, seed, validate=True)
             for seed in self.search.seeds
-            for variant in chosen
+            for name, strength in chosen
         ]
 
-    def _job(self, variant: Variant, seed: int, *, validate: bool) -> Job:
-        """One run."""
-        replay = self._replay(variant.name)
+    def _job(self, name: str, strength: float | None, seed: int, *, validate: bool) -> Job:
+        """One run. Joint training has all examples anyway, and needs no buffer of them."""
+        replay = 0 if METHODS[name].trained_jointly else self.configuration.replay
+        variant = Variant(name, strength, f" + replay {replay}" if replay else "")
         configuration = dataclasses.replace(self.configuration, validate=validate, replay=replay)
         return Job(variant, seed, configuration, self.scenario, self.data_source)
 
     def _searched_methods(self) -> list[str]:
         """The methods that have a strength."""
-        methods = self.configuration.methods
-        return [name for name in methods if METHODS[name].default_strength is not None]
-
-    def _label(self, name: str) -> str:
-        """A method's name, with what stands beside it."""
-        replay = self._replay(name)
-        return f"{name} + replay {replay}" if replay else name
-
-    def _replay(self, name: str) -> int:
-        """Examples in the buffer beside a method; joint training has all of them anyway."""
-        return 0 if METHODS[name].trained_jointly else self.configuration.replay
+        return [name for name in self.methods if METHODS[name].default_strength is not None]
 
 
 def _best(name: str, found: Iterable[Record]) -> float | None:
     """The best strength of a method so far; None where nothing was searched."""
     groups = by_strength(record for record in found if record.method == name)
     return best_strength(groups) if groups else None
-
-
-def _rounded(strength: float) -> float:
-    """A strength as people write it."""
-    return float(f"{strength:.3g}")

@@ -1,14 +1,11 @@
 """Things that several tests of the benchmarks need."""
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.data import ImageData
-from benchmarks.records import Record
 
 
 @pytest.fixture
@@ -45,43 +42,12 @@ def learnable_images() -> ImageData:
 
 
 @pytest.fixture
-def make_record() -> Callable[..., Record]:
-    """A function that makes a record from a label, an accuracy matrix and changes."""
-
-    def make(label: str, matrix: Sequence[Sequence[float]], **changes: Any) -> Record:
-        fields: dict[str, Any] = {
-            "method": label.partition("[")[0],
-            "label": label,
-            "seed": 0,
-            "average_accuracy": sum(matrix[-1]) / len(matrix),
-            "forgetting": 0.25,
-            "backward_transfer": -0.125,
-            "accuracy_matrix": [list(row) for row in matrix],
-            "training_seconds": 12.34,
-            "estimation_seconds": 0.5,
-            "penalty_ms_per_step": 1.5,
-            "state_bytes": 0,
-            "spectra": {},
-            "trained_jointly": False,
-            "configuration": {
-                "tasks": len(matrix),
-                "hidden": [4],
-                "strength": None,
-                "validate": False,
-            },
-            "versions": {"python": "3"},
-        }
-        return Record(**(fields | changes))
-
-    return make
-
-
-@pytest.fixture
 def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every attempt to download MNIST chatter and fail, as without a network."""
+    """Make every attempt to download data chatter and fail, as without a network."""
 
     def fail(self: object) -> None:
         sys.stdout.write("chatter of a mirror\n")
         raise RuntimeError("Error downloading:\nTried somewhere, got:\n<no network here>\n")
 
-    monkeypatch.setattr("torchvision.datasets.MNIST.download", fail)
+    for kind in ("MNIST", "CIFAR10"):  # CIFAR-100 inherits from the latter
+        monkeypatch.setattr(f"torchvision.datasets.{kind}.download", fail)

@@ -1,0 +1,166 @@
+"""``study-calibrate``: measure λ on the first two tasks of permuted MNIST."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+from benchmarks.command import keep, print_table, start, title_of
+from benchmarks.configuration import Configuration, StreamOptions
+from benchmarks.methods import Variant
+from benchmarks.option_types import PositiveOrZero, described, one_of, several
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from benchmarks.data import ImageData
+    from benchmarks.results import Record
+    from benchmarks.scenarios import Scenario
+
+NAME = "calibrate"
+FORMAT = "rotate_ewc.benchmarks.calibrate/2"
+METHODS = ("rotated-ewc", "rotated-ewc-proximal", "rotated-adam")
+OLD_IMAGES = 10_000
+OLD_BATCH_SIZE = 2_000
+
+RotatedNames = Annotated[
+    tuple[str, ...], several(one_of(METHODS, metavar="METHOD")), described("Any", METHODS)
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(StreamOptions):
+    """Choose the strength λ for a stream of permuted-MNIST tasks from its first two tasks alone.
+
+    The second is trained with --ewc-lambda; λ is how many times more harm it has done to the first
+    than the penalty takes it to have done. Harm is the growth of the mean loss on the first task's
+    first 10,000 training images (or all, where they are fewer); no test image and no later task has
+    a part in it. The accuracies that are printed beside it are those on the test images of the two
+    tasks, or with --validate on training images that are held out. Writes calibrate.json (after
+    every finished run), and prints a table.
+
+    Attributes:
+        methods: Which to run.
+        tasks: Two, and no other number.
+        ewc_lambda: Strength with which the second task is trained.
+    """
+
+    tasks: Annotated[int, one_of(["2"])] = 2
+    methods: RotatedNames = METHODS[:1]
+    ewc_lambda: PositiveOrZero = 1.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The results of one method at one seed.
+
+    Attributes:
+        strength: The calibrated λ.
+        old_images: Training images of the first task that it was measured on.
+        record: The run; its own ``"strength"`` is the λ with which the second task was trained.
+    """
+
+    strength: float
+    old_images: int
+    record: "Record"
+
+
+def run(options: Options) -> int:
+    """Calibrate every method at every seed, and present the results."""
+    configuration, data = start(options)
+    results = options.output / f"{NAME}.json"
+    calibrations = keep(_calibrations(options, configuration, data), results, {"format": FORMAT})
+    title = f"{title_of(data)}: two tasks, the second with λ = {options.ewc_lambda:g}"
+    headings = ("\nseed", "calibrated\nλ", "first task\n[%]", "second task\n[%]")
+    print_table(title, ["\nmethod"], headings, rows_of(calibrations))
+    print(f"Wrote {results}.")
+    return 0
+
+
+def rows_of(calibrations: Iterable[Calibration]) -> Iterator[tuple[str, ...]]:
+    """A row for every seed of every method, and one for the medians where there are several.
+
+    Harm over predicted harm is a quotient of two small numbers, and its mean no steady thing.
+    """
+    groups: dict[str, list[Calibration]] = {}
+    for calibration in calibrations:
+        groups.setdefault(calibration.record.method, []).append(calibration)
+    for method, group in groups.items():
+        rows = [(str(one.record.seed), [one]) for one in group]
+        for seed, some in [*rows, ("median", group)] if len(group) > 1 else rows:
+            ends = [one.record.accuracy_matrix[-1] for one in some]
+            accuracies = (f"{100 * median(end[task] for end in ends):.2f}" for task in range(2))
+            yield method, seed, f"{median(one.strength for one in some):.2f}", *accuracies
+
+
+def _calibrations(
+    options: Options, configuration: Configuration, data: "ImageData"
+) -> Iterator[Calibration]:
+    """Calibrate all methods at one seed before the next."""
+    from benchmarks.scenarios import PermutedImages
+
+    for seed in options.seeds:
+        scenario = PermutedImages(data, 2, seed)
+        for name in options.methods:
+            variant = Variant(name, options.ewc_lambda)
+            yield calibrate(variant, scenario, configuration, seed=seed, data_source=data.source)
+
+
+def calibrate(
+    variant: Variant,
+    scenario: "Scenario",
+    configuration: Configuration,
+    *,
+    seed: int,
+    data_source: str,
+) -> Calibration:
+    """Train two tasks and measure λ at the end of the second, before it is consolidated.
+
+    What is left of proximal steps, where their interval does not divide the number of steps, is
+    taken when the second task is consolidated, and so after the measurement.
+
+    Args:
+        variant: A rotated method, and the λ to train the second task with.
+        scenario: Two tasks, made with the same seed.
+        configuration: The options.
+        seed: Seed of PyTorch's global random state, which is set.
+        data_source: Where the images are from, for the record.
+
+    Returns:
+        The results.
+    """
+    from benchmarks import experiment
+    from benchmarks.avalanche_names import SupervisedPlugin
+    from benchmarks.inspection import penalty_of
+    from rotate_ewc import calibrated_strength
+
+    old_data = first_images(scenario)
+    strengths: list[float] = []
+
+    class Measurement(SupervisedPlugin, supports_distributed=True):  # type: ignore[misc, call-arg]
+        def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+            penalty = penalty_of(strategy)
+            if penalty.num_tasks == 1:
+                loss_fn = strategy._criterion
+                strengths.append(calibrated_strength(penalty, strategy.model, loss_fn, old_data))
+
+    record = experiment.run(
+        variant,
+        scenario,
+        configuration,
+        seed=seed,
+        data_source=data_source,
+        extra_plugins=[Measurement()],
+    )
+    return Calibration(strengths[0], sum(len(labels) for _, labels in old_data), record)
+
+
+def first_images(scenario: "Scenario") -> "list[tuple[Tensor, Tensor]]":
+    """The first :data:`OLD_IMAGES` training images of the first task, or all, in batches."""
+    import torch
+    from torch.utils.data import DataLoader, Subset
+
+    dataset: Any = scenario.training_sets()[0]
+    rows = range(min(OLD_IMAGES, len(dataset)))
+    loader = DataLoader(Subset(dataset, rows), batch_size=OLD_BATCH_SIZE)
+    return [(inputs, torch.as_tensor(labels)) for inputs, labels in loader]

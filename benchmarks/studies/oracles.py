@@ -1,0 +1,173 @@
+"""Penalties that differ in what they know of the old tasks, and training under them.
+
+The first is what the package does. The other two are oracles: they keep the old images, as no
+method for continual learning may, to show what is lost by not having them.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.optim import Adam, Optimizer
+
+from benchmarks.experiment import accuracies
+from benchmarks.models import multilayer_perceptron
+from benchmarks.scenarios import PermutedImages
+from benchmarks.studies.causes import Options
+from rotate_ewc import EKFACPenalty, RotatedAdam
+
+SNAPSHOT_BATCH = 500
+
+
+@dataclass(frozen=True)
+class OldTasks:
+    """The images of tasks that are over.
+
+    Attributes:
+        scenario: The stream.
+        images: Training images before permutation ``[N, D]``.
+        labels: Their classes ``[N]``.
+    """
+
+    scenario: PermutedImages
+    images: Tensor
+    labels: Tensor
+
+    def batches(self, task: int, examples: int) -> list[tuple[Tensor, Tensor]]:
+        """Random examples of one task, in batches."""
+        order = self.scenario.permutations[task]
+        drawn = torch.split(torch.randperm(len(self.images))[:examples], SNAPSHOT_BATCH)
+        return [(self.images[rows][:, order], self.labels[rows]) for rows in drawn]
+
+    def sample(self, tasks: int, examples: int) -> Tensor:
+        """Random images, each of a random one of the first tasks."""
+        orders = self.scenario.permutations[torch.randint(tasks, (examples,))]
+        return self.images[torch.randint(len(self.images), (examples, 1)), orders]
+
+
+def snapshot_penalty(
+    strength: float, seed: int, model: nn.Module, batches: Sequence[list[tuple[Tensor, Tensor]]]
+) -> EKFACPenalty:
+    """A penalty that has consolidated tasks at the parameters which the model has now."""
+    penalty = EKFACPenalty(strength, seed=seed)
+    for of_one_task in batches:
+        penalty.consolidate(model, nn.CrossEntropyLoss(), of_one_task)
+    return penalty
+
+
+def exact_penalty(
+    model: nn.Module, anchor: Mapping[str, Tensor], images: Tensor, tasks: int
+) -> Tensor:
+    """Half the Gauss-Newton form of the displacement from an anchor, summed over tasks.
+
+    With J the derivative of the logits at the anchor and H = diag(p) - ppᵀ, that is
+    ``½ · tasks · mean of (J Δ)ᵀ H (J Δ)`` over images of all tasks, differentiable in Δ.
+
+    Args:
+        model: The network.
+        anchor: Its parameters after the last task, by name.
+        images: Images of old tasks ``[n, D]``.
+        tasks: Number of old tasks.
+
+    Returns:
+        A scalar.
+    """
+    displacement = {name: p - anchor[name] for name, p in model.named_parameters()}
+
+    def logits_at(parameters: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = functional_call(model, parameters, (images,))
+        return logits
+
+    with warnings.catch_warnings():
+        # PyTorch's own rules for forward-mode derivatives are made with what it deprecates.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+        logits, change, *_ = jvp(logits_at, (dict(anchor),), (displacement,))
+    probabilities = logits.detach().softmax(dim=1)
+    mean_change = (probabilities * change).sum(dim=1)
+    squares = (probabilities * change.square()).sum(dim=1) - mean_change.square()
+    mean: Tensor = squares.mean()
+    return 0.5 * tasks * mean
+
+
+class Run:
+    """A network, its optimizer and its penalty, task after task."""
+
+    def __init__(
+        self, old: OldTasks, options: Options, *, optimizer: str, curvature: str, seed: int
+    ) -> None:
+        """Start with an untrained network.
+
+        Args:
+            old: The stream and its images.
+            options: What all runs have in common.
+            optimizer: One of :data:`benchmarks.studies.causes.OPTIMIZERS`.
+            curvature: One of :data:`benchmarks.studies.causes.CURVATURES`.
+            seed: Seed of PyTorch's global random state, which is set.
+        """
+        torch.manual_seed(seed)
+        self._old, self._options, self._seed = old, options, seed
+        self._rotates, self._curvature = optimizer == "rotated-adam", curvature
+        scenario = old.scenario
+        self.model = multilayer_perceptron(scenario.features, options.hidden, scenario.classes)
+        # Snapshots that only lend their basis do not pull.
+        self._strength = 0.0 if curvature == "exact" else options.ewc_lambda
+        self._penalty = EKFACPenalty(self._strength, seed=seed)
+        self._optimizer = self._make_optimizer()
+        self._anchor: dict[str, Tensor] = {}
+
+    def learn(self, task: int, tell: Callable[[], object]) -> None:
+        """Train on a task, and look back at it.
+
+        Args:
+            task: Its number, from 0; tasks come in order.
+            tell: Called after every step.
+        """
+        options, images = self._options, self._old.images
+        permuted = images[:, self._old.scenario.permutations[task]]
+        orders = [torch.randperm(len(images)) for _ in range(options.epochs)]
+        steps = [rows for order in orders for rows in torch.split(order, options.batch_size)]
+        for done, rows in enumerate(steps):
+            for group in self._optimizer.param_groups:
+                group["lr"] = options.learning_rate * (1 - done / len(steps))
+            logits = self.model(permuted[rows])
+            loss = nn.functional.cross_entropy(logits, self._old.labels[rows])
+            self._optimizer.zero_grad()
+            torch.autograd.backward(loss + self._penalty_in_loss(task))
+            self._optimizer.step()
+            tell()
+        self._look_back(task)
+
+    def accuracies(self) -> list[float]:
+        """Accuracy on the held-out images of all tasks."""
+        return accuracies(self.model, self._old.scenario, torch.device("cpu"))
+
+    def _make_optimizer(self) -> Optimizer:
+        rate = self._options.learning_rate
+        if self._rotates:
+            return RotatedAdam(self.model, self._penalty, lr=rate)
+        return Adam(self.model.parameters(), lr=rate)
+
+    def _penalty_in_loss(self, tasks: int) -> Tensor:
+        if tasks == 0:
+            return torch.zeros(())
+        if self._curvature == "exact":
+            images = self._old.sample(tasks, self._options.exact_samples)
+            return self._options.ewc_lambda * exact_penalty(self.model, self._anchor, images, tasks)
+        return torch.zeros(()) if self._rotates else self._penalty(self.model)
+
+    def _look_back(self, task: int) -> None:
+        """Take the snapshots that the curvature asks for."""
+        named = self.model.named_parameters()
+        self._anchor = {name: parameter.detach().clone() for name, parameter in named}
+        examples = self._options.fisher_samples
+        if self._curvature == "stored":
+            batches = self._old.batches(task, examples)
+            self._penalty.consolidate(self.model, nn.CrossEntropyLoss(), batches)
+        elif self._curvature == "refreshed" or self._rotates:
+            every = [self._old.batches(old, examples) for old in range(task + 1)]
+            self._penalty = snapshot_penalty(self._strength, self._seed, self.model, every)
+            if self._rotates:
+                self._optimizer = self._make_optimizer()

@@ -1,0 +1,166 @@
+"""``study-storage``: what is lost where snapshots in files have fewer bits."""
+
+import copy
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.command import keep, print_table, start, title_of
+from benchmarks.configuration import Configuration, StreamOptions
+from benchmarks.methods import Variant
+from benchmarks.studies.calibrate import METHODS, RotatedNames
+
+if TYPE_CHECKING:
+    from benchmarks.data import ImageData
+    from benchmarks.results import Record
+    from benchmarks.scenarios import Scenario
+
+NAME = "storage"
+FORMAT = "rotate_ewc.benchmarks.storage/2"
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(StreamOptions):
+    """Learn permuted-MNIST tasks, and take what the penalty has learned from a file after each.
+
+    Once the file has all bits, and once bases and eigenvalues in bfloat16. Prints accuracies,
+    sizes, and what the storing changed of the penalty's value at the end of a task. Writes
+    storage.json (after every finished run), and prints a table.
+
+    Attributes:
+        methods: Which to run.
+    """
+
+    methods: RotatedNames = METHODS[:1]
+
+    def __post_init__(self) -> None:
+        """Refuse a single task."""
+        if self.tasks == 1:
+            raise ValueError(
+                "--tasks: expected at least 2, got 1: what is stored serves later tasks"
+            )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The results of one method at one precision and seed.
+
+    Attributes:
+        precision: One of :data:`PRECISIONS`: what bases and eigenvalues were stored in.
+        file_bytes: Size of the last file.
+        penalty_errors: What storing changed of the penalty's value at the end of each task but the
+            first, relative to the value.
+        record: The run.
+    """
+
+    precision: str
+    file_bytes: int
+    penalty_errors: list[float]
+    record: "Record"
+
+
+def run(options: Options) -> int:
+    """Run every method at every seed and precision, and present the results."""
+    configuration, data = start(options)
+    results = options.output / f"{NAME}.json"
+    found = keep(_all_stored(options, configuration, data), results, {"format": FORMAT})
+    title = f"{title_of(data)}: {configuration.tasks} tasks, the penalty stored after each"
+    headings = ("accuracy\n[%]", "file\n[KiB]", "largest error\nof the penalty")
+    print_table(title, ["\nmethod", "\nstored in"], headings, rows_of(found))
+    print(f"Wrote {results}.")
+    return 0
+
+
+def rows_of(found: Iterable[Stored]) -> Iterator[tuple[str, ...]]:
+    """A row for every method and precision."""
+    from benchmarks.report.tables import percent
+
+    groups: dict[tuple[str, str], list[Stored]] = {}
+    for one in found:
+        groups.setdefault((one.record.method, one.precision), []).append(one)
+    for names, group in groups.items():
+        yield (
+            *names,
+            percent(one.record.average_accuracy for one in group),
+            f"{group[-1].file_bytes / 1024:.0f}",
+            f"{max(error for one in group for error in one.penalty_errors):.1e}",
+        )
+
+
+def _all_stored(
+    options: Options, configuration: Configuration, data: "ImageData"
+) -> Iterator[Stored]:
+    """Run all methods and precisions at one seed before the next."""
+    from benchmarks.scenarios import PermutedImages
+
+    for seed in options.seeds:
+        scenario = PermutedImages(data, configuration.tasks, seed)
+        for name in options.methods:
+            variant = Variant(name, options.ewc_lambda)
+            for precision in PRECISIONS:
+                yield run_stored(variant, scenario, configuration, precision, seed, data.source)
+
+
+def run_stored(
+    variant: Variant,
+    scenario: "Scenario",
+    configuration: Configuration,
+    precision: str,
+    seed: int,
+    data_source: str,
+) -> Stored:
+    """Learn all tasks, storing the penalty after each.
+
+    Args:
+        variant: A rotated method.
+        scenario: The tasks, made with the same seed.
+        configuration: The options.
+        precision: One of :data:`PRECISIONS`.
+        seed: Seed of PyTorch's global random state, which is set.
+        data_source: Where the images are from, for the record.
+
+    Returns:
+        The results.
+    """
+    import torch
+
+    from benchmarks import experiment
+    from benchmarks.avalanche_names import SupervisedPlugin
+    from benchmarks.inspection import penalty_of
+    from rotate_ewc import EKFACPenalty
+
+    dtype = None if precision == "float32" else getattr(torch, precision)
+    errors: list[float] = []
+    sizes: list[int] = []
+
+    class Storage(SupervisedPlugin, supports_distributed=True):  # type: ignore[misc, call-arg]
+        whole: EKFACPenalty | None = None
+
+        def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+            penalty = penalty_of(strategy)
+            if penalty.num_tasks > 0:
+                self.whole = copy.deepcopy(penalty)
+                penalty.save(path, dtype=dtype)
+                sizes.append(path.stat().st_size)
+                penalty.load_state_dict(EKFACPenalty.load(path).state_dict())
+
+        @torch.no_grad()
+        def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+            if self.whole is not None:
+                stored = penalty_of(strategy)(strategy.model).item()
+                errors.append(abs(stored / self.whole(strategy.model).item() - 1))
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "penalty.safetensors"
+        record = experiment.run(
+            variant,
+            scenario,
+            configuration,
+            seed=seed,
+            data_source=data_source,
+            extra_plugins=[Storage()],
+        )
+    return Stored(precision, sizes[-1], errors, record)

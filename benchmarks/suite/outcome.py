@@ -1,0 +1,236 @@
+"""From records to results: which strength was chosen, and what it then reached.
+
+The protocol is the same for every method. Its strength λ is chosen by the mean accuracy on training
+images that are held out, from as many values and with the same seeds as every other method's. Only
+then are the test images looked at, with the chosen strength and with the default.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import log10
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from benchmarks.methods import METHODS
+from benchmarks.results import Record, group_by_label
+
+# Options that say how a run was made, or that the protocol varies: all others are the setting. The
+# replay buffer is part of a method's label, so that a method with and without stand side by side.
+NOT_OF_THE_SETTING = frozenset({"strength", "validate", "threads", "device", "jobs", "replay"})
+POINTS = 3.0  # of accuracy, which may be lost within the width of an optimum
+ROUNDING = 1e-9  # of a point
+
+Search = Mapping[float, Sequence[Record]]
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What a method reached in one experiment.
+
+    Attributes:
+        label: Name for tables and plots.
+        search: Records on held-out training images, by strength in ascending order; empty for
+            methods without a strength, and where nothing was searched.
+        tested: Records on the test images with the chosen strength, by seed.
+        at_default: Records on the test images with the method's default strength, by seed; the same
+            as ``tested`` where there is no strength to choose.
+        strength: The chosen strength; None for methods without.
+        default: The default strength; None for methods without.
+    """
+
+    label: str
+    search: Search
+    tested: Sequence[Record]
+    at_default: Sequence[Record]
+    strength: float | None
+    default: float | None
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the chosen strength is the smallest or largest that was tried."""
+        return len(self.search) > 1 and self.strength in (min(self.search), max(self.search))
+
+    @property
+    def searched(self) -> list[Record]:
+        """All records of the search."""
+        return [record for group in self.search.values() for record in group]
+
+    @property
+    def records(self) -> list[Record]:
+        """All records, each once though it may stand in two places."""
+        found = (*self.tested, *self.at_default, *self.searched)
+        return list({id(record): record for record in found}.values())
+
+    @property
+    def jointly(self) -> bool:
+        """Whether all tasks were learned at once: the upper bound, which competes with nobody."""
+        return any(record.trained_jointly for record in self.tested)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All methods on one scenario, with the same options.
+
+    Attributes:
+        scenario: Name of the scenario.
+        setting: The options that the runs have in common.
+        results: One for each method, in the order of :data:`benchmarks.methods.METHODS`.
+    """
+
+    scenario: str
+    setting: Mapping[str, Any]
+    results: Sequence[MethodResult]
+
+    @property
+    def tested(self) -> dict[str, Sequence[Record]]:
+        """Records with the chosen strength, of the methods that were tested."""
+        return {result.label: result.tested for result in self.results if result.tested}
+
+    @property
+    def records(self) -> list[Record]:
+        """All records."""
+        return [record for result in self.results for record in result.records]
+
+
+def experiments(records: Iterable[tuple[str, Record]]) -> list[Experiment]:
+    """Sort records into experiments.
+
+    Args:
+        records: Pairs of a scenario's name and a record, in any order.
+
+    Returns:
+        The experiments, by name and then by setting.
+    """
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for scenario, record in records:
+        groups.setdefault((scenario, repr(sorted(_setting(record).items()))), []).append(record)
+    return [
+        Experiment(scenario, _setting(group[0]), _results(group))
+        for (scenario, _), group in sorted(groups.items())
+    ]
+
+
+def _setting(record: Record) -> dict[str, Any]:
+    """The options of a run that every run of the same experiment shares."""
+    options = record.configuration.items()
+    return {name: value for name, value in options if name not in NOT_OF_THE_SETTING}
+
+
+def _results(records: Sequence[Record]) -> list[MethodResult]:
+    """Apply the protocol to the records of one experiment, method by method."""
+    places = {name: place for place, name in enumerate(METHODS)}
+    results = [_result(label, group) for label, group in group_by_label(records).items()]
+    return sorted(
+        results,
+        key=lambda result: (
+            places.get(result.records[0].method, len(places)) if result.records else len(places),
+            result.label,
+        ),
+    )
+
+
+def _result(label: str, records: Sequence[Record]) -> MethodResult:
+    """Apply the protocol to the records of one method."""
+    search = by_strength(record for record in records if record.for_validation)
+    tests = by_strength(record for record in records if not record.for_validation)
+    known = METHODS.get(records[0].method)
+    default = known.default_strength if known else None
+    # Without a search nothing was chosen but by whoever typed the command.
+    only = default if default in tests else next(iter(tests), None)
+    strength = best_strength(search) if search else only
+    return MethodResult(
+        label=label,
+        search={value: group for value, group in search.items() if value is not None},
+        tested=tests.get(strength, []),
+        at_default=tests.get(default, []),
+        strength=strength,
+        default=default,
+    )
+
+
+def by_strength(records: Iterable[Record]) -> dict[float | None, list[Record]]:
+    """Group records by strength, ascending, and sort each group by seed."""
+    groups: dict[float | None, list[Record]] = {}
+    for record in sorted(records, key=lambda one: (one.strength or 0.0, one.seed)):
+        groups.setdefault(record.strength, []).append(record)
+    return groups
+
+
+def best_strength(search: Mapping[float | None, Sequence[Record]]) -> float | None:
+    """The strength with the highest mean accuracy; of equals, the smallest."""
+    return max(search, key=lambda value: mean_accuracy(search[value]))
+
+
+def mean_accuracy(records: Sequence[Record]) -> float:
+    """Mean over seeds of the average accuracy at the end."""
+    return fmean(record.average_accuracy for record in records)
+
+
+class Interval(NamedTuple):
+    """The strengths around the best with which a method is nearly as good: its width.
+
+    Attributes:
+        low: Lower end, in decades from the best strength, thus never positive.
+        high: Upper end, in decades from the best strength, thus never negative.
+        open_low: Whether ``low`` is the edge of the search, and the interval goes on.
+        open_high: Whether ``high`` is the edge of the search, and the interval goes on.
+    """
+
+    low: float
+    high: float
+    open_low: bool
+    open_high: bool
+
+    def __str__(self) -> str:
+        """The width in decades, as tables show it."""
+        return f"{'≥ ' * (self.open_low or self.open_high)}{self.high - self.low:.1f}"
+
+
+def points_from_best(search: Search) -> list[tuple[float, float]]:
+    """Accuracies of a search, relative to its best.
+
+    Args:
+        search: Records by strength. Strengths that are not positive have no place on a logarithmic
+            axis and are left out.
+
+    Returns:
+        Decades from the best strength, and percentage points from the best mean accuracy (zero or
+        negative), by strength in ascending order; empty if nothing was searched.
+    """
+    means = {value: mean_accuracy(search[value]) for value in sorted(search) if value > 0}
+    if not means:
+        return []
+    best = max(means, key=lambda value: means[value])
+    return [
+        (log10(value) - log10(best), 100 * (mean - means[best])) for value, mean in means.items()
+    ]
+
+
+def interval_within(search: Search, points: float = POINTS) -> Interval | None:
+    """Find the strengths around the best with which at most some points of accuracy are lost.
+
+    Between strengths that were searched, accuracy is taken to be linear in log λ.
+
+    Args:
+        search: Records by strength.
+        points: Percentage points of accuracy that may be lost.
+
+    Returns:
+        The contiguous interval around the best strength; None if nothing was searched.
+    """
+    curve = points_from_best(search)
+    if not curve:
+        return None
+    best = next(place for place, (decades, _) in enumerate(curve) if decades == 0)
+    low, open_low = _reach(curve[best::-1], -points)
+    high, open_high = _reach(curve[best:], -points)
+    return Interval(low, high, open_low, open_high)
+
+
+def _reach(curve: Sequence[tuple[float, float]], level: float) -> tuple[float, bool]:
+    """Where a curve from the best outwards first falls below a level; its end, if it never does."""
+    for (near, before), (far, after) in pairwise(curve):
+        if after < level - ROUNDING:
+            return near + (far - near) * (before - level) / (before - after), False
+    return curve[-1][0], True
