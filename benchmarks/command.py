@@ -15,6 +15,22 @@ if TYPE_CHECKING:
 LOG_WIDTH = 110
 
 
+class CommandError(Exception):
+    """What prevents a command from running, to be told in one line."""
+
+
+def make_folder(output: Path) -> None:
+    """Make the folder of the results, before anything takes time.
+
+    Raises:
+        CommandError: If it cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"--output: cannot make the folder: {error}") from error
+
+
 def obstacle(missing: Sequence[str], output: Path | None) -> str | None:
     """Make the folder of the results, if nothing else is in the way.
 

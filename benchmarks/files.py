@@ -1,7 +1,10 @@
 """How results are written: never by halves."""
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def replace_file(path: Path, content: bytes | str) -> Path:
@@ -23,3 +26,17 @@ def replace_file(path: Path, content: bytes | str) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def write_document(path: Path, document: Mapping[str, Any]) -> None:
+    """Write JSON, as :func:`replace_file` does.
+
+    Args:
+        path: The file.
+        document: Plain values.
+
+    Raises:
+        ValueError: If a number is not finite, which JSON cannot hold.
+    """
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    replace_file(path, f"{text}\n")

@@ -43,13 +43,34 @@ Convolutions count as they are written down, though transforms could save multip
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
 
 from benchmarks.speed import names
-from benchmarks.speed.cases import Attention
-from benchmarks.speed.layers import Layer
+from benchmarks.speed.cases import Attention, Workload
 
 GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer or convolution, as products of matrices.
+
+    Attributes:
+        positions: Shared positions ``S`` of one example: tokens, or pixels of the output.
+        d_in: Inputs at one position, the kernel's pixels included.
+        d_out: Outputs at one position.
+        bias: Whether there is a bias.
+        backward: Whether the gradient at its input is needed, for layers before it.
+    """
+
+    positions: int
+    d_in: int
+    d_out: int
+    bias: bool
+    backward: bool
 
 
 @dataclass(frozen=True)
@@ -70,18 +91,10 @@ class Counts:
     rotations: float = 0.0
     eigenvalues: float = 0.0
 
-    def __add__(self, other: "Counts") -> "Counts":
-        """Add purpose by purpose."""
-        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def times(self, factor: float) -> "Counts":
-        """The same for so many examples."""
-        return Counts(*(factor * getattr(self, f.name) for f in fields(self)))
-
     @property
     def total(self) -> float:
         """All of them."""
-        return float(sum(getattr(self, f.name) for f in fields(self)))
+        return float(sum(asdict(self).values()))
 
 
 @dataclass(frozen=True)
@@ -111,19 +124,37 @@ class Factor:
         return 2 * self.vectors <= self.size
 
 
-@dataclass(frozen=True)
-class Floor:
-    """The least time that an estimation can take on a machine, in seconds.
+def describe_layers(workload: Workload) -> list[Layer]:
+    """Run a model on an example, and look at its linear layers and convolutions.
 
-    Attributes:
-        gigaflop: Operations by purpose, in billions.
-        seconds: Time by purpose, with that of ``eigh``.
-        total: The sum.
+    Args:
+        workload: The model; parameters whose gradients are not wanted must be frozen.
+
+    Returns:
+        The layers in the order in which they run.
     """
+    found: list[Layer] = []
 
-    gigaflop: dict[str, float]
-    seconds: dict[str, float]
-    total: float
+    def look(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight = module.get_parameter("weight")
+        d_out = weight.shape[0]
+        found.append(
+            Layer(
+                positions=output.numel() // d_out,
+                d_in=weight[0].numel(),
+                d_out=d_out,
+                bias=getattr(module, "bias", None) is not None,
+                backward=inputs[0].requires_grad,
+            )
+        )
+
+    handles = [layer.register_forward_hook(look) for layer in workload.known_layers]
+    try:
+        workload.model(workload.beginning(1).batches[0][0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def label_vectors(fisher: str, classes: int) -> int:
@@ -212,34 +243,67 @@ def count(
         vectors: Number of label vectors.
         examples: Number of examples.
     """
-    counts = sum((count_layer(layer, vectors) for layer in layers), Counts())
+    parts = [count_layer(layer, vectors) for layer in layers]
     if attention is not None:
-        counts += count_attention(attention, vectors)
-    return counts.times(examples)
+        parts.append(count_attention(attention, vectors))
+    return Counts(
+        **{name: examples * sum(asdict(part)[name] for part in parts) for name in asdict(Counts())}
+    )
 
 
-def least_time(
-    counts: Counts,
-    of_weights: Iterable[Factor],
-    of_biases: Iterable[Factor],
-    gigaflop_per_second: float,
-    eigh_seconds: Mapping[int, float],
-) -> Floor:
-    """Divide operations by the rate of a machine, and add ``eigh``.
+@dataclass(frozen=True)
+class Necessary:
+    """All that an estimation cannot do without.
 
-    Args:
-        counts: Operations of the estimation.
+    Attributes:
+        counts: Operations of products.
         of_weights: The factors of all weights.
         of_biases: Those that biases have of their own.
-        gigaflop_per_second: The rate of large products.
-        eigh_seconds: Time of ``eigh`` by number of rows.
     """
 
-    def decomposed(factor: Factor) -> float:
-        return eigh_seconds[factor.rows] + factor.gigaflop / gigaflop_per_second
+    counts: Counts
+    of_weights: Sequence[Factor]
+    of_biases: Sequence[Factor]
 
-    gigaflop = {f.name: getattr(counts, f.name) / GIGA for f in fields(counts)}
-    seconds = {name: number / gigaflop_per_second for name, number in gigaflop.items()}
-    seconds["eigh"] = sum(map(decomposed, of_weights))
-    seconds["eigh for biases"] = sum(map(decomposed, of_biases))
-    return Floor(gigaflop, seconds, sum(seconds.values()))
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of rows of the matrices whose ``eigh`` is needed."""
+        return [factor.rows for factor in (*self.of_weights, *self.of_biases)]
+
+    def seconds(
+        self, gigaflop_per_second: float, eigh_seconds: Mapping[int, float]
+    ) -> dict[str, float]:
+        """The least time that it takes on a machine, by purpose.
+
+        Args:
+            gigaflop_per_second: The rate of large products.
+            eigh_seconds: Time of ``eigh`` by number of rows.
+        """
+
+        def decomposed(factor: Factor) -> float:
+            return eigh_seconds[factor.rows] + factor.gigaflop / gigaflop_per_second
+
+        return {
+            **{name: n / GIGA / gigaflop_per_second for name, n in asdict(self.counts).items()},
+            "eigh": sum(map(decomposed, self.of_weights)),
+            "eigh for biases": sum(map(decomposed, self.of_biases)),
+        }
+
+
+def necessary(workload: Workload, fisher: str) -> Necessary:
+    """Count what the estimation of a Fisher matrix cannot do without.
+
+    Args:
+        workload: Model and data; parameters whose gradients are not wanted must be frozen.
+        fisher: The Fisher type.
+    """
+    layers = describe_layers(workload)
+    vectors = label_vectors(fisher, workload.case.classes)
+    if fisher == names.TYPE2:
+        vectors *= workload.labels_per_example
+    examples = workload.examples
+    return Necessary(
+        count(layers, workload.case.attention, vectors, examples),
+        factors(layers, vectors, examples),
+        bias_factors(layers, vectors, examples),
+    )

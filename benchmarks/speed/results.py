@@ -1,24 +1,27 @@
 """What was measured, and the file that keeps it.
 
-The file holds the cells of several calls, if all were made on one machine with as many threads::
+A file holds the records of several calls, if all were made on one machine with as many threads::
 
-    {"format": "rotate_ewc.benchmarks.speed/1", "configuration": {...}, "cells": [...]}
+    {"format": ..., "configuration": {...}, "records": [...], ...}
 """
 
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
-from benchmarks.records import write_document
+from benchmarks.command import CommandError
+from benchmarks.files import write_document
 from benchmarks.speed import names
-
-FORMAT = "rotate_ewc.benchmarks.speed/1"
+from benchmarks.speed.rounds import median_ratio
 
 MEASURED, WRONG, REFUSED, MISSING = "measured", "wrong", "refused", "not installed"
+
+AnyRecord = TypeVar("AnyRecord", bound="Record")
 
 
 @dataclass(frozen=True)
@@ -27,25 +30,26 @@ class Result:
 
     Attributes:
         name: The contender.
-        kind: What it can be compared with.
-        version: Version of its package.
         status: One of :data:`MEASURED`, :data:`WRONG`, :data:`REFUSED`, :data:`MISSING`.
         message: Why it was refused, or how wrong it is; otherwise what it computes, if that is not
             what all do.
-        seconds: Times in all rounds.
-        traces: Traces in all estimations, the first of which has no time.
+        seconds: Time of one estimation, step or penalty in every round.
+        values: What is compared with this package's: the traces of all estimations, the first of
+            which has no time, or the value of the penalty.
+        version: Version of its package.
+        kind: What it can be compared with.
         memory: Bytes by which the first estimation raised the peak.
         ratio: Median over rounds of its time over this package's; None where the two are not
             comparable.
     """
 
     name: str
-    kind: str
-    version: str
     status: str
     message: str = ""
     seconds: list[float] = field(default_factory=list)
-    traces: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    version: str | None = None
+    kind: str = ""
     memory: int | None = None
     ratio: float | None = None
 
@@ -54,45 +58,75 @@ class Result:
         """Median time over rounds."""
         return statistics.median(self.seconds) if self.seconds else None
 
+    def range_over(self, scale: Sequence[float]) -> tuple[float, float, float] | None:
+        """Median, least and largest multiple of a time, or of those in the same rounds.
+
+        Args:
+            scale: One time, or as many as there are rounds.
+
+        Returns:
+            None where there are no times.
+        """
+        found = [one / other for one, other in zip(self.seconds, cycle(scale), strict=False)]
+        return (statistics.median(found), min(found), max(found)) if found else None
+
     @property
-    def trace(self) -> float | None:
-        """Mean trace over estimations, whose sampled labels differ."""
-        return statistics.fmean(self.traces) if self.traces else None
+    def value(self) -> float | None:
+        """Mean over estimations, whose sampled labels differ."""
+        return statistics.fmean(self.values) if self.values else None
 
 
-@dataclass(frozen=True)
-class Cell:
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One case.
+
+    Attributes:
+        case: Its name.
+        batch: Examples in a batch.
+        rounds: Number of rounds.
+        results: What was measured of each contender.
+        versions: Versions of software.
+    """
+
+    format: ClassVar[str]
+
+    case: str
+    batch: int
+    rounds: int
+    results: list[Result]
+    versions: dict[str, Any]
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What makes it another record than others; records are sorted by it."""
+        return (list(names.STEP_CASES).index(self.case),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimation(Record):
     """One case with one Fisher type.
 
     Attributes:
-        case: The case.
         fisher: The Fisher type.
         fraction: Part of the case's examples.
         examples: Number of examples.
-        batch: Examples in a batch.
-        rounds: Number of rounds.
         tolerance: Relative difference of traces up to which results count as equal.
         rates: Billions of operations per second in all rounds, by the shape of a product.
         eigh: Seconds of every ``eigh``, by size.
         gigaflop: Necessary operations by purpose, in billions.
         floor_seconds: What they take at least, by purpose.
-        results: What was measured of each contender.
-        versions: Versions of software.
     """
 
-    case: str
+    format: ClassVar[str] = "rotate_ewc.benchmarks.speed/2"
+
     fisher: str
     fraction: float
     examples: int
-    batch: int
-    rounds: int
     tolerance: float
     rates: dict[str, list[float]]
     eigh: dict[str, list[float]]
     gigaflop: dict[str, float]
     floor_seconds: dict[str, float]
-    results: list[Result]
-    versions: dict[str, Any]
 
     @property
     def floor(self) -> float:
@@ -100,68 +134,84 @@ class Cell:
         return sum(self.floor_seconds.values())
 
     @property
-    def place(self) -> tuple[str, str, float]:
-        """What makes it another cell than others."""
-        return self.case, self.fisher, self.fraction
-
-    def times_floor(self, result: Result) -> float | None:
-        """A median time as a multiple of the floor."""
-        return None if result.median is None else result.median / self.floor
+    def place(self) -> tuple[Any, ...]:
+        """Case, Fisher type and fraction."""
+        return list(names.CASES).index(self.case), names.FISHERS.index(self.fisher), -self.fraction
 
 
-def merge(old: Iterable[Cell], new: Iterable[Cell]) -> list[Cell]:
-    """Put cells together, the new ones in place of old ones of the same case, type and fraction.
+@dataclass(frozen=True, kw_only=True)
+class Training(Record):
+    """The steps and penalties of one case.
 
-    Args:
-        old: Cells of earlier calls.
-        new: Cells of this call.
-
-    Returns:
-        Cells in the order of the cases.
+    Attributes:
+        parameters: Number of parameters.
+        repetitions: Calls of each contender in its turn.
+        tasks: Numbers of tasks of the merged penalties, rising.
+        separate_tasks: Number of separate tasks.
     """
-    cells = {cell.place: cell for cell in (*old, *new)}
-    cases, fishers = list(names.CASES), list(names.FISHERS)
 
-    def order(cell: Cell) -> tuple[int, int, float]:
-        return cases.index(cell.case), fishers.index(cell.fisher), -cell.fraction
+    format: ClassVar[str] = "rotate_ewc.benchmarks.speed.penalty/2"
 
-    return sorted(cells.values(), key=order)
+    parameters: int
+    repetitions: int
+    tasks: list[int]
+    separate_tasks: int
+
+    @property
+    def comparable(self) -> dict[str, list[float]]:
+        """Times in every round of those that were measured and are not wrong, by contender."""
+        return {one.name: one.seconds for one in self.results if one.status == MEASURED}
+
+    def ratio(self, numerator: str, denominator: str) -> float | None:
+        """The median over rounds of a ratio within a round; None where one is absent."""
+        times = self.comparable
+        if numerator not in times or denominator not in times:
+            return None
+        return median_ratio(times[numerator], times[denominator])
 
 
-def write_cells(path: Path, configuration: dict[str, Any], cells: Iterable[Cell]) -> None:
+def merge(old: Iterable[AnyRecord], new: Iterable[AnyRecord]) -> list[AnyRecord]:
+    """Put records together in the order of the cases, new ones in place of the same old ones."""
+    records = {record.place: record for record in (*old, *new)}
+    return [records[place] for place in sorted(records)]
+
+
+def write(
+    path: Path,
+    configuration: Mapping[str, Any],
+    records: Sequence[Record],
+    **more: Sequence[Any],
+) -> None:
     """Write a file that is, at every moment, the old one or the new one.
 
     Args:
         path: The JSON file; its folder must exist.
-        configuration: What all cells have in common.
-        cells: All cells of the file, not only new ones.
+        configuration: What all records have in common.
+        records: All records of the file, not only new ones; at least one.
+        **more: Other lists of dataclasses.
     """
-    document = {"format": FORMAT, "configuration": configuration, "cells": list(map(_plain, cells))}
+    lists = {"records": records, **more}
+    document = {
+        "format": records[0].format,
+        "configuration": dict(configuration),
+        **{name: [dataclasses.asdict(one) for one in ones] for name, ones in lists.items()},
+    }
     write_document(path, document)
 
 
-def _plain(cell: Cell) -> dict[str, Any]:
-    """A cell as plain values, with numbers that can be computed from others for readers."""
-    fields = dataclasses.asdict(cell)
-    fields["floor"] = cell.floor
-    for plain, result in zip(fields["results"], cell.results, strict=True):
-        plain["median"] = result.median
-        plain["times_floor"] = cell.times_floor(result)
-    return fields
-
-
-def read_cells(path: Path, configuration: dict[str, Any]) -> list[Cell]:
-    """Read what :func:`write_cells` wrote.
+def read(path: Path, kind: type[AnyRecord], configuration: Mapping[str, Any]) -> list[AnyRecord]:
+    """Read the records that :func:`write` wrote.
 
     Args:
         path: The JSON file; there need be none.
-        configuration: What its cells must have in common.
+        kind: What its records are.
+        configuration: What they must have in common.
 
     Returns:
-        The cells.
+        The records.
 
     Raises:
-        ValueError: If the file is of another format or configuration.
+        CommandError: If the file is of another format or configuration.
     """
     if not path.exists():
         return []
@@ -170,22 +220,14 @@ def read_cells(path: Path, configuration: dict[str, Any]) -> list[Cell]:
     except ValueError:
         document = None
     found = document.get("format") if isinstance(document, dict) else None
-    if not isinstance(document, dict) or found != FORMAT:
-        raise ValueError(f"{path} has the format {found!r}, expected {FORMAT!r}")
+    if not isinstance(document, dict) or found != kind.format:
+        raise CommandError(f"{path} has the format {found!r}, expected {kind.format!r}")
     if document["configuration"] != configuration:
-        raise ValueError(
+        raise CommandError(
             f"{path} was measured with {document['configuration']}, which cannot be combined with "
             f"{configuration}; move it away or choose another folder"
         )
-    return [_cell(fields) for fields in document["cells"]]
-
-
-def _cell(fields: dict[str, Any]) -> Cell:
-    """Make a cell of what :func:`_plain` returned."""
-    return Cell(
-        **{one.name: fields[one.name] for one in dataclasses.fields(Cell) if one.name != "results"},
-        results=[
-            Result(**{one.name: plain[one.name] for one in dataclasses.fields(Result)})
-            for plain in fields["results"]
-        ],
-    )
+    return [
+        kind(**{**fields, "results": [Result(**plain) for plain in fields["results"]]})
+        for fields in document["records"]
+    ]

@@ -1,0 +1,1 @@
+"""Studies of single questions, each quoted by ``docs/``."""
