@@ -13,10 +13,6 @@ def cell(records: Sequence[Record], *, by_definition: bool = False) -> str:
     """Describe the measurements of one package in one row.
 
     Equal results are joined; what a result belongs to is said only where there are several.
-
-    Args:
-        records: All measurements; none if the row was not measured.
-        by_definition: Whether deviations are of the package's own definition.
     """
     shown = [record for record in records if _worth_showing(record, records)]
     groups: dict[str, list[Record]] = {}

@@ -72,15 +72,7 @@ class Contender:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def prepare(self, workload: Workload, fisher: str) -> Estimate:
-        """Make what is timed.
-
-        Args:
-            workload: Model and data; the model may be changed.
-            fisher: The Fisher type.
-
-        Returns:
-            A function that does the work once.
-        """
+        """Make what is timed."""
         if self.kind in (Kind.SAME, Kind.OTHER):
             workload.freeze_other_parameters()
         return self.adapter.prepare(workload, fisher, **self.options)

@@ -50,16 +50,7 @@ class Calibration:
 
 
 def measure(combination: Combination, options: Options, threads: int) -> Estimation:
-    """Measure everybody in one case.
-
-    Args:
-        combination: The case and the Fisher type.
-        options: How.
-        threads: CPU threads of PyTorch in each process.
-
-    Returns:
-        What was measured.
-    """
+    """Measure everybody in one case."""
     case, fisher = combination
     workload = build(case, fraction=options.fraction, quick=options.quick)
     workload.freeze_other_parameters()
@@ -151,15 +142,7 @@ def compare(results: Sequence[Result], tolerance: float) -> list[Result]:
     """Check the traces of all that compute what this package computes, and take ratios of times.
 
     A fast wrong answer does not count. Traces are means over all estimations: with sampled labels,
-    each has its own seed.
-
-    Args:
-        results: What was measured.
-        tolerance: Largest relative difference of two traces.
-
-    Returns:
-        The same, with the ratios to this package's times, and with those marked whose trace is
-        another. Nothing is compared where this package was not measured.
+    each has its own seed. Nothing is compared where this package was not measured.
     """
     measured = {result.name: result for result in results if result.status == MEASURED}
     ours = measured.get(names.OURS)

@@ -80,13 +80,6 @@ class Panel:
 def draw_estimations(records: Sequence[Estimation], title: Sequence[str]) -> Figure:
     """Draw times as multiples of the floor.
 
-    Args:
-        records: What was measured.
-        title: Lines above the figure.
-
-    Returns:
-        A figure that belongs to no window; save it with ``savefig``.
-
     Raises:
         ValueError: If there is nothing to draw.
     """

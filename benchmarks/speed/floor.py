@@ -163,12 +163,7 @@ def label_vectors(fisher: str, classes: int) -> int:
 
 
 def count_layer(layer: Layer, vectors: int) -> Counts:
-    """Count one layer's operations for one example.
-
-    Args:
-        layer: The layer.
-        vectors: Number of label vectors.
-    """
+    """Count one layer's operations for one example with so many label vectors."""
     product = 2.0 * layer.positions * layer.d_in * layer.d_out
     factors = layer.positions * (layer.d_in**2 + vectors * layer.d_out**2)
     if layer.bias and layer.positions > 1:
@@ -206,13 +201,7 @@ def count_attention(attention: Attention, vectors: int) -> Counts:
 
 
 def factors(layers: Iterable[Layer], vectors: int, examples: int) -> list[Factor]:
-    """The factors of all weights, with repetitions.
-
-    Args:
-        layers: All layers.
-        vectors: Number of label vectors.
-        examples: Number of examples.
-    """
+    """The factors of all weights, with repetitions, for so many label vectors and examples."""
     return [
         factor
         for layer in layers
@@ -224,7 +213,7 @@ def factors(layers: Iterable[Layer], vectors: int, examples: int) -> list[Factor
 
 
 def bias_factors(layers: Iterable[Layer], vectors: int, examples: int) -> list[Factor]:
-    """The covariances of biases that have their own, with repetitions; arguments as above."""
+    """The covariances of biases that have their own, with repetitions."""
     return [
         Factor(layer.d_out, examples * vectors)
         for layer in layers
@@ -235,14 +224,7 @@ def bias_factors(layers: Iterable[Layer], vectors: int, examples: int) -> list[F
 def count(
     layers: Sequence[Layer], attention: Attention | None, vectors: int, examples: int
 ) -> Counts:
-    """Count the operations of an estimation, ``eigh`` aside.
-
-    Args:
-        layers: All layers.
-        attention: The model's attention, if it has any.
-        vectors: Number of label vectors.
-        examples: Number of examples.
-    """
+    """Count the operations of an estimation, ``eigh`` aside."""
     parts = [count_layer(layer, vectors) for layer in layers]
     if attention is not None:
         parts.append(count_attention(attention, vectors))
@@ -273,12 +255,7 @@ class Necessary:
     def seconds(
         self, gigaflop_per_second: float, eigh_seconds: Mapping[int, float]
     ) -> dict[str, float]:
-        """The least time that it takes on a machine, by purpose.
-
-        Args:
-            gigaflop_per_second: The rate of large products.
-            eigh_seconds: Time of ``eigh`` by number of rows.
-        """
+        """The least time that it takes on a machine, by purpose."""
 
         def decomposed(factor: Factor) -> float:
             return eigh_seconds[factor.rows] + factor.gigaflop / gigaflop_per_second
@@ -291,12 +268,7 @@ class Necessary:
 
 
 def necessary(workload: Workload, fisher: str) -> Necessary:
-    """Count what the estimation of a Fisher matrix cannot do without.
-
-    Args:
-        workload: Model and data; parameters whose gradients are not wanted must be frozen.
-        fisher: The Fisher type.
-    """
+    """Count what an estimation cannot do without; what needs no gradient must be frozen."""
     layers = describe_layers(workload)
     vectors = label_vectors(fisher, workload.case.classes)
     if fisher == names.TYPE2:

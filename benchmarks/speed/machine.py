@@ -52,14 +52,7 @@ def machine_line(threads: int) -> str:
 
 
 def product_rates(*, quick: bool) -> dict[str, float]:
-    """Measure the rate of large products in float32.
-
-    Args:
-        quick: Whether to measure each only once.
-
-    Returns:
-        Billions of floating-point operations per second, by shape.
-    """
+    """Measure products in float32: billions of operations per second, by shape."""
     rates = {}
     for m, k, n in SHAPES:
         left, right = torch.randn(m, k), torch.randn(k, n)
@@ -70,16 +63,9 @@ def product_rates(*, quick: bool) -> dict[str, float]:
 
 
 def eigh_times(sizes: Iterable[int], *, quick: bool) -> dict[str, list[float]]:
-    """Measure ``eigh`` of covariances of rectified noise.
+    """Measure ``eigh`` of covariances of rectified noise: seconds of each repetition, by size.
 
     How long it takes depends a little on the eigenvalues, and layers' inputs are often rectified.
-
-    Args:
-        sizes: Their sizes.
-        quick: Whether to measure each only once.
-
-    Returns:
-        Seconds of each repetition, by size.
     """
     times = {}
     for size in sorted(set(sizes)):

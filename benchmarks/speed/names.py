@@ -60,12 +60,7 @@ DEFAULT_COMBINATIONS = tuple(
 
 
 def combinations(cases: tuple[str, ...], fishers: tuple[str, ...] | None) -> list[Combination]:
-    """Choose what is measured, case by case.
-
-    Args:
-        cases: The cases.
-        fishers: The Fisher types; None for those that each case has by default.
-    """
+    """Choose what is measured; None for the Fisher types that each case has by default."""
     if fishers is None:
         return [one for one in DEFAULT_COMBINATIONS if one.case in cases]
     return [Combination(case, fisher) for case in cases for fisher in fishers]

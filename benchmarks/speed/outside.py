@@ -63,12 +63,7 @@ class Duration:
 
 
 def time_loading(rounds: int, *, quick: bool = False) -> Duration:
-    """Load a snapshot, and decompose its largest factor: loading never does that.
-
-    Args:
-        rounds: Number of rounds.
-        quick: Whether to take only a few examples, and each time only once.
-    """
+    """Load a snapshot, and decompose its largest factor: loading never does that."""
     workload = build(names.LARGE_MLP, quick=quick).beginning(EXAMPLES)
     operator = EKFACLinearOperator(
         workload.model,

@@ -44,12 +44,7 @@ def number(value: float | None, form: str) -> str:
 
 
 def estimation_table(record: Estimation, threads: int) -> Table:
-    """A row for each contender.
-
-    Args:
-        record: What was measured of a case.
-        threads: CPU threads.
-    """
+    """A row for each contender."""
     part = "" if record.fraction == 1 else f" ({record.fraction:g} of the case)"
     title = (
         f"{record.case}: {names.CASES[record.case]}, {record.fisher}, {record.examples} examples"
@@ -82,12 +77,7 @@ def floor_line(record: Estimation) -> str:
 
 
 def training_table(record: Training, threads: int) -> Table:
-    """A row for each contender.
-
-    Args:
-        record: What was measured of a case.
-        threads: CPU threads.
-    """
+    """A row for each contender."""
     title = (
         f"{record.case}: {names.STEP_CASES[record.case]}, {record.parameters:,} parameters, "
         f"batches of {record.batch}; {_medians(record.rounds, threads, record.repetitions)}"

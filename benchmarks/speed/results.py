@@ -59,14 +59,7 @@ class Result:
         return statistics.median(self.seconds) if self.seconds else None
 
     def range_over(self, scale: Sequence[float]) -> tuple[float, float, float] | None:
-        """Median, least and largest multiple of a time, or of those in the same rounds.
-
-        Args:
-            scale: One time, or as many as there are rounds.
-
-        Returns:
-            None where there are no times.
-        """
+        """Median, least and largest multiple of a single time, or of those in the same rounds."""
         found = [one / other for one, other in zip(self.seconds, cycle(scale), strict=False)]
         return (statistics.median(found), min(found), max(found)) if found else None
 
@@ -182,14 +175,7 @@ def write(
     records: Sequence[Record],
     **more: Sequence[Any],
 ) -> None:
-    """Write a file that is, at every moment, the old one or the new one.
-
-    Args:
-        path: The JSON file; its folder must exist.
-        configuration: What all records have in common.
-        records: All records of the file, not only new ones; at least one.
-        **more: Other lists of dataclasses.
-    """
+    """Write a file that is, at every moment, the old one or the new one."""
     lists = {"records": records, **more}
     document = {
         "format": records[0].format,
@@ -201,14 +187,6 @@ def write(
 
 def read(path: Path, kind: type[AnyRecord], configuration: Mapping[str, Any]) -> list[AnyRecord]:
     """Read the records that :func:`write` wrote.
-
-    Args:
-        path: The JSON file; there need be none.
-        kind: What its records are.
-        configuration: What they must have in common.
-
-    Returns:
-        The records.
 
     Raises:
         CommandError: If the file is of another format or configuration.

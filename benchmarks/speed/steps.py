@@ -28,11 +28,7 @@ class Learner:
     """
 
     def __init__(self, workload: Workload) -> None:
-        """Copy a workload's model.
-
-        Args:
-            workload: The model and the batch to step on.
-        """
+        """Copy a workload's model."""
         self.model = copy.deepcopy(workload.model)
         self.optimizer = Adam(self.model.parameters(), lr=LEARNING_RATE)
         self._criterion = workload.criterion

@@ -40,15 +40,7 @@ class Field:
 
 
 def measure(case: str, options: Options) -> Training:
-    """Consolidate tasks, and time everything that is there then.
-
-    Args:
-        case: The case.
-        options: How it is measured.
-
-    Returns:
-        What was measured.
-    """
+    """Consolidate tasks, and time everything that is there then."""
     workload = build_step(case, quick=options.quick)
     separate = [options.separate_tasks] if case in names.WITH_SEPARATE else []
     found = enter(case, live(workload, options.tasks, separate))

@@ -87,12 +87,6 @@ class Cost:
 def run(options: Options) -> int:
     """Measure, then write and print everything.
 
-    Args:
-        options: What is measured, and how.
-
-    Returns:
-        The exit code, 0.
-
     Raises:
         CommandError: If the results cannot be written.
     """

@@ -4,25 +4,27 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.speed.cases import CASES, Attention, Case, Problem, build
+from benchmarks.speed.cases import CASES, Attention, Case, Workload, build
 from benchmarks.speed.floor import (
     Counts,
     Factor,
+    Layer,
+    Necessary,
     bias_factors,
     count,
     count_attention,
     count_layer,
+    describe_layers,
     factors,
     label_vectors,
-    least_time,
+    necessary,
 )
-from benchmarks.speed.layers import Layer, describe_layers
 
 
-def make_problem(model: nn.Module, *shape: int) -> Problem:
+def make_workload(model: nn.Module, *shape: int) -> Workload:
     case = Case(lambda: model, shape, 2, 2)
     batch = (torch.randn(2, *shape), torch.randint(2, (2,)))
-    return Problem(case, model, nn.CrossEntropyLoss(), [batch])
+    return Workload(case, model, nn.CrossEntropyLoss(), [batch])
 
 
 def test_layers_are_described_by_a_forward_pass() -> None:
@@ -33,7 +35,7 @@ def test_layers_are_described_by_a_forward_pass() -> None:
         nn.Flatten(),
         nn.Linear(36, 2),
     )
-    assert describe_layers(make_problem(model, 3, 6, 6)) == [
+    assert describe_layers(make_workload(model, 3, 6, 6)) == [
         Layer(positions=9, d_in=27, d_out=5, bias=False, backward=False),
         Layer(positions=9, d_in=45, d_out=4, bias=True, backward=True),
         Layer(positions=1, d_in=36, d_out=2, bias=True, backward=True),
@@ -42,10 +44,10 @@ def test_layers_are_described_by_a_forward_pass() -> None:
 
 def test_no_gradient_is_needed_below_frozen_parameters() -> None:
     model = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2))
-    problem = make_problem(model, 3)
-    assert describe_layers(problem)[0].backward
-    problem.freeze_other_parameters()
-    assert not describe_layers(problem)[0].backward
+    workload = make_workload(model, 3)
+    assert describe_layers(workload)[0].backward
+    workload.freeze_other_parameters()
+    assert not describe_layers(workload)[0].backward
     assert model[1].weight.requires_grad
 
 
@@ -117,28 +119,30 @@ def test_operations_are_divided_by_rates_and_eigh_is_added() -> None:
     assert counts.forward == 2 * 40 * 10**6
     assert counts.total == 2 * (40 + 16 + 25 + 32 + 50 + 40) * 10**6
     of_weights = factors(layers, 1, 10**6)
-    floor = least_time(counts, of_weights, [], 0.1, {4: 1.0, 5: 10.0})
-    assert floor.gigaflop["forward"] == pytest.approx(0.08)
-    assert floor.seconds["forward"] == pytest.approx(0.8)
-    assert (floor.seconds["eigh"], floor.seconds["eigh for biases"]) == (22, 0)
-    assert floor.total == pytest.approx(22 + counts.total / 1e8)
-    floor = least_time(counts, of_weights, [Factor(1000, 4)], 0.1, {4: 1.0, 5: 10.0})
-    assert floor.seconds["eigh for biases"] == pytest.approx(1 + 0.016 / 0.1)
+    seconds = Necessary(counts, of_weights, []).seconds(0.1, {4: 1.0, 5: 10.0})
+    assert seconds["forward"] == pytest.approx(0.8)
+    assert (seconds["eigh"], seconds["eigh for biases"]) == (22, 0)
+    assert sum(seconds.values()) == pytest.approx(22 + counts.total / 1e8)
+    needed = Necessary(counts, of_weights, [Factor(1000, 4)])
+    assert needed.sizes == [4, 5, 4, 5, 4]
+    assert needed.seconds(0.1, {4: 1.0, 5: 10.0})["eigh for biases"] == pytest.approx(
+        1 + 0.016 / 0.1
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_can_be_built_and_counted(name: str) -> None:
-    problem = build(name, quick=True)
-    problem.freeze_other_parameters()
-    layers = describe_layers(problem)
-    assert len(layers) == len(problem.known_layers)
+    workload = build(name, quick=True)
+    workload.freeze_other_parameters()
+    layers = describe_layers(workload)
+    assert len(layers) == len(workload.known_layers)
     assert [layer.backward for layer in layers] == [False, *[True] * (len(layers) - 1)]
-    assert count(layers, problem.case.attention, 1, problem.examples).total > 0
-    inputs, targets = problem.batches[0]
-    loss = problem.criterion(problem.model(inputs), targets)
+    assert necessary(workload, "mc").counts.total > 0
+    inputs, targets = workload.batches[0]
+    loss = workload.criterion(workload.model(inputs), targets)
     loss.backward()
-    assert all(parameter.grad is not None for parameter in problem.known_parameters)
-    assert problem.labels_per_example == (128 if name == "e" else 1)
+    assert all(parameter.grad is not None for parameter in workload.known_parameters)
+    assert workload.labels_per_example == (128 if name == "e" else 1)
 
 
 def test_a_fraction_is_of_whole_batches_and_at_least_one() -> None:

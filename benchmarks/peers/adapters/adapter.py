@@ -69,46 +69,30 @@ class Adapter:
     def estimate(self, problem: Problem, mode: Mode, model: nn.Module) -> list[BlockEstimate]:
         """Estimate a tiny problem's matrix, in the scale of :mod:`benchmarks.peers.exact`.
 
-        Args:
-            problem: The problem.
-            mode: How to ask.
-            model: The problem's model.
-
         Raises:
             NotOffered: If the package has no such feature.
         """
         raise NotImplementedError
 
     def save(self, problem: Problem, folder: Path) -> list[Tensor]:
-        """Estimate in the first mode, and save the estimate to a folder.
-
-        Returns:
-            The estimate.
-        """
+        """Estimate in the first mode, save that to a folder, and return it."""
         raise NotImplementedError
 
     def load(self, problem: Problem, folder: Path, model: nn.Module) -> list[Tensor]:
-        """Load the estimate that :meth:`save` saved, beside a model with other weights.
-
-        Returns:
-            The estimate.
-        """
+        """Load what :meth:`save` saved, beside a model with other weights, and return it."""
         raise NotImplementedError
 
     def prepare(self, workload: Workload, fisher: str) -> Estimate:
         """Make a function that estimates the matrix of all parameters that are not frozen.
 
-        Args:
-            workload: A model in evaluation mode, which may be changed, and data.
-            fisher: The Fisher type.
+        The model, in evaluation mode, may be changed.
         """
         raise NotImplementedError
 
     def quadratic_form(self, workload: Workload) -> Form:
         """Estimate a matrix with sampled labels, and make its differentiable quadratic form.
 
-        Args:
-            workload: A model at its anchor, in which only known parameters are not frozen.
+        The model is at its anchor, and only known parameters are not frozen.
         """
         raise NotImplementedError
 
