@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-from benchmarks.command import make_console, make_folder
+from benchmarks.command import make_console
 from benchmarks.speed import names
 from benchmarks.speed.options import (
-    FEWEST_ROUNDS,
-    QUICK_WARNING,
     MeasuringOptions,
     check_names,
 )
@@ -48,7 +46,7 @@ class Options(MeasuringOptions):
             kronfluence, which takes most of an hour for what others do in seconds.
         rounds: Number of rounds, at least 5 without --quick.
         fraction: Part of every case's examples, in whole batches and at least one.
-        quick: A smoke test with a few examples, whose figures mean nothing; 2 rounds are enough.
+        quick: A smoke test with a few examples and at most 2 rounds, whose figures mean nothing.
     """
 
     cases: tuple[str, ...] = tuple(names.CASES)
@@ -63,7 +61,7 @@ class Options(MeasuringOptions):
         Raises:
             ValueError: If one is unknown or out of range.
         """
-        self.check_measuring(1 if self.quick else FEWEST_ROUNDS)
+        self.check_measuring(quick=self.quick)
         check_names("cases", self.cases, names.CASES)
         check_names("contenders", self.contenders, names.CONTENDERS)
         if self.fisher is not None:
@@ -86,27 +84,18 @@ def run(options: Options) -> int:
     """
     import torch
 
+    from benchmarks.speed.book import Book
     from benchmarks.speed.estimation import measure
-    from benchmarks.speed.figure import draw_estimations, save
-    from benchmarks.speed.machine import describe_machine, machine_line
     from benchmarks.speed.report import estimation_table, floor_line
-    from benchmarks.speed.results import Estimation, merge, read, write
+    from benchmarks.speed.results import Estimation
 
-    threads = options.threads or torch.get_num_threads()
-    configuration = {"threads": threads, "quick": options.quick, **describe_machine()}
-    make_folder(options.output)
-    path = options.output / "speed.json"
-    records = read(path, Estimation, configuration)
-    title = [machine_line(threads), *([QUICK_WARNING] if options.quick else [])]
-    print("\n".join(title), flush=True)
-    console = make_console()
+    threads, console = options.threads or torch.get_num_threads(), make_console()
+    book = Book(options.output / "speed.json", Estimation, threads=threads, quick=options.quick)
     for combination in names.combinations(options.cases, options.fisher):
         record = measure(combination, options, threads)
-        records = merge(records, [record])
-        write(path, configuration, records)
-        save(draw_estimations(records, title), path.with_suffix(".png"))
+        book.add(record)
         console.print()
         console.print(estimation_table(record, threads))
         print(floor_line(record), flush=True)
-    print(f"\nWrote {path} and {path.with_suffix('.png')}.")
+    book.close()
     return 0

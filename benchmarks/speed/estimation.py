@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from statistics import median
 
 from tqdm import tqdm
 
@@ -13,7 +11,7 @@ from benchmarks.speed import names
 from benchmarks.speed.cases import build
 from benchmarks.speed.command import Options
 from benchmarks.speed.contenders import BY_NAME, Contender, Kind
-from benchmarks.speed.floor import GIGA, necessary
+from benchmarks.speed.floor import necessary
 from benchmarks.speed.machine import eigh_times, product_rates
 from benchmarks.speed.names import Combination
 from benchmarks.speed.results import MEASURED, MISSING, REFUSED, WRONG, Estimation, Result
@@ -24,29 +22,6 @@ from benchmarks.versions import versions
 TOLERANCES = {names.MC: 1e-2, names.TYPE2: 1e-4}
 # Few sampled labels have traces that differ much.
 QUICK_TOLERANCES = {names.MC: 0.5, names.TYPE2: 1e-4}
-
-
-@dataclass
-class Calibration:
-    """How fast the machine was.
-
-    Attributes:
-        rates: Billions of operations per second, by the shape of a product.
-        eigh: Seconds of every repetition, by size.
-    """
-
-    rates: dict[str, list[float]] = field(default_factory=dict)
-    eigh: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def best_rate(self) -> float:
-        """The rate of the shape that suits the machine best, median over rounds."""
-        return max(median(rates) for rates in self.rates.values())
-
-    @property
-    def eigh_seconds(self) -> dict[int, float]:
-        """Median time by size."""
-        return {int(size): median(times) for size, times in self.eigh.items()}
 
 
 def measure(combination: Combination, options: Options, threads: int) -> Estimation:
@@ -63,12 +38,11 @@ def measure(combination: Combination, options: Options, threads: int) -> Estimat
             if one.adapter.installed()
         }
         machine = stack.enter_context(new_process(threads))
-        calibration = _take_turns(
+        rates, eigh = _take_turns(
             list(entries.values()), machine, combination, needed.sizes, options
         )
     results = [_result(one, entries.get(one.name)) for one in chosen]
     tolerance = (QUICK_TOLERANCES if options.quick else TOLERANCES)[fisher]
-    counts = dataclasses.asdict(needed.counts)
     return Estimation(
         case=case,
         fisher=fisher,
@@ -77,10 +51,10 @@ def measure(combination: Combination, options: Options, threads: int) -> Estimat
         batch=workload.batch_size,
         rounds=options.rounds,
         tolerance=tolerance,
-        rates=calibration.rates,
-        eigh=calibration.eigh,
-        gigaflop={purpose: number / GIGA for purpose, number in counts.items()},
-        floor_seconds=needed.seconds(calibration.best_rate, calibration.eigh_seconds),
+        rates=rates,
+        eigh=eigh,
+        gigaflop=needed.gigaflop,
+        floor_seconds=needed.seconds(rates, eigh),
         results=compare(results, tolerance),
         versions=versions(),
     )
@@ -92,13 +66,19 @@ def _take_turns(
     combination: Combination,
     sizes: Sequence[int],
     options: Options,
-) -> Calibration:
-    """Prepare everybody and run all rounds, in which the machine has turns as well."""
-    found, quick = Calibration(), options.quick
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Prepare everybody and run all rounds, in which the machine has turns as well.
+
+    Returns:
+        How fast the machine was: rates of products by shape, and seconds of ``eigh`` by size.
+    """
+    rates: dict[str, list[float]] = {}
+    eigh: dict[str, list[float]] = {}
+    quick = options.quick
 
     def decompose() -> None:
         for size, times in machine.submit(eigh_times, sizes, quick=quick).result().items():
-            found.eigh.setdefault(size, []).extend(times)
+            eigh.setdefault(size, []).extend(times)
 
     total = (options.rounds + 1) * (len(entries) + 1)
     with tqdm(total=total, desc=" ".join(combination), unit="turn", disable=None) as bar:
@@ -115,10 +95,10 @@ def _take_turns(
                 turn.run(number)
             else:
                 for shape, rate in machine.submit(product_rates, quick=quick).result().items():
-                    found.rates.setdefault(shape, []).append(rate)
+                    rates.setdefault(shape, []).append(rate)
             bar.update()
         decompose()
-    return found
+    return rates, eigh
 
 
 def _result(contender: Contender, entry: Entry | None) -> Result:

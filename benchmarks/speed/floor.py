@@ -43,7 +43,8 @@ Convolutions count as they are written down, though transforms could save multip
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,28 +74,10 @@ class Layer:
     backward: bool
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Floating-point operations by purpose.
-
-    Attributes:
-        forward: Of the forward pass.
-        backward: Of the backward pass to the outputs of all layers.
-        factors: Of the covariances.
-        rotations: Of turning vectors or gradients into the bases.
-        eigenvalues: Of Λ, after the rotations.
-    """
-
-    forward: float = 0.0
-    backward: float = 0.0
-    factors: float = 0.0
-    rotations: float = 0.0
-    eigenvalues: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return float(sum(asdict(self).values()))
+# Floating-point operations by purpose: the forward pass, the backward pass to the outputs of all
+# layers, the covariances, turning vectors or gradients into the bases, and Λ after that.
+PURPOSES = ("forward", "backward", "factors", "rotations", "eigenvalues")
+Counts = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -228,9 +211,7 @@ def count(
     parts = [count_layer(layer, vectors) for layer in layers]
     if attention is not None:
         parts.append(count_attention(attention, vectors))
-    return Counts(
-        **{name: examples * sum(asdict(part)[name] for part in parts) for name in asdict(Counts())}
-    )
+    return {name: examples * sum(part.get(name, 0.0) for part in parts) for name in PURPOSES}
 
 
 @dataclass(frozen=True)
@@ -238,12 +219,12 @@ class Necessary:
     """All that an estimation cannot do without.
 
     Attributes:
-        counts: Operations of products.
+        gigaflop: Operations of products by purpose, in billions.
         of_weights: The factors of all weights.
         of_biases: Those that biases have of their own.
     """
 
-    counts: Counts
+    gigaflop: Counts
     of_weights: Sequence[Factor]
     of_biases: Sequence[Factor]
 
@@ -253,15 +234,22 @@ class Necessary:
         return [factor.rows for factor in (*self.of_weights, *self.of_biases)]
 
     def seconds(
-        self, gigaflop_per_second: float, eigh_seconds: Mapping[int, float]
+        self, rates: Mapping[str, Sequence[float]], eigh: Mapping[str, Sequence[float]]
     ) -> dict[str, float]:
-        """The least time that it takes on a machine, by purpose."""
+        """The least time that it takes on a machine, by purpose.
+
+        Args:
+            rates: Billions of operations per second that were measured, by the shape of a product;
+                the shape that suits the machine best counts.
+            eigh: Seconds that were measured, by number of rows.
+        """
+        rate = max(map(median, rates.values()))
 
         def decomposed(factor: Factor) -> float:
-            return eigh_seconds[factor.rows] + factor.gigaflop / gigaflop_per_second
+            return median(eigh[str(factor.rows)]) + factor.gigaflop / rate
 
         return {
-            **{name: n / GIGA / gigaflop_per_second for name, n in asdict(self.counts).items()},
+            **{name: number / rate for name, number in self.gigaflop.items()},
             "eigh": sum(map(decomposed, self.of_weights)),
             "eigh for biases": sum(map(decomposed, self.of_biases)),
         }
@@ -274,8 +262,9 @@ def necessary(workload: Workload, fisher: str) -> Necessary:
     if fisher == names.TYPE2:
         vectors *= workload.labels_per_example
     examples = workload.examples
+    counts = count(layers, workload.case.attention, vectors, examples)
     return Necessary(
-        count(layers, workload.case.attention, vectors, examples),
+        {purpose: number / GIGA for purpose, number in counts.items()},
         factors(layers, vectors, examples),
         bias_factors(layers, vectors, examples),
     )

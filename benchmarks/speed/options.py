@@ -24,13 +24,15 @@ class MeasuringOptions:
     threads: int | None = None
     output: Path = Path("results")
 
-    def check_measuring(self, fewest_rounds: int = FEWEST_ROUNDS) -> None:
-        """Check these values.
+    def check_measuring(self, *, quick: bool = False) -> None:
+        """Check these values; a smoke test takes no more rounds than two.
 
         Raises:
             ValueError: If a number is too small, or the folder is a file.
         """
-        check_number("rounds", self.rounds, fewest_rounds)
+        check_number("rounds", self.rounds, 1 if quick else FEWEST_ROUNDS)
+        if quick:
+            object.__setattr__(self, "rounds", min(self.rounds, QUICK_ROUNDS))
         if self.threads is not None:
             check_number("threads", self.threads, 1)
         if self.output.exists() and not self.output.is_dir():

@@ -2,18 +2,16 @@
 
 from dataclasses import dataclass
 
-from benchmarks.command import make_console, make_folder
+from benchmarks.command import make_console
 from benchmarks.speed import names
 from benchmarks.speed.options import (
-    FEWEST_ROUNDS,
-    QUICK_WARNING,
     MeasuringOptions,
     check_names,
     check_numbers,
 )
 
 SEPARATE_TASKS = 10
-QUICK_SEPARATE_TASKS = 2
+QUICK_TASKS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +43,8 @@ class Options(MeasuringOptions):
         cases: Any of small, a, c, e.
         tasks: Numbers of tasks of the merged penalties; 1 is always among them, for the peers.
         rounds: Number of rounds, at least 5 without --quick.
-        quick: A smoke test with a few examples, whose figures mean nothing; 2 rounds and tasks are
-            enough.
+        quick: A smoke test with a few examples, and at most 2 rounds and tasks, whose figures mean
+            nothing.
     """
 
     cases: tuple[str, ...] = tuple(names.STEP_CASES)
@@ -60,15 +58,16 @@ class Options(MeasuringOptions):
         Raises:
             ValueError: If one is unknown or out of range.
         """
-        self.check_measuring(1 if self.quick else FEWEST_ROUNDS)
+        self.check_measuring(quick=self.quick)
         check_names("cases", self.cases, names.STEP_CASES)
         check_numbers("tasks", self.tasks)
-        object.__setattr__(self, "tasks", tuple(sorted({1, *self.tasks})))
+        most = QUICK_TASKS if self.quick else max(self.tasks)
+        object.__setattr__(self, "tasks", tuple(sorted({1, *(min(t, most) for t in self.tasks)})))
 
     @property
     def separate_tasks(self) -> int:
         """Number of tasks that are kept separate."""
-        return QUICK_SEPARATE_TASKS if self.quick else SEPARATE_TASKS
+        return QUICK_TASKS if self.quick else SEPARATE_TASKS
 
 
 def run(options: Options) -> int:
@@ -85,28 +84,20 @@ def run(options: Options) -> int:
     """
     import torch
 
-    from benchmarks.speed.figure import draw_training, save
-    from benchmarks.speed.machine import describe_machine, machine_line
+    from benchmarks.speed.book import Book
     from benchmarks.speed.outside import time_imports, time_loading
     from benchmarks.speed.report import comparisons_table, durations_table, training_table
-    from benchmarks.speed.results import Training, merge, read, write
+    from benchmarks.speed.results import Training
     from benchmarks.speed.training import measure
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    threads = torch.get_num_threads()
-    configuration = {"threads": threads, "quick": options.quick, **describe_machine()}
-    make_folder(options.output)
+    threads, console = torch.get_num_threads(), make_console()
     path = options.output / "speed_penalty.json"
-    records = read(path, Training, configuration)
-    title = [machine_line(threads), *([QUICK_WARNING] if options.quick else [])]
-    print("\n".join(title), flush=True)
-    console = make_console()
+    book = Book(path, Training, threads=threads, quick=options.quick)
     for case in options.cases:
         record = measure(case, options)
-        records = merge(records, [record])
-        write(path, configuration, records)
-        save(draw_training(records, title), path.with_suffix(".png"))
+        book.add(record)
         console.print()
         console.print(training_table(record, threads))
         console.print()
@@ -115,8 +106,8 @@ def run(options: Options) -> int:
         time_loading(options.rounds, quick=options.quick),
         time_imports(quick=options.quick),
     ]
-    write(path, configuration, records, durations=durations)
+    book.write(durations=durations)
     console.print()
     console.print(durations_table(durations))
-    print(f"\nWrote {path} and {path.with_suffix('.png')}.")
+    book.close()
     return 0

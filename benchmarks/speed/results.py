@@ -1,27 +1,15 @@
-"""What was measured, and the file that keeps it.
+"""What was measured."""
 
-A file holds the records of several calls, if all were made on one machine with as many threads::
-
-    {"format": ..., "configuration": {...}, "records": [...], ...}
-"""
-
-import dataclasses
-import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-from benchmarks.command import CommandError
-from benchmarks.files import write_document
 from benchmarks.speed import names
 from benchmarks.speed.rounds import median_ratio
 
 MEASURED, WRONG, REFUSED, MISSING = "measured", "wrong", "refused", "not installed"
-
-AnyRecord = TypeVar("AnyRecord", bound="Record")
 
 
 @dataclass(frozen=True)
@@ -82,6 +70,8 @@ class Record:
     """
 
     format: ClassVar[str]
+    unit: ClassVar[str]
+    legend: ClassVar[str]
 
     case: str
     batch: int
@@ -92,7 +82,22 @@ class Record:
     @property
     def place(self) -> tuple[Any, ...]:
         """What makes it another record than others; records are sorted by it."""
-        return (list(names.STEP_CASES).index(self.case),)
+        raise NotImplementedError
+
+    @property
+    def heading(self) -> str:
+        """What stands above it in a figure."""
+        raise NotImplementedError
+
+    @property
+    def scale(self) -> Sequence[float]:
+        """The times that others are multiples of in a figure: one, or one in every round."""
+        raise NotImplementedError
+
+    @property
+    def shown(self) -> list[Result]:
+        """The results in a figure: all but the plain step, which is the line at 1."""
+        return [one for one in self.results if one.name != names.STEP]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +116,10 @@ class Estimation(Record):
     """
 
     format: ClassVar[str] = "rotate_ewc.benchmarks.speed/2"
+    unit: ClassVar[str] = "the floor"
+    legend: ClassVar[str] = (
+        "Hollow: another quantity, budget or set of parameters. Lines: the range over rounds."
+    )
 
     fisher: str
     fraction: float
@@ -131,6 +140,18 @@ class Estimation(Record):
         """Case, Fisher type and fraction."""
         return list(names.CASES).index(self.case), names.FISHERS.index(self.fisher), -self.fraction
 
+    @property
+    def heading(self) -> str:
+        """Case, Fisher type and floor."""
+        part = "" if self.fraction == 1 else f", {self.fraction:g} of the data"
+        floor = f"floor {self.floor:.3g} s"
+        return f"{self.case}: {names.CASES[self.case]}\n{self.fisher}{part}, {floor}"
+
+    @property
+    def scale(self) -> Sequence[float]:
+        """The floor."""
+        return [self.floor]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Record):
@@ -144,11 +165,31 @@ class Training(Record):
     """
 
     format: ClassVar[str] = "rotate_ewc.benchmarks.speed.penalty/2"
+    unit: ClassVar[str] = "a plain step"
+    legend: ClassVar[str] = (
+        "Filled: a penalty and its gradient. Hollow: whole steps. Lines: range over rounds."
+    )
 
     parameters: int
     repetitions: int
     tasks: list[int]
     separate_tasks: int
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """The case."""
+        return (list(names.STEP_CASES).index(self.case),)
+
+    @property
+    def heading(self) -> str:
+        """Case, and the time of a plain step."""
+        step = f"step {1_000 * statistics.median(self.scale):.3g} ms"
+        return f"{self.case}: {names.STEP_CASES[self.case]}\nbatches of {self.batch}, {step}"
+
+    @property
+    def scale(self) -> Sequence[float]:
+        """The plain step, which comes first."""
+        return self.results[0].seconds
 
     @property
     def comparable(self) -> dict[str, list[float]]:
@@ -161,51 +202,3 @@ class Training(Record):
         if numerator not in times or denominator not in times:
             return None
         return median_ratio(times[numerator], times[denominator])
-
-
-def merge(old: Iterable[AnyRecord], new: Iterable[AnyRecord]) -> list[AnyRecord]:
-    """Put records together in the order of the cases, new ones in place of the same old ones."""
-    records = {record.place: record for record in (*old, *new)}
-    return [records[place] for place in sorted(records)]
-
-
-def write(
-    path: Path,
-    configuration: Mapping[str, Any],
-    records: Sequence[Record],
-    **more: Sequence[Any],
-) -> None:
-    """Write a file that is, at every moment, the old one or the new one."""
-    lists = {"records": records, **more}
-    document = {
-        "format": records[0].format,
-        "configuration": dict(configuration),
-        **{name: [dataclasses.asdict(one) for one in ones] for name, ones in lists.items()},
-    }
-    write_document(path, document)
-
-
-def read(path: Path, kind: type[AnyRecord], configuration: Mapping[str, Any]) -> list[AnyRecord]:
-    """Read the records that :func:`write` wrote.
-
-    Raises:
-        CommandError: If the file is of another format or configuration.
-    """
-    if not path.exists():
-        return []
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        document = None
-    found = document.get("format") if isinstance(document, dict) else None
-    if not isinstance(document, dict) or found != kind.format:
-        raise CommandError(f"{path} has the format {found!r}, expected {kind.format!r}")
-    if document["configuration"] != configuration:
-        raise CommandError(
-            f"{path} was measured with {document['configuration']}, which cannot be combined with "
-            f"{configuration}; move it away or choose another folder"
-        )
-    return [
-        kind(**{**fields, "results": [Result(**plain) for plain in fields["results"]]})
-        for fields in document["records"]
-    ]

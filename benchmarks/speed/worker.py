@@ -48,9 +48,9 @@ class Reply:
     """What a process says of one estimation.
 
     Attributes:
-        seconds: Time that it took.
+        seconds: Time that it took; 0 for the first, which does not count.
         trace: Trace of the Fisher matrix, if there is one.
-        memory: Bytes by which it raised the peak; None where that was not measured.
+        memory: Bytes by which the first raised the peak.
         problem: Why it was not done; None if it was.
     """
 

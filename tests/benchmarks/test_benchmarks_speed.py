@@ -11,11 +11,12 @@ import torch
 from benchmarks.command import CommandError
 from benchmarks.peers.adapters import Curvlinops
 from benchmarks.speed import names
+from benchmarks.speed.book import read
 from benchmarks.speed.cases import build
 from benchmarks.speed.command import Options, run
 from benchmarks.speed.contenders import BY_NAME
 from benchmarks.speed.names import Combination, combinations, contenders_of
-from benchmarks.speed.results import Estimation, read
+from benchmarks.speed.results import Estimation
 from benchmarks.speed.rounds import WARM_UPS, median_ratio, time_in_rounds, turns
 
 

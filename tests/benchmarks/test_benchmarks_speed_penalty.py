@@ -12,7 +12,7 @@ from benchmarks.speed import names
 from benchmarks.speed.cases import Form, Workload, build_step
 from benchmarks.speed.comparisons import Comparison, compare
 from benchmarks.speed.contenders import BY_NAME
-from benchmarks.speed.figure import draw_training
+from benchmarks.speed.figure import draw
 from benchmarks.speed.history import History, live
 from benchmarks.speed.outside import Duration
 from benchmarks.speed.penalty_command import Options, run
@@ -129,7 +129,7 @@ def test_a_duration_is_to_be_below_its_target_or_what_is_beside_it() -> None:
 
 def test_the_figure_has_a_panel_for_each_case() -> None:
     records = [record(case, "curvlinops") for case in ("a", "c", "e")]
-    figure = draw_training(records, ["A machine"])
+    figure = draw(records, ["A machine"])
     panels = [axes for axes in figure.axes if axes.get_visible()]
     assert [axes.get_title(loc="left").partition(":")[0] for axes in panels] == ["a", "c", "e"]
     labels = [label.get_text() for label in panels[0].get_yticklabels()]
@@ -265,7 +265,8 @@ def test_options() -> None:
     options = Options()
     assert options.cases == ("small", "a", "c", "e")
     assert (options.tasks, options.rounds, options.separate_tasks) == ((1, 10, 50), 7, 10)
-    assert Options(quick=True, rounds=2).separate_tasks == 2
+    quick = Options(quick=True)
+    assert (quick.tasks, quick.rounds, quick.separate_tasks) == ((1, 2), 2, 2)
     assert Options(tasks=(20, 3)).tasks == (1, 3, 20)
     with pytest.raises(ValueError, match="--cases: expected one of small, a, c, e, got 'b'"):
         Options(cases=("b",))

@@ -11,10 +11,11 @@ from rich.console import Console
 
 from benchmarks.command import CommandError
 from benchmarks.speed import names, worker
+from benchmarks.speed.book import Book
 from benchmarks.speed.cases import Estimate, Workload
 from benchmarks.speed.contenders import BY_NAME, Contender, Kind
 from benchmarks.speed.estimation import QUICK_TOLERANCES, TOLERANCES, _result, compare
-from benchmarks.speed.figure import draw_estimations
+from benchmarks.speed.figure import draw
 from benchmarks.speed.machine import peak_growth
 from benchmarks.speed.report import estimation_table, floor_line
 from benchmarks.speed.results import (
@@ -24,13 +25,8 @@ from benchmarks.speed.results import (
     WRONG,
     Estimation,
     Result,
-    merge,
-    read,
-    write,
 )
 from benchmarks.speed.worker import Entry, Job, Reply, finite, in_one_line, new_process
-
-CONFIGURATION = {"threads": 2, "quick": False, "processor": "P", "cpu_count": 2}
 
 
 def result(name: str, seconds: list[float], *traces: float, memory: int = 2**20) -> Result:
@@ -104,24 +100,29 @@ def test_nothing_is_compared_without_this_package() -> None:
     assert compare(alone, 1e-2) == alone
 
 
-def test_new_cells_take_the_place_of_old_ones(record: Estimation) -> None:
+def test_new_records_take_the_place_of_old_ones(record: Estimation, tmp_path: Path) -> None:
     exact = dataclasses.replace(record, fisher="type2")
     part = dataclasses.replace(record, fraction=0.25)
     first = dataclasses.replace(record, case="a")
     again = dataclasses.replace(record, rounds=7)
-    assert merge([record, exact], [part, first, again]) == [first, again, part, exact]
 
+    def opened(threads: int = 2) -> Book[Estimation]:
+        return Book(tmp_path / "new" / "speed.json", Estimation, threads=threads, quick=False)
 
-def test_what_is_written_can_be_read(record: Estimation, tmp_path: Path) -> None:
-    path = tmp_path / "speed.json"
-    assert read(path, Estimation, CONFIGURATION) == []
-    write(path, CONFIGURATION, [record])
-    assert read(path, Estimation, CONFIGURATION) == [record]
+    book = opened()
+    assert book.records == []
+    for one in (record, exact):
+        book.add(one)
+    book = opened()
+    assert book.records == [record, exact]
+    for one in (part, first, again):
+        book.add(one)
+    assert opened().records == [first, again, part, exact]
     with pytest.raises(CommandError, match="cannot be combined"):
-        read(path, Estimation, {**CONFIGURATION, "threads": 1})
-    path.write_text("[]")
+        opened(threads=1)
+    book.path.write_text("[]")
     with pytest.raises(CommandError, match="has the format None, expected"):
-        read(path, Estimation, CONFIGURATION)
+        opened()
 
 
 def test_the_table_shows_everybody(record: Estimation) -> None:
@@ -147,7 +148,7 @@ def test_the_table_shows_everybody(record: Estimation) -> None:
 def test_the_figure_has_a_panel_for_each_cell(record: Estimation) -> None:
     exact = dataclasses.replace(record, fisher="type2")
     part = dataclasses.replace(record, fraction=0.25)
-    figure = draw_estimations([record, part, exact], ["title", "and more"])
+    figure = draw([record, part, exact], ["title", "and more"])
     figure.canvas.draw()
     panels = [axes for axes in figure.axes if axes.get_visible()]
     assert len(panels) == 3
@@ -157,7 +158,7 @@ def test_the_figure_has_a_panel_for_each_cell(record: Estimation) -> None:
     assert figure.get_suptitle().startswith("title\nand more\nHollow: ")
     assert "0.25 of the data" in panels[1].get_title(loc="left")
     with pytest.raises(ValueError, match="records: got none"):
-        draw_estimations([], ["title"])
+        draw([], ["title"])
 
 
 @pytest.fixture
