@@ -1,5 +1,4 @@
 """What other packages make of the same layers and losses, measured against dense matrices.
 
-Run ``python -m benchmarks.peers --help``. The packages come with the extra ``peers``; one that is
-not installed leaves cells that say so.
+The packages come with the extra ``peers``; one that is not installed leaves cells that say so.
 """

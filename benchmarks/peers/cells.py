@@ -1,6 +1,6 @@
 """One cell of the table: many measurements in a few words."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from benchmarks.peers.measure import Record
 from benchmarks.peers.verdict import Status
@@ -13,12 +13,8 @@ def cell(records: Sequence[Record], *, by_definition: bool = False) -> str:
     """Describe the measurements of one package in one row.
 
     Equal results are joined; what a result belongs to is said only where there are several.
-
-    Args:
-        records: All measurements; none if the row was not measured.
-        by_definition: Whether deviations are of the package's own definition.
     """
-    shown = _worth_showing(records)
+    shown = [record for record in records if _worth_showing(record, records)]
     groups: dict[str, list[Record]] = {}
     for record in shown:
         groups.setdefault(_kind(record, by_definition), []).append(record)
@@ -30,17 +26,13 @@ def cell(records: Sequence[Record], *, by_definition: bool = False) -> str:
     return "; ".join(texts) if texts else "not measured"
 
 
-def _worth_showing(records: Sequence[Record]) -> list[Record]:
-    """Leave out fall-backs where they are not needed or no better."""
-    shown = []
-    for record in records:
-        if record.fallback:
-            others = [r for r in records if r.problem == record.problem and not r.fallback]
-            useful = all(other.status != Status.RIGHT.value for other in others)
-            if not useful or record.status != Status.RIGHT.value:
-                continue
-        shown.append(record)
-    return shown
+def _worth_showing(record: Record, records: Sequence[Record]) -> bool:
+    """Whether it is no fall-back, or one that is right where nothing else is."""
+    others = [one for one in records if one.problem == record.problem and not one.fallback]
+    right = Status.RIGHT.value
+    return not record.fallback or (
+        record.status == right and all(other.status != right for other in others)
+    )
 
 
 def _kind(record: Record, by_definition: bool) -> str:
@@ -66,13 +58,12 @@ def _numbers(group: Sequence[Record]) -> str:
 
 def _qualifier(group: Sequence[Record], shown: Sequence[Record]) -> str:
     """Which of the measurements shown a group consists of, as briefly as possible."""
-    mine = {(record.problem, record.mode) for record in group}
-    everything = {(record.problem, record.mode) for record in shown}
-    problems = _unique([record.problem for record in group])
-    modes = _unique([record.mode for record in group])
-    if mine == {pair for pair in everything if pair[0] in problems} and any(problems):
+    problems = _unique(record.problem for record in group)
+    modes = _unique(record.mode for record in group)
+    if any(problems) and len(group) == sum(record.problem in problems for record in shown):
         return ", ".join(problems)
-    if mine == {(record.problem, mode) for record in shown for mode in modes}:
+    everywhere = {(record.problem, mode) for record in shown for mode in modes}
+    if {(record.problem, record.mode) for record in group} == everywhere:
         return _modes(group, shown)
     words = []
     for problem in problems:
@@ -85,11 +76,11 @@ def _qualifier(group: Sequence[Record], shown: Sequence[Record]) -> str:
 
 def _modes(group: Sequence[Record], shown: Sequence[Record]) -> str:
     """The modes of a group; all but the fall-backs are those of the package's EKFAC."""
-    modes = _unique([record.mode for record in group])
-    main = _unique([record.mode for record in shown if not record.fallback])
+    modes = _unique(record.mode for record in group)
+    main = _unique(record.mode for record in shown if not record.fallback)
     return "EKFAC" if len(main) > 1 and modes == main else ", ".join(modes)
 
 
-def _unique(words: Sequence[str]) -> list[str]:
+def _unique(words: Iterable[str]) -> list[str]:
     """The words without repetitions, in their order."""
     return list(dict.fromkeys(words))

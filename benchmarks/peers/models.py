@@ -1,211 +1,138 @@
-"""The parts that the models of the rows are made of."""
+"""The parts that the models of the rows are made of, besides those of PyTorch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from benchmarks.peers.problem import Activation
+# Makes the activation; then the layers of a model, one after the other.
+Activation = Callable[[], nn.Module]
+Layers = Callable[[Activation], list[nn.Module]]
 
-Maker = Callable[[], nn.Module]
+
+class Apply(nn.Module):
+    """A function of an input and of parts: modules and parameters."""
+
+    def __init__(
+        self, function: Callable[[Any, Tensor], Tensor], **parts: nn.Module | nn.Parameter
+    ) -> None:
+        """Keep the function, and the parts as attributes for it to use."""
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Call the function with this module, which has the parts, and the input."""
+        return self.function(self, x)
 
 
-def stack(*makers: Maker | None) -> Callable[[Activation], nn.Module]:
-    """A chain of modules, made only once the seed is set; None stands for the activation."""
-    return lambda activation: nn.Sequential(
-        *(activation() if maker is None else maker() for maker in makers)
+def mean_over(*axes: int) -> Apply:
+    """Average over some axes."""
+    return Apply(lambda _, x: x.mean(dim=axes))
+
+
+def swap(first: int, second: int) -> Apply:
+    """Exchange two axes."""
+    return Apply(lambda _, x: x.transpose(first, second))
+
+
+def mix() -> Apply:
+    """Add the mean over positions to ``[N, T, d]``, so that the positions depend on each other."""
+    return Apply(lambda _, x: x + x.mean(dim=1, keepdim=True))
+
+
+def twice(layer: nn.Module, activation: nn.Module) -> Apply:
+    """Call one layer twice."""
+    return Apply(
+        lambda own, x: own.activation(own.layer(own.activation(own.layer(x)))),
+        layer=layer,
+        activation=activation,
     )
 
 
-def made(kind: Callable[..., nn.Module], *args: object, **options: object) -> Maker:
-    """Put off making a module."""
-    return lambda: kind(*args, **options)
+def first_output(module: nn.Module, inputs: int = 1) -> Apply:
+    """The first of several outputs of a module, which wants its input so many times."""
+    return Apply(lambda own, x: own.module(*[x] * inputs)[0], module=module)
 
 
-def linear(d_in: int, d_out: int, bias: bool = True) -> Maker:
-    """Put off making a Linear."""
-    return made(nn.Linear, d_in, d_out, bias=bias)
+def cross_attention(width: int, heads: int, other: int) -> Apply:
+    """Attend from the first two positions to all, with keys and values of another width."""
+    return Apply(
+        lambda own, x: own.attention(own.query(x[:, :2]), x, x)[0],
+        query=nn.Linear(other, width),
+        attention=nn.MultiheadAttention(width, heads, kdim=other, vdim=other, batch_first=True),
+    )
 
 
-class MeanOver(nn.Module):
-    """Average over some axes."""
-
-    def __init__(self, *axes: int) -> None:
-        """Remember the axes."""
-        super().__init__()
-        self.axes = axes
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Average."""
-        return x.mean(dim=self.axes)
+def encoder(width: int, heads: int, hidden: int) -> nn.Module:
+    """An encoder layer without dropout."""
+    return nn.TransformerEncoderLayer(width, heads, hidden, dropout=0.0, batch_first=True)
 
 
-class Swap(nn.Module):
-    """Exchange two axes."""
-
-    def __init__(self, first: int, second: int) -> None:
-        """Remember the axes."""
-        super().__init__()
-        self.axes = first, second
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Exchange them."""
-        return x.transpose(*self.axes)
+def decoder(width: int, heads: int, hidden: int) -> Apply:
+    """Decode the first two positions, with the input itself as memory."""
+    layer = nn.TransformerDecoderLayer(width, heads, hidden, dropout=0.0, batch_first=True)
+    return Apply(lambda own, x: own.layer(x[:, :2], x), layer=layer)
 
 
-class Mix(nn.Module):
-    """Add the mean over positions to ``[N, T, d]``, so that the positions depend on each other."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix."""
-        return x + x.mean(dim=1, keepdim=True)
-
-
-class Twice(nn.Module):
-    """Call one layer twice."""
-
-    def __init__(self, layer: nn.Module, activation: nn.Module) -> None:
-        """Keep the layer."""
-        super().__init__()
-        self.layer = layer
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply layer and activation, twice."""
-        output: Tensor = self.activation(self.layer(self.activation(self.layer(x))))
-        return output
+def functional_linear(d_in: int, d_out: int) -> Apply:
+    """Parameters of its own in a call of ``F.linear``."""
+    return Apply(
+        lambda own, x: F.linear(x, own.w, own.b),
+        w=nn.Parameter(0.5 * torch.randn(d_out, d_in)),
+        b=nn.Parameter(0.1 * torch.randn(d_out)),
+    )
 
 
-class Part(nn.Module):
-    """Keep one entry of what a module returns, such as the output of an attention layer."""
-
-    def __init__(self, module: nn.Module, copies: int = 1, entry: int = 0) -> None:
-        """Keep the module, and how often it wants its input."""
-        super().__init__()
-        self.module = module
-        self.copies = copies
-        self.entry = entry
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Call the module."""
-        output: Tensor = self.module(*[x] * self.copies)[self.entry]
-        return output
-
-
-class CrossAttention(nn.Module):
-    """Attend from the first position to all, with keys and values of another width."""
-
-    def __init__(self, width: int, heads: int, other: int) -> None:
-        """Make the layers."""
-        super().__init__()
-        self.query = nn.Linear(other, width)
-        self.attention = nn.MultiheadAttention(
-            width, heads, kdim=other, vdim=other, batch_first=True
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend."""
-        output: Tensor = self.attention(self.query(x[:, :2]), x, x)[0]
-        return output
-
-
-class Functional(nn.Module):
-    """A parameter of its own in a call of ``F.linear``."""
-
-    def __init__(self, d_in: int, d_out: int) -> None:
-        """Make the parameters."""
-        super().__init__()
-        self.w = nn.Parameter(0.5 * torch.randn(d_out, d_in))
-        self.b = nn.Parameter(0.1 * torch.randn(d_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply them."""
-        return F.linear(x, self.w, self.b)
-
-
-class Product(nn.Module):
+def product(d_in: int, d_out: int) -> Apply:
     """A parameter of its own in a matrix product."""
-
-    def __init__(self, d_in: int, d_out: int) -> None:
-        """Make the parameter."""
-        super().__init__()
-        self.w = nn.Parameter(0.5 * torch.randn(d_in, d_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply it."""
-        return x @ self.w
+    return Apply(lambda own, x: x @ own.w, w=nn.Parameter(0.5 * torch.randn(d_in, d_out)))
 
 
-class Decoder(nn.Module):
-    """A decoder layer whose memory is its own input."""
-
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        """Make the layer, without dropout."""
-        super().__init__()
-        self.layer = nn.TransformerDecoderLayer(width, heads, hidden, dropout=0.0, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Decode the first two positions."""
-        output: Tensor = self.layer(x[:, :2], x)
-        return output
-
-
-class ScaleShift(nn.Module):
+def scale_shift(width: int) -> Apply:
     """Multiply with a parameter and add one, elementwise."""
-
-    def __init__(self, width: int) -> None:
-        """Make the parameters."""
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
-        self.shift = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply them."""
-        return x * self.scale + self.shift
+    return Apply(
+        lambda own, x: x * own.scale + own.shift,
+        scale=nn.Parameter(torch.ones(width)),
+        shift=nn.Parameter(torch.zeros(width)),
+    )
 
 
-class PositionalEmbedding(nn.Module):
+def positional(positions: int, width: int) -> Apply:
     """Add a learned vector to every position, as transformers do."""
-
-    def __init__(self, positions: int, width: int) -> None:
-        """Make the table."""
-        super().__init__()
-        self.table = nn.Embedding(positions, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Add it."""
-        positions: Tensor = self.table(torch.arange(x.shape[1]))
-        return x + positions
+    return Apply(
+        lambda own, x: x + own.table(torch.arange(x.shape[1])),
+        table=nn.Embedding(positions, width),
+    )
 
 
-def tied_linears(activation: Activation) -> nn.Module:
+def batch_norm(kind: Callable[[int], nn.Module], width: int) -> nn.Module:
+    """A BatchNorm whose running statistics are worth having."""
+    norm = kind(width)
+    nn.init.uniform_(norm.get_buffer("running_mean"), -1, 1)
+    nn.init.uniform_(norm.get_buffer("running_var"), 0.5, 2)
+    return norm
+
+
+def weight_normed(layer: nn.Module) -> nn.Module:
+    """Reparametrise a layer's weight by lengths and directions."""
+    normed: nn.Module = parametrizations.weight_norm(layer)
+    return normed
+
+
+def tied_linears(activation: Activation) -> list[nn.Module]:
     """Two Linear modules that own the same weight."""
     first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     second.weight = first.weight
-    return nn.Sequential(first, activation(), second, activation(), nn.Linear(4, 3))
+    return [first, activation(), second, activation(), nn.Linear(4, 3)]
 
 
-def tied_embedding(activation: Activation) -> nn.Module:
+def tied_embedding(activation: Activation) -> list[nn.Module]:
     """An embedding whose table is also the weight of the output layer, as in language models."""
     embedding, output = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
     output.weight = embedding.weight
-    return nn.Sequential(embedding, activation(), MeanOver(1), output)
-
-
-def batch_norm(kind: Callable[[int], nn.Module], width: int) -> Maker:
-    """A BatchNorm whose running statistics are worth having."""
-
-    def make() -> nn.Module:
-        norm = kind(width)
-        nn.init.uniform_(norm.get_buffer("running_mean"), -1, 1)
-        nn.init.uniform_(norm.get_buffer("running_var"), 0.5, 2)
-        return norm
-
-    return make
-
-
-def weight_normed(maker: Maker) -> Maker:
-    """Reparametrise a layer's weight by lengths and directions."""
-    return lambda: parametrizations.weight_norm(maker())
+    return [embedding, activation(), mean_over(1), output]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.peers.models import Layers
+
 Fisher = Literal["type2", "empirical"]
 Targets = Literal["classes", "some ignored", "probabilities", "numbers", "bits"]
-Activation = Callable[[], nn.Module]
 Batch = tuple[Tensor, Tensor]
 
 DTYPE = torch.float64
@@ -22,7 +23,8 @@ class Problem:
     """Everything that defines an exact Fisher matrix, and how the data are cut into batches.
 
     Attributes:
-        build: Makes the model from an activation function; called under a fixed seed.
+        layers: Makes the layers of the model, with an activation function; called under a fixed
+            seed.
         input_shape: Shape of one input.
         label: What sets the problem apart from the others of its row.
         vocabulary: If given, inputs are whole numbers below it.
@@ -46,7 +48,7 @@ class Problem:
         settings: Further keyword arguments for a package's estimate, by package.
     """
 
-    build: Callable[[Activation], nn.Module]
+    layers: Layers
     input_shape: tuple[int, ...]
     label: str = ""
     vocabulary: int | None = None
@@ -90,7 +92,8 @@ class Problem:
         """Make the model in evaluation mode, always with the same weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            model = self.build(nn.Identity if self.linear else nn.Tanh).to(DTYPE)
+            activation = nn.Identity if self.linear else nn.Tanh
+            model = nn.Sequential(*self.layers(activation)).to(DTYPE)
             # Scales of 1 and shifts of 0, as norms begin with, would hide mistakes.
             with torch.no_grad():
                 for parameter in model.parameters():

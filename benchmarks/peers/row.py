@@ -1,11 +1,29 @@
-"""A row of the table: a title and the problems that stand for it."""
+"""The rows of the table in words: ``rows.json`` holds titles, notes, and the tests that guard them.
 
+Nothing here imports anything heavy; what is measured is in :mod:`benchmarks.peers.problems`.
+"""
+
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-from benchmarks.peers.problem import Problem
+from pathlib import Path
+from typing import Any, Literal
 
 Question = Literal["matrix", "pickle", "weights", "as found", "reduction"]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A footnote of a cell, so that a number is not read for more than it is.
+
+    Attributes:
+        text: In Markdown.
+        by_definition: Whether the deviation is what the package documents or means, so that the
+            cell says "differs" and not "wrong".
+    """
+
+    text: str
+    by_definition: bool = False
 
 
 @dataclass(frozen=True)
@@ -15,7 +33,9 @@ class Row:
     Attributes:
         name: Short identifier.
         title: For the table, in Markdown.
-        problems: What is measured; problems of one row are told apart by their labels.
+        tests: What guards the row in this package: a file under ``tests`` and names in it, of tests
+            or, in ``helpers/cases``, of models or losses that the tests of exactness go through.
+        notes: By package.
         question: What is asked: whether the matrix is right, or one of
 
             * ``pickle``: whether the state can be saved and read without pickle,
@@ -26,7 +46,8 @@ class Row:
 
     name: str
     title: str
-    problems: tuple[Problem, ...]
+    tests: Mapping[str, tuple[str, ...]]
+    notes: Mapping[str, Note]
     question: Question = "matrix"
 
 
@@ -36,3 +57,24 @@ class Section:
 
     title: str
     rows: tuple[Row, ...]
+
+
+def _read() -> tuple[Section, ...]:
+    """Read the data file."""
+    text = Path(__file__).with_name("rows.json").read_text(encoding="utf-8")
+    document: dict[str, Any] = json.loads(text)
+    notes = {name: Note(**fields) for name, fields in document["notes"].items()}
+
+    def row(fields: dict[str, Any]) -> Row:
+        own = {package: notes[name] for package, name in fields.get("notes", {}).items()}
+        tests = {file: tuple(names) for file, names in fields["tests"].items()}
+        return Row(**{**fields, "tests": tests, "notes": own})
+
+    return tuple(
+        Section(section["title"], tuple(map(row, section["rows"])))
+        for section in document["sections"]
+    )
+
+
+SECTIONS = _read()
+ROWS = {row.name: row for section in SECTIONS for row in section.rows}

@@ -81,14 +81,6 @@ def judge(exact: DenseMatrix, structure: Structure, blocks: Sequence[BlockEstima
 
     An EKFAC's eigenvalues must be the diagonal of the exact block in the estimate's own eigenbasis;
     of the two other forms the diagonal itself is compared. Either way the traces must agree.
-
-    Args:
-        exact: The exact matrix.
-        structure: The form of the estimate.
-        blocks: The estimate. Several blocks of the same parameters are to be added.
-
-    Returns:
-        Whether the estimate is right, wrong, or right for the parameters that it covers.
     """
     joined = add_blocks(blocks)
     covered = {name for block in joined for name in block.parameters}
@@ -132,9 +124,6 @@ def eigenvalue_deviation(estimate: Tensor, reference: Tensor, floor: float) -> f
 
     Where several eigenvalues coincide, the basis of their eigenspace is arbitrary; then the mean
     over the eigenspace is compared, which is not.
-
-    Returns:
-        The largest deviation over the largest entry of that diagonal, or ``floor`` if that is more.
     """
     values, vectors = torch.linalg.eigh((estimate + estimate.T) / 2)
     diagonal = torch.einsum("ik,ij,jk->k", vectors, reference, vectors)
@@ -151,10 +140,6 @@ def outcome_of_exception(error: Exception, packages: Sequence[str]) -> Outcome:
 
     An exception that a package raises by a statement of its own is a refusal, and one that comes
     from anywhere else, such as a shape that does not fit, a failure.
-
-    Args:
-        error: The exception.
-        packages: Names of the packages whose statements count as refusals.
     """
     if isinstance(error, NotOffered):
         return Outcome(Status.NOT_OFFERED, message=str(error))

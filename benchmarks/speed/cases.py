@@ -1,10 +1,12 @@
 """A model, a loss and data for each case; the data are noise, as costs depend on shapes alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.speed import names
 from benchmarks.speed.networks import (
@@ -17,9 +19,16 @@ from benchmarks.speed.networks import (
 )
 
 Batch = tuple[Tensor, Tensor]
+# Does the work once with a seed for sampled labels, and returns the trace of the Fisher matrix of
+# the mean loss, or None where there is no such thing.
+Estimate = Callable[[int], float | None]
+# From displacements of the parameters that every contender knows, in their order, to ½ dᵀ F d.
+Form = Callable[[Sequence[Tensor]], Tensor]
 
 SEED = 0
 QUICK_EXAMPLES = 4
+STEP_BATCH = 250
+FEATURES = 784
 IMAGE = (3, 32, 32)
 WIDTH, BLOCKS, HEADS, LENGTH, VOCABULARY = 256, 4, 4, 128, 64
 
@@ -41,7 +50,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Case:
-    """What a problem is made from.
+    """What a workload is made from.
 
     Attributes:
         network: Makes the model.
@@ -60,14 +69,47 @@ class Case:
     classes: int = CLASSES
     attention: Attention | None = None
 
+    def random_batch(self, examples: int) -> Batch:
+        """Noise, and labels that have nothing to do with it."""
+        if self.attention is None:
+            inputs = torch.randn(examples, *self.shape)
+            return inputs, torch.randint(self.classes, (examples,))
+        tokens = torch.randint(self.classes, (2, examples, *self.shape))
+        return tokens[0], tokens[1]
+
+
+class InMemory(Dataset[Any]):
+    """Tensors of which whole batches are taken at once, without collating single examples."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        """Keep tensors whose first axis is that of the examples."""
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """One example."""
+        return tuple(tensor[index] for tensor in self.tensors)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
+        """A batch; a ``DataLoader`` calls this where it is there."""
+        return tuple(tensor[list(indices)] for tensor in self.tensors)
+
+    @staticmethod
+    def collate_fn(batch: Any) -> Any:
+        """What is a batch already stays as it is."""
+        return batch
+
 
 @dataclass(frozen=True)
-class Problem:
+class Workload:
     """A model, a loss and data.
 
     Attributes:
         case: What it was made from.
-        model: The network, in eval mode.
+        model: The network.
         criterion: The loss, a mean over examples or tokens.
         batches: The data.
     """
@@ -81,6 +123,11 @@ class Problem:
     def examples(self) -> int:
         """Number of examples."""
         return sum(len(inputs) for inputs, _ in self.batches)
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in a batch."""
+        return len(self.batches[0][0])
 
     @property
     def labels_per_example(self) -> int:
@@ -97,21 +144,41 @@ class Problem:
         """The parameters of these layers."""
         return [p for layer in self.known_layers for p in layer.parameters()]
 
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are not frozen."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
     def freeze_other_parameters(self) -> None:
         """Let only the parameters that every contender knows have gradients."""
         known = {id(parameter) for parameter in self.known_parameters}
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in known)
 
-    def beginning(self, examples: int) -> "Problem":
+    def beginning(self, examples: int) -> "Workload":
         """The same model with a single batch of the first few examples."""
         inputs, targets = self.batches[0]
         return replace(self, batches=[(inputs[:examples].clone(), targets[:examples].clone())])
 
+    def dataset(self) -> InMemory:
+        """All examples."""
+        inputs, targets = zip(*self.batches, strict=True)
+        return InMemory(torch.cat(inputs), torch.cat(targets))
+
+    def loader(self) -> DataLoader[Any]:
+        """The batches, in their order, for packages that want a ``DataLoader``."""
+        dataset = self.dataset()
+        return DataLoader(dataset, batch_size=self.batch_size, collate_fn=dataset.collate_fn)
+
 
 CASES = {
-    names.SMALL_MLP: Case(lambda: perceptron(784, 400, 400, CLASSES), (784,), 10_000, 500),
-    names.LARGE_MLP: Case(lambda: perceptron(784, 1000, 1000, CLASSES), (784,), 10_000, 500),
+    names.TINY_MLP: Case(lambda: perceptron(FEATURES, 100, 100, CLASSES), (FEATURES,), 10_000, 500),
+    names.SMALL_MLP: Case(
+        lambda: perceptron(FEATURES, 400, 400, CLASSES), (FEATURES,), 10_000, 500
+    ),
+    names.LARGE_MLP: Case(
+        lambda: perceptron(FEATURES, 1000, 1000, CLASSES), (FEATURES,), 10_000, 500
+    ),
     names.CNN: Case(convolutional, IMAGE, 2_000, 250),
     names.GROUP_NORM: Case(lambda: residual(group_norm), IMAGE, 512, 64),
     names.BATCH_NORM: Case(lambda: residual(nn.BatchNorm2d), IMAGE, 512, 64),
@@ -126,8 +193,8 @@ CASES = {
 }
 
 
-def build(name: str, *, fraction: float = 1.0, quick: bool = False) -> Problem:
-    """Make a problem, the same whenever it is called.
+def build(name: str, *, fraction: float = 1.0, quick: bool = False) -> Workload:
+    """Make the workload of an estimation, the same whenever it is called.
 
     Args:
         name: One of the cases.
@@ -135,43 +202,25 @@ def build(name: str, *, fraction: float = 1.0, quick: bool = False) -> Problem:
         quick: Whether to take only a few examples.
 
     Returns:
-        The problem.
+        The workload, its model in evaluation mode.
     """
     return build_case(CASES[name], fraction=fraction, quick=quick)
 
 
-def build_case(case: Case, *, fraction: float = 1.0, quick: bool = False) -> Problem:
-    """Make a problem, the same whenever it is called.
+def build_step(name: str, *, quick: bool = False) -> Workload:
+    """Make the workload of a training step: one batch, and the model in training mode."""
+    batch = min(STEP_BATCH, CASES[name].batch)
+    workload = build_case(replace(CASES[name], examples=batch, batch=batch), quick=quick)
+    workload.model.train()
+    return workload
 
-    Args:
-        case: What it is made from.
-        fraction: The part of the examples to take, in whole batches and at least one.
-        quick: Whether to take only a few examples.
 
-    Returns:
-        The problem.
-    """
+def build_case(case: Case, *, fraction: float = 1.0, quick: bool = False) -> Workload:
+    """Make a workload of a case that need not be one of :data:`CASES`; see :func:`build`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = case.network().eval()
         batch = QUICK_EXAMPLES if quick else case.batch
         count = 1 if quick else max(1, round(fraction * case.examples / case.batch))
-        batches = [random_batch(case, batch) for _ in range(count)]
-    return Problem(case, model, nn.CrossEntropyLoss(), batches)
-
-
-def random_batch(case: Case, examples: int) -> Batch:
-    """Noise, and labels that have nothing to do with it.
-
-    Args:
-        case: What says the shapes.
-        examples: Number of examples.
-
-    Returns:
-        Inputs and labels.
-    """
-    if case.attention is None:
-        inputs = torch.randn(examples, *case.shape)
-        return inputs, torch.randint(case.classes, (examples,))
-    tokens = torch.randint(case.classes, (2, examples, *case.shape))
-    return tokens[0], tokens[1]
+        batches = [case.random_batch(batch) for _ in range(count)]
+    return Workload(case, model, nn.CrossEntropyLoss(), batches)

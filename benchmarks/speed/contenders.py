@@ -1,23 +1,23 @@
-"""Who is measured, and what can be said of each."""
+"""Who estimates, and what can be said of each."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from benchmarks.peers.adapters import (
+    Adapter,
+    Avalanche,
+    Curvlinops,
+    Kronfluence,
+    Laplace,
+    NNGeometry,
+    RotateEWC,
+)
 from benchmarks.speed import names
+from benchmarks.speed.cases import Estimate, Workload
 
-if TYPE_CHECKING:
-    from benchmarks.speed.cases import Problem
-
-# Does the work once with a seed for sampled labels, and returns the trace of the Fisher matrix of
-# the mean loss, or None where there is no such thing.
-Estimation = Callable[[int], float | None]
-
-ADAPTERS = "benchmarks.speed.adapters"
+SMALL_BUDGET = 2**26
 
 
 class Kind(str, Enum):
@@ -36,113 +36,71 @@ class Kind(str, Enum):
     SCALE = "for scale"
 
 
+class PlainPass(Adapter):
+    """Training without a step: what a pass over the data takes by itself."""
+
+    package = "torch"
+    module = "torch"
+
+    def prepare(self, workload: Workload, fisher: str) -> Estimate:
+        """Compute the gradient of the loss of every batch, for all parameters."""
+
+        def run(seed: int) -> None:
+            for inputs, targets in workload.batches:
+                workload.model.zero_grad()
+                workload.criterion(workload.model(inputs), targets).backward()
+
+        return run
+
+
 @dataclass(frozen=True)
 class Contender:
     """One that is measured.
 
     Attributes:
-        name: One of the names in :mod:`benchmarks.speed.names`.
+        name: One of :data:`benchmarks.speed.names.CONTENDERS`.
+        adapter: Its package.
         kind: What it is compared with.
-        adapter: Module in :data:`ADAPTERS` with a function to prepare it.
-        function: Name of that function.
-        module: Module that must be there.
-        distribution: Package that the module comes with.
         remark: What it computes, for the table; empty for the same quantity.
+        options: Further arguments of the adapter.
     """
 
     name: str
-    kind: Kind
-    adapter: str
-    function: str = "prepare"
-    module: str = "torch"
-    distribution: str = "torch"
+    adapter: Adapter
+    kind: Kind = Kind.SAME
     remark: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def installed(self) -> bool:
-        """Whether its package is there."""
-        return find_spec(self.module) is not None
-
-    @property
-    def version(self) -> str:
-        """Version of its package; one that is run from its sources has none."""
-        try:
-            return version(self.distribution)
-        except PackageNotFoundError:
-            return "unknown"
-
-    def prepare(self, problem: "Problem", fisher: str) -> Estimation:
-        """Make what is timed.
-
-        Args:
-            problem: The problem, whose model it may change.
-            fisher: The Fisher type.
-
-        Returns:
-            A function that does the work once.
-        """
-        make: Any = getattr(import_module(f"{ADAPTERS}.{self.adapter}"), self.function)
-        prepared: Estimation = make(problem, fisher)
-        return prepared
+    def prepare(self, workload: Workload, fisher: str) -> Estimate:
+        """Make what is timed."""
+        if self.kind in (Kind.SAME, Kind.OTHER):
+            workload.freeze_other_parameters()
+        return self.adapter.prepare(workload, fisher, **self.options)
 
 
-ALL = (
-    Contender(names.OURS, Kind.SAME, "ours", "prepare_known", "rotate_ewc", "rotate-ewc"),
-    Contender(
-        names.LEAN,
-        Kind.SAME,
-        "ours",
-        "prepare_lean",
-        "rotate_ewc",
-        "rotate-ewc",
-        "keeps no more than 32 MiB between its passes",
-    ),
-    Contender(
-        names.EVERYTHING,
-        Kind.MORE,
-        "ours",
-        "prepare_everything",
-        "rotate_ewc",
-        "rotate-ewc",
-        "norms and embeddings as well",
-    ),
-    Contender(
-        names.CURVLINOPS,
-        Kind.SAME,
-        "curvlinops",
-        module="curvlinops",
-        distribution="curvlinops-for-pytorch",
-    ),
-    Contender(
-        names.NNGEOMETRY,
-        Kind.SAME,
-        "nngeometry",
-        module="nngeometry",
-        distribution="nngeometry",
-    ),
-    Contender(
-        names.KRONFLUENCE,
-        Kind.SAME,
-        "kronfluence",
-        module="kronfluence",
-        distribution="kronfluence",
-    ),
-    Contender(
-        names.LAPLACE,
-        Kind.OTHER,
-        "laplace",
-        module="laplace",
-        distribution="laplace-torch",
-        remark="another quantity: Kronecker factors alone",
-    ),
-    Contender(
-        names.AVALANCHE,
-        Kind.OTHER,
-        "avalanche",
-        module="avalanche",
-        distribution="avalanche-lib",
-        remark="another quantity: squares of batch-mean gradients",
-    ),
-    Contender(names.PLAIN, Kind.SCALE, "plain", remark="forward and backward of the loss"),
-)
-BY_NAME = {contender.name: contender for contender in ALL}
+BY_NAME = {
+    contender.name: contender
+    for contender in (
+        Contender(names.OURS, RotateEWC()),
+        Contender(
+            names.LEAN,
+            RotateEWC(),
+            remark="keeps no more than 32 MiB between its passes",
+            options={"memory_budget": SMALL_BUDGET},
+        ),
+        Contender(names.EVERYTHING, RotateEWC(), Kind.MORE, "norms and embeddings as well"),
+        Contender(names.CURVLINOPS, Curvlinops()),
+        Contender(names.NNGEOMETRY, NNGeometry()),
+        Contender(names.KRONFLUENCE, Kronfluence()),
+        Contender(
+            names.LAPLACE, Laplace(), Kind.OTHER, "another quantity: Kronecker factors alone"
+        ),
+        Contender(
+            names.AVALANCHE,
+            Avalanche(),
+            Kind.OTHER,
+            "another quantity: squares of batch-mean gradients",
+        ),
+        Contender(names.PLAIN, PlainPass(), Kind.SCALE, "forward and backward of the loss"),
+    )
+}

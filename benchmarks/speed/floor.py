@@ -43,45 +43,41 @@ Convolutions count as they are written down, though transforms could save multip
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from torch import Tensor, nn
 
 from benchmarks.speed import names
-from benchmarks.speed.cases import Attention
-from benchmarks.speed.layers import Layer
+from benchmarks.speed.cases import Attention, Workload
 
 GIGA = 1e9
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Floating-point operations by purpose.
+class Layer:
+    """A linear layer or convolution, as products of matrices.
 
     Attributes:
-        forward: Of the forward pass.
-        backward: Of the backward pass to the outputs of all layers.
-        factors: Of the covariances.
-        rotations: Of turning vectors or gradients into the bases.
-        eigenvalues: Of Λ, after the rotations.
+        positions: Shared positions ``S`` of one example: tokens, or pixels of the output.
+        d_in: Inputs at one position, the kernel's pixels included.
+        d_out: Outputs at one position.
+        bias: Whether there is a bias.
+        backward: Whether the gradient at its input is needed, for layers before it.
     """
 
-    forward: float = 0.0
-    backward: float = 0.0
-    factors: float = 0.0
-    rotations: float = 0.0
-    eigenvalues: float = 0.0
+    positions: int
+    d_in: int
+    d_out: int
+    bias: bool
+    backward: bool
 
-    def __add__(self, other: "Counts") -> "Counts":
-        """Add purpose by purpose."""
-        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
-    def times(self, factor: float) -> "Counts":
-        """The same for so many examples."""
-        return Counts(*(factor * getattr(self, f.name) for f in fields(self)))
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return float(sum(getattr(self, f.name) for f in fields(self)))
+# Floating-point operations by purpose: the forward pass, the backward pass to the outputs of all
+# layers, the covariances, turning vectors or gradients into the bases, and Λ after that.
+PURPOSES = ("forward", "backward", "factors", "rotations", "eigenvalues")
+Counts = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -111,19 +107,37 @@ class Factor:
         return 2 * self.vectors <= self.size
 
 
-@dataclass(frozen=True)
-class Floor:
-    """The least time that an estimation can take on a machine, in seconds.
+def describe_layers(workload: Workload) -> list[Layer]:
+    """Run a model on an example, and look at its linear layers and convolutions.
 
-    Attributes:
-        gigaflop: Operations by purpose, in billions.
-        seconds: Time by purpose, with that of ``eigh``.
-        total: The sum.
+    Args:
+        workload: The model; parameters whose gradients are not wanted must be frozen.
+
+    Returns:
+        The layers in the order in which they run.
     """
+    found: list[Layer] = []
 
-    gigaflop: dict[str, float]
-    seconds: dict[str, float]
-    total: float
+    def look(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight = module.get_parameter("weight")
+        d_out = weight.shape[0]
+        found.append(
+            Layer(
+                positions=output.numel() // d_out,
+                d_in=weight[0].numel(),
+                d_out=d_out,
+                bias=getattr(module, "bias", None) is not None,
+                backward=inputs[0].requires_grad,
+            )
+        )
+
+    handles = [layer.register_forward_hook(look) for layer in workload.known_layers]
+    try:
+        workload.model(workload.beginning(1).batches[0][0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def label_vectors(fisher: str, classes: int) -> int:
@@ -132,12 +146,7 @@ def label_vectors(fisher: str, classes: int) -> int:
 
 
 def count_layer(layer: Layer, vectors: int) -> Counts:
-    """Count one layer's operations for one example.
-
-    Args:
-        layer: The layer.
-        vectors: Number of label vectors.
-    """
+    """Count one layer's operations for one example with so many label vectors."""
     product = 2.0 * layer.positions * layer.d_in * layer.d_out
     factors = layer.positions * (layer.d_in**2 + vectors * layer.d_out**2)
     if layer.bias and layer.positions > 1:
@@ -175,13 +184,7 @@ def count_attention(attention: Attention, vectors: int) -> Counts:
 
 
 def factors(layers: Iterable[Layer], vectors: int, examples: int) -> list[Factor]:
-    """The factors of all weights, with repetitions.
-
-    Args:
-        layers: All layers.
-        vectors: Number of label vectors.
-        examples: Number of examples.
-    """
+    """The factors of all weights, with repetitions, for so many label vectors and examples."""
     return [
         factor
         for layer in layers
@@ -193,7 +196,7 @@ def factors(layers: Iterable[Layer], vectors: int, examples: int) -> list[Factor
 
 
 def bias_factors(layers: Iterable[Layer], vectors: int, examples: int) -> list[Factor]:
-    """The covariances of biases that have their own, with repetitions; arguments as above."""
+    """The covariances of biases that have their own, with repetitions."""
     return [
         Factor(layer.d_out, examples * vectors)
         for layer in layers
@@ -204,42 +207,64 @@ def bias_factors(layers: Iterable[Layer], vectors: int, examples: int) -> list[F
 def count(
     layers: Sequence[Layer], attention: Attention | None, vectors: int, examples: int
 ) -> Counts:
-    """Count the operations of an estimation, ``eigh`` aside.
-
-    Args:
-        layers: All layers.
-        attention: The model's attention, if it has any.
-        vectors: Number of label vectors.
-        examples: Number of examples.
-    """
-    counts = sum((count_layer(layer, vectors) for layer in layers), Counts())
+    """Count the operations of an estimation, ``eigh`` aside."""
+    parts = [count_layer(layer, vectors) for layer in layers]
     if attention is not None:
-        counts += count_attention(attention, vectors)
-    return counts.times(examples)
+        parts.append(count_attention(attention, vectors))
+    return {name: examples * sum(part.get(name, 0.0) for part in parts) for name in PURPOSES}
 
 
-def least_time(
-    counts: Counts,
-    of_weights: Iterable[Factor],
-    of_biases: Iterable[Factor],
-    gigaflop_per_second: float,
-    eigh_seconds: Mapping[int, float],
-) -> Floor:
-    """Divide operations by the rate of a machine, and add ``eigh``.
+@dataclass(frozen=True)
+class Necessary:
+    """All that an estimation cannot do without.
 
-    Args:
-        counts: Operations of the estimation.
+    Attributes:
+        gigaflop: Operations of products by purpose, in billions.
         of_weights: The factors of all weights.
         of_biases: Those that biases have of their own.
-        gigaflop_per_second: The rate of large products.
-        eigh_seconds: Time of ``eigh`` by number of rows.
     """
 
-    def decomposed(factor: Factor) -> float:
-        return eigh_seconds[factor.rows] + factor.gigaflop / gigaflop_per_second
+    gigaflop: Counts
+    of_weights: Sequence[Factor]
+    of_biases: Sequence[Factor]
 
-    gigaflop = {f.name: getattr(counts, f.name) / GIGA for f in fields(counts)}
-    seconds = {name: number / gigaflop_per_second for name, number in gigaflop.items()}
-    seconds["eigh"] = sum(map(decomposed, of_weights))
-    seconds["eigh for biases"] = sum(map(decomposed, of_biases))
-    return Floor(gigaflop, seconds, sum(seconds.values()))
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of rows of the matrices whose ``eigh`` is needed."""
+        return [factor.rows for factor in (*self.of_weights, *self.of_biases)]
+
+    def seconds(
+        self, rates: Mapping[str, Sequence[float]], eigh: Mapping[str, Sequence[float]]
+    ) -> dict[str, float]:
+        """The least time that it takes on a machine, by purpose.
+
+        Args:
+            rates: Billions of operations per second that were measured, by the shape of a product;
+                the shape that suits the machine best counts.
+            eigh: Seconds that were measured, by number of rows.
+        """
+        rate = max(map(median, rates.values()))
+
+        def decomposed(factor: Factor) -> float:
+            return median(eigh[str(factor.rows)]) + factor.gigaflop / rate
+
+        return {
+            **{name: number / rate for name, number in self.gigaflop.items()},
+            "eigh": sum(map(decomposed, self.of_weights)),
+            "eigh for biases": sum(map(decomposed, self.of_biases)),
+        }
+
+
+def necessary(workload: Workload, fisher: str) -> Necessary:
+    """Count what an estimation cannot do without; what needs no gradient must be frozen."""
+    layers = describe_layers(workload)
+    vectors = label_vectors(fisher, workload.case.classes)
+    if fisher == names.TYPE2:
+        vectors *= workload.labels_per_example
+    examples = workload.examples
+    counts = count(layers, workload.case.attention, vectors, examples)
+    return Necessary(
+        {purpose: number / GIGA for purpose, number in counts.items()},
+        factors(layers, vectors, examples),
+        bias_factors(layers, vectors, examples),
+    )

@@ -1,20 +1,31 @@
-"""What this machine is, and how fast it does large products and ``eigh``."""
+"""This machine: what it is, how fast it is, and how much memory a piece of work takes."""
 
+import ctypes
+import gc
 import os
 import platform
+import resource
 import statistics
+import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Value = TypeVar("Value")
 
 # The products [m, k] x [k, n] whose rate is measured; the best of them makes the floor.
 SHAPES = ((2048, 1024, 1024), (16_000, 576, 576))
 LONG_ENOUGH = 0.5  # seconds for one measurement
 REPETITIONS = 5
 PROCESSOR_FILE = Path("/proc/cpuinfo")
+STATUS_FILE = Path("/proc/self/status")
+CLEAR_FILE = Path("/proc/self/clear_refs")
+RESET_PEAK = "5"
+KIBIBYTE = 2**10
 
 
 def describe_machine() -> dict[str, Any]:
@@ -31,15 +42,17 @@ def _processor() -> str:
     return next(named, "") or platform.processor() or platform.machine()
 
 
+def machine_line(threads: int) -> str:
+    """Say on what is measured."""
+    machine = describe_machine()
+    return (
+        f"{machine['processor']}, {machine['cpu_count']} hardware threads; "
+        f"PyTorch with {threads} thread{'s' * (threads > 1)}"
+    )
+
+
 def product_rates(*, quick: bool) -> dict[str, float]:
-    """Measure the rate of large products in float32.
-
-    Args:
-        quick: Whether to measure each only once.
-
-    Returns:
-        Billions of floating-point operations per second, by shape.
-    """
+    """Measure products in float32: billions of operations per second, by shape."""
     rates = {}
     for m, k, n in SHAPES:
         left, right = torch.randn(m, k), torch.randn(k, n)
@@ -49,23 +62,16 @@ def product_rates(*, quick: bool) -> dict[str, float]:
     return rates
 
 
-def eigh_times(sizes: Iterable[int], *, quick: bool) -> dict[int, list[float]]:
-    """Measure ``eigh`` of covariances of rectified noise.
+def eigh_times(sizes: Iterable[int], *, quick: bool) -> dict[str, list[float]]:
+    """Measure ``eigh`` of covariances of rectified noise: seconds of each repetition, by size.
 
     How long it takes depends a little on the eigenvalues, and layers' inputs are often rectified.
-
-    Args:
-        sizes: Their sizes.
-        quick: Whether to measure each only once.
-
-    Returns:
-        Seconds of each repetition, by size.
     """
     times = {}
     for size in sorted(set(sizes)):
         data = torch.relu(torch.randn(2 * size, size) @ torch.randn(size, size))
         covariance = data.T @ data / len(data)
-        times[size] = _times(lambda: torch.linalg.eigh(covariance), quick)  # noqa: B023
+        times[str(size)] = _times(lambda: torch.linalg.eigh(covariance), quick)  # noqa: B023
     return times
 
 
@@ -78,3 +84,46 @@ def _times(work: Callable[[], object], quick: bool) -> list[float]:
         work()
         times.append(perf_counter() - start)
     return times
+
+
+def peak_growth(work: Callable[[], Value]) -> tuple[Value, int]:
+    """Do some work, and compare the peak of the resident memory in it with what there was before.
+
+    Where the system does not tell, the highest peak since the start of the process is taken
+    instead, whose growth is less where there was a higher peak before the work.
+
+    Args:
+        work: What is done once.
+
+    Returns:
+        What the work returns, and bytes.
+    """
+    gc.collect()
+    _return_free_memory()
+    try:
+        CLEAR_FILE.write_text(RESET_PEAK)
+        before, peak = _status("VmRSS"), partial(_status, "VmHWM")
+    except (OSError, KeyError):
+        before, peak = _peak_since_start(), partial(_peak_since_start)
+    value = work()
+    return value, max(peak() - before, 0)
+
+
+def _status(field: str) -> int:
+    """Bytes that the system gives for this process."""
+    lines = STATUS_FILE.read_text(encoding="ascii").splitlines()
+    values = dict(line.split(":", maxsplit=1) for line in lines)
+    return int(values[field].split()[0]) * KIBIBYTE
+
+
+def _peak_since_start() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * KIBIBYTE
+
+
+def _return_free_memory() -> None:
+    """Return to the system what was freed; otherwise it would be used again, and not be seen."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # not the C library of GNU
+        return

@@ -1,44 +1,26 @@
-"""What can be measured, by name: known before anything heavy is imported."""
+"""Cases and contenders by name: known before anything heavy is imported."""
 
 from typing import NamedTuple
 
 MC, TYPE2 = "mc", "type2"
 FISHERS = (MC, TYPE2)
 
-MACHINE = "machine"
+# --------------------------------------------------------------------------- estimation
+
 OURS = "rotate-ewc"
 LEAN = "rotate-ewc (64 MiB budget)"
 EVERYTHING = "rotate-ewc (all parameters)"
-PLAIN = "plain pass"
 CURVLINOPS = "curvlinops"
 NNGEOMETRY = "nngeometry"
 KRONFLUENCE = "kronfluence"
 LAPLACE = "laplace-torch"
 AVALANCHE = "avalanche"
+PLAIN = "plain pass"
 CONTENDERS = (
-    OURS,
-    LEAN,
-    EVERYTHING,
-    CURVLINOPS,
-    NNGEOMETRY,
-    KRONFLUENCE,
-    LAPLACE,
-    AVALANCHE,
+    *(OURS, LEAN, EVERYTHING),
+    *(CURVLINOPS, NNGEOMETRY, KRONFLUENCE, LAPLACE, AVALANCHE),
     PLAIN,
 )
-
-
-class Combination(NamedTuple):
-    """A case with a Fisher type.
-
-    Attributes:
-        case: One of :data:`CASES`.
-        fisher: One of :data:`FISHERS`.
-    """
-
-    case: str
-    fisher: str
-
 
 SMALL_MLP, LARGE_MLP, CNN = "a", "b", "c"
 GROUP_NORM, BATCH_NORM = "d-groupnorm", "d-batchnorm"
@@ -54,6 +36,19 @@ CASES = {
 # These have parameters that not all contenders know.
 WITH_MORE_PARAMETERS = (GROUP_NORM, BATCH_NORM, TRANSFORMER)
 
+
+class Combination(NamedTuple):
+    """A case with a Fisher type.
+
+    Attributes:
+        case: One of :data:`CASES`.
+        fisher: One of :data:`FISHERS`.
+    """
+
+    case: str
+    fisher: str
+
+
 # The exact Fisher matrix of token-level cross-entropy takes as many backward passes as there are
 # pairs of a token and a class, here 128 × 64.
 DEFAULT_COMBINATIONS = tuple(
@@ -64,35 +59,67 @@ DEFAULT_COMBINATIONS = tuple(
 )
 
 
-def combinations(
-    cases: tuple[str, ...] | None, fishers: tuple[str, ...] | None
-) -> list[Combination]:
-    """Choose what is measured.
-
-    Args:
-        cases: The cases; None for all.
-        fishers: The Fisher types; None for those that each case has by default.
-
-    Returns:
-        Combinations, case by case.
-    """
-    chosen = cases or tuple(CASES)
+def combinations(cases: tuple[str, ...], fishers: tuple[str, ...] | None) -> list[Combination]:
+    """Choose what is measured; None for the Fisher types that each case has by default."""
     if fishers is None:
-        return [one for one in DEFAULT_COMBINATIONS if one.case in chosen]
-    return [Combination(case, fisher) for case in chosen for fisher in fishers]
+        return [one for one in DEFAULT_COMBINATIONS if one.case in cases]
+    return [Combination(case, fisher) for case in cases for fisher in fishers]
 
 
-def contenders_of(combination: Combination, chosen: tuple[str, ...] | None) -> list[str]:
-    """Choose who takes part.
+def contenders_of(case: str, chosen: tuple[str, ...]) -> list[str]:
+    """Leave out those who would do the same as another in a case."""
+    more = case in WITH_MORE_PARAMETERS
+    return [name for name in chosen if more or name != EVERYTHING]
 
-    Args:
-        combination: What is measured.
-        chosen: Names given by hand; None for all but kronfluence, which takes most of an hour for
-            what others do in seconds.
 
-    Returns:
-        Names, without those that would do the same as another in this case.
-    """
-    names = chosen or tuple(name for name in CONTENDERS if name != KRONFLUENCE)
-    more = combination.case in WITH_MORE_PARAMETERS
-    return [name for name in names if more or name != EVERYTHING]
+# --------------------------------------------------------------------------- training steps
+
+TINY_MLP = "small"
+STEP_CASES = {
+    TINY_MLP: "MLP 784-100-100-10",
+    **{case: CASES[case] for case in (SMALL_MLP, CNN, TRANSFORMER)},
+}
+PERCEPTRONS = (TINY_MLP, SMALL_MLP)
+WITH_SEPARATE = (TINY_MLP, SMALL_MLP, CNN)
+PEERS = (NNGEOMETRY, CURVLINOPS)
+
+# After how many steps of the optimizer an implicit step on the penalty is taken. A tangent plane is
+# as good as the penalty in the loss with more of them than a proximal step (docs/results.md).
+TANGENT_EVERY = 20
+PROXIMAL_EVERY = 10
+
+STEP = "step"
+KNOWN = "penalty of known layers, 1 task"
+TANGENT = f"step with tangent, k={TANGENT_EVERY}"
+PROXIMAL = f"step, and a proximal one every {PROXIMAL_EVERY}th"
+ROTATED = "RotatedAdam step"
+
+
+def tasks_phrase(tasks: int) -> str:
+    """Say how many tasks."""
+    return f"{tasks} task{'s' * (tasks > 1)}"
+
+
+def penalty_after(tasks: int) -> str:
+    """Value and gradient of the merged penalty."""
+    return f"penalty, {tasks_phrase(tasks)}"
+
+
+def step_after(tasks: int) -> str:
+    """A training step with the merged penalty in the loss."""
+    return f"step with penalty, {tasks_phrase(tasks)}"
+
+
+def separate(tasks: int) -> str:
+    """Value and gradient of the penalty that keeps tasks separate."""
+    return f"separate penalty, {tasks_phrase(tasks)}"
+
+
+def one_by_one(tasks: int) -> str:
+    """Value and gradient of the sum of as many penalties of one task each."""
+    return f"{tasks} penalties one by one"
+
+
+def ours_beside_peers(case: str) -> str:
+    """The contender that protects the same parameters as the peers do."""
+    return KNOWN if case in WITH_MORE_PARAMETERS else penalty_after(1)

@@ -39,14 +39,7 @@ class BasicBlock(nn.Module):
     def __init__(
         self, d_in: int, d_out: int, stride: int, norm: Callable[[int], nn.Module]
     ) -> None:
-        """Make the layers.
-
-        Args:
-            d_in: Channels of the input.
-            d_out: Channels of the output.
-            stride: Stride of the first convolution, and of the shortcut.
-            norm: Makes a norm for a number of channels.
-        """
+        """Make the layers."""
         super().__init__()
         self.first = nn.Conv2d(d_in, d_out, 3, stride=stride, padding=1, bias=False)
         self.first_norm = norm(d_out)
@@ -64,12 +57,7 @@ class BasicBlock(nn.Module):
 
 
 def residual(norm: Callable[[int], nn.Module], width: int = 16) -> nn.Sequential:
-    """A ResNet-18 for images of 32 x 32 pixels, with a quarter of its channels.
-
-    Args:
-        norm: Makes a norm for a number of channels.
-        width: Channels of the first stage.
-    """
+    """A ResNet-18 for images of 32 x 32 pixels, with a quarter of its channels."""
     stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
     layers: list[nn.Module] = [stem, norm(width), nn.ReLU()]
     d_in = width
@@ -84,12 +72,7 @@ class TransformerBlock(nn.Module):
     """Causal attention and a perceptron, each after a norm."""
 
     def __init__(self, width: int, heads: int) -> None:
-        """Make the layers.
-
-        Args:
-            width: Numbers for each token.
-            heads: Number of attention heads.
-        """
+        """Make the layers."""
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
@@ -113,15 +96,7 @@ class Transformer(nn.Module):
     """A small language model."""
 
     def __init__(self, width: int, blocks: int, heads: int, length: int, vocabulary: int) -> None:
-        """Make the layers.
-
-        Args:
-            width: Numbers for each token.
-            blocks: Number of blocks.
-            heads: Number of attention heads.
-            length: Longest sequence.
-            vocabulary: Number of different tokens.
-        """
+        """Make the layers."""
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width)

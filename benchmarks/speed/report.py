@@ -1,92 +1,153 @@
-"""The table of one case."""
+"""The tables on the terminal, for ``rich``."""
 
+from collections.abc import Iterable, Sequence
+
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.report import ABSENT, add_number_columns, empty_table
 from benchmarks.speed import names
+from benchmarks.speed.comparisons import compare
 from benchmarks.speed.contenders import Kind
-from benchmarks.speed.results import MEASURED, REFUSED, Cell, Result
+from benchmarks.speed.outside import Duration
+from benchmarks.speed.results import MEASURED, REFUSED, Estimation, Result, Training
 
+ABSENT = "–"
 MEBIBYTE = 2**20
 WIDEST_MESSAGE = 100
-QUICK_WARNING = "A smoke test: a few examples, whose figures mean nothing."
 
 
-def cell_table(cell: Cell, threads: int) -> Table:
-    """A row for each contender.
-
-    Args:
-        cell: What was measured.
-        threads: CPU threads.
-
-    Returns:
-        A table for ``rich``.
-    """
-    table = empty_table(_title(cell, threads))
-    table.add_column("\ncontender", no_wrap=True)
-    add_number_columns(
-        table, "median\n[s]", f"× {names.OURS}\n", "× floor\n", "peak\n[MiB]", "\ntrace"
+def make_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table whose first and last columns hold words, and the others numbers."""
+    table = Table(
+        title=escape(title),
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
     )
-    table.add_column("\nremarks", overflow="fold")
-    leanest = _leanest(cell)
-    for result in cell.results:
-        table.add_row(
-            escape(result.name),
-            _number(result.median, ".3f"),
-            _number(result.ratio, ".2f"),
-            _number(cell.times_floor(result) if _reaches_for_floor(result) else None, ".2f"),
-            _number(None if result.memory is None else result.memory / MEBIBYTE, ".0f"),
-            _number(result.trace, ".5g"),
-            escape(_remarks(result, leanest)),
-        )
+    for place, heading in enumerate(headings):
+        if place in (0, len(headings) - 1):
+            table.add_column(heading, no_wrap=place == 0, overflow="fold")
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
+    for cells in rows:
+        table.add_row(*map(escape, cells))
     return table
 
 
-def _title(cell: Cell, threads: int) -> str:
-    """Say what was measured, and how."""
-    part = "" if cell.fraction == 1 else f" ({cell.fraction:g} of the case)"
-    return (
-        f"{cell.case}: {names.CASES[cell.case]}, {cell.fisher}, {cell.examples} examples{part} in "
-        f"batches of {cell.batch}; medians of {cell.rounds} rounds, "
-        f"{threads} thread{'s' * (threads > 1)}"
+def number(value: float | None, form: str) -> str:
+    """A number, or a dash where there is none."""
+    return ABSENT if value is None else f"{value:{form}}"
+
+
+def estimation_table(record: Estimation, threads: int) -> Table:
+    """A row for each contender."""
+    part = "" if record.fraction == 1 else f" ({record.fraction:g} of the case)"
+    title = (
+        f"{record.case}: {names.CASES[record.case]}, {record.fisher}, {record.examples} examples"
+        f"{part} in batches of {record.batch}; {_medians(record.rounds, threads)}"
     )
+    headings = ("\ncontender", "median\n[s]", f"× {names.OURS}\n", "× floor\n", "peak\n[MiB]")
+    leanest = _leanest(record)
+    rows = []
+    for one in record.results:
+        # The floor is one for what this package computes.
+        reaches = one.median is not None and one.kind in (Kind.SAME.value, Kind.MORE.value)
+        rows.append(
+            (
+                one.name,
+                number(one.median, ".3f"),
+                number(one.ratio, ".2f"),
+                number(one.median / record.floor if one.median and reaches else None, ".2f"),
+                number(None if one.memory is None else one.memory / MEBIBYTE, ".0f"),
+                number(one.value, ".5g"),
+                "; ".join(filter(None, [_remark(one), "leanest" * (one.name == leanest)])),
+            )
+        )
+    return make_table(title, (*headings, "\ntrace", "\nremarks"), rows)
 
 
-def floor_line(cell: Cell) -> str:
+def floor_line(record: Estimation) -> str:
     """The floor and what it is made of."""
-    parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in cell.floor_seconds.items())
-    return f"Floor: {cell.floor:.3f} s ({parts})."
+    parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in record.floor_seconds.items())
+    return f"Floor: {record.floor:.3f} s ({parts})."
 
 
-def _reaches_for_floor(result: Result) -> bool:
-    """Whether the floor is one for what a contender computes."""
-    return result.kind in (Kind.SAME.value, Kind.MORE.value)
+def training_table(record: Training, threads: int) -> Table:
+    """A row for each contender."""
+    title = (
+        f"{record.case}: {names.STEP_CASES[record.case]}, {record.parameters:,} parameters, "
+        f"batches of {record.batch}; {_medians(record.rounds, threads, record.repetitions)}"
+    )
+    rows = []
+    for one in record.results:
+        middle, *_ = one.range_over(record.results[0].seconds) or (None,)
+        milliseconds = one.median and 1_000 * one.median
+        rows.append((one.name, number(milliseconds, ".3f"), number(middle, ".3f"), _remark(one)))
+    return make_table(title, ("\ncontender", "median\n[ms]", "× plain\nstep", "\nremarks"), rows)
 
 
-def _leanest(cell: Cell) -> str | None:
+def comparisons_table(record: Training) -> Table:
+    """A row for each ratio and overhead of a case."""
+    rows = []
+    for one in compare(record):
+        form = ".1f" if one.overhead else ".2f"
+        unit = " %" if one.overhead else ""
+        rows.append(
+            (
+                one.label,
+                ABSENT if one.value is None else number(one.value, form) + unit,
+                "" if one.target is None else f"{one.relation} {one.target:{form}}{unit}",
+                verdict(one.met),
+            )
+        )
+    title = f"{record.case}: ratios within a round, medians over rounds"
+    return make_table(title, ("comparison", "value", "target", ""), rows)
+
+
+def durations_table(durations: Sequence[Duration]) -> Table:
+    """A row for each thing outside training."""
+    rows = [
+        (
+            one.label,
+            f"{one.median:.4f}",
+            f"{one.other_label}: {one.other_median:.4f}",
+            f"< {one.limit:.3g}",
+            verdict(one.median < one.limit),
+        )
+        for one in durations
+    ]
+    headings = ("what", "seconds", "beside it", "target", "")
+    return make_table("Outside training: medians", headings, rows)
+
+
+def verdict(met: bool | None) -> str:
+    """Whether a target is met, in a word."""
+    return "" if met is None else "met" if met else "missed"
+
+
+def _medians(rounds: int, threads: int, calls: int | None = None) -> str:
+    of_calls = "" if calls is None else f" of {calls} calls"
+    return f"medians of {rounds} rounds{of_calls}, {threads} thread{'s' * (threads > 1)}"
+
+
+def _leanest(record: Estimation) -> str | None:
     """Who takes the least memory, of at least two that compute the same."""
     found = {
-        result.name: result.memory
-        for result in cell.results
-        if result.memory is not None
-        and result.kind == Kind.SAME.value
-        and result.status == MEASURED
+        one.name: one.memory
+        for one in record.results
+        if one.memory is not None and one.kind == Kind.SAME.value and one.status == MEASURED
     }
     return min(found, key=lambda name: found[name]) if len(found) > 1 else None
 
 
-def _remarks(result: Result, leanest: str | None) -> str:
+def _remark(result: Result) -> str:
     """What is to be said of a contender, in a few words."""
+    message = result.message
     if result.status == REFUSED:
-        message = result.message
         short = message if len(message) <= WIDEST_MESSAGE else f"{message[:WIDEST_MESSAGE]} …"
         return f"{REFUSED}: {short}"
-    if result.status != MEASURED:
-        return result.message or result.status
-    return "; ".join(filter(None, [result.message, "leanest" * (result.name == leanest)]))
-
-
-def _number(value: float | None, form: str) -> str:
-    """A number, or a dash where there is none."""
-    return ABSENT if value is None else f"{value:{form}}"
+    return message or ("" if result.status == MEASURED else result.status)

@@ -1,22 +1,13 @@
-"""What was measured, and the file that keeps it.
+"""What was measured."""
 
-The file holds the cells of several calls, if all were made on one machine with as many threads::
-
-    {"format": "rotate_ewc.benchmarks.speed/1", "configuration": {...}, "cells": [...]}
-"""
-
-import dataclasses
-import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from itertools import cycle
+from typing import Any, ClassVar
 
-from benchmarks.records import write_document
 from benchmarks.speed import names
-
-FORMAT = "rotate_ewc.benchmarks.speed/1"
+from benchmarks.speed.rounds import median_ratio
 
 MEASURED, WRONG, REFUSED, MISSING = "measured", "wrong", "refused", "not installed"
 
@@ -27,25 +18,26 @@ class Result:
 
     Attributes:
         name: The contender.
-        kind: What it can be compared with.
-        version: Version of its package.
         status: One of :data:`MEASURED`, :data:`WRONG`, :data:`REFUSED`, :data:`MISSING`.
         message: Why it was refused, or how wrong it is; otherwise what it computes, if that is not
             what all do.
-        seconds: Times in all rounds.
-        traces: Traces in all estimations, the first of which has no time.
+        seconds: Time of one estimation, step or penalty in every round.
+        values: What is compared with this package's: the traces of all estimations, the first of
+            which has no time, or the value of the penalty.
+        version: Version of its package.
+        kind: What it can be compared with.
         memory: Bytes by which the first estimation raised the peak.
         ratio: Median over rounds of its time over this package's; None where the two are not
             comparable.
     """
 
     name: str
-    kind: str
-    version: str
     status: str
     message: str = ""
     seconds: list[float] = field(default_factory=list)
-    traces: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    version: str | None = None
+    kind: str = ""
     memory: int | None = None
     ratio: float | None = None
 
@@ -54,45 +46,89 @@ class Result:
         """Median time over rounds."""
         return statistics.median(self.seconds) if self.seconds else None
 
+    def range_over(self, scale: Sequence[float]) -> tuple[float, float, float] | None:
+        """Median, least and largest multiple of a single time, or of those in the same rounds."""
+        found = [one / other for one, other in zip(self.seconds, cycle(scale), strict=False)]
+        return (statistics.median(found), min(found), max(found)) if found else None
+
     @property
-    def trace(self) -> float | None:
-        """Mean trace over estimations, whose sampled labels differ."""
-        return statistics.fmean(self.traces) if self.traces else None
+    def value(self) -> float | None:
+        """Mean over estimations, whose sampled labels differ."""
+        return statistics.fmean(self.values) if self.values else None
 
 
-@dataclass(frozen=True)
-class Cell:
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One case.
+
+    Attributes:
+        case: Its name.
+        batch: Examples in a batch.
+        rounds: Number of rounds.
+        results: What was measured of each contender.
+        versions: Versions of software.
+    """
+
+    format: ClassVar[str]
+    unit: ClassVar[str]
+    legend: ClassVar[str]
+
+    case: str
+    batch: int
+    rounds: int
+    results: list[Result]
+    versions: dict[str, Any]
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What makes it another record than others; records are sorted by it."""
+        raise NotImplementedError
+
+    @property
+    def heading(self) -> str:
+        """What stands above it in a figure."""
+        raise NotImplementedError
+
+    @property
+    def scale(self) -> Sequence[float]:
+        """The times that others are multiples of in a figure: one, or one in every round."""
+        raise NotImplementedError
+
+    @property
+    def shown(self) -> list[Result]:
+        """The results in a figure: all but the plain step, which is the line at 1."""
+        return [one for one in self.results if one.name != names.STEP]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimation(Record):
     """One case with one Fisher type.
 
     Attributes:
-        case: The case.
         fisher: The Fisher type.
         fraction: Part of the case's examples.
         examples: Number of examples.
-        batch: Examples in a batch.
-        rounds: Number of rounds.
         tolerance: Relative difference of traces up to which results count as equal.
         rates: Billions of operations per second in all rounds, by the shape of a product.
         eigh: Seconds of every ``eigh``, by size.
         gigaflop: Necessary operations by purpose, in billions.
         floor_seconds: What they take at least, by purpose.
-        results: What was measured of each contender.
-        versions: Versions of software.
     """
 
-    case: str
+    format: ClassVar[str] = "rotate_ewc.benchmarks.speed/2"
+    unit: ClassVar[str] = "the floor"
+    legend: ClassVar[str] = (
+        "Hollow: another quantity, budget or set of parameters. Lines: the range over rounds."
+    )
+
     fisher: str
     fraction: float
     examples: int
-    batch: int
-    rounds: int
     tolerance: float
     rates: dict[str, list[float]]
     eigh: dict[str, list[float]]
     gigaflop: dict[str, float]
     floor_seconds: dict[str, float]
-    results: list[Result]
-    versions: dict[str, Any]
 
     @property
     def floor(self) -> float:
@@ -100,92 +136,69 @@ class Cell:
         return sum(self.floor_seconds.values())
 
     @property
-    def place(self) -> tuple[str, str, float]:
-        """What makes it another cell than others."""
-        return self.case, self.fisher, self.fraction
+    def place(self) -> tuple[Any, ...]:
+        """Case, Fisher type and fraction."""
+        return list(names.CASES).index(self.case), names.FISHERS.index(self.fisher), -self.fraction
 
-    def times_floor(self, result: Result) -> float | None:
-        """A median time as a multiple of the floor."""
-        return None if result.median is None else result.median / self.floor
+    @property
+    def heading(self) -> str:
+        """Case, Fisher type and floor."""
+        part = "" if self.fraction == 1 else f", {self.fraction:g} of the data"
+        floor = f"floor {self.floor:.3g} s"
+        return f"{self.case}: {names.CASES[self.case]}\n{self.fisher}{part}, {floor}"
+
+    @property
+    def scale(self) -> Sequence[float]:
+        """The floor."""
+        return [self.floor]
 
 
-def merge(old: Iterable[Cell], new: Iterable[Cell]) -> list[Cell]:
-    """Put cells together, the new ones in place of old ones of the same case, type and fraction.
+@dataclass(frozen=True, kw_only=True)
+class Training(Record):
+    """The steps and penalties of one case.
 
-    Args:
-        old: Cells of earlier calls.
-        new: Cells of this call.
-
-    Returns:
-        Cells in the order of the cases.
+    Attributes:
+        parameters: Number of parameters.
+        repetitions: Calls of each contender in its turn.
+        tasks: Numbers of tasks of the merged penalties, rising.
+        separate_tasks: Number of separate tasks.
     """
-    cells = {cell.place: cell for cell in (*old, *new)}
-    cases, fishers = list(names.CASES), list(names.FISHERS)
 
-    def order(cell: Cell) -> tuple[int, int, float]:
-        return cases.index(cell.case), fishers.index(cell.fisher), -cell.fraction
-
-    return sorted(cells.values(), key=order)
-
-
-def write_cells(path: Path, configuration: dict[str, Any], cells: Iterable[Cell]) -> None:
-    """Write a file that is, at every moment, the old one or the new one.
-
-    Args:
-        path: The JSON file; its folder must exist.
-        configuration: What all cells have in common.
-        cells: All cells of the file, not only new ones.
-    """
-    document = {"format": FORMAT, "configuration": configuration, "cells": list(map(_plain, cells))}
-    write_document(path, document)
-
-
-def _plain(cell: Cell) -> dict[str, Any]:
-    """A cell as plain values, with numbers that can be computed from others for readers."""
-    fields = dataclasses.asdict(cell)
-    fields["floor"] = cell.floor
-    for plain, result in zip(fields["results"], cell.results, strict=True):
-        plain["median"] = result.median
-        plain["times_floor"] = cell.times_floor(result)
-    return fields
-
-
-def read_cells(path: Path, configuration: dict[str, Any]) -> list[Cell]:
-    """Read what :func:`write_cells` wrote.
-
-    Args:
-        path: The JSON file; there need be none.
-        configuration: What its cells must have in common.
-
-    Returns:
-        The cells.
-
-    Raises:
-        ValueError: If the file is of another format or configuration.
-    """
-    if not path.exists():
-        return []
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        document = None
-    found = document.get("format") if isinstance(document, dict) else None
-    if not isinstance(document, dict) or found != FORMAT:
-        raise ValueError(f"{path} has the format {found!r}, expected {FORMAT!r}")
-    if document["configuration"] != configuration:
-        raise ValueError(
-            f"{path} was measured with {document['configuration']}, which cannot be combined with "
-            f"{configuration}; move it away or choose another folder"
-        )
-    return [_cell(fields) for fields in document["cells"]]
-
-
-def _cell(fields: dict[str, Any]) -> Cell:
-    """Make a cell of what :func:`_plain` returned."""
-    return Cell(
-        **{one.name: fields[one.name] for one in dataclasses.fields(Cell) if one.name != "results"},
-        results=[
-            Result(**{one.name: plain[one.name] for one in dataclasses.fields(Result)})
-            for plain in fields["results"]
-        ],
+    format: ClassVar[str] = "rotate_ewc.benchmarks.speed.penalty/2"
+    unit: ClassVar[str] = "a plain step"
+    legend: ClassVar[str] = (
+        "Filled: a penalty and its gradient. Hollow: whole steps. Lines: range over rounds."
     )
+
+    parameters: int
+    repetitions: int
+    tasks: list[int]
+    separate_tasks: int
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """The case."""
+        return (list(names.STEP_CASES).index(self.case),)
+
+    @property
+    def heading(self) -> str:
+        """Case, and the time of a plain step."""
+        step = f"step {1_000 * statistics.median(self.scale):.3g} ms"
+        return f"{self.case}: {names.STEP_CASES[self.case]}\nbatches of {self.batch}, {step}"
+
+    @property
+    def scale(self) -> Sequence[float]:
+        """The plain step, which comes first."""
+        return self.results[0].seconds
+
+    @property
+    def comparable(self) -> dict[str, list[float]]:
+        """Times in every round of those that were measured and are not wrong, by contender."""
+        return {one.name: one.seconds for one in self.results if one.status == MEASURED}
+
+    def ratio(self, numerator: str, denominator: str) -> float | None:
+        """The median over rounds of a ratio within a round; None where one is absent."""
+        times = self.comparable
+        if numerator not in times or denominator not in times:
+            return None
+        return median_ratio(times[numerator], times[denominator])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.peers.adapters.adapter import Adapter, Mode, RoundTrip
-from benchmarks.peers.adapters.ours import RotateEWC
+from benchmarks.peers.adapters import Adapter, Mode, RotateEWC
 from benchmarks.peers.cells import cell
 from benchmarks.peers.exact import DenseMatrix, exact_matrix, mean_divisor
 from benchmarks.peers.measure import Record, measure
-from benchmarks.peers.models import linear, stack
 from benchmarks.peers.problem import Problem
-from benchmarks.peers.row import Row
+from benchmarks.peers.problems import PLAIN
+from benchmarks.peers.row import Question, Row
 from benchmarks.peers.verdict import (
     BlockEstimate,
     NotOffered,
@@ -26,7 +26,7 @@ from benchmarks.peers.verdict import (
     outcome_of_exception,
 )
 
-SOFTMAX = Problem(stack(linear(2, 3, bias=False)), (2,))
+SOFTMAX = Problem(lambda act: [nn.Linear(2, 3, bias=False)], (2,))
 DOUBLE = torch.float64
 
 
@@ -151,7 +151,7 @@ def test_errors_of_a_package_are_refusals_and_others_failures() -> None:
             function()
         return outcome_of_exception(caught.value, packages)
 
-    refused = outcome_of(lambda: RotateEWC().round_trip(SOFTMAX, Path("no such folder")), "x")
+    refused = outcome_of(lambda: RotateEWC().save(SOFTMAX, Path("no such folder")), "x")
     assert refused.status is Status.FAILS
     by_torch = outcome_of(lambda: torch.zeros(2) @ torch.zeros(3), "torch")
     assert by_torch.status is Status.FAILS
@@ -194,17 +194,20 @@ class Fake(Adapter):
         exact = exact_matrix(problem, "type2")
         return [BlockEstimate((n,), exact.block([n])) for n in exact.shapes]
 
-    def round_trip(self, problem: Problem, folder: Path) -> RoundTrip:
-        return RoundTrip(without_pickle=False, same=True, weights_kept=True)
+    def save(self, problem: Problem, folder: Path) -> list[torch.Tensor]:
+        (folder / "matrix.pkl").write_bytes(pickle.dumps(Fake))
+        return [torch.ones(1)]
+
+    def load(self, problem: Problem, folder: Path, model: nn.Module) -> list[torch.Tensor]:
+        return [torch.ones(1)]
 
 
-def only(row: Row, adapter: Adapter) -> Record:
-    (found,) = measure(row, adapter)
-    return found
+def ask(adapter: Adapter, *problems: Problem, question: Question = "matrix") -> list[Record]:
+    return measure(Row("row", "a row", {}, {}, question), adapter, problems)
 
 
 def test_package_that_is_missing_leaves_a_cell_that_says_so() -> None:
-    found = only(Row("row", "a row", (SOFTMAX, SOFTMAX)), Absent())
+    (found,) = ask(Absent(), SOFTMAX, SOFTMAX)
     assert found.status == "not installed"
     assert cell([found]) == "not installed"
 
@@ -219,20 +222,21 @@ def test_package_that_is_missing_leaves_a_cell_that_says_so() -> None:
     ],
 )
 def test_questions(question: Any, status: str, message: str) -> None:
-    problem = Problem(stack(linear(2, 3), None), (2,))
-    found = only(Row("row", "a row", (problem,), question), Fake())
+    problem = Problem(lambda act: [nn.Linear(2, 3), act()], (2,))
+    (found,) = ask(Fake(), problem, question=question)
     assert (found.status, found.message) == (status, message)
 
 
 def test_bare_error_is_no_refusal_of_a_reduction() -> None:
     problem = dataclasses.replace(SOFTMAX, reduction="none")
-    found = only(Row("row", "a row", (problem,), "reduction"), Fake())
+    (found,) = ask(Fake(), problem, question="reduction")
     assert (found.status, found.message) == ("fails", "KeyError: 'none'")
 
 
 def test_this_package_is_measured_like_the_others() -> None:
-    row = Row("row", "a row", (Problem(stack(linear(3, 4), None, linear(4, 3)), (3,)),))
-    records = measure(row, RotateEWC())
+    records = ask(RotateEWC(), PLAIN)
     assert [(r.mode, r.status) for r in records] == [("type2", "right"), ("empirical", "right")]
-    for question in ("pickle", "weights", "as found"):
-        assert only(dataclasses.replace(row, question=question), RotateEWC()).status == "right"
+    questions: tuple[Question, ...] = ("pickle", "weights", "as found")
+    for question in questions:
+        (found,) = ask(RotateEWC(), PLAIN, question=question)
+        assert found.status == "right"

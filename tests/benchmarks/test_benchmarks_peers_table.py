@@ -2,28 +2,25 @@
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.peers import __main__ as command
-from benchmarks.peers.adapters.adapter import Adapter
+from benchmarks.command import CommandError
+from benchmarks.peers.adapters import PEERS, Adapter
 from benchmarks.peers.cells import cell
-from benchmarks.peers.document import BEGIN, END, markdown, replace_between_markers, write_document
+from benchmarks.peers.command import FORMAT, PACKAGES, Options, run
+from benchmarks.peers.document import BEGIN, END, markdown, replace_between_markers
 from benchmarks.peers.exact import exact_matrix
 from benchmarks.peers.measure import Record
-from benchmarks.peers.notes import NOTES
-from benchmarks.peers.row import Row, Section
-from benchmarks.peers.table import ADAPTERS, SECTIONS
-from benchmarks.peers.tested_by import TESTED_BY
+from benchmarks.peers.problems import PROBLEMS
+from benchmarks.peers.row import ROWS, Note, Row, Section
 from tests.helpers.cases import BY_NAME, LOSSES
 from tests.helpers.cases.basic import FEATURES_LAST
 
 ROOT = Path(__file__).parents[2]
-ROWS = [row for section in SECTIONS for row in section.rows]
 
 
 def record(**changes: Any) -> Record:
@@ -84,11 +81,10 @@ def test_fall_back_is_shown_only_where_it_helps() -> None:
 # --------------------------------------------------------------------------- the document
 
 
-def test_only_what_is_between_the_markers_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "layers.md"
-    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
-    write_document(path, "new\nlines")
-    assert path.read_text(encoding="utf-8") == f"before\n{BEGIN}\nnew\nlines\n{END}\nafter\n"
+def test_only_what_is_between_the_markers_is_replaced() -> None:
+    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+    expected = f"before\n{BEGIN}\nnew\nlines\n{END}\nafter\n"
+    assert replace_between_markers(text, "new\nlines") == expected
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{END}"])
@@ -98,63 +94,63 @@ def test_markers_that_are_missing_are_asked_for(text: str) -> None:
 
 
 def test_markdown_has_cells_notes_and_messages() -> None:
-    row = Row("groups", "a | b", ())
     package = "curvlinops-for-pytorch"
+    note = Note("averages the inputs", by_definition=True)
+    row = Row("groups", "a | b", {"helpers/cases/basic.py": ("conv3d", "x")}, {package: note})
     records = [
         wrong(0.5, row="groups", package=package, problem="2d"),
         record(row="groups", package=package, problem="1d", status="refused", message="E: no"),
     ]
-    adapters = [adapter for adapter in ADAPTERS if adapter.package == package]
+    adapters = [adapter for adapter in PEERS if adapter.package == package]
     lines = markdown([Section("S", (row,))], adapters, records, {package: "3"}).splitlines()
     assert lines[:4] == ["### S", "", "|  | curvlinops 3 | tests |", "|---|---|---|"]
-    assert lines[4].startswith(r"| a \| b | 2d: differs ×0.50; 1d: refused [1] | [conv1d-groups-")
-    assert any(line.startswith("1. Averages the inputs over the groups") for line in lines)
+    tests = "[conv3d](../tests/helpers/cases/basic.py), [x](../tests/helpers/cases/basic.py)"
+    assert lines[4] == rf"| a \| b | 2d: differs ×0.50; 1d: refused [1] | {tests} |"
+    assert "1. Averages the inputs." in lines
     assert "* curvlinops refused: `E: no` (groups)" in lines
 
 
 def test_document_has_every_row() -> None:
     text = (ROOT / "docs" / "layers.md").read_text(encoding="utf-8")
     assert replace_between_markers(text, "")
-    assert [row.title for row in ROWS if f"\n| {row.title} |" not in text] == []
+    assert [row.title for row in ROWS.values() if f"\n| {row.title} |" not in text] == []
     assert "not installed" not in text
 
 
 # --------------------------------------------------------------------------- the table
 
 
-def test_names_of_rows_differ_and_notes_are_about_them() -> None:
-    names = [row.name for row in ROWS]
-    assert len(set(names)) == len(names)
-    packages = {adapter.package for adapter in ADAPTERS}
-    assert packages == set(command.PACKAGES)
-    assert {row for row, _ in NOTES} <= set(names)
-    assert {package for _, package in NOTES} <= packages
+def test_rows_have_problems_and_notes_are_about_packages() -> None:
+    assert list(ROWS) == list(PROBLEMS)
+    assert tuple(adapter.package for adapter in PEERS) == PACKAGES
+    assert {package for row in ROWS.values() for package in row.notes} <= set(PACKAGES)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_problems_are_told_apart_and_have_an_exact_matrix(row: Row) -> None:
-    labels = [problem.label for problem in row.problems]
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_problems_are_told_apart_and_have_an_exact_matrix(name: str) -> None:
+    problems = PROBLEMS[name]
+    labels = [problem.label for problem in problems]
     assert len(set(labels)) == len(labels)
-    if row.question == "reduction":
+    if ROWS[name].question == "reduction":
         return
-    for problem in row.problems:
+    for problem in problems:
         matrix = exact_matrix(problem, "type2").matrix
         assert matrix.isfinite().all()
         assert matrix.diagonal().min() >= 0
         assert len(matrix) < 250
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_row_is_guarded_by_tests_that_exist(row: Row) -> None:
-    assert TESTED_BY[row.name]
-    for reference in TESTED_BY[row.name]:
-        file, _, name = reference.partition("::")
+@pytest.mark.parametrize("name", ROWS)
+def test_row_is_guarded_by_tests_that_exist(name: str) -> None:
+    assert ROWS[name].tests
+    for file, names in ROWS[name].tests.items():
         text = (ROOT / "tests" / file).read_text(encoding="utf-8")
-        if file.startswith("cases/"):
-            assert name in {*BY_NAME, *LOSSES, FEATURES_LAST.name}
-        else:
-            assert f"def {name}(" in text
+        for guard in names:
+            if file.startswith("helpers/cases/"):
+                assert guard in {*BY_NAME, *LOSSES, FEATURES_LAST.name}
+            else:
+                assert f"def {guard}(" in text
 
 
 # --------------------------------------------------------------------------- the command
@@ -166,15 +162,14 @@ def test_command_measures_a_choice(
     monkeypatch.setattr(Adapter, "installed", lambda self: self.package == "rotate-ewc")
     threads = torch.get_num_threads()
     try:
-        code = command.main(["--output", str(tmp_path), "--rows", "linear,mse", "bce"])
+        assert run(Options(output=tmp_path, rows=("linear", "mse", "bce"))) == 0
     finally:
         torch.set_num_threads(threads)
-    assert code == 0
     shown = capsys.readouterr().out
     assert "not installed" in shown
     assert f"Wrote {tmp_path / 'peers.json'}." in shown
     document = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
-    assert document["format"] == command.FORMAT
+    assert document["format"] == FORMAT
     assert document["versions"]["rotate-ewc"]
     ours = [r for r in document["records"] if r["package"] == "rotate-ewc"]
     assert {r["row"] for r in ours} == {"linear", "mse", "bce"}
@@ -182,24 +177,22 @@ def test_command_measures_a_choice(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("given", "message"),
     [
-        (["--rows", "linear,none"], "--rows: expected some of linear, .*, got 'none'"),
-        (["--rows", "linear", "--write", "x.md"], "--write: the document holds all packages"),
-        (["--packages", "nngeometry", "--write", "x.md"], "--write: the document holds all"),
+        ({"rows": ("linear", "none")}, "--rows: expected one of linear, .*, got 'none'"),
+        ({"packages": ("numpy",)}, "--packages: expected one of rotate-ewc, .*, got 'numpy'"),
+        ({"rows": ("linear",), "write": Path("x")}, "--write: the document holds all packages"),
+        ({"packages": ("nngeometry",), "write": Path("x")}, "--write: the document holds all"),
     ],
 )
-def test_command_says_what_is_wrong(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command.main(arguments) == 1
-    assert re.search(message, capsys.readouterr().err)
+def test_bad_values_are_refused_by_name(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Options(**given)
 
 
-def test_unusable_document_is_noticed_before_measuring(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "layers.md").write_text("no markers", encoding="utf-8")
-    assert command.main(["--output", str(tmp_path), "--write", str(tmp_path / "layers.md")]) == 1
-    assert "expected one line <!-- peers: begin -->" in capsys.readouterr().err
+def test_unusable_document_is_noticed_before_measuring(tmp_path: Path) -> None:
+    document = tmp_path / "layers.md"
+    document.write_text("no markers", encoding="utf-8")
+    with pytest.raises(CommandError, match="--write: expected one line <!-- peers: begin -->"):
+        run(Options(output=tmp_path, write=document))
     assert not (tmp_path / "peers.json").exists()

@@ -1,4 +1,4 @@
-"""The command: its options, and one whole run of a few examples; no time is judged."""
+"""``speed``: its options, a whole run of a few examples, and who takes part; no time is judged."""
 
 import json
 import subprocess
@@ -8,56 +8,51 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.command import CommandError
+from benchmarks.peers.adapters import Curvlinops
 from benchmarks.speed import names
-from benchmarks.speed.__main__ import main
+from benchmarks.speed.book import read
 from benchmarks.speed.cases import build
+from benchmarks.speed.command import Options, run
 from benchmarks.speed.contenders import BY_NAME
 from benchmarks.speed.names import Combination, combinations, contenders_of
-from benchmarks.speed.options import Options, parse_options
-from benchmarks.speed.results import read_cells
-
-QUICK = "--quick --cases a --fisher mc --threads 1"
-CHOSEN = ("rotate-ewc", "curvlinops", "plain pass")
+from benchmarks.speed.results import Estimation
+from benchmarks.speed.rounds import WARM_UPS, median_ratio, time_in_rounds, turns
 
 
-@pytest.fixture
-def no_curvlinops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its package is not there, whatever is installed."""
-    monkeypatch.setattr(
-        "benchmarks.speed.contenders.find_spec",
-        lambda name: None if name == "curvlinops" else object(),
-    )
-
-
-@pytest.mark.usefixtures("no_curvlinops")
 def test_everything_is_measured_and_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [*QUICK.split(), "--contenders", *CHOSEN, "--output", str(tmp_path / "new")]
-    assert main(words) == 0
+    monkeypatch.setattr(Curvlinops, "installed", lambda self: False)
+    chosen = (names.OURS, names.CURVLINOPS, names.PLAIN)
+    options = Options(
+        cases=("a",),
+        fisher=("mc",),
+        contenders=chosen,
+        rounds=2,
+        quick=True,
+        threads=1,
+        output=tmp_path / "new",
+    )
+    assert run(options) == 0
     path = tmp_path / "new" / "speed.json"
-    document = json.loads(path.read_text(encoding="utf-8"))
-    assert document["format"] == "rotate_ewc.benchmarks.speed/1"
-    assert document["configuration"]["threads"] == 1
-    assert document["configuration"]["quick"] is True
-    assert {"processor", "cpu_count"} < set(document["configuration"])
-    (cell,) = document["cells"]
-    assert (cell["case"], cell["fisher"], cell["examples"]) == ("a", "mc", 4)
-    assert {len(rates) for rates in cell["rates"].values()} == {2}
+    configuration = json.loads(path.read_text(encoding="utf-8"))["configuration"]
+    assert configuration["threads"] == 1
+    assert {"quick", "processor", "cpu_count"} < set(configuration)
+    (record,) = read(path, Estimation, configuration)
+    assert (record.case, record.fisher, record.examples, record.batch) == ("a", "mc", 4, 4)
+    assert {len(rates) for rates in record.rates.values()} == {2}
     # No factor has more vectors than there are examples.
-    assert {size: len(times) for size, times in cell["eigh"].items()} == {"4": 2}
-    assert cell["floor"] == pytest.approx(sum(cell["floor_seconds"].values()))
-    ours, missing, plain = cell["results"]
-    assert [result["name"] for result in cell["results"]] == list(CHOSEN)
-    assert [ours["status"], missing["status"]] == ["measured", "not installed"]
-    assert (ours["ratio"], missing["seconds"], plain["ratio"]) == (1.0, [], None)
-    assert len(ours["traces"]) == 3
-    assert len(set(ours["traces"])) > 1, "every round has labels of its own"
-    for result in (ours, plain):
-        assert len(result["seconds"]) == 2
-        assert result["times_floor"] == pytest.approx(result["median"] / cell["floor"])
-        assert result["memory"] >= 0
-    assert ours["memory"] > 2**20
+    assert {size: len(times) for size, times in record.eigh.items()} == {"4": 2}
+    ours, missing, plain = record.results
+    assert tuple(result.name for result in record.results) == chosen
+    assert [ours.status, missing.status, plain.status] == ["measured", "not installed", "measured"]
+    assert (ours.ratio, missing.seconds, plain.ratio) == (1.0, [], None)
+    assert len(ours.values) == 3
+    assert len(set(ours.values)) > 1, "every round has labels of its own"
+    assert len(ours.seconds) == len(plain.seconds) == 2
+    assert ours.memory is not None
+    assert ours.memory > 2**20
     assert path.with_suffix(".png").stat().st_size > 1_000
 
     out = capsys.readouterr().out
@@ -65,125 +60,112 @@ def test_everything_is_measured_and_written(
     assert "a: MLP 784-400-400-10, mc, 4 examples in batches of 4; medians of 2 rounds" in out
     assert "not installed" in out
     assert out.splitlines()[-1] == f"Wrote {path} and {path.with_suffix('.png')}."
-    (read,) = read_cells(path, document["configuration"])
-    assert read.results[1].status == "not installed"
 
 
-def test_the_importances_of_avalanche_leave_the_model_as_it_was() -> None:
-    problem = build("d-batchnorm", quick=True)
-    before = {name: value.clone() for name, value in problem.model.state_dict().items()}
-    contender = BY_NAME["avalanche"]
-    assert contender.installed
-    assert contender.remark.startswith("another quantity")
-    assert contender.prepare(problem, "mc")(0) is None
-    assert not any(module.training for module in problem.model.modules())
-    after = problem.model.state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-
-def test_a_small_budget_changes_nothing() -> None:
-    full, lean = (
-        BY_NAME[name].prepare(build("a", quick=True), "mc")(0) for name in (names.OURS, names.LEAN)
-    )
-    assert full is not None
-    assert lean == pytest.approx(full, rel=1e-6)
-
-
-def test_more_parameters_have_a_larger_trace() -> None:
-    small, large = (
-        BY_NAME[name].prepare(build("d-batchnorm", quick=True), "mc")(0)
-        for name in (names.OURS, names.EVERYTHING)
-    )
-    assert small is not None
-    assert large is not None
-    assert large > small > 0
-
-
-def test_defaults() -> None:
-    assert parse_options([]) == Options()
-    assert parse_options([]).rounds == 5
-    assert parse_options(["--quick"]).rounds == 2
-    assert parse_options(["--quick", "--rounds", "1"]).rounds == 1
-
-
-def test_tokens_have_no_exact_matrix_unless_it_is_asked_for() -> None:
-    everything = combinations(None, None)
-    assert len(everything) == 2 * len(names.CASES) - 1
-    assert Combination("e", "type2") not in everything
-    assert combinations(("e",), None) == [Combination("e", "mc")]
-    assert combinations(("e", "a"), ("type2",)) == [("e", "type2"), ("a", "type2")]
-
-
-def test_who_takes_part() -> None:
-    small = contenders_of(Combination("a", "mc"), None)
-    assert "kronfluence" not in small
-    assert "curvlinops" in small
-    assert "kronfluence" in contenders_of(Combination("c", "mc"), ("kronfluence",))
-    assert names.EVERYTHING not in small
-    assert names.EVERYTHING in contenders_of(Combination("d-groupnorm", "mc"), None)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--cases z", "argument --cases: expected one of a, b, c, d-groupnorm"),
-        ("--cases a a", "argument --cases: expected every value once, got a more than once"),
-        ("--fisher empirical", "argument --fisher: expected one of mc, type2, got 'empirical'"),
-        ("--contenders ,", "argument --contenders: expected at least one value, got none"),
-        ("--contenders backpack", "argument --contenders: expected one of rotate-ewc"),
-        ("--rounds 4", "argument --rounds: expected a whole number ≥ 5 without --quick, got '4'"),
-        ("--rounds 0 --quick", "argument --rounds: expected a whole number ≥ 1, got '0'"),
-        ("--threads 0", "argument --threads: expected a whole number ≥ 1, got '0'"),
-        ("--fraction 0", "argument --fraction: expected a finite number > 0 and ≤ 1, got '0'"),
-        ("--fraction 2", "argument --fraction: expected a finite number > 0 and ≤ 1, got '2'"),
-    ],
-)
-def test_bad_values_are_refused_by_name(
-    words: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        parse_options(words.split())
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_missing_package_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("benchmarks.speed.__main__.find_spec", lambda name: name != "rich")
-    assert main(["--output", str(tmp_path)]) == 1
-    assert "benchmarks.speed: error: something is missing" in capsys.readouterr().err
-
-
-def test_results_of_another_configuration_are_left_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_of_another_configuration_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "speed.json"
-    document = {"format": "rotate_ewc.benchmarks.speed/1", "configuration": {"threads": 9}}
-    earlier = json.dumps(document)
+    earlier = json.dumps({"format": Estimation.format, "configuration": {"threads": 9}})
     path.write_text(earlier)
-    assert main([*QUICK.split(), "--output", str(tmp_path)]) == 1
-    assert "cannot be combined with" in capsys.readouterr().err
+    with pytest.raises(CommandError, match="cannot be combined with"):
+        run(Options(threads=1, output=tmp_path))
     assert path.read_text() == earlier
 
 
-def test_an_interruption_keeps_what_was_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*arguments: object) -> None:
-        raise KeyboardInterrupt
+def test_contenders_take_turns_and_every_other_round_is_backwards() -> None:
+    assert list(turns("ab", 2)) == [(1, "a"), (1, "b"), (2, "b"), (2, "a")]
+    calls: list[str] = []
+    contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = time_in_rounds(contenders, rounds=3, repetitions=2)
+    assert calls == [name for name in "abc" + "cba" + "abc" for _ in range(WARM_UPS + 2)]
+    assert list(times) == list("abc")
+    assert all(len(seconds) == 3 and min(seconds) > 0 for seconds in times.values())
 
-    monkeypatch.setattr("benchmarks.speed.measure.measure", interrupted)
-    assert main([*QUICK.split(), "--output", str(tmp_path)]) == 130
-    assert "cases that were finished are kept" in capsys.readouterr().out
+
+def test_a_round_is_the_median_of_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([[0.5, 0.1, 0.2], [1.0, 9.0, 1.0]])
+    monkeypatch.setattr("benchmarks.speed.rounds.timeit.repeat", lambda *_, **__: next(found))
+    assert time_in_rounds({"work": bool}, rounds=2, repetitions=3) == {"work": [0.2, 1.0]}
 
 
-def test_help_imports_neither_torch_nor_avalanche() -> None:
-    program = (
-        "import sys; from benchmarks.speed.__main__ import parse_options as parse; parse([]); "
-        "print(sorted({'torch', 'avalanche', 'matplotlib', 'rich'} & set(sys.modules)))"
+def test_ratios_are_taken_within_rounds() -> None:
+    # The ratio of the medians would be 10 / 10.
+    assert median_ratio([30.0, 10.0, 2.0], [10.0, 20.0, 1.0]) == 2.0
+
+
+def test_the_importances_of_avalanche_leave_the_model_as_it_was() -> None:
+    workload = build("d-batchnorm", quick=True)
+    before = {name: value.clone() for name, value in workload.model.state_dict().items()}
+    assert BY_NAME[names.AVALANCHE].prepare(workload, "mc")(0) is None
+    assert not any(module.training for module in workload.model.modules())
+    after = workload.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_small_budget_changes_nothing_and_more_parameters_have_a_larger_trace() -> None:
+    own = (names.OURS, names.LEAN, names.EVERYTHING)
+    full, lean, everything = (
+        BY_NAME[name].prepare(build("d-batchnorm", quick=True), "mc")(0) for name in own
     )
+    assert full is not None
+    assert everything is not None
+    assert lean == pytest.approx(full, rel=1e-6)
+    assert everything > full > 0
+
+
+def test_what_is_measured_by_default() -> None:
+    everything = combinations(Options().cases, None)
+    assert len(everything) == 2 * len(names.CASES) - 1
+    assert Combination("e", "type2") not in everything
+    assert combinations(("e", "a"), ("type2",)) == [("e", "type2"), ("a", "type2")]
+    small = contenders_of("a", Options().contenders)
+    assert names.CURVLINOPS in small
+    assert not {names.KRONFLUENCE, names.EVERYTHING} & set(small)
+    assert names.EVERYTHING in contenders_of("d-groupnorm", Options().contenders)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cases": ("z",)}, "--cases: expected one of a, b, c, d-groupnorm, .*, got 'z'"),
+        ({"cases": ("a", "a")}, "--cases: expected every value once, got a more than once"),
+        ({"cases": ()}, "--cases: expected at least one value, got none"),
+        ({"fisher": ("empirical",)}, "--fisher: expected one of mc, type2, got 'empirical'"),
+        ({"contenders": ("backpack",)}, "--contenders: expected one of rotate-ewc"),
+        ({"rounds": 4}, "--rounds: expected a whole number ≥ 5, got 4"),
+        ({"rounds": 0, "quick": True}, "--rounds: expected a whole number ≥ 1, got 0"),
+        ({"threads": 0}, "--threads: expected a whole number ≥ 1, got 0"),
+        ({"fraction": 0.0}, "--fraction: expected a number > 0 and ≤ 1, got 0"),
+        ({"fraction": 2.0}, "--fraction: expected a number > 0 and ≤ 1, got 2"),
+        ({"output": Path(__file__)}, "--output: expected a folder, got the file"),
+    ],
+)
+def test_bad_values_are_refused_by_name(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Options(**given)  # type: ignore[arg-type]
+
+
+def test_options_import_nothing_heavy_and_come_from_a_command_line() -> None:
+    program = """
+import sys
+import tyro
+from benchmarks.peers.command import Options as Peers
+from benchmarks.speed.command import Options as Speed
+from benchmarks.speed.penalty_command import Options as Penalty
+from benchmarks.studies.constant_cost import Options as Cost
+print(tyro.cli(Speed, args="--cases a c --fraction 0.5 --threads 2".split()).cases)
+print(tyro.cli(Penalty, args="--cases e --tasks 4 1 --rounds 5".split()).tasks)
+print(tyro.cli(Peers, args="--rows linear mse".split()).rows)
+print(tyro.cli(Cost, args="--hidden 4 3 --tasks 5".split()).tasks)
+print(sorted({"torch", "avalanche", "matplotlib", "rich"} & set(sys.modules)))
+"""
+    pytest.importorskip("tyro")
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines() == [
+        "('a', 'c')",
+        "(1, 4)",
+        "('linear', 'mse')",
+        "(2, 5)",
+        "[]",
+    ]

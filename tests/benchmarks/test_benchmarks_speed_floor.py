@@ -4,25 +4,27 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.speed.cases import CASES, Attention, Case, Problem, build
+from benchmarks.speed.cases import CASES, Attention, Case, Workload, build
 from benchmarks.speed.floor import (
     Counts,
     Factor,
+    Layer,
+    Necessary,
     bias_factors,
     count,
     count_attention,
     count_layer,
+    describe_layers,
     factors,
     label_vectors,
-    least_time,
+    necessary,
 )
-from benchmarks.speed.layers import Layer, describe_layers
 
 
-def make_problem(model: nn.Module, *shape: int) -> Problem:
+def make_workload(model: nn.Module, *shape: int) -> Workload:
     case = Case(lambda: model, shape, 2, 2)
     batch = (torch.randn(2, *shape), torch.randint(2, (2,)))
-    return Problem(case, model, nn.CrossEntropyLoss(), [batch])
+    return Workload(case, model, nn.CrossEntropyLoss(), [batch])
 
 
 def test_layers_are_described_by_a_forward_pass() -> None:
@@ -33,7 +35,7 @@ def test_layers_are_described_by_a_forward_pass() -> None:
         nn.Flatten(),
         nn.Linear(36, 2),
     )
-    assert describe_layers(make_problem(model, 3, 6, 6)) == [
+    assert describe_layers(make_workload(model, 3, 6, 6)) == [
         Layer(positions=9, d_in=27, d_out=5, bias=False, backward=False),
         Layer(positions=9, d_in=45, d_out=4, bias=True, backward=True),
         Layer(positions=1, d_in=36, d_out=2, bias=True, backward=True),
@@ -42,10 +44,10 @@ def test_layers_are_described_by_a_forward_pass() -> None:
 
 def test_no_gradient_is_needed_below_frozen_parameters() -> None:
     model = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2))
-    problem = make_problem(model, 3)
-    assert describe_layers(problem)[0].backward
-    problem.freeze_other_parameters()
-    assert not describe_layers(problem)[0].backward
+    workload = make_workload(model, 3)
+    assert describe_layers(workload)[0].backward
+    workload.freeze_other_parameters()
+    assert not describe_layers(workload)[0].backward
     assert model[1].weight.requires_grad
 
 
@@ -63,7 +65,7 @@ def test_a_linear_layer_with_three_label_vectors() -> None:
 
 
 def test_the_first_layer_sends_nothing_backwards() -> None:
-    assert count_layer(Layer(1, 4, 5, bias=True, backward=False), 3).backward == 0
+    assert count_layer(Layer(1, 4, 5, bias=True, backward=False), 3)["backward"] == 0
 
 
 def test_a_convolution_whose_vectors_are_rotated() -> None:
@@ -90,14 +92,14 @@ def test_few_vectors_are_cheaper_to_decompose_than_their_sum() -> None:
 def test_pairs_win_with_few_positions_and_many_label_vectors() -> None:
     layer = Layer(positions=2, d_in=10, d_out=10, bias=False, backward=True)
     counts = count_layer(layer, 9)
-    assert counts.rotations == 2 * 2 * 100 + 9 * 2 * 2 * 100
-    assert counts.eigenvalues == 2 * 3 * 100, "label vectors are summed before"
-    assert counts.factors == 2 * 100 + 9 * 2 * 100
+    assert counts["rotations"] == 2 * 2 * 100 + 9 * 2 * 2 * 100
+    assert counts["eigenvalues"] == 2 * 3 * 100, "label vectors are summed before"
+    assert counts["factors"] == 2 * 100 + 9 * 2 * 100
 
 
 def test_one_position_is_the_same_whichever_way_it_is_counted() -> None:
     counts = count_layer(Layer(1, 7, 3, bias=False, backward=True), 4)
-    assert counts.eigenvalues == 1 * (1 + 1) * 7 * 3
+    assert counts["eigenvalues"] == 1 * (1 + 1) * 7 * 3
 
 
 def test_attention_counts_half_of_each_product() -> None:
@@ -114,31 +116,33 @@ def test_label_vectors_are_the_rank_of_the_loss() -> None:
 def test_operations_are_divided_by_rates_and_eigh_is_added() -> None:
     layers = [Layer(1, 4, 5, bias=True, backward=False)] * 2
     counts = count(layers, None, 1, examples=10**6)
-    assert counts.forward == 2 * 40 * 10**6
-    assert counts.total == 2 * (40 + 16 + 25 + 32 + 50 + 40) * 10**6
+    assert counts["forward"] == 2 * 40 * 10**6
+    assert sum(counts.values()) == 2 * (40 + 16 + 25 + 32 + 50 + 40) * 10**6
     of_weights = factors(layers, 1, 10**6)
-    floor = least_time(counts, of_weights, [], 0.1, {4: 1.0, 5: 10.0})
-    assert floor.gigaflop["forward"] == pytest.approx(0.08)
-    assert floor.seconds["forward"] == pytest.approx(0.8)
-    assert (floor.seconds["eigh"], floor.seconds["eigh for biases"]) == (22, 0)
-    assert floor.total == pytest.approx(22 + counts.total / 1e8)
-    floor = least_time(counts, of_weights, [Factor(1000, 4)], 0.1, {4: 1.0, 5: 10.0})
-    assert floor.seconds["eigh for biases"] == pytest.approx(1 + 0.016 / 0.1)
+    gigaflop = {purpose: number / 1e9 for purpose, number in counts.items()}
+    rates, eigh = {"small": [0.01], "large": [0.1, 0.1, 0.3]}, {"4": [1.0], "5": [9.0, 11.0]}
+    seconds = Necessary(gigaflop, of_weights, []).seconds(rates, eigh)
+    assert seconds["forward"] == pytest.approx(0.8)
+    assert (seconds["eigh"], seconds["eigh for biases"]) == (22, 0)
+    assert sum(seconds.values()) == pytest.approx(22 + sum(counts.values()) / 1e8)
+    needed = Necessary(gigaflop, of_weights, [Factor(1000, 4)])
+    assert needed.sizes == [4, 5, 4, 5, 4]
+    assert needed.seconds(rates, eigh)["eigh for biases"] == pytest.approx(1 + 0.016 / 0.1)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_can_be_built_and_counted(name: str) -> None:
-    problem = build(name, quick=True)
-    problem.freeze_other_parameters()
-    layers = describe_layers(problem)
-    assert len(layers) == len(problem.known_layers)
+    workload = build(name, quick=True)
+    workload.freeze_other_parameters()
+    layers = describe_layers(workload)
+    assert len(layers) == len(workload.known_layers)
     assert [layer.backward for layer in layers] == [False, *[True] * (len(layers) - 1)]
-    assert count(layers, problem.case.attention, 1, problem.examples).total > 0
-    inputs, targets = problem.batches[0]
-    loss = problem.criterion(problem.model(inputs), targets)
+    assert sum(necessary(workload, "mc").gigaflop.values()) > 0
+    inputs, targets = workload.batches[0]
+    loss = workload.criterion(workload.model(inputs), targets)
     loss.backward()
-    assert all(parameter.grad is not None for parameter in problem.known_parameters)
-    assert problem.labels_per_example == (128 if name == "e" else 1)
+    assert all(parameter.grad is not None for parameter in workload.known_parameters)
+    assert workload.labels_per_example == (128 if name == "e" else 1)
 
 
 def test_a_fraction_is_of_whole_batches_and_at_least_one() -> None:

@@ -1,27 +1,24 @@
-"""What the penalty costs: ratios of made-up times, and one whole run; no time is judged."""
+"""``speed-penalty``: ratios of made-up times, and one whole run; no time is judged."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.speed.penalty import names, peers
-from benchmarks.speed.penalty.__main__ import main
-from benchmarks.speed.penalty.cases import build
-from benchmarks.speed.penalty.comparisons import Comparison, compare, relative_range
-from benchmarks.speed.penalty.contenders import enter
-from benchmarks.speed.penalty.figure import draw
-from benchmarks.speed.penalty.history import History, live
-from benchmarks.speed.penalty.options import Options, parse_options
-from benchmarks.speed.penalty.report import comparisons_table, verdict
-from benchmarks.speed.penalty.results import Duration, Record
-
-QUICK = "--quick --cases small --threads 1"
+from benchmarks.peers.adapters import Adapter, Curvlinops, NNGeometry
+from benchmarks.speed import names
+from benchmarks.speed.cases import Form, Workload, build_step
+from benchmarks.speed.comparisons import Comparison, compare
+from benchmarks.speed.contenders import BY_NAME
+from benchmarks.speed.figure import draw
+from benchmarks.speed.history import History, live
+from benchmarks.speed.outside import Duration
+from benchmarks.speed.penalty_command import Options, run
+from benchmarks.speed.report import comparisons_table, verdict
+from benchmarks.speed.results import MEASURED, MISSING, WRONG, Result, Training
+from benchmarks.speed.training import enter
 
 ROUNDS = {
     "step": [2.0, 4.0, 10.0],
@@ -34,6 +31,7 @@ ROUNDS = {
     "separate penalty, 10 tasks": [2.0, 2.0, 2.0],
     "10 penalties one by one": [3.0, 5.0, 1.0],
 }
+ABSENT = Result("nngeometry", MISSING)
 
 
 @pytest.fixture(autouse=True)
@@ -47,30 +45,37 @@ def threads() -> Iterator[None]:
 @pytest.fixture
 def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other packages are not there, whatever is installed."""
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    for adapter in (Curvlinops, NNGeometry):
+        monkeypatch.setattr(adapter, "installed", lambda self: False)
 
 
 @pytest.fixture(scope="module")
 def history() -> History:
-    return live(build("small", quick=True), (1, 2), 2)
+    return live(build_step("small", quick=True), (1, 2), (2,))
 
 
-def compared(case: str) -> dict[str, Comparison]:
-    return {one.label: one for one in compare(case, ROUNDS, (1, 50), 10)}
-
-
-def record(case: str = "a") -> Record:
-    return Record(
+def record(case: str = "a", *wrong: str) -> Training:
+    results = [
+        Result(name, WRONG, "wrong ×2", times)
+        if name in wrong
+        else Result(name, MEASURED, "", times)
+        for name, times in ROUNDS.items()
+    ]
+    return Training(
         case=case,
-        parameters=7,
         batch=3,
+        rounds=3,
+        results=[*results, ABSENT],
+        versions={},
+        parameters=7,
         repetitions=2,
-        rounds=ROUNDS,
-        statuses={"curvlinops": "wrong", "nngeometry": "not installed"},
-        messages={"curvlinops": "wrong ×2"},
-        values={},
-        comparisons=compare(case, ROUNDS, (1, 50), 10),
+        tasks=[1, 50],
+        separate_tasks=10,
     )
+
+
+def compared(case: str, *wrong: str) -> dict[str, Comparison]:
+    return {one.label: one for one in compare(record(case, *wrong))}
 
 
 def test_ratios_are_medians_over_rounds_of_ratios_within_a_round() -> None:
@@ -85,7 +90,11 @@ def test_ratios_are_medians_over_rounds_of_ratios_within_a_round() -> None:
     assert found["RotatedAdam step: overhead"].value == pytest.approx(25)
     assert found["step, and a proximal one every 10th: overhead"].value is None
     assert found["penalty, 1 task / nngeometry"].value is None
-    assert relative_range(ROUNDS, "penalty, 1 task") == (0.5, 0.5, 0.75)
+    assert ROUNDS["penalty, 1 task"] == record().comparable["penalty, 1 task"]
+
+
+def test_what_is_wrong_is_not_compared() -> None:
+    assert compared("a", "curvlinops")["curvlinops / penalty, 1 task"].value is None
 
 
 def test_targets() -> None:
@@ -109,32 +118,28 @@ def test_targets() -> None:
     [("≤", 2.0, True), ("≤", 2.1, False), ("≥", 2.0, True), ("≥", 1.9, False)],
 )
 def test_a_target_is_met_if_it_is_just_reached(relation: str, value: float, met: bool) -> None:
-    assert Comparison("", value, "×", relation, 2.0).met is met
+    assert Comparison("", value, 2.0, relation).met is met  # type: ignore[arg-type]
 
 
 def test_a_duration_is_to_be_below_its_target_or_what_is_beside_it() -> None:
     one = Duration("a", [0.1, 0.3, 0.2], "b", [0.4, 0.1, 0.25])
-    assert (one.median, one.other_median, one.met) == (0.2, 0.25, True)
-    assert not replace(one, target=0.2).met
+    assert (one.median, one.limit) == (0.2, 0.25)
+    assert Duration("a", [0.1], "b", [0.4], target=0.2).limit == 0.2
 
 
 def test_the_figure_has_a_panel_for_each_case() -> None:
-    figure = draw([record("a"), record("c"), record("e")], "A machine", quick=True)
+    records = [record(case, "curvlinops") for case in ("a", "c", "e")]
+    figure = draw(records, ["A machine"])
     panels = [axes for axes in figure.axes if axes.get_visible()]
     assert [axes.get_title(loc="left").partition(":")[0] for axes in panels] == ["a", "c", "e"]
     labels = [label.get_text() for label in panels[0].get_yticklabels()]
     assert labels == [*list(ROUNDS)[1:], "nngeometry"]
-    texts = [text.get_text() for text in panels[0].texts]
-    assert "0.5" in texts
-    assert "1.5 (wrong ×2)" in texts
-    assert "not installed" in texts
-    with pytest.raises(ValueError, match="records: got none"):
-        draw([], "")
+    texts = {text.get_text() for text in panels[0].texts}
+    assert {"0.5", "1.5 (wrong ×2)", "not installed"} <= texts
 
 
 def test_the_table_says_what_was_missed() -> None:
-    table = comparisons_table(record())
-    columns = [list(column.cells) for column in table.columns]
+    columns = [list(column.cells) for column in comparisons_table(record()).columns]
     row = columns[0].index("10 penalties one by one / separate penalty, 10 tasks")
     assert [column[row] for column in columns[1:]] == ["1.50", "≥ 2.00", "missed"]
     assert columns[1][columns[0].index("penalty, 1 task / nngeometry")] == "–"
@@ -144,17 +149,19 @@ def test_the_table_says_what_was_missed() -> None:
 def test_everything_is_measured_and_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*QUICK.split(), "--output", str(tmp_path / "new")]) == 0
+    options = Options(
+        cases=("small",), tasks=(2,), rounds=2, quick=True, threads=1, output=tmp_path / "new"
+    )
+    assert run(options) == 0
     path = tmp_path / "new" / "speed_penalty.json"
     document = json.loads(path.read_text(encoding="utf-8"))
-    assert document["format"] == "rotate_ewc.benchmarks.speed.penalty/1"
+    assert document["format"] == Training.format
     assert document["configuration"]["threads"] == 1
-    assert document["configuration"]["tasks"] == [1, 2]
-    assert "output" not in document["configuration"]
-    assert {"torch", "nngeometry", "curvlinops"} <= set(document["versions"])
     (found,) = document["records"]
     assert (found["case"], found["batch"], found["parameters"]) == ("small", 4, 89_610)
-    assert list(found["rounds"]) == [
+    assert (found["tasks"], found["separate_tasks"]) == ([1, 2], 2)
+    *timed, first, second = found["results"]
+    assert [one["name"] for one in timed] == [
         "step",
         "step with penalty, 1 task",
         "step with penalty, 2 tasks",
@@ -166,56 +173,56 @@ def test_everything_is_measured_and_written(
         "separate penalty, 2 tasks",
         "2 penalties one by one",
     ]
-    assert all(len(times) == 2 and min(times) > 0 for times in found["rounds"].values())
-    assert found["statuses"] == dict.fromkeys(("nngeometry", "curvlinops"), "not installed")
-    assert all(one["met"] in (True, False, None) for one in found["comparisons"])
+    assert all(len(one["seconds"]) == 2 and min(one["seconds"]) > 0 for one in timed)
+    assert [first["name"], second["name"]] == list(names.PEERS)
+    assert first["status"] == second["status"] == "not installed"
     loading, importing = document["durations"]
     assert (len(loading["seconds"]), len(importing["seconds"])) == (2, 1)
     assert loading["other_label"] == "one eigh of 1000 × 1000"
     assert importing["target"] == 0.2
     assert path.with_suffix(".png").stat().st_size > 1_000
-
     out = capsys.readouterr().out
     assert "PyTorch with 1 thread\nA smoke test" in out
-    assert "not installed" in out
     assert out.splitlines()[-1] == f"Wrote {path} and {path.with_suffix('.png')}."
 
 
 def test_the_same_tasks_have_the_same_penalty_in_every_form(history: History) -> None:
-    model = history.problem.model
+    model = history.workload.model
     assert [penalty.num_tasks for penalty in history.merged.values()] == [1, 2]
-    assert history.separate is not None
-    assert history.separate.num_tasks == len(history.single) == 2
+    assert history.separate[2].num_tasks == len(history.single) == 2
     torch.testing.assert_close(history.known(model), history.merged[1](model))
     single = torch.stack([penalty(model) for penalty in history.single]).sum()
     # Another seed of the sampled labels for the second task.
-    torch.testing.assert_close(history.separate(model), single, rtol=0.5, atol=0)
+    torch.testing.assert_close(history.separate[2](model), single, rtol=0.5, atol=0)
 
 
 @pytest.mark.usefixtures("no_peers")
 def test_every_contender_works_more_than_once(history: History) -> None:
-    before = [parameter.clone() for parameter in history.problem.model.parameters()]
-    found = enter("small", history)
-    for work in found.works.values():
+    before = [parameter.clone() for parameter in history.workload.model.parameters()]
+    for work in enter("small", history).works.values():
         work()
         work()
-    after = history.problem.model.parameters()
+    after = history.workload.model.parameters()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert found.calls == {names.TANGENT: 20, names.PROXIMAL: 10}
+
+
+def form_of_peers(monkeypatch: pytest.MonkeyPatch, form: object) -> None:
+    for adapter in (Curvlinops, NNGeometry):
+        monkeypatch.setattr(adapter, "installed", lambda self: True)
+        monkeypatch.setattr(adapter, "quadratic_form", form)
 
 
 def test_a_peer_that_fails_is_out_and_says_why(
     history: History, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(problem: object) -> peers.Form:
+    def refuse(adapter: Adapter, workload: Workload) -> Form:
         raise NotImplementedError("no such layer")
 
-    monkeypatch.setattr(peers, "find_spec", lambda name: object())
-    monkeypatch.setattr(peers, "FORMS", dict.fromkeys(names.PEERS, refuse))
+    form_of_peers(monkeypatch, refuse)
     found = enter("small", history)
-    assert found.remarks == dict.fromkeys(
-        names.PEERS, ("refused", "NotImplementedError: no such layer")
-    )
+    for peer in names.PEERS:
+        result = found.results[peer]
+        assert (result.status, result.message) == ("refused", "NotImplementedError: no such layer")
     assert not set(names.PEERS) & set(found.works)
 
 
@@ -223,21 +230,20 @@ def test_a_peer_that_fails_is_out_and_says_why(
 def test_a_peer_with_another_value_is_wrong(
     factor: float, out: bool, history: History, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def like_ours(problem: object) -> peers.Form:
+    def like_ours(adapter: Adapter, workload: Workload) -> Form:
         anchor = [one.detach() for one in history.first.known_parameters]
-        names_ = [name for name, _ in history.first.model.named_parameters()]
+        own = [name for name, _ in history.first.model.named_parameters()]
 
-        def form(deltas: object) -> torch.Tensor:
-            there = [a + d for a, d in zip(anchor, deltas, strict=True)]  # type: ignore[call-overload]
-            return factor * history.known(dict(zip(names_, there, strict=True)))
+        def form(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+            there = [a + d for a, d in zip(anchor, deltas, strict=True)]
+            return factor * history.known(dict(zip(own, there, strict=True)))
 
         return form
 
-    monkeypatch.setattr(peers, "find_spec", lambda name: object())
-    monkeypatch.setattr(peers, "FORMS", dict.fromkeys(names.PEERS, like_ours))
+    form_of_peers(monkeypatch, like_ours)
     found = enter("small", history)
-    assert ("curvlinops" in found.remarks) is out
-    assert "nngeometry" not in found.remarks
+    assert (found.results["curvlinops"].status == WRONG) is out
+    assert found.results["nngeometry"].status == MEASURED
     assert set(names.PEERS) <= set(found.works)
 
 
@@ -245,9 +251,9 @@ def test_a_peer_with_another_value_is_wrong(
 @pytest.mark.filterwarnings("ignore")
 def test_peers_have_a_differentiable_form(peer: str) -> None:
     pytest.importorskip(peer)
-    problem = build("small", quick=True)
-    form: Callable[..., torch.Tensor] = peers.FORMS[peer](problem)
-    deltas = [torch.randn_like(one).requires_grad_() for one in problem.known_parameters]
+    workload = build_step("small", quick=True)
+    form = BY_NAME[peer].adapter.quadratic_form(workload)
+    deltas = [torch.randn_like(one).requires_grad_() for one in workload.known_parameters]
     value = form(deltas)
     gradients = torch.autograd.grad(value, deltas)
     half = 0.5 * torch.stack([(d * g).sum() for d, g in zip(deltas, gradients, strict=True)]).sum()
@@ -255,62 +261,14 @@ def test_peers_have_a_differentiable_form(peer: str) -> None:
     assert value > 0
 
 
-def test_defaults() -> None:
-    options = parse_options([])
-    assert options == Options()
+def test_options() -> None:
+    options = Options()
     assert options.cases == ("small", "a", "c", "e")
     assert (options.tasks, options.rounds, options.separate_tasks) == ((1, 10, 50), 7, 10)
-    quick = parse_options(["--quick"])
+    quick = Options(quick=True)
     assert (quick.tasks, quick.rounds, quick.separate_tasks) == ((1, 2), 2, 2)
-    assert parse_options(["--tasks", "20,3"]).tasks == (1, 3, 20)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--cases b", "argument --cases: expected one of small, a, c, e, got 'b'"),
-        ("--cases a a", "argument --cases: expected every value once, got a more than once"),
-        ("--tasks 0", "argument --tasks: expected a whole number ≥ 1, got '0'"),
-        ("--tasks ,", "argument --tasks: expected at least one value, got none"),
-        ("--rounds 4", "argument --rounds: expected a whole number ≥ 5 without --quick, got '4'"),
-        ("--rounds 0 --quick", "argument --rounds: expected a whole number ≥ 1, got '0'"),
-        ("--threads 0", "argument --threads: expected a whole number ≥ 1, got '0'"),
-    ],
-)
-def test_bad_values_are_refused_by_name(
-    words: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        parse_options(words.split())
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_missing_package_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("benchmarks.speed.penalty.__main__.find_spec", lambda name: name != "rich")
-    assert main(["--output", str(tmp_path)]) == 1
-    assert "benchmarks.speed_penalty: error: something is missing" in capsys.readouterr().err
-
-
-def test_an_interruption_keeps_what_was_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("benchmarks.speed.penalty.measure.measure", interrupted)
-    assert main([*QUICK.split(), "--output", str(tmp_path)]) == 130
-    assert "cases that were finished are kept" in capsys.readouterr().out
-
-
-def test_help_imports_neither_torch_nor_avalanche() -> None:
-    program = (
-        "import sys; from benchmarks.speed.penalty.__main__ import parse_options as parse; "
-        "parse([]); print(sorted({'torch', 'avalanche', 'matplotlib', 'rich'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+    assert Options(tasks=(20, 3)).tasks == (1, 3, 20)
+    with pytest.raises(ValueError, match="--cases: expected one of small, a, c, e, got 'b'"):
+        Options(cases=("b",))
+    with pytest.raises(ValueError, match="--tasks: expected a whole number ≥ 1, got 0"):
+        Options(tasks=(0,))

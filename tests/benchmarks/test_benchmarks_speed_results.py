@@ -2,58 +2,50 @@
 
 import dataclasses
 import io
-import json
-import threading
-from collections.abc import Callable, Iterator
-from multiprocessing import Pipe
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from benchmarks.speed import names
-from benchmarks.speed.agreement import compare, tolerance_for
-from benchmarks.speed.contenders import BY_NAME, Kind
+from benchmarks.command import CommandError
+from benchmarks.speed import names, worker
+from benchmarks.speed.book import Book
+from benchmarks.speed.cases import Estimate, Workload
+from benchmarks.speed.contenders import BY_NAME, Contender, Kind
+from benchmarks.speed.estimation import QUICK_TOLERANCES, TOLERANCES, _result, compare
 from benchmarks.speed.figure import draw
-from benchmarks.speed.measure import Entry, _result, _turns
-from benchmarks.speed.memory import peak_growth
-from benchmarks.speed.report import cell_table, floor_line
+from benchmarks.speed.machine import peak_growth
+from benchmarks.speed.report import estimation_table, floor_line
 from benchmarks.speed.results import (
     MEASURED,
     MISSING,
     REFUSED,
     WRONG,
-    Cell,
+    Estimation,
     Result,
-    merge,
-    read_cells,
-    write_cells,
 )
-from benchmarks.speed.worker import Job, Reply, Worker, finite, in_one_line, serve_estimations
-
-CONFIGURATION = {"threads": 2, "quick": False, "processor": "P", "cpu_count": 2}
+from benchmarks.speed.worker import Entry, Job, Reply, finite, in_one_line, new_process
 
 
-def result(name: str, seconds: list[float], trace: float | None, **changes: object) -> Result:
+def result(name: str, seconds: list[float], *traces: float, memory: int = 2**20) -> Result:
     kind = BY_NAME[name].kind.value
-    traces = [] if trace is None else [trace]
-    made = Result(name, kind, "1", MEASURED, "", seconds, traces, 2**20)
-    return dataclasses.replace(made, **changes)
+    return Result(name, MEASURED, "", seconds, list(traces), "1", kind, memory)
 
 
 @pytest.fixture
-def cell() -> Cell:
+def record() -> Estimation:
     results = [
         result(names.OURS, [1.0, 2.0, 4.0], 10.0),
         result(names.EVERYTHING, [2.0, 2.0, 2.0], 12.0),
         result(names.CURVLINOPS, [2.0, 6.0, 4.0], 10.05, memory=2**19),
         result(names.NNGEOMETRY, [0.1, 0.1, 0.1], 5.0, memory=1),
-        Result(names.KRONFLUENCE, Kind.SAME.value, "1", REFUSED, "TypeError: no [such] thing"),
-        Result(names.LAPLACE, Kind.OTHER.value, "", MISSING),
-        result(names.PLAIN, [0.5, 0.5, 0.5], None),
+        Result(names.KRONFLUENCE, REFUSED, "TypeError: no [such] thing", kind=Kind.SAME.value),
+        Result(names.LAPLACE, MISSING, kind=Kind.OTHER.value),
+        result(names.PLAIN, [0.5, 0.5, 0.5]),
     ]
-    return Cell(
+    return Estimation(
         case="c",
         fisher="mc",
         fraction=1.0,
@@ -70,8 +62,8 @@ def cell() -> Cell:
     )
 
 
-def test_only_equal_results_have_ratios(cell: Cell) -> None:
-    assert {one.name: one.ratio for one in cell.results} == {
+def test_only_equal_results_have_ratios(record: Estimation) -> None:
+    assert {one.name: one.ratio for one in record.results} == {
         names.OURS: 1.0,
         names.EVERYTHING: None,
         names.CURVLINOPS: 2.0,  # the median of 2, 3 and 1
@@ -82,23 +74,23 @@ def test_only_equal_results_have_ratios(cell: Cell) -> None:
     }
 
 
-def test_a_wrong_trace_is_said_and_its_times_are_kept(cell: Cell) -> None:
-    wrong = cell.results[3]
+def test_a_wrong_trace_is_said_and_its_times_are_kept(record: Estimation) -> None:
+    wrong = record.results[3]
     assert (wrong.status, wrong.message) == (WRONG, "wrong ×0.5")
     assert wrong.seconds == [0.1, 0.1, 0.1]
 
 
 def test_the_exact_matrix_must_agree_more_closely() -> None:
-    assert tolerance_for("mc", quick=False) == 1e-2
-    assert tolerance_for("type2", quick=False) == tolerance_for("type2", quick=True) == 1e-4
+    assert TOLERANCES == {"mc": 1e-2, "type2": 1e-4}
+    assert QUICK_TOLERANCES["type2"] == 1e-4
     both = [result(names.OURS, [1.0], 10.0), result(names.CURVLINOPS, [1.0], 10.05)]
     assert [one.status for one in compare(both, 1e-4)] == [MEASURED, WRONG]
 
 
 def test_traces_of_all_estimations_are_averaged() -> None:
     both = [
-        result(names.OURS, [1.0], None, traces=[9.0, 11.0]),
-        result(names.CURVLINOPS, [1.0], None, traces=[12.0, 8.01]),
+        result(names.OURS, [1.0], 9.0, 11.0),
+        result(names.CURVLINOPS, [1.0], 12.0, 8.01),
     ]
     assert [one.status for one in compare(both, 1e-2)] == [MEASURED, MEASURED]
 
@@ -108,32 +100,34 @@ def test_nothing_is_compared_without_this_package() -> None:
     assert compare(alone, 1e-2) == alone
 
 
-def test_new_cells_take_the_place_of_old_ones(cell: Cell) -> None:
-    exact = dataclasses.replace(cell, fisher="type2")
-    part = dataclasses.replace(cell, fraction=0.25)
-    first = dataclasses.replace(cell, case="a")
-    again = dataclasses.replace(cell, rounds=7)
-    assert merge([cell, exact], [part, first, again]) == [first, again, part, exact]
+def test_new_records_take_the_place_of_old_ones(record: Estimation, tmp_path: Path) -> None:
+    exact = dataclasses.replace(record, fisher="type2")
+    part = dataclasses.replace(record, fraction=0.25)
+    first = dataclasses.replace(record, case="a")
+    again = dataclasses.replace(record, rounds=7)
+
+    def opened(threads: int = 2) -> Book[Estimation]:
+        return Book(tmp_path / "new" / "speed.json", Estimation, threads=threads, quick=False)
+
+    book = opened()
+    assert book.records == []
+    for one in (record, exact):
+        book.add(one)
+    book = opened()
+    assert book.records == [record, exact]
+    for one in (part, first, again):
+        book.add(one)
+    assert opened().records == [first, again, part, exact]
+    with pytest.raises(CommandError, match="cannot be combined"):
+        opened(threads=1)
+    book.path.write_text("[]")
+    with pytest.raises(CommandError, match="has the format None, expected"):
+        opened()
 
 
-def test_what_is_written_can_be_read(cell: Cell, tmp_path: Path) -> None:
-    path = tmp_path / "speed.json"
-    assert read_cells(path, CONFIGURATION) == []
-    write_cells(path, CONFIGURATION, [cell])
-    assert read_cells(path, CONFIGURATION) == [cell]
-    plain = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
-    assert plain["floor"] == 1.0
-    assert plain["results"][0]["median"] == plain["results"][0]["times_floor"] == 2.0
-    with pytest.raises(ValueError, match="cannot be combined"):
-        read_cells(path, {**CONFIGURATION, "threads": 1})
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="has the format None, expected"):
-        read_cells(path, CONFIGURATION)
-
-
-def test_the_table_shows_everybody(cell: Cell) -> None:
+def test_the_table_shows_everybody(record: Estimation) -> None:
     console = Console(width=130, file=io.StringIO())
-    console.print(cell_table(cell, 2))
+    console.print(estimation_table(record, 2))
     lines = console.file.getvalue().splitlines()
     assert lines[0].strip() == (
         "c: CNN with four convolutions, mc, 2000 examples in batches of 250; medians of 3 rounds, "
@@ -148,94 +142,72 @@ def test_the_table_shows_everybody(cell: Cell) -> None:
     assert rows[names.KRONFLUENCE] == [*"–––––", *refused]
     assert rows[names.LAPLACE] == [*"–––––", "not", "installed"]
     assert rows[names.PLAIN] == ["0.500", "–", "–", "1", "–"]
-    assert floor_line(cell) == "Floor: 1.000 s (forward 0.250, eigh 0.750)."
+    assert floor_line(record) == "Floor: 1.000 s (forward 0.250, eigh 0.750)."
 
 
-def test_the_figure_has_a_panel_for_each_cell(cell: Cell) -> None:
-    exact = dataclasses.replace(cell, fisher="type2")
-    part = dataclasses.replace(cell, fraction=0.25)
-    figure = draw([cell, part, exact], "title", quick=True)
+def test_the_figure_has_a_panel_for_each_cell(record: Estimation) -> None:
+    exact = dataclasses.replace(record, fisher="type2")
+    part = dataclasses.replace(record, fraction=0.25)
+    figure = draw([record, part, exact], ["title", "and more"])
     figure.canvas.draw()
     panels = [axes for axes in figure.axes if axes.get_visible()]
     assert len(panels) == 3
     texts = [text.get_text() for text in panels[0].texts]
     assert texts == ["2", "2", "4", "0.1 (wrong ×0.5)", "refused", "not installed", "0.5"]
     assert [tick.get_text() for tick in panels[0].get_yticklabels()][1] == "all parameters"
-    assert "figures mean nothing" in figure.get_suptitle()
+    assert figure.get_suptitle().startswith("title\nand more\nHollow: ")
     assert "0.25 of the data" in panels[1].get_title(loc="left")
-    with pytest.raises(ValueError, match="cells: got none"):
-        draw([], "title")
-
-
-def test_every_other_round_is_backwards() -> None:
-    one, two = Entry(BY_NAME[names.OURS]), Entry(BY_NAME[names.PLAIN])
-    assert list(_turns([one, two], 2)) == [
-        (1, None),
-        (1, one),
-        (1, two),
-        (2, two),
-        (2, one),
-        (2, None),
-    ]
-
-
-def test_whoever_fails_is_refused_with_the_reason() -> None:
-    entry = Entry(BY_NAME[names.CURVLINOPS], replies=[Reply(trace=1.0)], problem="ValueError: no")
-    refused = _result(entry.contender, entry)
-    assert (refused.status, refused.message, refused.seconds) == (REFUSED, "ValueError: no", [])
-
-
-def test_a_process_that_dies_is_noticed() -> None:
-    worker = Worker(divmod, None)  # which raises at once
-    with pytest.raises(RuntimeError, match="died with exit code 1"):
-        worker.answer()
-    with pytest.raises(RuntimeError, match="died with exit code 1"):
-        worker.ask(1)
-    worker.close()
+    with pytest.raises(ValueError, match="records: got none"):
+        draw([], ["title"])
 
 
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[int], float]], object]]:
-    """A function that has an estimation served in a thread, and returns the other end."""
-    monkeypatch.setattr("benchmarks.speed.worker._settle", lambda threads: None)
-    ends = []
+def entry() -> Iterator[Entry]:
+    """A contender with a process."""
+    with new_process(1) as process:
+        yield Entry(BY_NAME[names.CURVLINOPS], process)
 
-    def start(estimate: Callable[[int], float]) -> object:
-        contender = SimpleNamespace(prepare=lambda problem, fisher: estimate)
-        monkeypatch.setitem(BY_NAME, "someone", contender)
-        here, there = Pipe()
-        job = Job("a", "mc", "someone", 0.05, True, 1)
-        thread = threading.Thread(target=serve_estimations, args=(there, job))
-        thread.start()
-        ends.append((here, thread))
-        return here
 
-    yield start
-    for end, thread in ends:
-        end.close()
-        thread.join(10)
+def test_whoever_fails_is_refused_with_the_reason(entry: Entry) -> None:
+    entry.replies.extend([Reply(trace=1.0), Reply(problem="ValueError: no")])
+    refused = _result(entry.contender, entry)
+    assert (refused.status, refused.message, refused.seconds) == (REFUSED, "ValueError: no", [])
+    entry.run(1)
+    assert len(entry.replies) == 2, "who is out is not asked again"
+
+
+def test_a_process_that_dies_is_noticed(entry: Entry) -> None:
+    entry._ask(lambda: entry.process.submit(os._exit, 1).result())
+    assert entry.problem is not None
+    assert entry.problem.startswith("BrokenProcessPool: ")
+
+
+def served(monkeypatch: pytest.MonkeyPatch, estimate: Estimate) -> Reply:
+    """What the process of a contender with some estimation says first."""
+
+    def prepare(contender: Contender, workload: Workload, fisher: str) -> Estimate:
+        return estimate
+
+    monkeypatch.setattr(Contender, "prepare", prepare)
+    return worker.start(Job("a", "mc", names.OURS, 0.05, quick=True))
 
 
 def test_an_estimation_is_done_once_for_memory_and_then_for_every_seed(
-    serve: Callable[[Callable[[int], float]], object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    line = serve(float)
-    first = line.recv()
+    first = served(monkeypatch, float)
     assert (first.trace, first.problem) == (0.0, None)
     assert first.memory is not None
-    line.send(7)
-    second = line.recv()
+    second = worker.estimate(7)
     assert (second.trace, second.memory) == (7.0, None)
     assert second.seconds > 0
 
 
-def test_what_an_estimation_raises_is_its_answer(
-    serve: Callable[[Callable[[int], float]], object],
-) -> None:
+def test_what_an_estimation_raises_is_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(seed: int) -> float:
         raise KeyError("no layer\nand more")
 
-    assert serve(fail).recv().problem == r"KeyError: 'no layer\nand more'"
+    assert served(monkeypatch, fail).problem == r"KeyError: 'no layer\nand more'"
     assert in_one_line(ValueError("one\ntwo")) == "ValueError: one"
     assert in_one_line(ValueError()) == "ValueError"
 

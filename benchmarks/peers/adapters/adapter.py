@@ -2,21 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.exact import DenseMatrix
 from benchmarks.peers.problem import Fisher, Problem
-from benchmarks.peers.verdict import BlockEstimate, Outcome, Status, Structure
+from benchmarks.peers.verdict import BlockEstimate, NotOffered, Structure
+from benchmarks.speed.cases import Estimate, Form, Workload
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One way in which a package is asked.
+    """One way in which a package is asked for a matrix that is known exactly.
 
     Attributes:
         label: For the table.
@@ -34,70 +36,64 @@ class Mode:
 EXACT_EKFAC = (Mode("type2", "type2"), Mode("empirical", "empirical"))
 
 
-@dataclass(frozen=True)
-class RoundTrip:
-    """What happens when a state is saved and loaded into a program whose model has moved on.
-
-    Attributes:
-        without_pickle: Whether the state could be read without running pickled code.
-        same: Whether the loaded estimate is the saved one.
-        weights_kept: Whether the model's weights are as they were before loading.
-    """
-
-    without_pickle: bool
-    same: bool
-    weights_kept: bool
-
-    def outcome(self, about_weights: bool) -> Outcome:
-        """The result for one of the two questions."""
-        if about_weights:
-            good, message = self.weights_kept, "overwrites the weights"
-        else:
-            good, message = self.without_pickle and self.same, "needs pickle"
-            if not self.same:
-                message = "does not come back the same"
-        return Outcome(Status.RIGHT) if good else Outcome(Status.WRONG, message=message)
-
-
 class Adapter:
     """A package behind one interface.
 
     Attributes:
         package: Name of the distribution.
-        title: Name for the table.
         module: Name of the module to import.
-        modes: How it is asked.
+        title: Name for the table; None for the package's own.
+        modes: How it is asked for a matrix.
         raisers: Packages whose exceptions count as its own refusals.
         takes_loss: Whether it is given a loss object, which may have an unusable reduction.
     """
 
     package: ClassVar[str]
-    title: ClassVar[str]
     module: ClassVar[str]
-    modes: ClassVar[tuple[Mode, ...]]
-    raisers: ClassVar[tuple[str, ...]]
+    title: ClassVar[str]
+    modes: ClassVar[tuple[Mode, ...]] = ()
+    raisers: ClassVar[tuple[str, ...]] = ()
     takes_loss: ClassVar[bool] = False
 
-    @classmethod
-    def installed(cls) -> bool:
+    def installed(self) -> bool:
         """Whether the package can be imported."""
-        return find_spec(cls.module) is not None
+        return find_spec(self.module) is not None
+
+    def version(self) -> str | None:
+        """Its version; None where it is not installed, or run from its sources."""
+        try:
+            return version(self.package)
+        except PackageNotFoundError:
+            return None
 
     def estimate(self, problem: Problem, mode: Mode, model: nn.Module) -> list[BlockEstimate]:
-        """Estimate a problem's matrix, in the scale of :mod:`benchmarks.peers.exact`.
-
-        Args:
-            problem: The problem.
-            mode: How to ask.
-            model: The problem's model.
+        """Estimate a tiny problem's matrix, in the scale of :mod:`benchmarks.peers.exact`.
 
         Raises:
             NotOffered: If the package has no such feature.
         """
         raise NotImplementedError
 
-    def round_trip(self, problem: Problem, folder: Path) -> RoundTrip:
-        """Save the state of an estimate and load it beside a model with other weights."""
+    def save(self, problem: Problem, folder: Path) -> list[Tensor]:
+        """Estimate in the first mode, save that to a folder, and return it."""
+        raise NotImplementedError
+
+    def load(self, problem: Problem, folder: Path, model: nn.Module) -> list[Tensor]:
+        """Load what :meth:`save` saved, beside a model with other weights, and return it."""
+        raise NotImplementedError
+
+    def prepare(self, workload: Workload, fisher: str) -> Estimate:
+        """Make a function that estimates the matrix of all parameters that are not frozen.
+
+        The model, in evaluation mode, may be changed.
+        """
+        raise NotImplementedError
+
+    def quadratic_form(self, workload: Workload) -> Form:
+        """Estimate a matrix with sampled labels, and make its differentiable quadratic form.
+
+        The model is at its anchor, and only known parameters are not frozen.
+        """
         raise NotImplementedError
 
 
@@ -117,37 +113,45 @@ def single_blocks(matrix: Tensor, problem: Problem, model: nn.Module) -> list[Bl
     return [BlockEstimate((name,), dense.block([name])) for name in shapes]
 
 
-def moved_model(problem: Problem) -> nn.Module:
-    """The problem's model with other weights, as after further training."""
-    model = problem.model()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1.0)
-    return model
+def whole_layers(model: nn.Module) -> list[str]:
+    """Names of the modules of which all parameters are estimated.
+
+    Raises:
+        NotOffered: If only some parameters of a module are.
+    """
+    names = []
+    for name, module in model.named_modules():
+        own = [p.requires_grad for p in module.parameters(recurse=False)]
+        if all(own) and own:
+            names.append(name)
+        elif any(own):
+            raise NotOffered("whole layers only")
+    return names
 
 
-def weights(model: nn.Module) -> list[Tensor]:
-    """Copies of all parameters."""
-    return [parameter.detach().clone() for parameter in model.parameters()]
+def has_options(loss: nn.Module) -> bool:
+    """Whether a loss weights, smooths or ignores."""
+    options = [getattr(loss, name, None) for name in ("weight", "pos_weight")]
+    smoothing = getattr(loss, "label_smoothing", 0.0)
+    return any(option is not None for option in options) or smoothing != 0.0
 
 
-def all_equal(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    """Whether two lists of tensors are the same, entry by entry."""
-    return len(left) == len(right) and all(
-        torch.equal(a, b) for a, b in zip(left, right, strict=True)
-    )
+def multiplied_out(operator: Any, parameters: Sequence[Tensor]) -> Tensor:
+    """The dense matrix of an operator, which multiplies columns."""
+    size = sum(parameter.numel() for parameter in parameters)
+    product: Tensor = operator @ torch.eye(size, dtype=parameters[0].dtype)
+    return product
 
 
-def nearly_equal(left: Tensor, right: Tensor) -> bool:
-    """Whether two matrices are the same up to rounding, which depends on how they are stored."""
-    return torch.allclose(left, right, rtol=1e-12, atol=1e-12 * float(left.abs().max()))
+class OneRowPerToken(nn.Module):
+    """A model of tokens with the outputs that some packages want: a matrix."""
 
+    def __init__(self, model: nn.Module) -> None:
+        """Keep a model whose outputs are ``[N, C, T]``."""
+        super().__init__()
+        self.model = model
 
-def readable_without_pickle(path: Path) -> bool:
-    """Whether ``torch.load`` reads a file although it may not run code in it."""
-    try:
-        torch.load(path, weights_only=True)
-    # Whatever is raised, the file could not be read.
-    except Exception:
-        return False
-    return True
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Scores ``[N · T, C]``."""
+        scores: Tensor = self.model(inputs)
+        return scores.transpose(1, 2).flatten(0, 1)

@@ -1,143 +1,190 @@
-"""kronfluence: the ``ekfac`` strategy with the empirical Fisher matrix."""
+"""kronfluence: the ``ekfac`` strategy, with the empirical Fisher matrix or with sampled labels."""
 
 import logging
 import tempfile
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from benchmarks.peers.adapters.adapter import (
-    Adapter,
-    Mode,
-    RoundTrip,
-    all_equal,
-    canonical_names,
-    moved_model,
-    weights,
-)
+from benchmarks.peers.adapters.adapter import Adapter, Mode, canonical_names, whole_layers
 from benchmarks.peers.problem import DTYPE, Problem, collate
 from benchmarks.peers.verdict import BlockEstimate, NotOffered
+from benchmarks.speed import names
+from benchmarks.speed.cases import Batch, Estimate, Workload
 
 FACTORS = "factors"
+IN_FLOAT64 = {
+    f"{quantity}_dtype": DTYPE
+    for quantity in (
+        "activation_covariance",
+        "gradient_covariance",
+        "eigendecomposition",
+        "per_sample_gradient",
+        "lambda",
+    )
+}
+
+# The summed loss of a batch, of labels that the model draws if the last argument says so.
+Loss = Callable[[nn.Module, Batch, bool], Tensor]
 
 
 class Kronfluence(Adapter):
-    """Its other Fisher matrix samples labels, and has no exact value to compare with."""
+    """Its Fisher matrix with sampled labels has no exact value to compare with."""
 
-    package: ClassVar[str] = "kronfluence"
-    title: ClassVar[str] = "kronfluence"
-    module: ClassVar[str] = "kronfluence"
-    modes: ClassVar[tuple[Mode, ...]] = (Mode("empirical", "empirical"),)
-    raisers: ClassVar[tuple[str, ...]] = ("kronfluence",)
+    package = "kronfluence"
+    module = "kronfluence"
+    title = "kronfluence"
+    modes = (Mode("empirical", "empirical"),)
+    raisers = ("kronfluence",)
 
     def estimate(self, problem: Problem, mode: Mode, model: nn.Module) -> list[BlockEstimate]:
         """Fit the factors in a temporary folder, and read them from there."""
         canonical = canonical_names(model)
         with tempfile.TemporaryDirectory() as folder:
-            analyzer = self._fitted(problem, model, Path(folder))
-            return read_blocks(analyzer, canonical)
+            return _read_blocks(_fitted(problem, model, Path(folder)), canonical)
 
-    def round_trip(self, problem: Problem, folder: Path) -> RoundTrip:
-        """Fitting saves safetensors; another analyzer, of the moved model, reads them."""
+    def save(self, problem: Problem, folder: Path) -> list[Tensor]:
+        """Fitting saves safetensors."""
         model = problem.model()
         canonical = canonical_names(model)
-        fitted = read_blocks(self._fitted(problem, model, folder), canonical)
-        moved = moved_model(problem)
-        before = weights(moved)
-        prepared, analyzer = self._analyzer(problem, moved, folder)
-        kept = [p for n, p in prepared.named_parameters() if not n.endswith("_constant")]
-        loaded = read_blocks(analyzer, canonical)
-        factors = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"]
-        return RoundTrip(
-            without_pickle=all(path.suffix == ".safetensors" for path in factors),
-            same=all_equal([b.matrix for b in fitted], [b.matrix for b in loaded]),
-            weights_kept=all_equal(before, kept),
-        )
+        blocks = _read_blocks(_fitted(problem, model, folder), canonical)
+        return [block.matrix for block in blocks]
 
-    def _fitted(self, problem: Problem, model: nn.Module, folder: Path) -> Any:
-        if problem.drop_last or problem.one_shot:
-            raise NotOffered("it makes its batches from a data set by itself")
-        arguments = import_module("kronfluence.arguments")
-        dataset = import_module("kronfluence.utils.dataset")
-        _, analyzer = self._analyzer(problem, model, folder)
-        analyzer.fit_all_factors(
-            factors_name=FACTORS,
-            dataset=TensorDataset(*problem.data()),
-            per_device_batch_size=problem.batch_size,
-            dataloader_kwargs=dataset.DataLoaderKwargs(collate_fn=collate),
-            factor_args=arguments.FactorArguments(
-                strategy="ekfac",
-                use_empirical_fisher=True,
-                has_shared_parameters=problem.shared,
-                activation_covariance_dtype=DTYPE,
-                gradient_covariance_dtype=DTYPE,
-                eigendecomposition_dtype=DTYPE,
-                per_sample_gradient_dtype=DTYPE,
-                lambda_dtype=DTYPE,
-            ),
-        )
-        return analyzer
+    def load(self, problem: Problem, folder: Path, model: nn.Module) -> list[Tensor]:
+        """Another analyzer reads them."""
+        canonical = canonical_names(model)
+        blocks = _read_blocks(_problem_analyzer(problem, model, folder), canonical)
+        return [block.matrix for block in blocks]
 
-    def _analyzer(self, problem: Problem, model: nn.Module, folder: Path) -> tuple[nn.Module, Any]:
-        module = import_module("kronfluence.analyzer")
-        task = make_task(problem, tracked_modules(problem, model))
-        prepared: nn.Module = module.prepare_model(model, task)
-        analyzer = module.Analyzer(
-            analysis_name="analysis",
-            model=prepared,
-            task=task,
-            cpu=True,
-            log_level=logging.CRITICAL,
-            disable_tqdm=True,
-            output_dir=str(folder),
-        )
-        return prepared, analyzer
+    def prepare(self, workload: Workload, fisher: str) -> Estimate:
+        """Fit the factors in a temporary folder, which is what it always does."""
+        if fisher != names.MC:
+            raise NotImplementedError(
+                "its Fisher matrix samples labels, or takes those of the data"
+            )
+        dataset = workload.dataset()
+        task = _make_task(_sampled_loss)
+        model = import_module("kronfluence.analyzer").prepare_model(workload.model, task)
+
+        def estimate(seed: int) -> float:
+            torch.manual_seed(seed)
+            with tempfile.TemporaryDirectory() as folder:
+                analyzer = _make_analyzer(model, task, Path(folder))
+                _fit(
+                    analyzer,
+                    dataset,
+                    workload.batch_size,
+                    dataset.collate_fn,
+                    use_empirical_fisher=False,
+                    has_shared_parameters=False,
+                )
+                eigenvalues = analyzer.load_lambda_matrices(FACTORS)["lambda_matrix"]
+            # Sums over examples, of a loss that is a sum.
+            total = sum(float(one.sum()) for one in eigenvalues.values())
+            return total / workload.examples / workload.labels_per_example
+
+        return estimate
 
 
-def tracked_modules(problem: Problem, model: nn.Module) -> list[str] | None:
-    """All modules it supports, or those named, or those to be estimated with all parameters."""
-    if not problem.left_out:
-        named: list[str] | None = problem.settings.get("kronfluence", {}).get("modules")
-        return named
-    names = []
-    for name, module in model.named_modules():
-        own = [p.requires_grad for p in module.parameters(recurse=False)]
-        if all(own) and own:
-            names.append(name)
-        elif any(own):
-            raise NotOffered("whole layers only")
-    return names
+def _sampled_loss(model: nn.Module, batch: Batch, sample: bool) -> Tensor:
+    """Cross-entropy of examples, or of their tokens."""
+    inputs, targets = batch
+    scores = model(inputs)
+    if sample:
+        with torch.no_grad():
+            probabilities = scores.movedim(1, -1).softmax(-1)
+            targets = probabilities.flatten(0, -2).multinomial(1).reshape(targets.shape)
+    return F.cross_entropy(scores, targets, reduction="sum")
 
 
-def make_task(problem: Problem, tracked: list[str] | None) -> Any:
-    """The task: the summed loss, as its documentation asks for."""
+def _fitted(problem: Problem, model: nn.Module, folder: Path) -> Any:
+    """An analyzer with the empirical factors of a problem."""
+    if problem.drop_last or problem.one_shot:
+        raise NotOffered("it makes its batches from a data set by itself")
+    analyzer = _problem_analyzer(problem, model, folder)
+    _fit(
+        analyzer,
+        TensorDataset(*problem.data()),
+        problem.batch_size,
+        collate,
+        use_empirical_fisher=True,
+        has_shared_parameters=problem.shared,
+        **IN_FLOAT64,
+    )
+    return analyzer
+
+
+def _problem_analyzer(problem: Problem, model: nn.Module, folder: Path) -> Any:
+    """An analyzer of all modules it supports, or those named, or those that are not left out."""
+    tracked = whole_layers(model) if problem.left_out else None
     loss = problem.loss_for("empirical")
+    task = _make_task(
+        lambda model, batch, sample: loss(model(batch[0]), batch[1]),
+        problem.settings.get("kronfluence", {}).get("modules", tracked),
+    )
+    prepared = import_module("kronfluence.analyzer").prepare_model(model, task)
+    return _make_analyzer(prepared, task, folder)
 
-    class PeerTask(import_module("kronfluence.task").Task):  # type: ignore[misc]
-        """The problem as a task."""
+
+def _make_analyzer(model: nn.Module, task: Any, folder: Path) -> Any:
+    return import_module("kronfluence.analyzer").Analyzer(
+        analysis_name="analysis",
+        model=model,
+        task=task,
+        cpu=True,
+        log_level=logging.CRITICAL,
+        disable_tqdm=True,
+        output_dir=str(folder),
+    )
+
+
+def _fit(
+    analyzer: Any,
+    dataset: Any,
+    batch_size: int,
+    collate_fn: Callable[..., Any],
+    **options: Any,
+) -> None:
+    """Fit all factors."""
+    arguments = import_module("kronfluence.arguments")
+    settings = import_module("kronfluence.utils.dataset").DataLoaderKwargs(collate_fn=collate_fn)
+    analyzer.fit_all_factors(
+        factors_name=FACTORS,
+        dataset=dataset,
+        per_device_batch_size=batch_size,
+        dataloader_kwargs=settings,
+        factor_args=arguments.FactorArguments(strategy="ekfac", **options),
+    )
+
+
+def _make_task(loss: Loss, tracked: list[str] | None = None) -> Any:
+    """The task: the summed loss, as its documentation asks for."""
+
+    class ClassificationTask(import_module("kronfluence.task").Task):  # type: ignore[misc]
+        """A model with a loss."""
 
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            """The loss of the labels given."""
-            inputs, targets = batch
-            value: Tensor = loss(model(inputs), targets)
-            return value
+            """The loss of the labels given, or of labels that the model draws."""
+            return loss(model, batch, sample)
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
             """Never used: there are no queries."""
-            return self.compute_train_loss(batch, model)
+            return loss(model, batch, False)
 
         def get_influence_tracked_modules(self) -> list[str] | None:
-            """The modules to be estimated."""
+            """The modules to be estimated; None for all."""
             return tracked
 
-    return PeerTask()
+    return ClassificationTask()
 
 
-def read_blocks(analyzer: Any, canonical: dict[str, str]) -> list[BlockEstimate]:
+def _read_blocks(analyzer: Any, canonical: dict[str, str]) -> list[BlockEstimate]:
     """Put the saved factors together: the sums over examples, a bias as the last column."""
     bases = analyzer.load_eigendecomposition(FACTORS)
     lambdas = analyzer.load_lambda_matrices(FACTORS)["lambda_matrix"]
@@ -149,11 +196,10 @@ def read_blocks(analyzer: Any, canonical: dict[str, str]) -> list[BlockEstimate]
         matrix = basis @ torch.diag(eigenvalues.flatten()) @ basis.T
         d_out, d_in = eigenvalues.shape
         entries = torch.arange(d_out * d_in).reshape(d_out, d_in)
-        names = [f"{module}.weight"]
-        order = entries.flatten()
+        own, order = [f"{module}.weight"], entries.flatten()
         if f"{module}.bias" in canonical:
-            names.append(f"{module}.bias")
+            own.append(f"{module}.bias")
             order = torch.cat([entries[:, :-1].flatten(), entries[:, -1]])
-        parameters = tuple(canonical[name] for name in names)
+        parameters = tuple(canonical[name] for name in own)
         blocks.append(BlockEstimate(parameters, matrix[order][:, order]))
     return blocks

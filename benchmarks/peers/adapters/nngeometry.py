@@ -1,10 +1,10 @@
-"""nngeometry: ``PMatEKFAC`` with its diagonal updated, and ``PMatDiag`` beside it."""
+"""nngeometry: ``PMatEKFAC`` with its diagonal updated, and ``PMatDiag`` where that is of no use."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from benchmarks.peers.adapters.adapter import (
     Adapter,
     Mode,
-    RoundTrip,
-    all_equal,
     canonical_names,
-    moved_model,
-    readable_without_pickle,
-    weights,
+    has_options,
+    whole_layers,
 )
 from benchmarks.peers.exact import mean_divisor
 from benchmarks.peers.problem import DTYPE, Problem
 from benchmarks.peers.verdict import BlockEstimate, NotOffered, Structure
+from benchmarks.speed import names
+from benchmarks.speed.cases import Estimate, Form, Workload
 
+FILE = "matrix.pt"
 # The closed forms of `FIM`, and what a loss's Hessian is in units of theirs.
 VARIANTS: dict[type[nn.Module], tuple[str, float]] = {
     nn.CrossEntropyLoss: ("classif_logits", 1.0),
@@ -34,15 +34,15 @@ VARIANTS: dict[type[nn.Module], tuple[str, float]] = {
 class NNGeometry(Adapter):
     """The Fisher matrix of its closed forms, and the second moment of per-example gradients."""
 
-    package: ClassVar[str] = "nngeometry"
-    title: ClassVar[str] = "nngeometry"
-    module: ClassVar[str] = "nngeometry"
-    modes: ClassVar[tuple[Mode, ...]] = (
+    package = "nngeometry"
+    module = "nngeometry"
+    title = "nngeometry"
+    modes = (
         Mode("type2", "type2"),
         Mode("empirical", "empirical"),
         Mode("diagonal", "type2", Structure.DIAGONAL, fallback=True),
     )
-    raisers: ClassVar[tuple[str, ...]] = ("nngeometry",)
+    raisers = ("nngeometry",)
 
     def estimate(self, problem: Problem, mode: Mode, model: nn.Module) -> list[BlockEstimate]:
         """Write out the matrix of every layer."""
@@ -55,104 +55,130 @@ class NNGeometry(Adapter):
         canonical = canonical_names(model)
         blocks = []
         for layer, description in layers.layers.items():
-            names = [f"{layer}.weight"]
-            if description.bias is not None:
-                names.append(f"{layer}.bias")
+            own = ("weight",) if description.bias is None else ("weight", "bias")
             first = layers.p_pos[layer]
             part = slice(first, first + description.numel())
-            parameters = tuple(canonical[name] for name in names)
+            parameters = tuple(canonical[f"{layer}.{name}"] for name in own)
             blocks.append(BlockEstimate(parameters, scale * dense[part, part]))
         return blocks
 
-    def round_trip(self, problem: Problem, folder: Path) -> RoundTrip:
+    def save(self, problem: Problem, folder: Path) -> list[Tensor]:
         """Pickle the matrix, the only way it has of being saved."""
         with float64_by_default():
             matrix, _, _ = self._matrix(problem, self.modes[0], problem.model())
-        path = folder / "matrix.pt"
-        torch.save(matrix, path)
-        model = moved_model(problem)
-        before = weights(model)
-        loaded = torch.load(path, weights_only=False)
-        return RoundTrip(
-            without_pickle=readable_without_pickle(path),
-            same=all_equal(list(matrix.data[1].values()), list(loaded.data[1].values())),
-            weights_kept=all_equal(before, weights(model)),
-        )
+        torch.save(matrix, folder / FILE)
+        return list(matrix.data[1].values())
+
+    def load(self, problem: Problem, folder: Path, model: nn.Module) -> list[Tensor]:
+        """Unpickle the matrix."""
+        return list(torch.load(folder / FILE, weights_only=False).data[1].values())
 
     def _matrix(self, problem: Problem, mode: Mode, model: nn.Module) -> tuple[Any, Any, float]:
         """The matrix, its layers, and the factor to the scale of the loss."""
         if problem.one_shot:
             raise NotOffered("data are a DataLoader or one batch")
         objects = import_module("nngeometry.object")
-        layers = self._layers(problem, model)
+        if problem.left_out:
+            layers = _collect(model, map(model.get_submodule, whole_layers(model)))
+        else:
+            layers = import_module("nngeometry.layercollection").LayerCollection.from_model(model)
         ekfac = mode.structure is Structure.EKFAC
         representation = objects.PMatEKFAC if ekfac else objects.PMatDiag
-        build = self._empirical if mode.fisher == "empirical" else self._closed_form
+        build = _empirical if mode.fisher == "empirical" else _closed_form
         matrix, scale = build(problem, model, layers, representation)
         if ekfac:
             matrix.update_diag(problem.loader())
         return matrix, layers, scale
 
-    def _layers(self, problem: Problem, model: nn.Module) -> Any:
-        """All layers, or those of which all parameters are to be estimated."""
-        collection = import_module("nngeometry.layercollection").LayerCollection
-        if not problem.left_out:
-            return collection.from_model(model)
-        layers = collection()
-        for module in model.modules():
-            own = [p.requires_grad for p in module.parameters(recurse=False)]
-            if all(own) and own:
-                layers.add_layer_from_model(model, module)
-            elif any(own):
-                raise NotOffered("whole layers only")
-        return layers
+    def prepare(self, workload: Workload, fisher: str) -> Estimate:
+        """Estimate the layers that it is told, each weight together with its bias."""
+        make = _make_matrices(workload, fisher)
 
-    def _closed_form(
-        self, problem: Problem, model: nn.Module, layers: Any, representation: Any
-    ) -> tuple[Any, float]:
-        """``FIM``: an average over examples, of the summed loss of each."""
-        loss = problem.loss("mean")
-        if has_options(loss) or problem.targets in ("some ignored", "probabilities"):
-            raise NotOffered("FIM knows likelihoods, not the options of a loss")
-        variant, unit = VARIANTS[type(loss)]
-        loader = problem.loader()
-        matrix = import_module("nngeometry.metrics").FIM(
-            model, loader, representation, variant=variant, layer_collection=layers
-        )
-        divisor = mean_divisor(problem) if problem.reduction == "mean" else 1.0
-        return matrix, unit * len(problem.seen()) / divisor
+        def estimate(seed: int) -> float:
+            torch.manual_seed(seed)
+            # An average over examples of the summed loss of each.
+            return float(make()[0].trace()) / workload.labels_per_example
 
-    def _empirical(
-        self, problem: Problem, model: nn.Module, layers: Any, representation: Any
-    ) -> tuple[Any, float]:
-        """The second moment of the gradients of a function: here the loss of every example."""
-        backend = import_module("nngeometry.backend").TorchHooksJacobianBackend
-        generator = backend(
-            layer_collection=layers, model=model, function=example_losses(problem, model)
-        )
-        matrix = representation(generator=generator, examples=problem.loader())
-        return matrix, float(len(problem.seen()))
+        return estimate
+
+    def quadratic_form(self, workload: Workload) -> Form:
+        """``PMatEKFAC.vTMv``, of a mean over examples of the summed loss of each."""
+        matrix, layers = _make_matrices(workload, names.MC)()
+        sizes = {name: 1 + bool(layer.bias) for name, layer in layers.layers.items()}
+        vector_of = import_module("nngeometry.object").PVector
+
+        def form(deltas: Sequence[Tensor]) -> Tensor:
+            rest = iter(deltas)
+            parts = {name: tuple(next(rest) for _ in range(size)) for name, size in sizes.items()}
+            value: Tensor = 0.5 * matrix.vTMv(vector_of(layer_collection=layers, dict_repr=parts))
+            return value
+
+        return form
 
 
-def example_losses(problem: Problem, model: nn.Module) -> Callable[..., Tensor]:
-    """A function from a batch to the summed loss of each example, ``[B, 1]``."""
+def _make_matrices(workload: Workload, fisher: str) -> Callable[[], tuple[Any, Any]]:
+    """A function that makes a matrix, and its layers."""
+    metrics = import_module("nngeometry.metrics")
+    representation = import_module("nngeometry.object").PMatEKFAC
+    metric = metrics.FIM_MonteCarlo if fisher == names.MC else metrics.FIM
+    layers = _collect(workload.model, workload.known_layers)
+    settings: dict[str, Any] = {"layer_collection": layers, "variant": "classif_logits"}
+    if workload.labels_per_example > 1 and fisher == names.MC:
+
+        def scores_of_pixels(*batch: Tensor) -> Tensor:
+            scores: Tensor = workload.model(batch[0])
+            return scores.unsqueeze(-1)
+
+        settings |= {"variant": "segmentation_logits", "function": scores_of_pixels}
+    data = workload.loader()
+
+    def make() -> tuple[Any, Any]:
+        matrix = metric(workload.model, data, representation, **settings)
+        matrix.update_diag(data)
+        return matrix, layers
+
+    return make
+
+
+def _collect(model: nn.Module, modules: Iterable[nn.Module]) -> Any:
+    """Some of a model's layers."""
+    layers = import_module("nngeometry.layercollection").LayerCollection()
+    for module in modules:
+        layers.add_layer_from_model(model, module)
+    return layers
+
+
+def _closed_form(
+    problem: Problem, model: nn.Module, layers: Any, representation: Any
+) -> tuple[Any, float]:
+    """``FIM``: an average over examples, of the summed loss of each."""
+    loss = problem.loss("mean")
+    if has_options(loss) or problem.targets in ("some ignored", "probabilities"):
+        raise NotOffered("FIM knows likelihoods, not the options of a loss")
+    variant, unit = VARIANTS[type(loss)]
+    matrix = import_module("nngeometry.metrics").FIM(
+        model, problem.loader(), representation, variant=variant, layer_collection=layers
+    )
+    divisor = mean_divisor(problem) if problem.reduction == "mean" else 1.0
+    return matrix, unit * len(problem.seen()) / divisor
+
+
+def _empirical(
+    problem: Problem, model: nn.Module, layers: Any, representation: Any
+) -> tuple[Any, float]:
+    """The second moment of the gradients of a function: here the loss of every example."""
     loss = problem.loss_for("empirical")
 
-    def losses(inputs: Tensor, targets: Tensor) -> Tensor:
+    def example_losses(inputs: Tensor, targets: Tensor) -> Tensor:
         outputs: Tensor = model(inputs)
-        pairs = zip(
-            torch.split(outputs, problem.rows), torch.split(targets, problem.rows), strict=True
-        )
-        return torch.stack([loss(output, target) for output, target in pairs])[:, None]
+        parts = (torch.split(tensor, problem.rows) for tensor in (outputs, targets))
+        return torch.stack([loss(*pair) for pair in zip(*parts, strict=True)])[:, None]
 
-    return losses
-
-
-def has_options(loss: nn.Module) -> bool:
-    """Whether a loss weights, smooths or ignores."""
-    options = [getattr(loss, name, None) for name in ("weight", "pos_weight")]
-    smoothing = getattr(loss, "label_smoothing", 0.0)
-    return any(option is not None for option in options) or smoothing != 0.0
+    generator = import_module("nngeometry.backend").TorchHooksJacobianBackend(
+        layer_collection=layers, model=model, function=example_losses
+    )
+    matrix = representation(generator=generator, examples=problem.loader())
+    return matrix, float(len(problem.seen()))
 
 
 @contextmanager

@@ -2,66 +2,75 @@
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.peers.adapters.adapter import (
-    EXACT_EKFAC,
-    Adapter,
-    Mode,
-    RoundTrip,
-    all_equal,
-    moved_model,
-    nearly_equal,
-    weights,
-)
+from benchmarks.peers.adapters.adapter import EXACT_EKFAC, Adapter, Mode, multiplied_out
 from benchmarks.peers.exact import DenseMatrix
 from benchmarks.peers.problem import Problem
 from benchmarks.peers.verdict import BlockEstimate
+from benchmarks.speed.cases import Estimate, Workload
+
+FILE = "operator.safetensors"
 
 
 class RotateEWC(Adapter):
     """The operator, block by block."""
 
-    package: ClassVar[str] = "rotate-ewc"
-    title: ClassVar[str] = "rotate_ewc"
-    module: ClassVar[str] = "rotate_ewc"
-    modes: ClassVar[tuple[Mode, ...]] = EXACT_EKFAC
-    raisers: ClassVar[tuple[str, ...]] = ("rotate_ewc",)
-    takes_loss: ClassVar[bool] = True
+    package = "rotate-ewc"
+    module = "rotate_ewc"
+    title = "rotate_ewc"
+    modes = EXACT_EKFAC
+    raisers = ("rotate_ewc",)
+    takes_loss = True
 
     def estimate(self, problem: Problem, mode: Mode, model: nn.Module) -> list[BlockEstimate]:
         """Multiply the operator onto the identity."""
         operator = self._operator(problem, mode, model)
-        eye = torch.eye(operator.shape[0], dtype=operator.dtype)
-        dense = DenseMatrix(operator @ eye, operator.parameter_shapes)
+        matrix = multiplied_out(operator, problem.parameters(model))
+        dense = DenseMatrix(matrix, operator.parameter_shapes)
         names = [block.parameters for block in operator.blocks]
         return [BlockEstimate(parameters, dense.block(parameters)) for parameters in names]
 
-    def round_trip(self, problem: Problem, folder: Path) -> RoundTrip:
-        """Save to a safetensors file; loading needs no model."""
-        operator = self._operator(problem, self.modes[0], problem.model())
-        path = folder / "operator.safetensors"
-        operator.save(path)
-        model = moved_model(problem)
-        before = weights(model)
-        loaded = type(operator).load(path)
-        eye = torch.eye(operator.shape[0], dtype=operator.dtype)
-        return RoundTrip(
-            without_pickle=True,
-            same=nearly_equal(operator @ eye, loaded @ eye),
-            weights_kept=all_equal(before, weights(model)),
-        )
+    def save(self, problem: Problem, folder: Path) -> list[Tensor]:
+        """Save to a safetensors file."""
+        model = problem.model()
+        operator = self._operator(problem, self.modes[0], model)
+        operator.save(folder / FILE)
+        return [multiplied_out(operator, problem.parameters(model))]
+
+    def load(self, problem: Problem, folder: Path, model: nn.Module) -> list[Tensor]:
+        """Load without a model."""
+        loaded = import_module("rotate_ewc").EKFACLinearOperator.load(folder / FILE)
+        return [multiplied_out(loaded, problem.parameters(model))]
 
     def _operator(self, problem: Problem, mode: Mode, model: nn.Module) -> Any:
-        rotate_ewc = import_module("rotate_ewc")
-        return rotate_ewc.EKFACLinearOperator(
+        return import_module("rotate_ewc").EKFACLinearOperator(
             model,
             problem.loss_for(mode.fisher),
             problem.parameters(model),
             problem.batches(),
-            fisher_type=rotate_ewc.FisherType[mode.fisher.upper()],
+            fisher_type=mode.fisher,
             **problem.settings.get(self.package, {}),
         )
+
+    def prepare(self, workload: Workload, fisher: str, *, memory_budget: int = 2**30) -> Estimate:
+        """Make an operator and read its trace."""
+        operator = import_module("rotate_ewc").EKFACLinearOperator
+        parameters = workload.trained_parameters
+
+        def estimate(seed: int) -> float:
+            estimated = operator(
+                workload.model,
+                workload.criterion,
+                parameters,
+                workload.batches,
+                fisher_type=fisher,
+                seed=seed,
+                check_deterministic=False,
+                memory_budget=memory_budget,
+            )
+            return float(estimated.trace)
+
+        return estimate

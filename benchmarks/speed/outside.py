@@ -1,16 +1,17 @@
 """What takes time outside training: loading a snapshot, and importing the package."""
 
+import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks.rounds import time_in_rounds
-from benchmarks.speed import names as speed
+from benchmarks.speed import names
 from benchmarks.speed.cases import build
-from benchmarks.speed.penalty.results import Duration
+from benchmarks.speed.rounds import time_in_rounds
 from rotate_ewc import EKFACLinearOperator
 
 EXAMPLES = 64
@@ -27,20 +28,49 @@ print(middle - start, perf_counter() - middle)
 """
 
 
-def time_loading(rounds: int, *, quick: bool = False) -> Duration:
-    """Load a snapshot, and decompose its largest factor: loading never does that.
+@dataclass(frozen=True)
+class Duration:
+    """Something outside training that is to be short, beside something else.
 
-    Args:
-        rounds: Number of rounds.
-        quick: Whether to take only a few examples, and each time only once.
-
-    Returns:
-        Both times.
+    Attributes:
+        label: What it is.
+        seconds: Times in all rounds.
+        other_label: What is beside it.
+        other_seconds: Times of that.
+        target: What the median is to be below, in seconds; None for less than the other.
     """
-    problem = build(speed.LARGE_MLP, quick=quick).beginning(EXAMPLES)
-    parameters = list(problem.model.parameters())
+
+    label: str
+    seconds: list[float]
+    other_label: str
+    other_seconds: list[float]
+    target: float | None = None
+
+    @property
+    def median(self) -> float:
+        """Median time."""
+        return statistics.median(self.seconds)
+
+    @property
+    def other_median(self) -> float:
+        """Median time of what is beside it."""
+        return statistics.median(self.other_seconds)
+
+    @property
+    def limit(self) -> float:
+        """What the median is to be below."""
+        return self.other_median if self.target is None else self.target
+
+
+def time_loading(rounds: int, *, quick: bool = False) -> Duration:
+    """Load a snapshot, and decompose its largest factor: loading never does that."""
+    workload = build(names.LARGE_MLP, quick=quick).beginning(EXAMPLES)
     operator = EKFACLinearOperator(
-        problem.model, problem.criterion, parameters, problem.batches, check_deterministic=False
+        workload.model,
+        workload.criterion,
+        workload.trained_parameters,
+        workload.batches,
+        check_deterministic=False,
     )
     size = max(max(block.eigenvalues.shape) for block in operator.blocks)
     noise = torch.randn(2 * size, size).relu()
@@ -48,7 +78,7 @@ def time_loading(rounds: int, *, quick: bool = False) -> Duration:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "snapshot.safetensors"
         operator.save(path)
-        milliseconds = time_in_rounds(
+        seconds = time_in_rounds(
             {
                 "load": lambda: EKFACLinearOperator.load(path),
                 "eigh": lambda: torch.linalg.eigh(factor),
@@ -56,20 +86,12 @@ def time_loading(rounds: int, *, quick: bool = False) -> Duration:
             rounds=rounds,
             repetitions=1 if quick else REPETITIONS,
         )
-    seconds = {name: [t / 1_000 for t in times] for name, times in milliseconds.items()}
-    label = f"loading a snapshot of {speed.CASES[speed.LARGE_MLP]}"
+    label = f"loading a snapshot of {names.CASES[names.LARGE_MLP]}"
     return Duration(label, seconds["load"], f"one eigh of {size} × {size}", seconds["eigh"])
 
 
 def time_imports(*, quick: bool = False) -> Duration:
-    """Import PyTorch and then this package, in fresh processes.
-
-    Args:
-        quick: Whether to do it only once.
-
-    Returns:
-        Both times.
-    """
+    """Import PyTorch and then this package, in fresh processes; only once if that is quick."""
     ours, others = [], []
     for _ in range(1 if quick else PROCESSES):
         done = subprocess.run(

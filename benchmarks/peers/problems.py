@@ -1,0 +1,349 @@
+"""What is measured in every row: one tiny problem or several, told apart by their labels."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.peers.models import (
+    Layers,
+    batch_norm,
+    cross_attention,
+    decoder,
+    encoder,
+    first_output,
+    functional_linear,
+    mean_over,
+    mix,
+    positional,
+    product,
+    scale_shift,
+    swap,
+    tied_embedding,
+    tied_linears,
+    twice,
+    weight_normed,
+)
+from benchmarks.peers.problem import DTYPE, Problem, Targets
+
+Module = Callable[[], nn.Module]
+
+# --------------------------------------------------------------------------- layers
+
+FALL_BACK = {"rotate-ewc": {"unsupported": "diagonal"}}
+
+
+def tracked(*modules: str) -> dict[str, dict[str, list[str]]]:
+    """Modules for kronfluence, which by itself trips over the output layer of attention."""
+    return {"kronfluence": {"modules": list(modules)}}
+
+
+def with_head(
+    width: int, *modules: Module, axes: tuple[int, ...] = (), activate: bool = True
+) -> Layers:
+    """Modules, the activation, the mean over positions, and a Linear of so many features."""
+    return lambda act: [
+        *(module() for module in modules),
+        *([act()] if activate else []),
+        *([mean_over(*axes)] if axes else []),
+        nn.Linear(width, 3),
+    ]
+
+
+def convolution(
+    kind: Callable[..., nn.Module],
+    channels: tuple[int, int],
+    kernel: Any,
+    size: tuple[int, ...],
+    label: str = "",
+    **options: Any,
+) -> Problem:
+    """A convolution, the activation, the mean over positions and a Linear."""
+    axes = tuple(range(2, 2 + len(size)))
+    layers = with_head(channels[1], lambda: kind(*channels, kernel, **options), axes=axes)
+    return Problem(layers, (channels[0], *size), label, separable=True)
+
+
+def normed(norm: Module, label: str = "") -> Problem:
+    """A Linear, a norm of four channels, the activation and a Linear."""
+    return Problem(with_head(4, lambda: nn.Linear(5, 4), norm), (5,), label)
+
+
+def normed_tokens(norm: Module, label: str) -> Problem:
+    """The same on ``[N, T, d]``."""
+    return Problem(with_head(4, lambda: nn.Linear(5, 4), norm, axes=(1,)), (3, 5), label)
+
+
+def normed_images(norm: Module, label: str = "") -> Problem:
+    """The same with a convolution."""
+    # Some norms take a bias away again, and its matrix of zeros has nothing to compare.
+    layers = with_head(4, lambda: nn.Conv2d(2, 4, 2, bias=False), norm, axes=(2, 3))
+    return Problem(layers, (2, 4, 4), label)
+
+
+def unactivated(shape: tuple[int, int], label: str, *modules: Module, **options: Any) -> Problem:
+    """Modules with activations of their own, the mean over tokens and a Linear."""
+    layers = with_head(4, *modules, axes=(1,), activate=False)
+    return Problem(layers, shape, label, **options)
+
+
+def self_attention(*, batch_first: bool) -> nn.Module:
+    """Self-attention over three tokens."""
+    return first_output(nn.MultiheadAttention(4, 2, batch_first=batch_first), inputs=3)
+
+
+LAYERS: dict[str, tuple[Problem, ...]] = {
+    "linear": (Problem(with_head(4, lambda: nn.Linear(5, 4)), (5,), separable=True),),
+    "linear-leading-axes": tuple(
+        Problem(with_head(5, lambda: nn.Linear(4, 5), axes=axes), shape, label, separable=True)
+        for label, axes, shape in (("one", (1,), (3, 4)), ("two", (1, 2), (2, 2, 4)))
+    ),
+    "linear-time-first": (
+        Problem(
+            with_head(5, lambda: swap(0, 1), lambda: nn.Linear(4, 5), axes=(0,)),
+            (4, 4),
+            separable=True,
+        ),
+    ),
+    "conv1d": (convolution(nn.Conv1d, (2, 4), 3, (9,), stride=2, dilation=2, padding=2),),
+    "conv2d": (
+        convolution(nn.Conv2d, (2, 4), (3, 2), (6, 5), stride=(1, 2), dilation=2, padding=1),
+    ),
+    "conv3d": (
+        convolution(
+            nn.Conv3d, (2, 3), 2, (4, 3, 3), stride=(2, 1, 1), dilation=(1, 2, 1), padding=1
+        ),
+    ),
+    "groups": (
+        convolution(nn.Conv1d, (4, 4), 2, (4,), "1d", groups=2),
+        convolution(nn.Conv2d, (4, 4), 2, (3, 3), "2d", groups=2),
+        convolution(nn.Conv2d, (3, 6), 2, (3, 3), "depthwise", groups=3),
+    ),
+    "padding-mode": tuple(
+        convolution(nn.Conv2d, (2, 3), (3, 2), (4, 3), mode, padding=(2, 1), padding_mode=mode)
+        for mode in ("circular", "reflect", "replicate")
+    ),
+    "padding-same": (
+        convolution(nn.Conv2d, (2, 3), 3, (4, 3), "odd kernel", padding="same"),
+        convolution(nn.Conv2d, (2, 3), (2, 4), (4, 5), "even kernel", padding="same"),
+    ),
+    "conv-transpose": (
+        convolution(nn.ConvTranspose1d, (3, 4), 3, (4,), "1d", stride=2, padding=1),
+        convolution(nn.ConvTranspose2d, (3, 2), (3, 2), (3, 2), "2d", stride=2, padding=1),
+        convolution(nn.ConvTranspose2d, (4, 4), 2, (2, 2), "2d with groups", groups=2),
+        convolution(nn.ConvTranspose3d, (2, 2), 2, (2, 2, 2), "3d", stride=2),
+    ),
+    "embedding": (
+        Problem(with_head(4, lambda: nn.Embedding(6, 4), axes=(1,)), (3,), vocabulary=6),
+    ),
+    "embedding-tied": (Problem(tied_embedding, (3,), vocabulary=5, output_shape=(5,)),),
+    "embedding-positions": (Problem(with_head(4, lambda: positional(3, 4), axes=(1,)), (3, 4)),),
+    "layer-norm": (
+        normed(lambda: nn.LayerNorm(4), "[N, d]"),
+        normed_tokens(lambda: nn.LayerNorm(4), "[N, T, d]"),
+    ),
+    "rms-norm": (
+        normed(lambda: nn.RMSNorm(4), "[N, d]"),
+        normed_tokens(lambda: nn.RMSNorm(4), "[N, T, d]"),
+    ),
+    "group-norm": (normed_images(lambda: nn.GroupNorm(2, 4)),),
+    "instance-norm": (
+        Problem(
+            with_head(
+                4, lambda: nn.Linear(5, 4), lambda: nn.InstanceNorm1d(4, affine=True), axes=(2,)
+            ),
+            (4, 5),
+            "1d",
+        ),
+        normed_images(lambda: nn.InstanceNorm2d(4, affine=True), "2d"),
+    ),
+    "batch-norm": (
+        normed(lambda: batch_norm(nn.BatchNorm1d, 4), "1d"),
+        normed_images(lambda: batch_norm(nn.BatchNorm2d, 4), "2d"),
+    ),
+    "attention": (
+        unactivated(
+            (3, 4), "batch first", lambda: self_attention(batch_first=True), settings=tracked("2")
+        ),
+        unactivated(
+            (3, 4),
+            "time first",
+            lambda: swap(0, 1),
+            lambda: self_attention(batch_first=False),
+            lambda: swap(0, 1),
+            settings=tracked("4"),
+        ),
+        unactivated(
+            (3, 3), "cross", lambda: cross_attention(4, 2, 3), settings=tracked("0.query", "2")
+        ),
+    ),
+    "transformer": (
+        unactivated(
+            (3, 4),
+            "encoder",
+            lambda: encoder(4, 2, 6),
+            settings=tracked("0.linear1", "0.linear2", "2"),
+        ),
+        unactivated(
+            (3, 4),
+            "decoder",
+            lambda: decoder(4, 2, 5),
+            settings=tracked("0.layer.linear1", "0.layer.linear2", "2"),
+        ),
+    ),
+    "called-twice": (
+        Problem(
+            lambda act: [twice(nn.Linear(4, 4), act()), nn.Linear(4, 3)],
+            (4,),
+            "`Linear`",
+            shared=True,
+        ),
+        Problem(
+            lambda act: [
+                twice(nn.Conv2d(2, 2, 3, padding=1), act()),
+                mean_over(2, 3),
+                nn.Linear(2, 3),
+            ],
+            (2, 3, 3),
+            "`Conv2d`",
+            shared=True,
+        ),
+    ),
+    "tied": (Problem(tied_linears, (4,)),),
+    "in-place": (
+        Problem(
+            lambda _: [nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)],
+            (5,),
+            separable=True,
+        ),
+    ),
+    "parametrized": (Problem(with_head(4, lambda: weight_normed(nn.Linear(5, 4))), (5,)),),
+    "functional": (
+        Problem(with_head(4, lambda: functional_linear(5, 4)), (5,), "`F.linear`", separable=True),
+        Problem(with_head(4, lambda: product(5, 4)), (5,), "`@`", separable=True),
+    ),
+    "elementwise": (normed(lambda: scale_shift(4)),),
+    "unknown": (
+        unactivated(
+            (3, 3),
+            "`LSTM`",
+            lambda: first_output(nn.LSTM(3, 4, batch_first=True)),
+            settings=FALL_BACK,
+        ),
+        Problem(
+            lambda _: [nn.Linear(5, 4), nn.PReLU(4), nn.Linear(4, 3)],
+            (5,),
+            "`PReLU`",
+            settings=FALL_BACK,
+        ),
+    ),
+}
+
+# --------------------------------------------------------------------------- losses
+
+CE, MSE, BCE = nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss
+WEIGHTS = torch.tensor([0.3, 1.0, 2.5], dtype=DTYPE)
+
+PLAIN = Problem(lambda act: [nn.Linear(5, 4), act(), nn.Linear(4, 3)], (5,), separable=True)
+DEEP = dataclasses.replace(
+    PLAIN, layers=lambda act: [nn.Linear(5, 4), act(), nn.Linear(4, 4), act(), nn.Linear(4, 3)]
+)
+
+
+def loss(kind: Callable[..., nn.Module], **options: Any) -> Callable[[str], nn.Module]:
+    """A loss with its options, from its reduction."""
+    return lambda reduction: kind(reduction=reduction, **options)
+
+
+def on_mlp(
+    kind: Callable[..., nn.Module],
+    targets: Targets,
+    label: str = "",
+    *,
+    separable: bool = False,
+    reduction: str = "mean",
+    **options: Any,
+) -> Problem:
+    """A loss on three outputs of a small network."""
+    return dataclasses.replace(
+        PLAIN,
+        label=label,
+        loss=loss(kind, **options),
+        targets=targets,
+        separable=separable,
+        reduction=reduction,
+    )
+
+
+def on_tokens(
+    output_shape: tuple[int, ...], *last: Module, label: str = "", **options: Any
+) -> Problem:
+    """A loss on the outputs of four tokens that have seen each other.
+
+    Args:
+        output_shape: Shape of one row of the outputs, classes first.
+        *last: What comes after outputs ``[N, T, C]``.
+        label: Of the problem.
+        **options: Further fields of the problem.
+    """
+
+    def layers(act: Module) -> list[nn.Module]:
+        return [nn.Linear(4, 5), mix(), act(), nn.Linear(5, 3), *(module() for module in last)]
+
+    return Problem(layers, (4, 4), label, output_shape=output_shape, **options)
+
+
+LOSSES: dict[str, tuple[Problem, ...]] = {
+    "cross-entropy": (on_mlp(CE, "classes", separable=True),),
+    "mse": (on_mlp(MSE, "numbers", separable=True),),
+    "bce": (on_mlp(BCE, "bits"),),
+    "sum": (
+        on_mlp(CE, "classes", "cross-entropy", separable=True, reduction="sum"),
+        on_mlp(MSE, "numbers", "squared error", separable=True, reduction="sum"),
+    ),
+    "class-weights": (on_mlp(CE, "classes", weight=WEIGHTS),),
+    "ignore-index": (on_mlp(CE, "some ignored"),),
+    "label-smoothing": (on_mlp(CE, "classes", label_smoothing=0.2),),
+    "soft-targets": (on_mlp(CE, "probabilities"),),
+    "options-together": (on_mlp(CE, "some ignored", weight=WEIGHTS, label_smoothing=0.2),),
+    "pos-weight": (on_mlp(BCE, "bits", pos_weight=WEIGHTS),),
+    "bce-weight": (on_mlp(BCE, "bits", weight=WEIGHTS),),
+    "tokens": (on_tokens((3, 4), lambda: swap(1, 2)),),
+    "tokens-flattened": (on_tokens((3,), lambda: nn.Flatten(0, 1), rows=4),),
+    "tokens-regression": (
+        on_tokens((4, 3), label="squared error", targets="numbers", loss=loss(MSE)),
+        on_tokens((4, 3), label="BCE", targets="bits", loss=loss(BCE)),
+    ),
+    "reduction-none": (on_mlp(CE, "classes", reduction="none"),),
+}
+
+# --------------------------------------------------------------------------- data and state
+
+DATA: dict[str, tuple[Problem, ...]] = {
+    "uneven-batches": (dataclasses.replace(PLAIN, examples=7),),
+    "drop-last": (dataclasses.replace(PLAIN, examples=7, drop_last=True),),
+    "one-shot": (dataclasses.replace(PLAIN, one_shot=True),),
+    "subset-layers": (dataclasses.replace(DEEP, left_out=("0.weight", "0.bias")),),
+    "subset-weight": (dataclasses.replace(DEEP, left_out=("2.bias",)),),
+    "training-mode": (
+        dataclasses.replace(
+            PLAIN,
+            layers=lambda act: [nn.Linear(5, 4), act(), nn.Dropout(0.5), nn.Linear(4, 3)],
+            label="dropout",
+            training=True,
+        ),
+        dataclasses.replace(
+            PLAIN,
+            layers=with_head(4, lambda: nn.Linear(5, 4), lambda: batch_norm(nn.BatchNorm1d, 4)),
+            label="`BatchNorm1d`",
+            training=True,
+            left_out=("1.weight", "1.bias"),
+        ),
+    ),
+    "as-found": (DEEP,),
+    "pickle": (PLAIN,),
+    "weights": (PLAIN,),
+}
+PROBLEMS = {**LAYERS, **LOSSES, **DATA}

@@ -1,1 +1,0 @@
-"""One file per package: how it is asked for the Fisher matrix of a problem."""

@@ -1,0 +1,92 @@
+"""The file that keeps what was measured, and its figure.
+
+It holds the records of several calls, if all were made on one machine with as many threads::
+
+    {"format": ..., "configuration": {...}, "records": [...], ...}
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from benchmarks.command import CommandError, make_folder
+from benchmarks.files import write_document
+from benchmarks.speed.figure import draw, save
+from benchmarks.speed.machine import describe_machine, machine_line
+from benchmarks.speed.options import QUICK_WARNING
+from benchmarks.speed.results import Record, Result
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+class Book(Generic[AnyRecord]):
+    """A JSON file of records with its figure, which at every moment are the old or the new ones.
+
+    Attributes:
+        path: The JSON file.
+        threads: CPU threads of PyTorch.
+        records: All records in it, in the order of the cases.
+    """
+
+    def __init__(self, path: Path, kind: type[AnyRecord], *, threads: int, quick: bool) -> None:
+        """Read what is there already, and say on what is measured.
+
+        Raises:
+            CommandError: If the folder cannot be made, or the file is of another format, machine
+                or number of threads.
+        """
+        make_folder(path.parent)
+        self.path, self.threads = path, threads
+        self._configuration = {"threads": threads, "quick": quick, **describe_machine()}
+        self.records = read(path, kind, self._configuration)
+        self._title = [machine_line(threads), *([QUICK_WARNING] if quick else [])]
+        print("\n".join(self._title), flush=True)
+
+    def add(self, record: AnyRecord) -> None:
+        """Put a record in the place of the same old one, and write file and figure."""
+        records = {one.place: one for one in (*self.records, record)}
+        self.records = [records[place] for place in sorted(records)]
+        self.write()
+        save(draw(self.records, self._title), self.path.with_suffix(".png"))
+
+    def write(self, **more: Sequence[Any]) -> None:
+        """Write the file, with other lists of dataclasses if there are any."""
+        lists = {"records": self.records, **more}
+        document = {
+            "format": self.records[0].format,
+            "configuration": self._configuration,
+            **{name: [dataclasses.asdict(one) for one in ones] for name, ones in lists.items()},
+        }
+        write_document(self.path, document)
+
+    def close(self) -> None:
+        """Say where everything is."""
+        print(f"\nWrote {self.path} and {self.path.with_suffix('.png')}.")
+
+
+def read(path: Path, kind: type[AnyRecord], configuration: Mapping[str, Any]) -> list[AnyRecord]:
+    """Read the records of a file; there need be none.
+
+    Raises:
+        CommandError: If the file is of another format or configuration.
+    """
+    if not path.exists():
+        return []
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        document = None
+    found = document.get("format") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or found != kind.format:
+        raise CommandError(f"{path} has the format {found!r}, expected {kind.format!r}")
+    if document["configuration"] != configuration:
+        raise CommandError(
+            f"{path} was measured with {document['configuration']}, which cannot be combined with "
+            f"{configuration}; move it away or choose another folder"
+        )
+    return [
+        kind(**{**fields, "results": [Result(**plain) for plain in fields["results"]]})
+        for fields in document["records"]
+    ]

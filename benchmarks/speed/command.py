@@ -1,0 +1,101 @@
+"""``speed``: how long the estimation of Fisher matrices takes, here and in other packages."""
+
+from dataclasses import dataclass
+
+from benchmarks.command import make_console
+from benchmarks.speed import names
+from benchmarks.speed.options import (
+    MeasuringOptions,
+    check_names,
+)
+
+DEFAULT_CONTENDERS = tuple(name for name in names.CONTENDERS if name != names.KRONFLUENCE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MeasuringOptions):
+    """Time the estimation of Fisher matrices in EKFAC form, here and in other packages.
+
+    For scale also a forward and backward pass of the same data. The models are
+
+      a             MLP 784-400-400-10, 10,000 examples
+      b             MLP 784-1000-1000-10, 10,000 examples
+      c             CNN with four convolutions and two linear layers, 2,000 images of 32 x 32 pixels
+      d-groupnorm   ResNet-18 of width 16 with GroupNorm, 512 images
+      d-batchnorm   the same with BatchNorm, frozen
+      e             Transformer of four blocks of width 256, 256 sequences of 128 tokens
+
+    each with sampled labels (mc) and with the exact Fisher matrix (type2). Everybody estimates the
+    weights and biases of linear layers and convolutions, which all packages know. The data are
+    noise: cost depends on shapes alone.
+
+    Each contender has a process of its own; they take turns, and only one works at any time. Every
+    other round is backwards, and times are medians over rounds. Who has another trace than this
+    package is marked as wrong, and not compared. The floor is what the necessary products and
+    `eigh` take, at the rates that this machine shows for large ones in the same rounds.
+
+    Writes speed.json and speed.png after every case. Results of earlier calls with as many threads
+    stay in them; those of the same case, Fisher type and fraction are replaced. Wants a machine
+    with nothing else to do, and takes an hour or more.
+
+    Attributes:
+        cases: Any of a, b, c, d-groupnorm, d-batchnorm, e.
+        fisher: mc, type2 or both (None: both, but for e, whose exact matrix takes a backward pass
+            for each of 64 classes of each of 128 tokens).
+        contenders: Who is measured; names with blanks are written in quotes. By default all but
+            kronfluence, which takes most of an hour for what others do in seconds.
+        rounds: Number of rounds, at least 5 without --quick.
+        fraction: Part of every case's examples, in whole batches and at least one.
+        quick: A smoke test with a few examples and at most 2 rounds, whose figures mean nothing.
+    """
+
+    cases: tuple[str, ...] = tuple(names.CASES)
+    fisher: tuple[str, ...] | None = None
+    contenders: tuple[str, ...] = DEFAULT_CONTENDERS
+    fraction: float = 1.0
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        """Check all values.
+
+        Raises:
+            ValueError: If one is unknown or out of range.
+        """
+        self.check_measuring(quick=self.quick)
+        check_names("cases", self.cases, names.CASES)
+        check_names("contenders", self.contenders, names.CONTENDERS)
+        if self.fisher is not None:
+            check_names("fisher", self.fisher, names.FISHERS)
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"--fraction: expected a number > 0 and ≤ 1, got {self.fraction}")
+
+
+def run(options: Options) -> int:
+    """Measure case by case; what is finished is written and printed at once.
+
+    Args:
+        options: What is measured, and how.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        CommandError: If results cannot be written, or not be combined with those of earlier calls.
+    """
+    import torch
+
+    from benchmarks.speed.book import Book
+    from benchmarks.speed.estimation import measure
+    from benchmarks.speed.report import estimation_table, floor_line
+    from benchmarks.speed.results import Estimation
+
+    threads, console = options.threads or torch.get_num_threads(), make_console()
+    book = Book(options.output / "speed.json", Estimation, threads=threads, quick=options.quick)
+    for combination in names.combinations(options.cases, options.fisher):
+        record = measure(combination, options, threads)
+        book.add(record)
+        console.print()
+        console.print(estimation_table(record, threads))
+        print(floor_line(record), flush=True)
+    book.close()
+    return 0

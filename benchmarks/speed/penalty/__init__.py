@@ -1,1 +1,0 @@
-"""What the penalty costs in a training step, here and in other packages."""

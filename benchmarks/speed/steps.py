@@ -1,0 +1,123 @@
+"""What is timed of a penalty: its value and gradient, and training steps that obey it."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+
+from benchmarks.speed.cases import Workload
+from benchmarks.speed.names import PROXIMAL_EVERY, TANGENT_EVERY
+from rotate_ewc import EKFACPenalty, RotatedAdam, TangentPenalty, step_sizes_of
+from rotate_ewc.penalty.step_size import StepSizes
+
+Work = Callable[[], object]
+
+# So small that thousands of steps leave the network what it is: one that has learned the batch by
+# heart has vanishing gradients, and processors take longer for numbers that are almost zero.
+LEARNING_RATE = 1e-6
+
+
+class Learner:
+    """A copy of a model, its optimizer and a batch.
+
+    Attributes:
+        model: The copy.
+        optimizer: Adam.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        """Copy a workload's model."""
+        self.model = copy.deepcopy(workload.model)
+        self.optimizer = Adam(self.model.parameters(), lr=LEARNING_RATE)
+        self._criterion = workload.criterion
+        self._inputs, self._targets = workload.batches[0]
+
+    def loss(self) -> Tensor:
+        """The loss of the batch."""
+        value: Tensor = self._criterion(self.model(self._inputs), self._targets)
+        return value
+
+    def backward(self, penalty: EKFACPenalty | None = None) -> None:
+        """Replace the gradient by that of the loss, with a penalty in it if there is one."""
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        if penalty is not None:
+            loss = loss + penalty(self.model)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, penalty: EKFACPenalty | None = None) -> None:
+        """Take a whole step, with a penalty in the loss if there is one."""
+        self.backward(penalty)
+        self.optimizer.step()
+
+    def sizes(self, steps: int) -> StepSizes:
+        """What Adam makes of a gradient of one in so many steps."""
+        return step_sizes_of(self.optimizer, self.model, steps * LEARNING_RATE)
+
+
+def value_and_gradient(workload: Workload, penalty: EKFACPenalty, *more: EKFACPenalty) -> Work:
+    """A penalty, or the sum of several, forward and backward for all that is not frozen."""
+    own = copy.deepcopy(workload.model)
+    parameters = [parameter for parameter in own.parameters() if parameter.requires_grad]
+
+    def work() -> tuple[Tensor, ...]:
+        value = penalty(own)
+        for other in more:
+            value = value + other(own)
+        return torch.autograd.grad(value, parameters)
+
+    return work
+
+
+def plain_step(workload: Workload, penalty: EKFACPenalty | None = None) -> Work:
+    """A step of Adam, with a penalty in the loss if there is one."""
+    learner = Learner(workload)
+    return lambda: learner.step(penalty)
+
+
+def proximal_steps(workload: Workload, penalty: EKFACPenalty) -> Work:
+    """Some steps, with a proximal step after the last."""
+    learner = Learner(workload)
+
+    def work() -> None:
+        for _ in range(PROXIMAL_EVERY):
+            learner.step()
+        penalty.proximal_step_(learner.model, learner.sizes(PROXIMAL_EVERY))
+
+    return work
+
+
+def tangent_steps(workload: Workload, penalty: EKFACPenalty) -> Work:
+    """Some steps with the tangent plane's gradient, which is refreshed after the last."""
+    learner, tangent = Learner(workload), TangentPenalty(penalty)
+
+    def work() -> None:
+        for _ in range(TANGENT_EVERY):
+            learner.backward()
+            tangent.add_gradient_(learner.model)
+            learner.optimizer.step()
+        tangent.refresh_(learner.model, learner.sizes(TANGENT_EVERY))
+
+    return work
+
+
+def rotated_step(workload: Workload, penalty: EKFACPenalty) -> Work:
+    """A step of the optimizer that obeys the penalty itself."""
+    learner = Learner(workload)
+    optimizer = RotatedAdam(learner.model, penalty, lr=LEARNING_RATE)
+
+    def work() -> None:
+        learner.backward()
+        optimizer.step()
+
+    return work
+
+
+def rotated_update(workload: Workload, penalty: EKFACPenalty) -> Work:
+    """What the optimizer does once the gradient is there."""
+    learner = Learner(workload)
+    learner.backward()
+    optimizer = RotatedAdam(learner.model, penalty, lr=LEARNING_RATE)
+    return lambda: optimizer.step()
