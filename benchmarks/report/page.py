@@ -1,0 +1,148 @@
+"""The report of one or more experiments: a page for a browser, and Markdown with its figures."""
+
+import re
+from base64 import b64encode
+from collections.abc import Sequence
+from html import escape
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from benchmarks.files import replace_file
+from benchmarks.report.figures import DRAWINGS, Drawing
+from benchmarks.report.style import DOTS_PER_INCH
+from benchmarks.report.tables import COLUMNS, NOTES, rows_of, setting_lines
+from benchmarks.suite.outcome import Experiment
+
+TITLE = "Continual learning with elastic weight consolidation in a rotated basis"
+ABOUT = (
+    "Each method's λ is the one with the highest mean accuracy on training images that are held "
+    "out, from as many values as every other method's. Only then the test images are looked at."
+)
+# Without a fixed salt and with a date, the same records would not make the same file.
+SALT = "rotate_ewc.benchmarks"
+
+
+def write_report(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
+    """Write a page that needs nothing but a browser, and Markdown with figures next to it.
+
+    Args:
+        experiments: What to report, at least one; any records may be missing from them.
+        folder: Folder of the report; older files of the same names are replaced.
+
+    Returns:
+        The files: ``report.html``, ``report.md`` and the figures.
+    """
+    # The templates are ours, and everything put into them is not.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: (name or "").endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["markdown"] = markdown_escape
+    names = unique_names([experiment.scenario for experiment in experiments])
+    context = {
+        **{"title": TITLE, "about": ABOUT, "notes": NOTES, "headings": ["method", *(column.heading for column in COLUMNS)]},
+        "sections": [_section(*pair) for pair in zip(names, experiments, strict=True)],
+    }
+    written = [
+        replace_file(folder / name, environment.get_template(f"{name}.j2").render(context))
+        for name in ("report.html", "report.md")
+    ]
+    return written + write_figures(experiments, folder)
+
+
+def write_figures(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
+    """Write all figures as PNG.
+
+    Args:
+        experiments: What to draw; figures for which records are missing are left out.
+        folder: Folder of the files.
+
+    Returns:
+        The files: ``<scenario>-<name>.png`` with the names of
+        :data:`benchmarks.report.figures.DRAWINGS`, the scenarios numbered where they are the same.
+    """
+    names = unique_names([experiment.scenario for experiment in experiments])
+    return [
+        replace_file(folder / f"{name}-{drawing.name}.png", _image_of(figure, "png"))
+        for name, experiment in zip(names, experiments, strict=True)
+        for drawing in DRAWINGS
+        if (figure := drawing.draw(experiment)) is not None
+    ]
+
+
+def unique_names(scenarios: Sequence[str]) -> list[str]:
+    """Make names for files and anchors, one for each experiment.
+
+    Args:
+        scenarios: Names of the experiments' scenarios, any of them several times.
+
+    Returns:
+        In the same order, names of letters, digits, ``_``, ``-`` and ``.`` alone, which no two
+        experiments share, not even where upper and lower case are the same.
+    """
+    names: list[str] = []
+    for scenario in scenarios:
+        plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", scenario).strip("-.") or "experiment"
+        name, number = plain, 1
+        while name.lower() in {other.lower() for other in names}:
+            number += 1
+            name = f"{plain}-{number}"
+        names.append(name)
+    return names
+
+
+def markdown_escape(text: str) -> str:
+    """Keep text from being taken for Markdown or HTML, and in one line."""
+    one_line = " ".join(text.split())
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", escape(one_line, quote=False))
+
+
+def _section(name: str, experiment: Experiment) -> dict[str, Any]:
+    """What the templates need to know of an experiment; figures without records are left out."""
+    drawn = ((drawing, drawing.draw(experiment)) for drawing in DRAWINGS)
+    return {
+        "name": name,
+        "scenario": experiment.scenario,
+        "setting": setting_lines(experiment),
+        "rows": rows_of(experiment),
+        "figures": [
+            _described(name, experiment, drawing, figure) for drawing, figure in drawn if figure
+        ],
+    }
+
+
+def _described(
+    name: str, experiment: Experiment, drawing: Drawing, figure: Figure
+) -> dict[str, str]:
+    """A figure with its texts.
+
+    Each is an image of its own rather than part of the page's tree: identifiers that all SVGs of
+    Matplotlib have in common would clash.
+    """
+    labels = ", ".join(result.label for result in experiment.results)
+    image = b64encode(_image_of(figure, "svg")).decode()
+    return {
+        "title": drawing.title,
+        "caption": drawing.caption,
+        "alternative": f"{drawing.title} on {experiment.scenario}: {labels}. The table has the "
+        "numbers.",
+        "source": f"data:image/svg+xml;base64,{image}",
+        "file": f"{name}-{drawing.name}.png",
+    }
+
+
+def _image_of(figure: Figure, kind: str) -> bytes:
+    """A figure as PNG or SVG."""
+    buffer = BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {}
+    with mpl.rc_context({"svg.hashsalt": SALT}):
+        figure.savefig(buffer, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
+    return buffer.getvalue()

@@ -1,0 +1,300 @@
+"""Tables of results, for terminals and for the page."""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.methods import is_own
+from benchmarks.results import Record, group_by_label
+from benchmarks.suite.outcome import (
+    POINTS,
+    Experiment,
+    MethodResult,
+    interval_within,
+    mean_accuracy,
+)
+
+ABSENT = "–"
+MEBIBYTE = 2**20
+EDGE = "*"
+DIVERGED = "†"
+NOTES = (
+    "Accuracies in percent, differences of accuracies in points, ± the sample standard deviation "
+    "over n seeds. The highest accuracy, but for joint training's, is in bold, and so are the "
+    "names of this package's methods.",
+    f"{EDGE} the smallest or largest λ that was searched: a better one may lie beyond.",
+    f"{DIVERGED} in at least one run the parameters became infinite.",
+    f"Width: decades of λ in which at most {POINTS:g} points are lost; ≥ where the search ended "
+    "sooner.",
+    "Training is with the penalty, estimation what is done at the ends of tasks, penalty its value "
+    "and gradient; search: runs, and their time one after another.",
+)
+# Options that are told elsewhere, or that the protocol varies.
+NOT_SAID = frozenset({"scenario", "replay", "threads", "jobs", "device"})
+MACHINE = {
+    "processor": "processor",
+    "cpu_count": "cores",
+    "device": "device",
+    "threads": "threads",
+    "jobs": "parallel runs",
+    "rotate_ewc": "rotate-ewc",
+    "python": "Python",
+    "torch": "PyTorch",
+    "avalanche": "Avalanche",
+}
+
+
+def empty_table(title: str | None) -> Table:
+    """A table with few lines and little padding, so that much fits a terminal of 80 columns."""
+    return Table(
+        title=None if title is None else escape(title),
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+
+
+def add_number_columns(table: Table, *headings: str) -> None:
+    """Add columns of numbers, whose headings are not broken into more lines than they have."""
+    for heading in headings:
+        widest = max(len(line) for line in heading.splitlines())
+        table.add_column(escape(heading), justify="right", min_width=widest)
+
+
+def mean(values: Iterable[float | None], decimals: int = 2, factor: float = 1.0) -> str:
+    """Mean of several seeds; a dash where there are none or one is missing."""
+    everything = list(values)
+    known = [factor * value for value in everything if value is not None]
+    if not known or len(known) < len(everything):
+        return ABSENT
+    return f"{statistics.fmean(known):.{decimals}f}"
+
+
+def percent(fractions: Iterable[float | None], decimals: int = 2) -> str:
+    """Mean, and the sample standard deviation of two or more, in percent."""
+    values = list(fractions)
+    text = mean(values, decimals, 100)
+    known = [100 * value for value in values if value is not None]
+    if text == ABSENT or len(known) == 1:
+        return text
+    return f"{text} ± {statistics.stdev(known):.{decimals}f}"
+
+
+CellMaker = Callable[[MethodResult, Experiment], str]
+
+
+class Column(NamedTuple):
+    """A column of the table of an experiment.
+
+    Attributes:
+        heading: Its heading.
+        cell: Makes the text of a cell.
+        in_terminal: Whether it is important enough for a terminal, where space is scarce.
+    """
+
+    heading: str
+    cell: CellMaker
+    in_terminal: bool = True
+
+
+def _mean(field: str, decimals: int, factor: float = 1.0) -> CellMaker:
+    return lambda result, _: mean((getattr(r, field) for r in result.tested), decimals, factor)
+
+
+def _points(field: str) -> CellMaker:
+    return lambda result, _: percent((getattr(r, field) for r in result.tested), 1)
+
+
+def _strength(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.3g}".replace("e+0", "e").replace("e-0", "e-")
+
+
+def _accuracy(result: MethodResult, _: Experiment) -> str:
+    text = percent(record.average_accuracy for record in result.tested)
+    return text + DIVERGED * any(record.diverged for record in result.tested)
+
+
+def _at_default(result: MethodResult, _: Experiment) -> str:
+    has_strength = result.default is not None
+    return percent((r.average_accuracy for r in result.at_default if has_strength), 1)
+
+
+def _relative_training(result: MethodResult, experiment: Experiment) -> str:
+    naive = experiment.tested.get("naive")
+    if not naive:
+        return ABSENT
+    seconds = statistics.fmean(record.training_seconds for record in naive)
+    return mean((record.training_seconds for record in result.tested), factor=1 / seconds)
+
+
+def _search_seconds(result: MethodResult, _: Experiment) -> str:
+    total = sum(record.seconds for record in result.searched)
+    return f"{total:.0f}" if result.searched else ABSENT
+
+
+ACCURACY = Column("accuracy [%]", _accuracy)
+FORGETTING = Column("forgetting [points]", _points("forgetting"))
+TRANSFER = Column("backward transfer [points]", _points("backward_transfer"), in_terminal=False)
+TRAINING = Column("training [s]", _mean("training_seconds", 0))
+ESTIMATION = Column("estimation [s]", _mean("estimation_seconds", 1))
+PENALTY = Column("penalty [ms/step]", _mean("penalty_ms_per_step", 2))
+GIVEN_STRENGTH = (ACCURACY, FORGETTING, TRANSFER, TRAINING, ESTIMATION, PENALTY)
+COLUMNS = (
+    Column("chosen λ", lambda result, _: _strength(result.strength) + EDGE * result.at_edge),
+    ACCURACY,
+    Column("n", lambda result, _: str(len(result.tested) or ABSENT), in_terminal=False),
+    Column("default λ", lambda result, _: _strength(result.default), in_terminal=False),
+    Column("accuracy at default λ [%]", _at_default),
+    FORGETTING,
+    TRANSFER,
+    TRAINING,
+    Column("training [× naive]", _relative_training, in_terminal=False),
+    ESTIMATION,
+    PENALTY,
+    Column("state [MiB]", _mean("state_bytes", 1, 1 / MEBIBYTE)),
+    Column("search runs", lambda result, _: str(len(result.searched) or ABSENT), in_terminal=False),
+    Column("search [s]", _search_seconds, in_terminal=False),
+    Column("width [decades]", lambda result, _: str(interval_within(result.search) or ABSENT)),
+)
+
+
+class Cell(NamedTuple):
+    """A cell of a table: what it says, and whether that is in bold."""
+
+    text: str
+    bold: bool
+
+
+class Row(NamedTuple):
+    """A row of the table of an experiment.
+
+    Attributes:
+        own: Whether it is about one of this package's methods.
+        jointly: Whether it is about the upper bound.
+        cells: The method's name, and a cell for each column.
+    """
+
+    own: bool
+    jointly: bool
+    cells: list[Cell]
+
+
+def rows_of(experiment: Experiment, columns: Sequence[Column] = COLUMNS) -> list[Row]:
+    """The rows of an experiment's table, methods in the experiment's order."""
+    accuracy = {
+        result.label: mean_accuracy(result.tested)
+        for result in experiment.results
+        if result.tested and not result.jointly
+    }
+    highest = max(accuracy.values(), default=0.0)
+    best = {label for label, value in accuracy.items() if 0.0 < value == highest}
+    return [
+        Row(
+            is_own(result.label),
+            result.jointly,
+            [
+                Cell(result.label, is_own(result.label)),
+                *(
+                    Cell(
+                        column.cell(result, experiment),
+                        column.cell is _accuracy and result.label in best,
+                    )
+                    for column in columns
+                ),
+            ],
+        )
+        for result in experiment.results
+    ]
+
+
+def results_table(records: Sequence[Record], title: str) -> Table:
+    """Summarise records of any methods and seeds in a terminal, a row for each method."""
+    results = [
+        MethodResult(label, {}, group, [], None, None)
+        for label, group in group_by_label(records).items()
+    ]
+    return _table(Experiment("", {}, results), GIVEN_STRENGTH, title)
+
+
+def terminal_table(experiment: Experiment) -> Group:
+    """Show an experiment in a terminal of 110 columns: the setting and the table."""
+    columns = [column for column in COLUMNS if column.in_terminal]
+    title = Text(experiment.scenario, style="bold")
+    table = _table(experiment, columns, None)
+    return Group(title, *map(Text, setting_lines(experiment)), "", table, "")
+
+
+def _table(experiment: Experiment, columns: Sequence[Column], title: str | None) -> Table:
+    """A table with headings of one word a line, aligned at the bottom."""
+    table = empty_table(title)
+    lines = [column.heading.split() for column in columns]
+    tallest = max(map(len, lines))
+    table.add_column("\n" * (tallest - 1) + "method", overflow="fold", min_width=8)
+    for heading in lines:
+        text = "\n" * (tallest - len(heading)) + "\n".join(heading)
+        table.add_column(escape(text), justify="right", no_wrap=True)
+    for row in rows_of(experiment, columns):
+        table.add_row(*(Text(cell.text, style="bold" * cell.bold) for cell in row.cells))
+    return table
+
+
+def terminal_notes() -> Group:
+    """What the tables of any number of experiments mean, to print once below them."""
+    return Group(*(Text(note, style="dim") for note in NOTES))
+
+
+def setting_lines(experiment: Experiment) -> list[str]:
+    """Say what an experiment's numbers were measured with.
+
+    Args:
+        experiment: Records sorted by the protocol.
+
+    Returns:
+        Sentences without markup: the options, the seeds, machine and versions, and a warning where
+        times are not comparable. What differs between records is said to differ.
+    """
+    records = experiment.records
+    options = [
+        f"{name.replace('_', ' ')} {_in_words(value)}"
+        for name, value in experiment.setting.items()
+        if name not in NOT_SAID
+        and (name != "increment" or experiment.scenario.startswith("split"))
+    ]
+    tested = {record.seed for record in records if not record.for_validation}
+    searched = {record.seed for record in records if record.for_validation}
+    lines = [
+        f"Setting: {', '.join(options)}.",
+        f"Seeds: {_in_words(sorted(tested)) or 'none yet'} on the test images; "
+        f"{_in_words(sorted(searched)) or 'none'} in the search for λ on held-out training images.",
+    ]
+    if records:
+        found = [{**record.versions, **record.configuration} for record in records]
+        measured = (
+            _one_or_several(name, [one.get(key, "unknown") for one in found])
+            for key, name in MACHINE.items()
+        )
+        lines.append(f"Measured with: {', '.join(measured)}.")
+    jobs = max((record.configuration.get("jobs") or 1 for record in records), default=1)
+    if jobs > 1:
+        lines.append(f"Times were measured while other runs ran beside, up to {jobs} at once.")
+    return lines
+
+
+def _in_words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _one_or_several(name: str, values: Sequence[Any]) -> str:
+    """Say a value, or that it differs between runs and what it can be."""
+    distinct = sorted({str(value) for value in values})
+    differs = f" (differs between runs: {' / '.join(distinct)})"
+    return f"{name} {distinct[0]}" if len(distinct) == 1 else name + differs
