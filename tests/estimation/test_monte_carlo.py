@@ -58,7 +58,8 @@ def test_monte_carlo_draws_are_the_same_in_both_passes(case: Case, loss: str) ->
 def test_monte_carlo_expectation(name: str, loss: str, reduction: str) -> None:
     """With many samples trace and eigenvalues come near the exact matrix's."""
     setting = Setting(BY_NAME[name], loss, reduction)
-    operator = setting.estimate(fisher_type=FisherType.MC, mc_samples=700)
+    data = setting.case.data(loss, [setting.case.examples])
+    operator = setting.estimate(fisher_type=FisherType.MC, mc_samples=700, data=data)
     expected = sum(m.diagonal(dim1=1, dim2=2).sum().item() for m in exact(setting).values())
     assert float(operator.trace) == pytest.approx(expected, rel=0.05)
     for block in operator.blocks:

@@ -192,7 +192,10 @@ def cut(rng: random.Random, total: int) -> list[int]:
 
 # Of some, the parameters that are chosen have no effect: the exact matrix is zero then, too.
 @pytest.mark.filterwarnings("ignore:the Fisher matrix has vanished:RuntimeWarning")
-@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize(
+    "seed",
+    [*range(60), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(60, 120))],
+)
 def test_random_model(seed: int) -> None:
     """Eigenvalues are the exact diagonal in their own basis, whatever the model and the choices."""
     rng = random.Random(seed)
