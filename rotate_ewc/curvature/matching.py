@@ -9,8 +9,8 @@ import torch
 from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.linalg.block import Block
 
-# Parameters, number of groups, and whether the input side comes first.
-Form = tuple[tuple[str, ...], int, bool]
+# Parameters, number of groups, and whether the activation side comes first.
+BlockKind = tuple[tuple[str, ...], int, bool]
 
 
 def matching_blocks(
@@ -18,37 +18,36 @@ def matching_blocks(
 ) -> list[list[Block]]:
     """Collect the blocks of the same parameters, times the weights of their operators.
 
-    A parameter that no output depends on has a block of zeros in the plainest form, as those have
-    that belong to another task's head. It says nothing, and is left out where another operator's
-    block has another form.
+    A parameter on which no output depends, such as one of another task's head, has a block of zeros
+    of the plainest kind. A block of zeros is left out where another operator's block of the same
+    parameter is of another kind.
 
     Raises:
         ValueError: If blocks of a parameter do not fit together, naming it.
     """
-    weighted = [
+    blocks = [
         block.with_eigenvalues(block.eigenvalues * weight)
         for operator, weight in zip(operators, weights, strict=True)
         for block in operator.blocks
     ]
-    telling = [bool(block.eigenvalues.any()) for block in weighted]
-    forms: dict[str, Form] = {}
-    for of_those in (True, False):
-        for block, tells in zip(weighted, telling, strict=True):
-            if tells is of_those:
-                for name in block.parameters:
-                    forms.setdefault(name, _form(block))
-    groups: dict[tuple[str, ...], list[Block]] = {}
-    for block, tells in zip(weighted, telling, strict=True):
-        others = {name: forms[name] for name in block.parameters if forms[name] != _form(block)}
-        if tells and others:
-            _refuse(block, *next(iter(others.items())))
-        if not others:
-            groups.setdefault(block.parameters, []).append(block)
-    for block in weighted:
+    nonzero = [block for block in blocks if bool(block.eigenvalues.any())]
+    kinds: dict[str, BlockKind] = {}
+    for block in (*nonzero, *blocks):
         for name in block.parameters:
-            # The rest of a joint block of zeros, of which another operator has only a part; it will
-            # grow to the size of its parameter as every block does.
-            if forms[name][0] not in groups:
+            kinds.setdefault(name, _kind(block))
+    for block in nonzero:
+        for name in block.parameters:
+            if kinds[name] != _kind(block):
+                _refuse(block, name, kinds[name])
+    groups: dict[tuple[str, ...], list[Block]] = {}
+    for block in blocks:
+        if all(kinds[name] == _kind(block) for name in block.parameters):
+            groups.setdefault(block.parameters, []).append(block)
+    for block in blocks:
+        for name in block.parameters:
+            # The rest of a joint block of zeros, of which another operator has only one part. It
+            # grows to the size of its parameter when it is merged.
+            if kinds[name][0] not in groups:
                 groups[(name,)] = [Block((name,), None, None, block.eigenvalues.new_zeros(1, 0, 0))]
     return list(groups.values())
 
@@ -83,12 +82,12 @@ def common_shapes(
     return shapes
 
 
-def _form(block: Block) -> Form:
+def _kind(block: Block) -> BlockKind:
     return block.parameters, block.eigenvalues.shape[0], block.transposed
 
 
-def _refuse(block: Block, name: str, other: Form) -> None:
-    """Raise for a block that says something of a parameter in another form than another block."""
+def _refuse(block: Block, name: str, other: BlockKind) -> None:
+    """Raise for two blocks of a parameter that are not zero and of different kinds."""
     if block.parameters != other[0]:
         raise ValueError(
             f"parameter {name!r} has a block of its own in one operator and a joint block in "
@@ -96,5 +95,5 @@ def _refuse(block: Block, name: str, other: Form) -> None:
         )
     raise ValueError(
         f"parameter {name!r} has blocks that do not fit together: (groups, transposed) is "
-        f"{other[1:]} in one operator and {_form(block)[1:]} in another"
+        f"{other[1:]} in one operator and {_kind(block)[1:]} in another"
     )

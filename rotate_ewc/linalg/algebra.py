@@ -17,7 +17,7 @@ def multiply(blocks: Sequence[Block], columns: Mapping[str, Tensor]) -> dict[str
     product: dict[str, Tensor] = {}
     shapes = {name: tensor.shape[1:] for name, tensor in columns.items()}
     for block in blocks:
-        rotated = block.rotate(columns, leading_axes=1)
+        rotated = block.rotate(columns, columns=True)
         for name, part in block.unrotate(block.eigenvalues * rotated, shapes).items():
             product[name] = part.to(columns[name].dtype)
     return product

@@ -19,7 +19,7 @@ def matrix_shape(parameter: torch.Size, groups: int, transposed: bool) -> tuple[
     Args:
         parameter: The parameter's shape.
         groups: Number of independent blocks.
-        transposed: Whether the input side comes first.
+        transposed: Whether the activation side comes first.
     """
     rows = parameter[0] if parameter else 1
     columns = parameter.numel() // rows if rows else 0
@@ -46,7 +46,7 @@ class Block:
         gradient_basis: Q_g `[groups, d_out, d_out]`, columns are eigenvectors; None is I.
         activation_basis: Q_a `[groups, d_in, d_in]`; None is I.
         eigenvalues: Λ `[groups, d_out, d_in]`, all at least 0.
-        transposed: Whether the input side comes first in the (weight) parameter.
+        transposed: Whether the activation side comes first in the (weight) parameter.
     """
 
     parameters: tuple[str, ...]
@@ -84,28 +84,28 @@ class Block:
         """Return the block with other eigenvalues in the same basis."""
         return replace(self, eigenvalues=eigenvalues)
 
-    def rotate(self, tensors: Mapping[str, Tensor], *, leading_axes: int = 0) -> Tensor:
+    def rotate(self, tensors: Mapping[str, Tensor], *, columns: bool = False) -> Tensor:
         """Gather parameter-shaped tensors D and express them in the eigenbasis, `Q_gᵀ D Q_a`.
 
         Args:
-            tensors: By name, `[*leading, *shape]`; the block reads only those of its parameters.
-            leading_axes: Number of axes before the parameters' own.
+            tensors: By name, `[*shape]` or `[K, *shape]`; only those of the block are read.
+            columns: Whether there are K of each.
 
         Returns:
-            `[*leading, groups, d_out, d_in]`, in the dtype of the eigenvalues.
+            `[groups, d_out, d_in]` or `[K, groups, d_out, d_in]`, in the dtype of the eigenvalues.
         """
-        matrix = self.gather(tensors, leading_axes=leading_axes).to(self.eigenvalues.dtype)
+        matrix = self.gather(tensors, columns=columns).to(self.eigenvalues.dtype)
         return kronecker.to_eigenbasis(matrix, self.gradient_basis, self.activation_basis)
 
     def unrotate(self, matrix: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Undo `rotate`: return `Q_g D Q_aᵀ`, split into the parameters.
 
         Args:
-            matrix: D in the eigenbasis, `[*leading, groups, d_out, d_in]`.
+            matrix: D in the eigenbasis, `[groups, d_out, d_in]` or `[K, groups, d_out, d_in]`.
             shapes: The parameters' shapes by name.
 
         Returns:
-            By name, `[*leading, *shape]`.
+            By name, `[*shape]` or `[K, *shape]`.
         """
         product = kronecker.from_eigenbasis(matrix, self.gradient_basis, self.activation_basis)
         return self.split(product, shapes)
@@ -126,46 +126,44 @@ class Block:
             self.eigenvalues,
         )
 
-    def gather(self, tensors: Mapping[str, Tensor], *, leading_axes: int = 0) -> Tensor:
+    def gather(self, tensors: Mapping[str, Tensor], *, columns: bool = False) -> Tensor:
         """Gather parameter-shaped tensors into the block's matrix, without a rotation.
 
         Args:
-            tensors: By name, `[*leading, *shape]`; the block reads only those of its parameters.
-            leading_axes: Number of axes before the parameters' own.
+            tensors: By name, `[*shape]` or `[K, *shape]`; only those of the block are read.
+            columns: Whether there are K of each.
 
         Returns:
-            `[*leading, groups, d_out, d_in]`.
+            `[groups, d_out, d_in]` or `[K, groups, d_out, d_in]`.
         """
-        weight = self._matrix(tensors[self.parameters[0]], leading_axes, self.transposed)
+        weight = self._matrix(tensors[self.parameters[0]], columns, self.transposed)
         if len(self.parameters) == 1:
             return weight
-        bias = self._matrix(tensors[self.parameters[1]], leading_axes, transposed=False)
+        bias = self._matrix(tensors[self.parameters[1]], columns, transposed=False)
         return torch.cat([bias, weight], dim=-1)
 
     def split(self, matrix: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """Undo `gather`: split matrices `[*leading, groups, d_out, d_in]` into the parameters.
+        """Undo `gather`: split a matrix, or K of them, into the parameters.
 
         Args:
-            matrix: The matrices.
+            matrix: `[groups, d_out, d_in]` or `[K, groups, d_out, d_in]`.
             shapes: The parameters' shapes by name.
 
         Returns:
-            By name, `[*leading, *shape]`.
+            By name, `[*shape]` or `[K, *shape]`.
         """
         joint = len(self.parameters) > 1
         weight = matrix[..., 1:] if joint else matrix
         parts = [weight.mT if self.transposed else weight]
         if joint:
             parts.append(matrix[..., :1])
-        leading = matrix.shape[:-3]
-        return {
-            name: part.reshape((*leading, *shapes[name]))
-            for name, part in zip(self.parameters, parts, strict=True)
-        }
+        count = matrix.shape[:-3]
+        named = zip(self.parameters, parts, strict=True)
+        return {name: part.reshape((*count, *shapes[name])) for name, part in named}
 
-    def _matrix(self, tensor: Tensor, leading_axes: int, transposed: bool) -> Tensor:
+    def _matrix(self, tensor: Tensor, columns: bool, transposed: bool) -> Tensor:
         groups, d_out, _ = self.eigenvalues.shape
-        leading = tensor.shape[:leading_axes]
+        count = tensor.shape[:1] if columns else ()
         if transposed:
-            return tensor.reshape(*leading, groups, -1, d_out).mT
-        return tensor.reshape(*leading, groups, d_out, -1)
+            return tensor.reshape(*count, groups, -1, d_out).mT
+        return tensor.reshape(*count, groups, d_out, -1)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from einops import einsum
 from opt_einsum import contract
 from torch import Tensor
 
@@ -23,32 +22,34 @@ Basis = Tensor | None
 
 @full_precision
 def to_eigenbasis(matrix: Tensor, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
-    """Return `Q_gᵀ D Q_a` for matrices D `[*leading, groups, d_out, d_in]`."""
-    return _two_products(matrix, gradient_basis, activation_basis)
+    """Return `Q_gᵀ D Q_a` for one matrix D `[groups, d_out, d_in]` or for K, `[K, groups, …]`."""
+    rotated = matrix if gradient_basis is None else _from_left(gradient_basis.mT, matrix)
+    return rotated if activation_basis is None else _from_right(rotated, activation_basis)
 
 
 @full_precision
 def from_eigenbasis(matrix: Tensor, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
-    """Return `Q_g D Q_aᵀ` for matrices D `[*leading, groups, rank_out, rank_in]`."""
-    return _two_products(matrix, _transposed(gradient_basis), _transposed(activation_basis))
+    """Return `Q_g D Q_aᵀ` for one matrix D `[groups, rank_out, rank_in]` or for K of them."""
+    rotated = matrix if gradient_basis is None else _from_left(gradient_basis, matrix)
+    return rotated if activation_basis is None else _from_right(rotated, activation_basis.mT)
 
 
-def _transposed(basis: Basis) -> Basis:
-    return None if basis is None else basis.mT
+def _from_left(factor: Tensor, matrix: Tensor) -> Tensor:
+    """Return `factor @ matrix`, for K matrices in one product: K narrow ones take far longer."""
+    if matrix.ndim == 3:
+        return factor @ matrix
+    count, groups, rows, columns = matrix.shape
+    beside = matrix.movedim(0, 2).reshape(groups, rows, count * columns)
+    return (factor @ beside).view(groups, factor.shape[1], count, columns).movedim(2, 0)
 
 
-def _two_products(matrix: Tensor, left: Basis, right: Basis) -> Tensor:
-    """Return `Lᵀ D R`."""
-    if matrix.shape[:-3].numel() > 1:
-        # One product for all columns: where d_in is small, one for each is many times slower.
-        if left is not None:
-            matrix = einsum(matrix, left, "... g o i, g o p -> ... g p i")
-        if right is not None:
-            matrix = einsum(matrix, right, "... g p i, g i q -> ... g p q")
-        return matrix
-    if left is not None:
-        matrix = left.mT @ matrix
-    return matrix if right is None else matrix @ right
+def _from_right(matrix: Tensor, factor: Tensor) -> Tensor:
+    """Return `matrix @ factor`, for K matrices in one product."""
+    if matrix.ndim == 3:
+        return matrix @ factor
+    count, groups, rows, columns = matrix.shape
+    below = matrix.movedim(0, 1).reshape(groups, count * rows, columns)
+    return (below @ factor).view(groups, count, rows, factor.shape[2]).movedim(1, 0)
 
 
 @full_precision

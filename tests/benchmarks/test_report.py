@@ -9,6 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from rich.console import Console
+
+from benchmarks.methods import METHODS
 from benchmarks.report.accuracy import accuracy_curves, draw, heat_maps
 from benchmarks.report.figures import DRAWINGS, cost_bars, forgetting_bars, strength_curves
 from benchmarks.report.page import write_report
@@ -21,10 +25,6 @@ from benchmarks.report.tables import (
     terminal_notes,
     terminal_table,
 )
-from matplotlib.axes import Axes
-from rich.console import Console
-
-from benchmarks.methods import METHODS
 from benchmarks.results import Record
 from benchmarks.suite.outcome import Experiment, experiments
 from tests.benchmarks.helpers import make_record

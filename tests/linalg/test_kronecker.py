@@ -420,16 +420,14 @@ def test_to_and_from_the_eigenbasis(groups: int, sides: str, less: int) -> None:
 @pytest.mark.parametrize("less", [0, 1])
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("leading", [(1,), (5,), (2, 3)])
-def test_columns_to_and_from_the_eigenbasis(
-    leading: tuple[int, ...], groups: int, sides: str, less: int
-) -> None:
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_columns_to_and_from_the_eigenbasis(count: int, groups: int, sides: str, less: int) -> None:
     left, right = bases_of(sides, groups, 3, 4, less)
-    matrices = seeded(*leading, groups, 3, 4)
+    matrices = seeded(count, groups, 3, 4)
     before = matrices.clone()
     found = kronecker.to_eigenbasis(matrices, left, right)
     back = kronecker.from_eigenbasis(found, left, right)
-    for place in itertools.product(*map(range, leading), range(groups)):
+    for place in itertools.product(range(count), range(groups)):
         q_g, q_a = written_out(left, place[-1], 3), written_out(right, place[-1], 4)
         assert_close(found[place], q_g.T @ matrices[place] @ q_a)
         assert_close(back[place], q_g @ found[place] @ q_a.T)

@@ -128,7 +128,6 @@ class RotatedEWCPlugin(SupervisedPlugin):
             )
         strength = as_non_negative_number("ewc_lambda", ewc_lambda)
         self.penalty = EKFACPenalty(strength, mode, **penalty_options)
-        self.progressbar = self.penalty.settings.progressbar
         self.update = update
         self.every = every
         self.step_size = step_size
@@ -197,15 +196,20 @@ class RotatedEWCPlugin(SupervisedPlugin):
             return
         start = time.perf_counter()
         dataset = whole_task(strategy.experience).dataset
-        shown = shows_progress(strategy) if self.progressbar is None else self.progressbar
-        self.penalty.settings = replace(self.penalty.settings, progressbar=shown)
-        self.penalty.consolidate(
-            strategy.model,
-            strategy._criterion,
-            self._batches(dataset.eval(), strategy),
-            forward=partial(forward_batch, strategy.model),
-            num_data=len(dataset),
-        )
+        settings = self.penalty.settings
+        if settings.progressbar is None:
+            shown = shows_progress(strategy)
+            self.penalty.settings = replace(settings, progressbar=shown)
+        try:
+            self.penalty.consolidate(
+                strategy.model,
+                strategy._criterion,
+                self._batches(dataset.eval(), strategy),
+                forward=partial(forward_batch, strategy.model),
+                num_data=len(dataset),
+            )
+        finally:
+            self.penalty.settings = settings
         self.consolidation_seconds = time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def settings_of(plugin: RotatedEWCPlugin) -> dict[str, Any]:
     for name in ("mode", "weighting", "decay", "temperature", "include", "exclude", "strict"):
         found[name] = getattr(penalty, name)
     told = ("ewc_lambda", "update", "every", "step_size", "num_samples", "estimation_mb_size")
-    for name in (*told, "progressbar"):
+    for name in told:
         found[name] = getattr(plugin, name)
     return found
 
