@@ -200,6 +200,19 @@ def test_nested_headers(field: str) -> None:
             assert (field, depth) == ("strength", 1)
 
 
+@pytest.mark.parametrize("text", ["", "{", "nan", "\ud800", '{"\\ud800": 1}', "\0"])
+def test_headers_that_are_not_json(text: str) -> None:
+    """Also half of a character that takes two, which no encoding has."""
+    with pytest.raises(SnapshotError, match="'header' is not JSON"):
+        EKFACLinearOperator.from_state_dict({**operator().state_dict(), "header": text})
+
+
+@pytest.mark.parametrize("text", ["[]", "1", "null", '"x"', "{}"])
+def test_headers_that_are_other_json(text: str) -> None:
+    with pytest.raises(SnapshotError, match=r"'header'.*: (Expected `object`|Object missing)"):
+        EKFACLinearOperator.from_state_dict({**operator().state_dict(), "header": text})
+
+
 def test_repeated_names() -> None:
     """The last one counts, and every one is checked."""
     state = operator().state_dict()
