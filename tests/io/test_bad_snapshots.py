@@ -139,6 +139,18 @@ BAD_OPERATORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
         in_header("h['parameters']['scale'] = [1] * 65"),
         r"parameters\['scale'\]\": Expected `array` of length <= 64",
     ),
+    "weight that does not fit": (
+        in_header("h['parameters']['0.weight'] = [6, 5]"),
+        r"block '0.weight' has shape \(1, 6, 4\), which does not fit .* \[\(6, 5\)\]",
+    ),
+    "bias that does not fit": (
+        in_header("h['parameters']['1.bias'] = [4]"),
+        r"'1.weight\+1.bias' has shape \(1, 5, 5\), which does not fit .* \[\(5, 4\), \(4,\)\]",
+    ),
+    "negative sizes": (
+        in_header("h['parameters']['0.weight'] = [-6, -4]"),
+        r"has -6 at \"parameters\['0.weight'\]\[0\]\": Expected `int` >= 0",
+    ),
     "no shape": (
         in_header("h['parameters']['scale'] = None"),
         r"has null at \"parameters\['scale'\]\": Expected `array`",
@@ -158,6 +170,10 @@ BAD_OPERATORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
     "no loss": (
         in_header("del h['provenance']['loss']"),
         "at 'provenance': .* missing required field `loss`",
+    ),
+    "unknown field of the provenance": (
+        in_header("h['provenance']['more'] = 1"),
+        "at 'provenance': .* unknown field `more`",
     ),
     "nested setting": (
         in_header("h['provenance']['settings']['seed'] = [1]"),

@@ -200,6 +200,33 @@ def test_nested_headers(field: str) -> None:
             assert (field, depth) == ("strength", 1)
 
 
+@pytest.mark.parametrize("text", ["", "{", "nan", "\ud800", '{"\\ud800": 1}', "\0"])
+def test_headers_that_are_not_json(text: str) -> None:
+    """Also half of a character that takes two, which no encoding has."""
+    with pytest.raises(SnapshotError, match="'header' is not JSON"):
+        EKFACLinearOperator.from_state_dict({**operator().state_dict(), "header": text})
+
+
+@pytest.mark.parametrize("text", ["[]", "1", "null", '"x"', "{}"])
+def test_headers_that_are_other_json(text: str) -> None:
+    with pytest.raises(SnapshotError, match=r"'header'.*: (Expected `object`|Object missing)"):
+        EKFACLinearOperator.from_state_dict({**operator().state_dict(), "header": text})
+
+
+def test_repeated_names() -> None:
+    """The last one counts, and every one is checked."""
+    state = operator().state_dict()
+
+    def repeated(first: int) -> dict[str, Any]:
+        header = state["header"].replace('"num_data":50', f'"num_data":{first},"num_data":50')
+        assert header != state["header"]
+        return {**state, "header": header}
+
+    assert EKFACLinearOperator.from_state_dict(repeated(40)).num_data == 50
+    with pytest.raises(SnapshotError, match=r"at 'provenance.num_data': Expected `int` >= 1"):
+        EKFACLinearOperator.from_state_dict(repeated(0))
+
+
 def test_time_for_long_headers() -> None:
     """Products of very many sizes would take hours."""
     state = operator().state_dict()

@@ -1,4 +1,4 @@
-"""Snapshots stored in fewer bits, against the whole ones in float64."""
+"""Snapshots stored in a smaller dtype, compared with whole ones in float64."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_other_dtypes_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64])
 def test_cast_operators_go_through_files(cast: torch.dtype, tmp_path: Path) -> None:
-    """A basis that was rounded on the way is still one."""
+    """A basis that was rounded in between is still accepted."""
     operator = estimated().to(dtype=cast)
     operator.save(tmp_path / "file")
     loaded = EKFACLinearOperator.load(tmp_path / "file")
