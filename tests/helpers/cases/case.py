@@ -2,14 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from tests.helpers.cases.losses import LOSSES, make_targets
-from tests.helpers.oracles import BlockLayout, Fisher, Kind, LayerTerms, layer_terms
+from tests.helpers.oracles import (
+    BlockLayout,
+    Fisher,
+    Kind,
+    LayerTerms,
+    expected_layouts,
+    layer_terms,
+)
 
 
 def layouts_of(kind: Kind, *names: str) -> tuple[BlockLayout, ...]:
@@ -138,15 +145,26 @@ def terms_of(
     weight = dict(case.renamed).get(parameters[0], parameters[0])
     if weight.rpartition(".")[2] != "weight":
         return None
-    terms = _weight_terms(case, loss, reduction, fisher, weight)
+    weights = {*_layer_weights(case), weight}
+    terms = _terms(case, loss, reduction, fisher, tuple(sorted(weights)))[weight]
     return terms.with_bias() if terms is not None and len(parameters) == 2 else terms
 
 
 @cache
-def _weight_terms(
-    case: Case, loss: str, reduction: str, fisher: Fisher, weight: str
-) -> LayerTerms | None:
+def _layer_weights(case: Case) -> list[str]:
+    """Return the names of all weights of layers, of which the terms are recorded together."""
+    model, renamed = case.model(), dict(case.renamed)
+    layouts = expected_layouts(model, case.names(model), joint=False, given=case.layouts)
+    names = [layout.parameters[0] for layout in layouts if layout.kind in ("layer", "lookup")]
+    found = [renamed.get(name, name) for name in names]
+    return [name for name in found if name.rpartition(".")[2] == "weight"]
+
+
+@lru_cache(maxsize=16)
+def _terms(
+    case: Case, loss: str, reduction: str, fisher: Fisher, weights: Sequence[str]
+) -> dict[str, LayerTerms | None]:
     """Record the terms once."""
     model, loss_func = case.model(), case.loss_func(loss, reduction)
     model = model if case.reference is None else case.reference(model)
-    return layer_terms(model, loss_func, weight, case.inputs(), case.targets(loss), fisher)
+    return layer_terms(model, loss_func, weights, case.inputs(), case.targets(loss), fisher)

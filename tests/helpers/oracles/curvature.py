@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vjp
+from torch.autograd.functional import hessian
+from torch.func import functional_call, grad, vjp
 
 Fisher = Literal["type2", "empirical"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -65,7 +66,7 @@ def output_hessian(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:
         loss: Tensor = summed(flat_output.reshape(output.shape), target)
         return loss
 
-    curvature: Tensor = jacrev(jacrev(loss_of))(output.reshape(-1))
+    curvature: Tensor = hessian(loss_of, output.detach().reshape(-1))
     return curvature
 
 

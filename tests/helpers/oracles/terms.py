@@ -177,29 +177,37 @@ class LayerTerms:
 
 
 def layer_terms(
-    model: nn.Module, loss_func: Loss, weight: str, x: Tensor, y: Tensor, fisher: Fisher
-) -> LayerTerms | None:
-    """Record the inputs and output gradients of one weight by perturbing the layer's outputs.
+    model: nn.Module,
+    loss_func: Loss,
+    weights: Sequence[str],
+    x: Tensor,
+    y: Tensor,
+    fisher: Fisher,
+) -> dict[str, LayerTerms | None]:
+    """Record the inputs and output gradients of weights by perturbing the layers' outputs.
 
     Args:
-        model: A model in which modules own the weight; used in evaluation mode.
+        model: A model in which modules own the weights; used in evaluation mode.
         loss_func: The loss, whose reduction sets the scale.
-        weight: Name of the weight.
+        weights: Names of the weights.
         x: All inputs, ``[N, *]``.
         y: All targets, ``[N, *]`` or ``[N * rows, *]``.
         fisher: Which Fisher matrix.
 
     Returns:
-        The terms; ``None`` where the modules are not called, but others use their weight.
+        The terms by name; ``None`` where the modules are not called, but others use their weight.
     """
     model = evaluation_copy(model)
-    parameter = model.get_parameter(weight)
-    modules = [module for module in model.modules() if getattr(module, "weight", None) is parameter]
-    assert modules
+    owners = {
+        name: [m for m in model.modules() if getattr(m, "weight", None) is parameter]
+        for name, parameter in ((name, model.get_parameter(name)) for name in weights)
+    }
+    assert all(owners.values())
+    modules = {module for owned in owners.values() for module in owned}
     with torch.no_grad():
         outputs = model(x)
 
-    activations, gradients = [], []
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in weights}
     for x_n, y_n, output in by_example(x, y, outputs):
         uses: list[tuple[nn.Module, Tensor, Tensor]] = []
 
@@ -212,7 +220,7 @@ def layer_terms(
         with torch.no_grad(), output_hook(modules, record):
             model(x_n[None])
         if not uses:
-            return None
+            continue
 
         def perturbed(*perturbations: Tensor, x_n: Tensor = x_n) -> Tensor:
             remaining = iter(perturbations)
@@ -225,13 +233,20 @@ def layer_terms(
             return output.reshape(-1)
 
         _, pull_back = vjp(perturbed, *(zeros for _, _, zeros in uses))
-        rows = []
-        for vector in label_vectors(loss_func, output, outputs, y_n, y, fisher):
-            pulled = zip(uses, pull_back(vector), strict=True)
-            rows.append(torch.cat([at_positions(m, a, g) for (m, a, _), g in pulled]))
-        activations.append(torch.cat([a for _, a, _ in uses]))
-        gradients.append(torch.stack(rows))
-    return LayerTerms(torch.stack(activations), torch.stack(gradients))
+        vectors = label_vectors(loss_func, output, outputs, y_n, y, fisher)
+        pulled = [pull_back(vector) for vector in vectors]
+        for name, owned in owners.items():
+            own = [(place, m, a) for place, (m, a, _) in enumerate(uses) if m in owned]
+            if own:
+                rows = [
+                    torch.cat([at_positions(m, a, gradients[place]) for place, m, a in own])
+                    for gradients in pulled
+                ]
+                found[name].append((torch.cat([a for _, _, a in own]), torch.stack(rows)))
+    return {
+        name: LayerTerms(*map(torch.stack, zip(*pairs, strict=True))) if pairs else None
+        for name, pairs in found.items()
+    }
 
 
 def at_positions(module: nn.Module, activations: Tensor, gradient: Tensor) -> Tensor:
