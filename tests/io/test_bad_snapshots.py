@@ -75,6 +75,14 @@ BAD_OPERATORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
         replace(VALUES, lambda t: t.to(torch.float8_e5m2)),
         f"'{VALUES}' is torch.float8_e5m2 of shape",
     ),
+    "one tensor more": (
+        lambda header, tensors: tensors.update({"2.weight/eigenvalues": torch.zeros(1, 1, 1)}),
+        "unexpected key '2.weight/eigenvalues'",
+    ),
+    "one tensor less": (
+        lambda header, tensors: tensors.pop(BASIS),
+        f"snapshot key '{BASIS}' is missing",
+    ),
     "another shape": (
         replace(VALUES, lambda t: t.mT),
         r"shape \[1, 4, 6\]; expected .*\[1, 6, 4\]",

@@ -80,7 +80,6 @@ def test_states_of_strange_things() -> None:
         "on no device": tensor.to("meta"),
         "nested": nested,
         "quantized": quantized,
-        "expanded": torch.zeros(1).expand(2**20, 2**20),
         "number": 1.0,
         "bytes": b"x",
         "none": None,
@@ -98,6 +97,34 @@ def test_states_of_strange_things() -> None:
         for receiver, whole in ((operator(50), state), (penalty("separate"), learned)):
             with pytest.raises(SnapshotError, match="key"):
                 receiver.load_state_dict({**whole, key: tensor})
+
+
+@pytest.mark.parametrize("size", [3, 2**20])
+def test_expanded_tensors(size: int) -> None:
+    """One number in memory can claim to be terabytes; looking at it would allocate some."""
+    layout = {
+        "parameters": ["w"],
+        "transposed": False,
+        "shape": [1, size, size],
+        "dtype": "float32",
+        "bases": [],
+    }
+    header = {
+        "format": OPERATOR,
+        "library": "",
+        "parameters": {"w": [size, size]},
+        "blocks": [layout],
+        "provenance": msgspec.to_builtins(PROVENANCE),
+    }
+    expanded = torch.zeros(1).expand(1, size, size)
+
+    def refuse() -> None:
+        with pytest.raises(SnapshotError, match="'w/eigenvalues' has fewer numbers than its shape"):
+            EKFACLinearOperator.from_state_dict(
+                {"header": json.dumps(header), "w/eigenvalues": expanded}
+            )
+
+    assert peak_bytes(refuse) < 2**20
 
 
 def test_parameters_and_subclasses_are_tensors() -> None:
