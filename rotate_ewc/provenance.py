@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, Final
 
-from rotate_ewc._utils.validation import as_choice
 from rotate_ewc.errors import SnapshotError
-from rotate_ewc.options import FisherType, Reduction
 
 # What 64 bits can count.
 LARGEST_COUNT: Final = 2**63 - 1
@@ -31,28 +29,18 @@ class Provenance:
 
     Attributes:
         loss: Class name of the loss.
-        reduction: The loss's reduction.
-        fisher_type: Which expectation over labels was taken.
+        reduction: The loss's reduction, `"mean"` or `"sum"`.
+        fisher_type: Value of the `FisherType`.
         num_data: Examples the operator stands for.
         settings: How it was estimated, by the names of the arguments; of the latest task, where it
             was merged of several. Empty where it is not known.
     """
 
     loss: str
-    reduction: Reduction
-    fisher_type: FisherType
+    reduction: str
+    fisher_type: str
     num_data: int
     settings: Mapping[str, Setting] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Turn strings into choices.
-
-        Raises:
-            ValueError: If there is no such choice.
-        """
-        object.__setattr__(self, "reduction", as_choice("reduction", self.reduction, Reduction))
-        fisher_type = as_choice("fisher_type", self.fisher_type, FisherType)
-        object.__setattr__(self, "fisher_type", fisher_type)
 
     def __str__(self) -> str:
         """Say it in a few words."""
@@ -90,7 +78,4 @@ class Provenance:
                     f"snapshot's provenance has {type(setting).__name__} in 'settings' for "
                     f"{name!r:.99}; expected a number, a string or null"
                 )
-        try:
-            return cls(**value)
-        except ValueError as error:
-            raise SnapshotError(f"snapshot's provenance: {error}") from None
+        return cls(**value)

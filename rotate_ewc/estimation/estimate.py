@@ -14,7 +14,7 @@ from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.estimation.passes import Estimate, estimate
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.losses import likelihood_of
-from rotate_ewc.options import EstimationSettings, Reduction, Unsupported
+from rotate_ewc.options import EstimationSettings, Unsupported
 from rotate_ewc.provenance import Provenance
 
 # The settings that matter to what is found.
@@ -80,8 +80,8 @@ def fit_blocks(
         )
     provenance = Provenance(
         loss=likelihood.name,
-        reduction=Reduction(likelihood.reduction),
-        fisher_type=settings.fisher_type,
+        reduction=likelihood.reduction,
+        fisher_type=settings.fisher_type.value,
         num_data=num_data or found.num_examples,
         settings={
             **{name: settings.to_json()[name] for name in _TOLD},

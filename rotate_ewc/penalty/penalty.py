@@ -36,7 +36,7 @@ from rotate_ewc.estimation.estimate import fit_blocks
 from rotate_ewc.io import files
 from rotate_ewc.io.storage_dtype import check_storage_dtype
 from rotate_ewc.linalg.quadratic import quadratic_form
-from rotate_ewc.options import EstimationOptions, EstimationSettings, Mode, Weighting
+from rotate_ewc.options import EstimationOptions, EstimationSettings, Mode, Reduction, Weighting
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.proximal import check_step_size, shrink_towards_anchors_
 from rotate_ewc.penalty.stability import largest_curvature, warn_if_divergent
@@ -164,7 +164,7 @@ class EKFACPenalty(ConsolidatedTasks):
         if not self._terms:
             return self.strength
         now = self.current_num_data or self._last_examples
-        reduction = self._terms[0].operator.provenance.reduction
+        reduction = Reduction(self._terms[0].operator.provenance.reduction)
         return scale_of_penalty(self.strength, now, self.weighting, reduction)
 
     def consolidate(
@@ -351,7 +351,7 @@ class EKFACPenalty(ConsolidatedTasks):
                 f"loss_func has reduction {reduction!r}, but earlier tasks had "
                 f"{reductions.pop()!r}; expected the same for all tasks"
             )
-        weight = kept_weight(weight, operator.num_data, self.weighting, reduction)
+        weight = kept_weight(weight, operator.num_data, self.weighting, Reduction(reduction))
         left = (term.only(lambda name, a: fits(name, parameters, a)) for term in self._terms)
         terms = [replace(term, weight=self.decay * term.weight) for term in left if term]
         terms.append(Term(operator, anchor, weight))

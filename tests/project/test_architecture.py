@@ -16,8 +16,7 @@ PACKAGE = Path(rotate_ewc.__file__).parent
 FLOORS = (
     ("errors", "version"),
     ("_utils",),
-    ("options",),
-    ("provenance",),
+    ("options", "provenance"),
     ("linalg",),
     ("losses", "layers", "io"),
     ("tracing",),
