@@ -39,8 +39,8 @@ def _from_left(factor: Tensor, matrix: Tensor) -> Tensor:
     if matrix.ndim == 3:
         return factor @ matrix
     count, groups, rows, columns = matrix.shape
-    beside = matrix.movedim(0, 2).reshape(groups, rows, count * columns)
-    return (factor @ beside).view(groups, factor.shape[1], count, columns).movedim(2, 0)
+    side_by_side = matrix.movedim(0, 2).reshape(groups, rows, count * columns)
+    return (factor @ side_by_side).view(groups, factor.shape[1], count, columns).movedim(2, 0)
 
 
 def _from_right(matrix: Tensor, factor: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ def _from_right(matrix: Tensor, factor: Tensor) -> Tensor:
     if matrix.ndim == 3:
         return matrix @ factor
     count, groups, rows, columns = matrix.shape
-    below = matrix.movedim(0, 1).reshape(groups, count * rows, columns)
-    return (below @ factor).view(groups, count, rows, factor.shape[2]).movedim(1, 0)
+    stacked = matrix.movedim(0, 1).reshape(groups, count * rows, columns)
+    return (stacked @ factor).view(groups, count, rows, factor.shape[2]).movedim(1, 0)
 
 
 @full_precision

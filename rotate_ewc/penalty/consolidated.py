@@ -77,7 +77,7 @@ class ConsolidatedTasks(nn.Module):
         deltas = {}
         found = self.protected(parameters)
         for stack in self._stacks:
-            for key, anchor in zip(stack.block.parameters, stack.anchors, strict=True):
+            for key, _, anchor in stack.members:
                 # In half precision a difference would be known less well than its terms.
                 start = anchor.to(stack.block.eigenvalues.dtype)
                 # With an axis for the terms, autograd has nothing to sum over where there is one.
@@ -94,9 +94,7 @@ class ConsolidatedTasks(nn.Module):
         """
         found: dict[str, Tensor] = {}
         for stack in self._stacks:
-            for key, name, anchor in zip(
-                stack.block.parameters, stack.names, stack.anchors, strict=True
-            ):
+            for key, name, anchor in stack.members:
                 whole = self._protected(name, parameters, anchor[0])
                 if whole is not None:
                     found[key] = whole

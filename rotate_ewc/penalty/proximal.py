@@ -40,10 +40,10 @@ def shrink_towards_anchors_(
         # Finite, because infinity times an eigenvalue of zero would not be a number.
         factor = min(size * scale, torch.finfo(rotated.dtype).max)
         shrunk = rotated / (1.0 + factor * block.eigenvalues)
-        moved = block.unrotate(shrunk, shapes).values()
-        for name, anchor, part in zip(stack.names, stack.anchors, moved, strict=True):
+        moved = block.unrotate(shrunk, shapes)
+        for key, name, anchor in stack.members:
             if fits(name, parameters, anchor[0]):
-                protected_slice(name, parameters, anchor[0]).copy_(anchor[0] + part[0])
+                protected_slice(name, parameters, anchor[0]).copy_(anchor[0] + moved[key][0])
 
 
 def check_step_size(step_size: StepSize) -> None:

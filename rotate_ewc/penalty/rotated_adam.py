@@ -30,7 +30,7 @@ class RotatedAdam(Optimizer):
     the stiffness of another. Plain Adam on loss plus penalty has only the first of the three: where
     the penalty is stiff, its gradients swamp Adam's averages of the loss's own.
 
-    Whenever the penalty's number of tasks has changed, the averages start anew in the new basis.
+    Whenever the penalty's number of tasks has changed, the averages start again in the new basis.
     What the penalty does not protect (new rows, left-out parameters, everything before the first
     task) is trained by plain Adam (Kingma and Ba 2015). Adam in the eigenbasis of Kronecker factors
     of the *gradient* is known as SOAP (Vyas et al. 2024).

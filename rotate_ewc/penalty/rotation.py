@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -77,18 +77,18 @@ class Rotation:
         """Rotate the displacements back, and set the parameters to them."""
         for stack in self._stacks:
             block = stack.block
-            displacements = [self._displacements[name][None] for name in stack.names]
-            by_key = dict(zip(block.parameters, displacements, strict=True))
-            parts = block.unrotate(block.gather(by_key), shapes_of(by_key)).values()
-            for (name, anchor), part in zip(_members(stack), parts, strict=True):
-                protected_slice(name, self._parameters, anchor).copy_(anchor + part[0])
+            by_key = {key: self._displacements[name][None] for key, name, _ in stack.members}
+            moved = block.unrotate(block.gather(by_key), shapes_of(by_key))
+            for key, name, anchor in stack.members:
+                target = protected_slice(name, self._parameters, anchor[0])
+                target.copy_(anchor[0] + moved[key][0])
 
     def _moves(self, stack: Stack) -> bool:
         """Whether a stack's parameters have gradients: all of them, or none.
 
         Where one does not fit any more, the whole block is left out, as when merging.
         """
-        if not all(fits(name, self._parameters, anchor) for name, anchor in _members(stack)):
+        if not all(fits(name, self._parameters, anchor[0]) for _, name, anchor in stack.members):
             return False
         without = [name for name in stack.names if name not in self.gradients]
         if 0 < len(without) < len(stack.names):
@@ -102,26 +102,17 @@ class Rotation:
     def _rotate(self, stack: Stack, deltas: ByName) -> None:
         block = stack.block
         gradients = {
-            key: protected_slice(name, self.gradients, anchor)[None]
-            for key, (name, anchor) in zip(block.parameters, _members(stack), strict=True)
+            key: protected_slice(name, self.gradients, anchor[0])[None]
+            for key, name, anchor in stack.members
         }
-        shapes = {
-            key: anchor.shape
-            for key, (_, anchor) in zip(block.parameters, _members(stack), strict=True)
-        }
+        shapes = {key: anchor.shape[1:] for key, _, anchor in stack.members}
         rotated_gradients = block.split(block.rotate(gradients), shapes)
         rotated_deltas = block.split(block.rotate(deltas), shapes)
         eigenvalues = block.split(block.eigenvalues, shapes)
-        for name, key in zip(stack.names, block.parameters, strict=True):
+        for key, name, _ in stack.members:
             gradient = rotated_gradients[key]
             self._displacements[name] = rotated_deltas[key]
             self._eigenvalues[name] = eigenvalues[key]
             whole = self.gradients[name].to(gradient.dtype, copy=True)
             whole[tuple(map(slice, gradient.shape))] = gradient
             self.gradients[name] = whole
-
-
-def _members(stack: Stack) -> Iterator[tuple[str, Tensor]]:
-    """The names and anchors of the parameters of a stack of one term."""
-    for name, anchor in zip(stack.names, stack.anchors, strict=True):
-        yield name, anchor[0]

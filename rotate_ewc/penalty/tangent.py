@@ -78,7 +78,7 @@ class TangentPenalty:
         self.forget()
 
     def forget(self) -> None:
-        """Take the tangent anew at the next call, as after each consolidation."""
+        """Drop the tangent, so that the next call takes a new one, as after each consolidation."""
         self._stacks: tuple[Stack, ...] = ()
         self._contact: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
@@ -88,7 +88,7 @@ class TangentPenalty:
         """Return the snapshot: a flat dictionary of tensors and one JSON string, `"header"`.
 
         With it, a run that is interrupted between two consolidations goes on as if it had not been.
-        Without it the tangent is taken anew, as after a consolidation.
+        Without it a new tangent is taken, as after a consolidation.
         """
         state: dict[str, Any] = {HEADER: write_header(TangentHeader(self.penalty.num_tasks))}
         if self._stacks is self.penalty.stacks:
@@ -113,7 +113,7 @@ class TangentPenalty:
         found: dict[str, dict[str, Tensor]] = {"contact": {}, "gradient": {}}
         for stack in stacks:
             dtypes = [stack.block.eigenvalues.dtype]
-            for key, anchor in zip(stack.block.parameters, stack.anchors, strict=True):
+            for key, _, anchor in stack.members:
                 for name, tensors in found.items():
                     place = f"{name}/{key}"
                     tensor = checked_tensor(place, state.get(place), anchor.shape, dtypes)
@@ -177,8 +177,7 @@ class TangentPenalty:
         if found and self._stacks is not self.penalty.stacks:
             self._begin(self.penalty.deltas(parameters))
         for stack in self._stacks if found else ():
-            members = zip(stack.block.parameters, stack.names, stack.anchors, strict=True)
-            for key, name, anchor in members:
+            for key, name, anchor in stack.members:
                 if key in found and parameters[name].requires_grad:
                     gradient = protected_slice(name, {name: _gradient(parameters[name])}, anchor[0])
                     gradient.add_(self._gradients[key][0], alpha=self.penalty.scale)
@@ -224,9 +223,8 @@ class TangentPenalty:
         moved = {key: deltas[key] - self._contact[key] for key in block.parameters}
         weights = block.eigenvalues / (1.0 + factor * block.eigenvalues)
         changes = block.unrotate(block.rotate(moved) * weights, shapes_of(moved))
-        for (key, change), name, anchor in zip(
-            changes.items(), stack.names, stack.anchors, strict=True
-        ):
+        for key, name, anchor in stack.members:
+            change = changes[key]
             self._gradients[key] = self._gradients[key] + change
             # Without what the parameter's dtype rounds off, which is in the next displacement.
             step = factor * change
@@ -248,7 +246,7 @@ class TangentPenalty:
         constants = [
             torch.dot(self._gradients[key].flatten(), (anchor + 0.5 * self._contact[key]).flatten())
             for stack in self._stacks
-            for key, anchor in zip(stack.block.parameters, stack.anchors, strict=True)
+            for key, _, anchor in stack.members
         ]
         self._constant = torch.stack(constants).sum()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,6 +122,11 @@ class Stack:
     names: tuple[str, ...]
     block: Block
     anchors: tuple[Tensor, ...]
+
+    @property
+    def members(self) -> Iterator[tuple[str, str, Tensor]]:
+        """For each parameter its name in `block`, its name in the model, and its anchors."""
+        return zip(self.block.parameters, self.names, self.anchors, strict=True)
 
 
 def stack_terms(terms: Sequence[Term]) -> tuple[list[Term], tuple[Stack, ...]]:

@@ -106,7 +106,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
             estimation_mb_size: Mini-batch size of the estimate, which changes its speed but not its
                 result; None takes the strategy's `train_mb_size`.
             **penalty_options: Other arguments of `EKFACPenalty`, those for `EstimationSettings`
-                among them. The seed is also that of the drawn examples.
+                among them. The seed is also that of the drawn examples; a `batch_size_fn` gets
+                pairs of Avalanche's inputs and task labels.
 
         Raises:
             ValueError: If a value is out of range, naming the argument.
