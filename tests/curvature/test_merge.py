@@ -481,7 +481,7 @@ def test_only_zeros_fit_every_form() -> None:
         merge([zeros, joint, separate])
 
 
-@pytest.mark.parametrize(("size", "side"), [(3, "output"), (4, "input")])
+@pytest.mark.parametrize(("size", "side"), [(3, "gradient"), (4, "activation")])
 def test_factor_that_cannot_be_decomposed_is_named(
     size: int, side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
