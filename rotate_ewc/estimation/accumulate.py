@@ -287,10 +287,13 @@ def microbatches(captured: CapturedBatch, plan: BlockPlan, max_bytes: int) -> It
 def in_halves(microbatch: Microbatch, add: Callable[[Microbatch], None]) -> None:
     """Add what a microbatch contributes; where memory does not suffice, one half after the other.
 
+    Sums of outer products are added to in place rather than returned and added: for a batch of 32
+    and 784 inputs that takes half the time, and no memory of the size of the sum.
+
     Args:
         microbatch: The examples.
-        add: Adds what examples contribute to sums; whatever may take memory comes before it changes
-            one. It is called outside of `torch.autocast`.
+        add: Adds what examples contribute to sums. It must allocate all that it takes before it
+            changes a sum, and is called outside of `torch.autocast`.
 
     Raises:
         MemoryError: If a single example needs more memory than there is, naming the block.
@@ -308,7 +311,7 @@ def in_halves(microbatch: Microbatch, add: Callable[[Microbatch], None]) -> None
     if not halves:
         raise MemoryError(
             f"out of memory in the work on a single example for the block of {microbatch.label!r} "
-            f"({reason}); pass a smaller memory_budget, so that less is kept beside it, use "
+            f"({reason}); pass a smaller memory_budget, so that less is kept meanwhile, use "
             f"smaller batches, or leave the parameter out (exclude, or params)"
         )
     for half in halves:
@@ -356,6 +359,7 @@ def _add_rows_and_columns(microbatch: Microbatch, total: KroneckerFactors) -> No
 
 
 def _add_lookups(microbatch: Microbatch, block: Block) -> None:
+    """Add to the eigenvalues of an embedding."""
     (gradients,) = microbatch.block_gradients()
     indices = microbatch.block_activations()[0, :, :, 0]
     rotated = eigenvalues.rotate(gradients, block.gradient_basis)[0]
@@ -364,6 +368,7 @@ def _add_lookups(microbatch: Microbatch, block: Block) -> None:
 
 
 def _add_squares(microbatch: Microbatch, block: Block) -> None:
+    """Add to the eigenvalues of a block that knows only whole per-example gradients."""
     (gradients,) = microbatch.per_example_gradients()
     squares = eigenvalues.squared_entries(gradients, block.gradient_basis, block.activation_basis)
     check_finite(squares.sum(), f"gradients of {microbatch.label!r}")

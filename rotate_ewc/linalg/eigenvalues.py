@@ -2,7 +2,7 @@
 
     Λ_ij = Σ_n Σ_v ((Q_gᵀ G_nv Q_a)_ij)²,    G_nv = Σ_s g_nvs a_nsᵀ
 
-for examples n, label vectors v and shared positions s (George et al. 2018, "Fast Approximate
+for examples n, output vectors v and shared positions s (George et al. 2018, "Fast Approximate
 Natural Gradient Descent in a Kronecker-factored Eigenbasis"; here with per-example gradients that
 sum over shared positions). Rotating G is the same as rotating what it is made of, so there are many
 ways to the same numbers, and which is cheapest depends on the shapes: see `cheapest_route`.
@@ -65,9 +65,9 @@ class Route:
 
 
 def cheapest_route(shared: int, d_out: int, d_in: int, num_vectors: int) -> Route:
-    """Choose by counted cost, for one example and `num_vectors` label vectors.
+    """Choose by counted cost, for one example and `num_vectors` output vectors.
 
-    Rotating a costs `2 S d_in²` once for all label vectors, rotating g `2 S d_out²` for each; in
+    Rotating a costs `2 S d_in²` once for all output vectors, rotating g `2 S d_out²` for each; in
     their place the per-example gradient can be rotated, at `2 d_out d_in²` and `2 d_out² d_in` for
     each. The gradient itself costs `2 S d_out d_in`, the square written out over pairs of positions
     `S (S + 1) d_out d_in`. Elements that go through memory are counted too.
@@ -76,7 +76,7 @@ def cheapest_route(shared: int, d_out: int, d_in: int, num_vectors: int) -> Rout
         shared: S, the number of shared positions.
         d_out: Size of the output side.
         d_in: Size of the input side.
-        num_vectors: Number of label vectors.
+        num_vectors: Number of output vectors.
     """
     if shared == 1:
         return Route(Kernel.SINGLE)
@@ -117,10 +117,10 @@ def squared_projections(
     route: Route,
     max_bytes: int | None = None,
 ) -> Tensor:
-    """Sum the squared entries of rotated per-example gradients over examples and label vectors.
+    """Sum the squared entries of rotated per-example gradients over examples and output vectors.
 
     Args:
-        gradients: For every label vector the output gradients, `[groups, batch, shared, d_out]`;
+        gradients: For every output vector the output gradients, `[groups, batch, shared, d_out]`;
             there is at least one.
         activations: Layer inputs, `[groups, batch, shared, d_in]`.
         gradient_basis: Q_g, `[groups, d_out, d_out]`; None is the identity.
@@ -154,10 +154,10 @@ def squared_projections(
 
 
 def squared_rotations(gradients: Iterable[Tensor], basis: Basis) -> Tensor:
-    """Rotate the gradients of all label vectors, and sum their squares.
+    """Rotate the gradients of all output vectors, and sum their squares.
 
     Args:
-        gradients: `[groups, batch, shared, d_out]` for every label vector; there is at least one.
+        gradients: `[groups, batch, shared, d_out]` for every output vector; there is at least one.
         basis: Q_g, or None.
 
     Returns:

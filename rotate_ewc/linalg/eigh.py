@@ -1,4 +1,4 @@
-"""Eigenvectors of symmetric matrices, whatever it takes, and of several beside each other.
+"""Eigenvectors of symmetric matrices, whatever it takes, and of several at the same time.
 
 Matrices are `[groups, d, d]`, as in `rotate_ewc.linalg.kronecker`.
 """
@@ -97,8 +97,8 @@ def _attempts(covariance: Tensor) -> Iterator[tuple[str, Tensor]]:
 def eigenbases(covariances: Sequence[Tensor], labels: Sequence[str] | None = None) -> list[Tensor]:
     """Return the eigenvectors of several symmetric matrices, each as `eigenbasis` does.
 
-    On a CPU, one `eigh` gains little from further threads, but several run beside each other. Only
-    matrices that are so large that all others would wait for them get all threads.
+    On a CPU, one `eigh` gains little from further threads, but several can run at the same time.
+    Only matrices that are so large that all others would wait for them get all threads.
 
     Args:
         covariances: `[groups, d, d]` each; only upper triangles are looked at.
@@ -138,14 +138,14 @@ def _gains_from_company(covariances: Sequence[Tensor], order: Sequence[int]) -> 
 
 
 def _use_one_thread() -> None:
-    """Let the thread that runs this, which is new, compute without the help of others.
+    """Let the new thread that runs this compute by itself.
 
-    What a thread sets for itself is also what all threads begin with that come later. So that is
-    set back at once, by one more thread, whose own number does not matter.
+    `torch.set_num_threads` also sets the number with which all later threads of the process begin,
+    and those may be the user's. A helper thread, whose own number does not matter, restores it.
     """
     with _SETTING_THREADS:
         inherited = torch.get_num_threads()
         torch.set_num_threads(1)
-        restorer = Thread(target=torch.set_num_threads, args=(inherited,))
-        restorer.start()
-        restorer.join()
+        helper = Thread(target=torch.set_num_threads, args=(inherited,))
+        helper.start()
+        helper.join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -117,44 +118,33 @@ def record_forward(
     return ForwardPass(outputs, uses, edges, recorder.computed, without_rule)
 
 
+@dataclass
 class BatchCapturer:
     """Captures batches of one model with one loss.
 
     Attributes:
         forward: From a batch's inputs to the model's outputs.
         likelihood: The distribution behind the loss.
-        parameters: The parameters to look for, by name.
+        parameters: The parameters to look for, by name; all must require gradients.
         settings: How to estimate.
-        device: Where the parameters are.
-        unsupported: Names of the parameters for whose uses there is no rule, from the first batch
-            on.
+        constants: The model's tensors that are no parameters, such as buffers.
+        unsupported: Names of the parameters for whose uses there is no rule; None before the first
+            batch.
+        known_axes: The example axes of every sequence of layers for which they are proved.
     """
 
-    def __init__(
-        self,
-        forward: Callable[[Any], Tensor],
-        likelihood: Likelihood,
-        parameters: Mapping[str, Tensor],
-        settings: EstimationSettings,
-        constants: Sequence[Tensor] = (),
-    ) -> None:
-        """Hold what is needed to run the model and to know its parameters.
+    forward: Callable[[Any], Tensor]
+    likelihood: Likelihood
+    parameters: Mapping[str, Tensor]
+    settings: EstimationSettings
+    constants: Sequence[Tensor] = ()
+    unsupported: frozenset[str] | None = None
+    known_axes: dict[tuple[object, ...], list[ExampleAxis]] = field(default_factory=dict)
 
-        Args:
-            forward: From a batch's inputs to the model's outputs.
-            likelihood: The distribution behind the loss.
-            parameters: The parameters to look for, by name; all must require gradients.
-            settings: How to estimate.
-            constants: The model's tensors that are no parameters, such as buffers.
-        """
-        self.forward = forward
-        self.likelihood = likelihood
-        self.parameters = parameters
-        self.settings = settings
-        self.device = next(iter(parameters.values())).device
-        self.unsupported: frozenset[str] | None = None
-        self._constants = constants
-        self._known_axes: dict[tuple[object, ...], list[ExampleAxis]] = {}
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.parameters.values())).device
 
     def capture(
         self, inputs: Any, targets: Tensor, generator: Generator, *, with_squares: bool
@@ -177,38 +167,20 @@ class BatchCapturer:
         outputs = outputs.to(statistics_dtype(outputs.dtype))
         self._check_outputs(outputs, targets, num_examples)
         normalizer = float(self.likelihood.terms(outputs, targets).sum())
-        plans = self._plans(recorded, num_examples)
-        axes = self._example_axes(recorded, num_examples)
-        inputs_of_uses = tuple(
-            axis.examples_first(use.call.input, num_examples)
-            for use, axis in zip(recorded.uses, axes, strict=True)
-        )
-        captured = CapturedBatch(
-            num_examples,
-            normalizer,
-            plans,
-            recorded.uses,
-            inputs_of_uses,
-            computed=recorded.computed,
-        )
+        captured, axes = self._without_gradients(recorded, normalizer, num_examples)
         without_rule = self._per_example_parameters() if with_squares else {}
         if not recorded.uses and not without_rule:
             yield captured
             return
         squares = squares_like(without_rule)
+        add = partial(
+            add_squares, squares, without_rule, self.forward, inputs, recorded.outputs, num_examples
+        )
         found: list[list[Tensor]] = []
-        first, held = True, 0
+        held = 0
         for vector, last in _with_last(self._vectors(outputs, targets, num_examples, generator)):
             if without_rule:
-                add_squares(
-                    squares,
-                    without_rule,
-                    self.forward,
-                    inputs,
-                    recorded.outputs,
-                    vector,
-                    num_examples,
-                )
+                add(vector)
             gradients = recorded.gradients(vector, last=last)
             del vector
             for index, axis in enumerate(axes):
@@ -217,9 +189,8 @@ class BatchCapturer:
             held += sum(gradient.nbytes for gradient in gradients)
             del gradients
             if last or held > self.settings.memory_budget // 4:
-                squares_so_far = squares if last else {}
-                yield replace(captured, gradients=found, first=first, squares=squares_so_far)
-                found, first, held = [], False, 0
+                yield replace(captured, gradients=found, squares=squares if last else {})
+                captured, found, held = replace(captured, first=False), [], 0
 
     def _record(self, inputs: Any) -> ForwardPass:
         """Run the model, and check that its unsupported parameters are always the same."""
@@ -227,7 +198,7 @@ class BatchCapturer:
         recorded = record_forward(
             lambda: self.forward(inputs),
             self.parameters,
-            constants=[tensor for tensor in self._constants if id(tensor) not in given],
+            constants=[tensor for tensor in self.constants if id(tensor) not in given],
             unsupported=self.settings.unsupported,
         )
         if self.unsupported is None:
@@ -240,15 +211,27 @@ class BatchCapturer:
             )
         return recorded
 
-    def _plans(self, recorded: ForwardPass, num_examples: int) -> tuple[BlockPlan, ...]:
+    def _without_gradients(
+        self, recorded: ForwardPass, normalizer: float, num_examples: int
+    ) -> tuple[CapturedBatch, list[ExampleAxis]]:
+        """Return what the forward pass shows of a batch, and where every use has the examples."""
         without_rule = self.unsupported or frozenset()
-        return plan_blocks(
+        plans = plan_blocks(
             [use.forms for use in recorded.uses],
             {key: computed.sources for key, computed in recorded.computed.items()},
             {name: p for name, p in self.parameters.items() if name not in without_rule},
             num_examples,
             separate=self.settings.separate_weight_and_bias,
         )
+        axes = self._example_axes(recorded, num_examples)
+        inputs = tuple(
+            axis.examples_first(use.call.input, num_examples)
+            for use, axis in zip(recorded.uses, axes, strict=True)
+        )
+        captured = CapturedBatch(
+            num_examples, normalizer, plans, recorded.uses, inputs, computed=recorded.computed
+        )
+        return captured, axes
 
     def _per_example_parameters(self) -> dict[str, Tensor]:
         """Return the parameters whose gradients are taken for one example after another."""
@@ -293,13 +276,13 @@ class BatchCapturer:
             (use.weight, use.bias, *(size / num_examples for size in use.call.input.shape[:2]))
             for use in recorded.uses
         )
-        axes = self._known_axes.get(layers)
+        axes = self.known_axes.get(layers)
         if axes is None:
             probe = Generator(self.device).manual_seed(self.settings.seed)
             axes, certain = find_example_axes(recorded, num_examples, probe)
             # With a single example every axis passes, so nothing has been learned.
             if certain and num_examples > 1:
-                self._known_axes[layers] = axes
+                self.known_axes[layers] = axes
         return axes
 
 

@@ -128,7 +128,7 @@ class CachedBatch:
         batch: The batch as it was given.
         versions: How often its tensors had been written to.
         parts: What it has shown.
-        random_state: State of the generator of labels after the batch.
+        random_state: State of the generator of labels after the batch, set at its end.
     """
 
     batch: Batch

@@ -24,8 +24,8 @@ def add_squares(
     forward: Callable[[Any], Tensor],
     inputs: Any,
     outputs: Tensor,
-    vector: Tensor,
     num_examples: int,
+    vector: Tensor,
 ) -> None:
     """Back-propagate one output vector for every example by itself, and add the squared gradients.
 
@@ -35,8 +35,8 @@ def add_squares(
         forward: From inputs to the model's outputs.
         inputs: The batch's inputs.
         outputs: The model's outputs for the batch, attached to the autograd graph.
-        vector: Of the outputs' shape.
         num_examples: Number of examples in the batch.
+        vector: Of the outputs' shape.
     """
     for own_outputs, part in _by_example(forward, inputs, outputs, vector, num_examples):
         gradients = back_propagate(own_outputs, list(parameters.values()), part, retain_graph=True)

@@ -3,7 +3,7 @@
 What estimation needs beyond its budget is what nobody can do without: the model's own forward and
 backward pass over one batch with the gradients at the outputs of all layers, and the operator
 itself with the sums that it is made of. Everything else (kernel windows, rotated copies,
-per-example gradients, observations kept for the second pass, gradients of further label vectors)
+per-example gradients, batches kept for the second pass, gradients of further label vectors)
 must fit in the budget.
 """
 
@@ -246,7 +246,7 @@ def test_speed_asks_for_small_pieces_whatever_the_budget(
 
 @pytest.mark.parametrize("budget", [3 * MIB, 5 * MIB, 8 * MIB])
 def test_other_budgets(budget: int) -> None:
-    """Among them are such that the observations of some batches fit and those of all do not."""
+    """Among them are such that what some batches show fits and that of all does not."""
     case = CASES["windows"]
     assert excess_bytes(case, 8 * case.batch_size, budget) <= budget
 

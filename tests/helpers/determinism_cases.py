@@ -67,7 +67,7 @@ MODELS: Final[dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]] = {
     "transformer": (Transformer, (6,)),
 }
 FISHERS: Final = ("type2", "mc", "empirical")
-# Observations are kept, are not, and even the gradients of a batch are taken in several parts.
+# Captured batches are kept, are not, and even the gradients of a batch are taken in several parts.
 BUDGETS: Final = (2**30, 2**18, 1)
 
 

@@ -243,7 +243,7 @@ def test_statistics_of_a_model_in_a_lower_precision() -> None:
 
 
 @pytest.mark.parametrize("inputs", ["tensor", "pair", "with a stranger", "with a table"])
-def test_one_by_one_is_exact_whatever_the_inputs(inputs: str) -> None:
+def test_per_example_gradients_are_exact_whatever_the_inputs(inputs: str) -> None:
     """Inputs are cut into examples where they can be; others are kept whole."""
 
     class Recurrent(nn.Module):
@@ -278,7 +278,7 @@ def test_one_by_one_is_exact_whatever_the_inputs(inputs: str) -> None:
     )
 
 
-def test_one_by_one_notices_examples_that_are_not_independent() -> None:
+def test_per_example_gradients_show_examples_that_are_not_independent() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
