@@ -13,7 +13,6 @@ from matplotlib.image import AxesImage
 from benchmarks.methods import is_own
 from benchmarks.metrics import accuracy_on_seen_tasks
 from benchmarks.report.style import (
-    FONT_POINTS,
     band_looks,
     line_looks,
     new_figure,
@@ -85,7 +84,9 @@ def accuracy_curves(experiment: Experiment) -> Figure | None:
     Returns:
         The figure; None if nothing was tested.
     """
-    ends = {label: float(_curves(group)[:, -1].mean()) for label, group in experiment.tested.items()}
+    ends = {
+        label: float(_curves(group)[:, -1].mean()) for label, group in experiment.tested.items()
+    }
     groups = {label: experiment.tested[label] for label in sorted(ends, key=lambda one: -ends[one])}
     if not groups:
         return None
@@ -95,7 +96,9 @@ def accuracy_curves(experiment: Experiment) -> Figure | None:
     bottom, top = _accuracy_range(groups)
     axes.set_ylim(bottom, top)
     legend = figure.legend(loc="outside right center", frameon=False, handlelength=4, fontsize=7)
-    for text, (label, end) in zip(legend.get_texts(), ((one, ends[one]) for one in groups), strict=True):
+    for text, (label, end) in zip(
+        legend.get_texts(), ((one, ends[one]) for one in groups), strict=True
+    ):
         text.set_fontweight("bold" if is_own(label) else "normal")
         if end < bottom:
             text.set_text(f"{label} ({100 * end:.1f}%) ↓")

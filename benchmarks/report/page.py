@@ -48,7 +48,12 @@ def write_report(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
     environment.filters["markdown"] = markdown_escape
     names = unique_names([experiment.scenario for experiment in experiments])
     context = {
-        **{"title": TITLE, "about": ABOUT, "notes": NOTES, "headings": ["method", *(column.heading for column in COLUMNS)]},
+        **{
+            "title": TITLE,
+            "about": ABOUT,
+            "notes": NOTES,
+            "headings": ["method", *(column.heading for column in COLUMNS)],
+        },
         "sections": [_section(*pair) for pair in zip(names, experiments, strict=True)],
     }
     written = [
