@@ -48,6 +48,9 @@ COMMANDS = {
     "study-causes": Command(
         "benchmarks.studies.causes", "Options", "why long streams of tasks lose accuracy"
     ),
+    "study-constant-cost": Command(
+        "benchmarks.studies.constant_cost", "Options", "what a penalty costs after many tasks"
+    ),
     "study-storage": Command(
         "benchmarks.studies.storage", "Options", "snapshots in files: bytes, time and accuracy"
     ),
