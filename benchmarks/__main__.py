@@ -48,6 +48,9 @@ COMMANDS = {
     "study-causes": Command(
         "benchmarks.studies.causes", "Options", "why long streams of tasks lose accuracy"
     ),
+    "study-constant-cost": Command(
+        "benchmarks.studies.constant_cost", "Options", "what a penalty costs after many tasks"
+    ),
     "study-storage": Command(
         "benchmarks.studies.storage", "Options", "snapshots in files: bytes, time and accuracy"
     ),
@@ -142,10 +145,12 @@ def _parse(name: str, options: type[Any], words: Sequence[str]) -> Any:
 def _one_line(box: str) -> str:
     """The message in one of tyro's boxes, without what ``--help`` says as well.
 
-    Boxes begin with what is wrong. After a rule comes a suggestion, if there is any.
+    Below its title a box says what is wrong. After a rule comes a suggestion, if there is any.
     """
-    inside = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    message, *others = (part.strip() for part in re.split("─{9,} ?", " ".join(inside)))
+    plain = re.sub(r"\x1b\[[0-9;]*m|[│╰╯]", "", box)  # on a terminal it has colours
+    below_title = " ".join(line.strip() for line in plain.splitlines()[1:])
+    parts = [part.strip() for part in re.split("[─-]{9,}", below_title)]
+    message, *others = filter(None, parts)
     message = re.sub(r"^Error parsing ([A-Z]\w*[a-z]\w*: )?", "", message)
     suggested = [found[1] for other in others if (found := re.match(r"Perhaps .*?(--\S+)", other))]
     return message + (f" (did you mean {suggested[0]}?)" if suggested else "")

@@ -10,39 +10,21 @@ with warnings.catch_warnings():
     # Avalanche imports qpsolvers for GEM, which the benchmarks do not run; without a solver
     # installed it warns every user of every strategy.
     warnings.filterwarnings("ignore", message="no QP solver found", category=UserWarning)
-    from avalanche.benchmarks import (
-        benchmark_from_datasets,
-        with_classes_timeline,
-        with_task_labels,
+    from avalanche.benchmarks import benchmark_from_datasets as benchmark_from_datasets
+    from avalanche.benchmarks import with_classes_timeline as with_classes_timeline
+    from avalanche.benchmarks import with_task_labels as with_task_labels
+    from avalanche.benchmarks.utils import DataAttribute as DataAttribute
+    from avalanche.benchmarks.utils.classification_dataset import (
+        TaskAwareClassificationDataset as TaskAwareClassificationDataset,
     )
-    from avalanche.benchmarks.utils import DataAttribute
-    from avalanche.benchmarks.utils.classification_dataset import TaskAwareClassificationDataset
-    from avalanche.core import SupervisedPlugin
-    from avalanche.models import MultiTaskModule, avalanche_forward
+    from avalanche.core import SupervisedPlugin as SupervisedPlugin
+    from avalanche.models import MultiTaskModule as MultiTaskModule
+    from avalanche.models import avalanche_forward as avalanche_forward
+    from avalanche.training.plugins import EWCPlugin as EWCPlugin
+    from avalanche.training.plugins import LwFPlugin as LwFPlugin
+    from avalanche.training.plugins import MASPlugin as MASPlugin
+    from avalanche.training.plugins import ReplayPlugin as ReplayPlugin
     from avalanche.training.plugins import (
-        EvaluationPlugin,
-        EWCPlugin,
-        LwFPlugin,
-        MASPlugin,
-        ReplayPlugin,
-        SynapticIntelligencePlugin,
+        SynapticIntelligencePlugin as SynapticIntelligencePlugin,
     )
-    from avalanche.training.supervised import Naive
-
-__all__ = [
-    "DataAttribute",
-    "EWCPlugin",
-    "EvaluationPlugin",
-    "LwFPlugin",
-    "MASPlugin",
-    "MultiTaskModule",
-    "Naive",
-    "ReplayPlugin",
-    "SupervisedPlugin",
-    "SynapticIntelligencePlugin",
-    "TaskAwareClassificationDataset",
-    "avalanche_forward",
-    "benchmark_from_datasets",
-    "with_classes_timeline",
-    "with_task_labels",
-]
+    from avalanche.training.supervised import Naive as Naive

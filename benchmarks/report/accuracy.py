@@ -33,6 +33,7 @@ LEGEND_ROW_INCHES = 0.17
 LARGE_PER_ROW, LARGE_INCHES = 4, 2.1
 SMALL_PER_ROW, SMALL_INCHES = 5, 1.55
 COLUMN_LABEL_INCHES = 0.3  # below the lowest heat maps
+MOST_IN_AXES = 8  # methods whose legend has room beside the curves
 MOST_IN_LINE = 16  # characters above a heat map
 NOT_YET_SEEN_OPACITY = 0.15
 HEADROOM = 0.04
@@ -67,7 +68,11 @@ def draw(records: Sequence[Record], title: str = "") -> Figure:
     curves, maps = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
     axes = curves.subplots()
     _draw_curves(axes, groups)
-    axes.legend(frameon=False, fontsize="small", handlelength=3.5)
+    looks: dict[str, Any] = {"frameon": False, "fontsize": "small", "handlelength": 3.5}
+    if len(groups) <= MOST_IN_AXES:
+        axes.legend(**looks)
+    else:
+        curves.legend(loc="outside right center", **looks)
     _draw_heat_maps(maps, groups)
     return figure
 
