@@ -16,7 +16,7 @@ from benchmarks.speed.machine import eigh_times, product_rates
 from benchmarks.speed.names import Combination
 from benchmarks.speed.results import MEASURED, MISSING, REFUSED, WRONG, Estimation, Result
 from benchmarks.speed.rounds import median_ratio, turns
-from benchmarks.speed.worker import Entry, Job, new_process
+from benchmarks.speed.worker import Entry, new_process
 from benchmarks.versions import versions
 
 TOLERANCES = {names.MC: 1e-2, names.TYPE2: 1e-4}
@@ -85,9 +85,8 @@ def _take_turns(
         decompose()
         bar.update()
         for entry in entries:
-            name = entry.contender.name
-            bar.set_postfix_str(name)
-            entry.prepare(Job(*combination, name, options.fraction, quick))
+            bar.set_postfix_str(entry.contender.name)
+            entry.prepare(combination, options.fraction, quick=quick)
             bar.update()
         for number, turn in turns([None, *entries], options.rounds):
             bar.set_postfix_str("machine" if turn is None else turn.contender.name)

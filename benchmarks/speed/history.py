@@ -28,7 +28,7 @@ class History:
         known: After the first task, the penalty of the layers that every contender knows.
         merged: Merged penalties by number of tasks.
         separate: Penalties that keep tasks separate, by number of tasks.
-        single: Penalties of one task each, for as many tasks as the last of these.
+        single: Penalties of one task each, for the first tasks.
     """
 
     workload: Workload
@@ -40,7 +40,10 @@ class History:
 
 
 def live(
-    workload: Workload, tasks: Collection[int], separate_tasks: Collection[int] = ()
+    workload: Workload,
+    tasks: Collection[int],
+    separate_tasks: Collection[int] = (),
+    single_tasks: int = 0,
 ) -> History:
     """Consolidate random tasks, one after the other.
 
@@ -48,6 +51,7 @@ def live(
         workload: The model, which is moved after each task, and the batch to step on.
         tasks: Numbers of tasks of the merged penalties.
         separate_tasks: Numbers of tasks of the penalties that keep tasks separate.
+        single_tasks: Number of penalties of one task each; no more than there are tasks.
     """
     merged, separate = EKFACPenalty(), EKFACPenalty(mode="separate")
     with torch.random.fork_rng(devices=[]):
@@ -64,6 +68,7 @@ def live(
                 history.merged[done] = copy.deepcopy(merged)
             if done <= last_separate:
                 _after(task, separate)
+            if done <= single_tasks:
                 history.single.append(_after(task, EKFACPenalty()))
             if done in separate_tasks:
                 history.separate[done] = copy.deepcopy(separate)

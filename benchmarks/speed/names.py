@@ -49,21 +49,14 @@ class Combination(NamedTuple):
     fisher: str
 
 
-# The exact Fisher matrix of token-level cross-entropy takes as many backward passes as there are
-# pairs of a token and a class, here 128 × 64.
-DEFAULT_COMBINATIONS = tuple(
-    Combination(case, fisher)
-    for case in CASES
-    for fisher in FISHERS
-    if (case, fisher) != (TRANSFORMER, TYPE2)
-)
-
-
 def combinations(cases: tuple[str, ...], fishers: tuple[str, ...] | None) -> list[Combination]:
     """Choose what is measured; None for the Fisher types that each case has by default."""
-    if fishers is None:
-        return [one for one in DEFAULT_COMBINATIONS if one.case in cases]
-    return [Combination(case, fisher) for case in cases for fisher in fishers]
+    if fishers is not None:
+        return [Combination(case, fisher) for case in cases for fisher in fishers]
+    # The exact Fisher matrix of token-level cross-entropy takes as many backward passes as there
+    # are pairs of a token and a class, here 128 × 64.
+    too_many = Combination(TRANSFORMER, TYPE2)
+    return [one for one in combinations(cases, FISHERS) if one != too_many]
 
 
 def contenders_of(case: str, chosen: tuple[str, ...]) -> list[str]:

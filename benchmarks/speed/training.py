@@ -42,8 +42,9 @@ class Field:
 def measure(case: str, options: Options) -> Training:
     """Consolidate tasks, and time everything that is there then."""
     workload = build_step(case, quick=options.quick)
-    separate = [options.separate_tasks] if case in names.WITH_SEPARATE else []
-    found = enter(case, live(workload, options.tasks, separate))
+    separate = options.separate_tasks if case in names.WITH_SEPARATE else 0
+    history = live(workload, options.tasks, [separate] if separate else [], separate)
+    found = enter(case, history)
     repetitions = 1 if options.quick else REPETITIONS.get(case, FEW_REPETITIONS)
     times = time_in_rounds(
         found.works,

@@ -14,33 +14,16 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 from benchmarks.speed.cases import Estimate, build
 from benchmarks.speed.contenders import BY_NAME, Contender
 from benchmarks.speed.machine import peak_growth
+from benchmarks.speed.names import Combination
 
 SPAWN = multiprocessing.get_context("spawn")
 TINY = 2  # examples of the first batch, which brings libraries into memory
 EXIT_INTERRUPTED = 130
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a process is there for.
-
-    Attributes:
-        case: The case.
-        fisher: The Fisher type.
-        contender: Whose work it does.
-        fraction: Part of the examples.
-        quick: Whether to take a few examples only.
-    """
-
-    case: str
-    fisher: str
-    contender: str
-    fraction: float
-    quick: bool
 
 
 @dataclass(frozen=True)
@@ -93,20 +76,20 @@ class Entry:
         """Why it is out; None while it is in."""
         return self.replies[-1].problem if self.replies else None
 
-    def prepare(self, job: Job) -> None:
-        """Have it estimate once for its memory."""
-        self._ask(lambda: self.process.submit(start, job).result())
+    def prepare(self, combination: Combination, fraction: float, *, quick: bool) -> None:
+        """Have it build the case and estimate once for its memory."""
+        name = self.contender.name
+        self._ask(start, name, combination, fraction, quick)
 
     def run(self, seed: int) -> None:
         """Have it estimate once for its time, if it still can."""
-        self._ask(lambda: self.process.submit(estimate, seed).result())
+        if self.problem is None:
+            self._ask(estimate, seed)
 
-    def _ask(self, ask: Callable[[], Reply]) -> None:
-        """Keep an answer; whoever has failed is out."""
-        if self.problem is not None:
-            return
+    def _ask(self, function: Callable[..., Reply], *arguments: Any) -> None:
+        """Have the process call a function, and keep the answer; whoever has failed is out."""
         try:
-            self.replies.append(ask())
+            self.replies.append(self.process.submit(function, *arguments).result())
         except BrokenProcessPool as error:
             self.replies.append(Reply(problem=in_one_line(error)))
         if self.problem is not None:
@@ -117,15 +100,15 @@ class Entry:
 _estimation: Estimate
 
 
-def start(job: Job) -> Reply:
+def start(name: str, combination: Combination, fraction: float, quick: bool) -> Reply:
     """In the contender's process: prepare, and measure the memory of an estimation."""
 
     def prepared() -> Reply:
         global _estimation
-        contender = BY_NAME[job.contender]
-        contender.prepare(build(job.case, quick=True).beginning(TINY), job.fisher)(0)
-        workload = build(job.case, fraction=job.fraction, quick=job.quick)
-        _estimation = contender.prepare(workload, job.fisher)
+        contender, (case, fisher) = BY_NAME[name], combination
+        contender.prepare(build(case, quick=True).beginning(TINY), fisher)(0)
+        workload = build(case, fraction=fraction, quick=quick)
+        _estimation = contender.prepare(workload, fisher)
         trace, memory = peak_growth(lambda: _estimation(0))
         return Reply(trace=finite(trace), memory=memory)
 

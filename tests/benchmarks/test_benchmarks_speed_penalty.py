@@ -51,7 +51,7 @@ def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def history() -> History:
-    return live(build_step("small", quick=True), (1, 2), (2,))
+    return live(build_step("small", quick=True), (1, 2), (2,), 2)
 
 
 def record(case: str = "a", *wrong: str) -> Training:

@@ -17,6 +17,7 @@ from benchmarks.speed.contenders import BY_NAME, Contender, Kind
 from benchmarks.speed.estimation import QUICK_TOLERANCES, TOLERANCES, _result, compare
 from benchmarks.speed.figure import draw
 from benchmarks.speed.machine import peak_growth
+from benchmarks.speed.names import Combination
 from benchmarks.speed.report import estimation_table, floor_line
 from benchmarks.speed.results import (
     MEASURED,
@@ -26,7 +27,7 @@ from benchmarks.speed.results import (
     Estimation,
     Result,
 )
-from benchmarks.speed.worker import Entry, Job, Reply, finite, in_one_line, new_process
+from benchmarks.speed.worker import Entry, Reply, finite, in_one_line, new_process
 
 
 def result(name: str, seconds: list[float], *traces: float, memory: int = 2**20) -> Result:
@@ -177,7 +178,7 @@ def test_whoever_fails_is_refused_with_the_reason(entry: Entry) -> None:
 
 
 def test_a_process_that_dies_is_noticed(entry: Entry) -> None:
-    entry._ask(lambda: entry.process.submit(os._exit, 1).result())
+    entry._ask(os._exit, 1)
     assert entry.problem is not None
     assert entry.problem.startswith("BrokenProcessPool: ")
 
@@ -189,7 +190,7 @@ def served(monkeypatch: pytest.MonkeyPatch, estimate: Estimate) -> Reply:
         return estimate
 
     monkeypatch.setattr(Contender, "prepare", prepare)
-    return worker.start(Job("a", "mc", names.OURS, 0.05, quick=True))
+    return worker.start(names.OURS, Combination("a", "mc"), 0.05, True)
 
 
 def test_an_estimation_is_done_once_for_memory_and_then_for_every_seed(

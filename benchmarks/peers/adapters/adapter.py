@@ -42,7 +42,7 @@ class Adapter:
     Attributes:
         package: Name of the distribution.
         module: Name of the module to import.
-        title: Name for the table; None for the package's own.
+        title: Name for the table.
         modes: How it is asked for a matrix.
         raisers: Packages whose exceptions count as its own refusals.
         takes_loss: Whether it is given a loss object, which may have an unusable reduction.
