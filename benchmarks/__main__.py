@@ -41,7 +41,7 @@ COMMANDS = {
     "speed-penalty": Command(
         "benchmarks.speed.penalty_command", "Options", "what a penalty adds to a training step"
     ),
-    "peers": Command("benchmarks.peers.command", "Options", "exactness, beside other libraries"),
+    "peers": Command("benchmarks.peers.command", "Options", "exactness, against other libraries"),
     "study-calibrate": Command(
         "benchmarks.studies.calibrate", "Options", "λ from the first two tasks alone"
     ),
