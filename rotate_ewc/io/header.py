@@ -20,6 +20,7 @@ from msgspec import Meta, Raw, Struct
 
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.io.storage_dtype import DTYPES
+from rotate_ewc.options import FisherType, Reduction
 from rotate_ewc.provenance import LARGEST_COUNT, Provenance, Setting
 from rotate_ewc.version import __version__
 
@@ -247,6 +248,9 @@ def _explained(message: str, text: str) -> str:
             f"snapshot format is {found:.99}; expected {OPERATOR!r}, {PENALTY!r} or {TANGENT!r}: "
             f"perhaps it was written by a later version than {LIBRARY}"
         )
+    if (choices := _CHOICES.get(path.rpartition(".")[2])) is not None and found.startswith('"'):
+        # msgspec does not say which there are.
+        reason = f"Expected one of {', '.join(choices)}"
     value = "" if found.startswith("{") else f" has {found:.99}"
     place = f" at {path!r}" if path else ""
     return f"snapshot key {HEADER!r}{value}{place}: {reason}"
@@ -300,6 +304,8 @@ def _dtype(_: type, value: object) -> torch.dtype:
 
 # The types of what is in the dictionaries, by the names of these.
 _MEMBERS: Final[dict[str, Any]] = {"parameters": Shape, "settings": Setting, "options": Option}
+
+_CHOICES: Final = {"reduction": Reduction, "fisher_type": FisherType}
 
 _ENCODER: Final = msgspec.json.Encoder(enc_hook=_dtype_name)
 _DECODER: Final[msgspec.json.Decoder[AnyHeader]] = msgspec.json.Decoder(AnyHeader, dec_hook=_dtype)

@@ -7,9 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.errors import SnapshotError
-from rotate_ewc.io.header import HEADER, LIBRARY, PenaltyHeader, read_header, write_header
+from rotate_ewc.io.header import (
+    HEADER,
+    LIBRARY,
+    PenaltyHeader,
+    TermLayout,
+    read_header,
+    write_header,
+)
+from rotate_ewc.io.snapshot import checked_tensor, layout_of, restore, tensors_of
+from rotate_ewc.io.storage_dtype import DTYPES
 from rotate_ewc.penalty.terms import Term
 
 
@@ -48,11 +59,11 @@ class PenaltyState:
             weighting=self.weighting,
             num_tasks=self.num_tasks,
             last_examples=self.last_examples,
-            terms=tuple(term.layout for term in self.terms),
+            terms=tuple(map(_layout, self.terms)),
         )
         state: dict[str, Any] = {prefix + HEADER: write_header(header)}
         for index, term in enumerate(self.terms):
-            state.update(term.tensors(f"{prefix}{index}/", dtype))
+            state.update(_tensors(term, f"{prefix}{index}/", dtype))
         return state
 
     @classmethod
@@ -96,7 +107,7 @@ class PenaltyState:
             header.mode,
             header.weighting,
             tuple(
-                Term.restore(term, tensors[place], place)
+                _restored(term, tensors[place], place)
                 for term, place in zip(header.terms, tensors, strict=True)
             ),
             header.num_tasks,
@@ -112,3 +123,56 @@ class PenaltyState:
                     f"snapshot is of a penalty with {option} {got!r}; expected {expected!r}, the "
                     f"{option} of this one"
                 )
+
+
+def _layout(term: Term) -> TermLayout:
+    """Return what a header says of a term."""
+    operator = term.operator
+    layout = layout_of(operator.blocks, operator.parameter_shapes, operator.provenance)
+    return TermLayout(term.weight, layout)
+
+
+def _tensors(term: Term, prefix: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return a term's tensors under keys that begin with `prefix`."""
+    operator = tensors_of(term.operator.blocks, dtype)
+    return {
+        **{f"{prefix}operator/{key}": value for key, value in operator.items()},
+        **{f"{prefix}anchor/{name}": anchor for name, anchor in term.anchor.items()},
+    }
+
+
+def _restored(layout: TermLayout, tensors: Mapping[str, Any], prefix: str) -> Term:
+    """Make a term of what a snapshot has for it.
+
+    Args:
+        layout: What the header says of it.
+        tensors: Its tensors, by keys without the prefix.
+        prefix: The beginning of the tensors' keys, for messages.
+
+    Raises:
+        SnapshotError: If anything is missing, left over, of the wrong shape or not finite.
+    """
+    own, found = _below(tensors, "operator/"), _below(tensors, "anchor/")
+    if len(own) + len(found) < len(tensors):
+        unexpected = min(k for k in tensors if not k.startswith(("operator/", "anchor/")))
+        raise SnapshotError(f"snapshot has the unexpected key {prefix + unexpected!r}")
+    parts = restore(layout.operator, own, f"{prefix}operator/")
+    operator = EKFACLinearOperator.from_blocks(*parts)
+    for block in operator.blocks:
+        if not bool(torch.isfinite(block.eigenvalues * layout.weight).all()):
+            raise SnapshotError(
+                f"snapshot's term {prefix!r}: weight is {layout.weight}, with which "
+                f"eigenvalues of {block.label!r} overflow; expected less"
+            )
+    for name in sorted(set(parts.parameter_shapes) ^ set(found)):
+        key = f"{prefix}anchor/{name}"
+        raise SnapshotError(f"snapshot key {key!r} is missing or unexpected")
+    anchor = {
+        name: checked_tensor(f"{prefix}anchor/{name}", found[name], shape, DTYPES.values())
+        for name, shape in parts.parameter_shapes.items()
+    }
+    return Term(operator, anchor, layout.weight)
+
+
+def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}

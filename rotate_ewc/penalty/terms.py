@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rotate_ewc.curvature.operator import EKFACLinearOperator
-from rotate_ewc.errors import SnapshotError
-from rotate_ewc.io.header import TermLayout
-from rotate_ewc.io.snapshot import checked_tensor, layout_of, restore, tensors_of
-from rotate_ewc.io.storage_dtype import DTYPES
 from rotate_ewc.linalg.block import Block
 
 
@@ -52,60 +47,6 @@ class Term:
         shapes = {name: anchor.shape for name, anchor in kept.items()}
         operator = EKFACLinearOperator.from_blocks(blocks, shapes, self.operator.provenance)
         return Term(operator, kept, self.weight)
-
-    @property
-    def layout(self) -> TermLayout:
-        """What a snapshot's header says of the term."""
-        operator = self.operator
-        layout = layout_of(operator.blocks, operator.parameter_shapes, operator.provenance)
-        return TermLayout(self.weight, layout)
-
-    def tensors(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Return the term's tensors under keys that begin with `prefix`.
-
-        Args:
-            prefix: The beginning of the keys.
-            dtype: The dtype in which bases and eigenvalues are stored, where it is smaller than
-                their own.
-        """
-        operator = tensors_of(self.operator.blocks, dtype)
-        return {
-            **{f"{prefix}operator/{key}": value for key, value in operator.items()},
-            **{f"{prefix}anchor/{name}": anchor for name, anchor in self.anchor.items()},
-        }
-
-    @classmethod
-    def restore(cls, layout: TermLayout, tensors: Mapping[str, Any], prefix: str) -> Term:
-        """Make a term of what a snapshot has for it.
-
-        Args:
-            layout: What the header says of it.
-            tensors: Its tensors, by keys without the prefix.
-            prefix: The beginning of the tensors' keys, for messages.
-
-        Raises:
-            SnapshotError: If anything is missing, left over, of the wrong shape or not finite.
-        """
-        own, found = _below(tensors, "operator/"), _below(tensors, "anchor/")
-        if len(own) + len(found) < len(tensors):
-            unexpected = min(k for k in tensors if not k.startswith(("operator/", "anchor/")))
-            raise SnapshotError(f"snapshot has the unexpected key {prefix + unexpected!r}")
-        parts = restore(layout.operator, own, f"{prefix}operator/")
-        operator = EKFACLinearOperator.from_blocks(*parts)
-        for block in operator.blocks:
-            if not bool(torch.isfinite(block.eigenvalues * layout.weight).all()):
-                raise SnapshotError(
-                    f"snapshot's term {prefix!r}: weight is {layout.weight}, with which "
-                    f"eigenvalues of {block.label!r} overflow; expected less"
-                )
-        for name in sorted(set(parts.parameter_shapes) ^ set(found)):
-            key = f"{prefix}anchor/{name}"
-            raise SnapshotError(f"snapshot key {key!r} is missing or unexpected")
-        anchor = {
-            name: checked_tensor(f"{prefix}anchor/{name}", found[name], shape, DTYPES.values())
-            for name, shape in parts.parameter_shapes.items()
-        }
-        return cls(operator, anchor, layout.weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +136,3 @@ def _joined(bases: Sequence[Tensor | None]) -> Tensor | None:
     if len(present) <= 1:
         return present[0] if present else None
     return torch.cat(present)
-
-
-def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
