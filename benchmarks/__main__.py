@@ -14,6 +14,14 @@ PROGRAM = "python -m benchmarks"
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 SO_WIDE_THAT_NOTHING_IS_BROKEN = 100_000  # columns
 
+# What tyro and Python say of a wrong value, and what we say instead.
+PLAINER = {
+    r"^Error parsing ([A-Z]\w*[a-z]\w*: )?": "",
+    r"no type matching .*>: ": "",
+    r"invalid literal for int\(\) with base 10: ": "expected a whole number, got ",
+    r"could not convert string to float: ": "expected a number, got ",
+}
+
 
 class Command(NamedTuple):
     """Where a command is: a module with a class of options and a function ``run`` of them.
@@ -151,7 +159,8 @@ def _one_line(box: str) -> str:
     below_title = " ".join(line.strip() for line in plain.splitlines()[1:])
     parts = [part.strip() for part in re.split("[─-]{9,}", below_title)]
     message, *others = filter(None, parts)
-    message = re.sub(r"^Error parsing ([A-Z]\w*[a-z]\w*: )?", "", message)
+    for words, plainer in PLAINER.items():
+        message = re.sub(words, plainer, message)
     suggested = [found[1] for other in others if (found := re.match(r"Perhaps .*?(--\S+)", other))]
     return message + (f" (did you mean {suggested[0]}?)" if suggested else "")
 
