@@ -49,7 +49,9 @@ COMMANDS = {
     "speed-penalty": Command(
         "benchmarks.speed.penalty_command", "Options", "what a penalty adds to a training step"
     ),
-    "peers": Command("benchmarks.peers.command", "Options", "exactness, beside other libraries"),
+    "peers": Command(
+        "benchmarks.peers.command", "Options", "exactness, compared with other libraries"
+    ),
     "study-calibrate": Command(
         "benchmarks.studies.calibrate", "Options", "λ from the first two tasks alone"
     ),
@@ -157,7 +159,7 @@ def _one_line(box: str) -> str:
     """
     plain = re.sub(r"\x1b\[[0-9;]*m|[│╰╯]", "", box)  # on a terminal it has colours
     below_title = " ".join(line.strip() for line in plain.splitlines()[1:])
-    parts = [part.strip() for part in re.split("[─-]{9,}", below_title)]
+    parts: list[str] = [part.strip() for part in re.split("[─-]{9,}", below_title)]
     message, *others = filter(None, parts)
     for words, plainer in PLAINER.items():
         message = re.sub(words, plainer, message)

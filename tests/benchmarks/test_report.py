@@ -190,7 +190,7 @@ def test_setting_seeds_machine_and_versions_are_said(shown: Experiment) -> None:
     lines = setting_lines(experiment_of([make_record("ewc"), parallel]))
     assert "Python (differs between runs: 2 / 3)" in lines[2]
     assert "parallel runs (differs between runs: 1 / 2)" in lines[2]
-    assert lines[3] == "Times were measured while other runs ran beside, up to 2 at once."
+    assert lines[3] == "Times were measured while other runs went on, up to 2 at once."
 
 
 # Figures
