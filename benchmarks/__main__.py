@@ -14,6 +14,14 @@ PROGRAM = "python -m benchmarks"
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 SO_WIDE_THAT_NOTHING_IS_BROKEN = 100_000  # columns
 
+# What tyro and Python say of a wrong value, and what we say instead.
+PLAINER = {
+    r"^Error parsing ([A-Z]\w*[a-z]\w*: )?": "",
+    r"no type matching .*>: ": "",
+    r"invalid literal for int\(\) with base 10: ": "expected a whole number, got ",
+    r"could not convert string to float: ": "expected a number, got ",
+}
+
 
 class Command(NamedTuple):
     """Where a command is: a module with a class of options and a function ``run`` of them.
@@ -41,7 +49,9 @@ COMMANDS = {
     "speed-penalty": Command(
         "benchmarks.speed.penalty_command", "Options", "what a penalty adds to a training step"
     ),
-    "peers": Command("benchmarks.peers.command", "Options", "exactness, against other libraries"),
+    "peers": Command(
+        "benchmarks.peers.command", "Options", "exactness, compared with other libraries"
+    ),
     "study-calibrate": Command(
         "benchmarks.studies.calibrate", "Options", "λ from the first two tasks alone"
     ),
@@ -149,9 +159,10 @@ def _one_line(box: str) -> str:
     """
     plain = re.sub(r"\x1b\[[0-9;]*m|[│╰╯]", "", box)  # on a terminal it has colours
     below_title = " ".join(line.strip() for line in plain.splitlines()[1:])
-    parts = [part.strip() for part in re.split("[─-]{9,}", below_title)]
+    parts: list[str] = [part.strip() for part in re.split("[─-]{9,}", below_title)]
     message, *others = filter(None, parts)
-    message = re.sub(r"^Error parsing ([A-Z]\w*[a-z]\w*: )?", "", message)
+    for words, plainer in PLAINER.items():
+        message = re.sub(words, plainer, message)
     suggested = [found[1] for other in others if (found := re.match(r"Perhaps .*?(--\S+)", other))]
     return message + (f" (did you mean {suggested[0]}?)" if suggested else "")
 

@@ -120,7 +120,7 @@ class Configuration(Training):
             all.
         validate: Whether to test on training images that are held out, rather than on the test
             images.
-        replay: Examples in a replay buffer beside every method; 0 for none.
+        replay: Examples in a replay buffer that every method has besides; 0 for none.
     """
 
     tasks: int = 10

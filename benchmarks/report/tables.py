@@ -284,7 +284,7 @@ def setting_lines(experiment: Experiment) -> list[str]:
         lines.append(f"Measured with: {', '.join(measured)}.")
     jobs = max((record.configuration.get("jobs") or 1 for record in records), default=1)
     if jobs > 1:
-        lines.append(f"Times were measured while other runs ran beside, up to {jobs} at once.")
+        lines.append(f"Times were measured while other runs went on, up to {jobs} at once.")
     return lines
 
 

@@ -35,7 +35,7 @@ class Options(StreamOptions):
     The second is trained with --ewc-lambda; λ is how many times more harm it has done to the first
     than the penalty takes it to have done. Harm is the growth of the mean loss on the first task's
     first 10,000 training images (or all, where they are fewer); no test image and no later task has
-    a part in it. The accuracies that are printed beside it are those on the test images of the two
+    a part in it. The accuracies that are printed with it are those on the test images of the two
     tasks, or with --validate on training images that are held out. Writes calibrate.json (after
     every finished run), and prints a table.
 

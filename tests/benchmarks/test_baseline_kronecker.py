@@ -25,9 +25,11 @@ def with_one(vector: Tensor) -> Tensor:
     return torch.cat([vector.new_ones(1), vector])
 
 
-@pytest.mark.parametrize("examples", [7, 260])
-def test_factors_of_a_perceptron(examples: int) -> None:
+@pytest.mark.parametrize("batch_size", [7, 4])
+def test_factors_of_a_perceptron(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients by hand; the second batch, if there is one, is smaller."""
+    monkeypatch.setattr("benchmarks.baselines.plugin.BATCH_SIZE", batch_size)
+    examples = 7
     model, inputs = make_network("perceptron", examples)
     draws = generator()
     A, G = [torch.zeros(())] * 2, [torch.zeros(())] * 2

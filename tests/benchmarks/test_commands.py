@@ -4,7 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,31 @@ def test_messages_on_a_terminal_are_without_colours() -> None:
         "\x1b[31m╭─ Value error ─╮\x1b[0m\n\x1b[31m│\x1b[0m \x1b[1mError parsing --a:\x1b[0m b │\n"
     )
     assert command_line._one_line(box) == "--a: b"
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Options of types that tyro reads by itself."""
+
+    count: int = 1
+    rate: float = 1.0
+    limit: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--count x", "--count: expected a whole number, got 'x'"),
+        ("--rate x", "--rate: expected a number, got 'x'"),
+        ("--limit x", "--limit: expected a whole number, got 'x'"),
+    ],
+)
+def test_messages_about_plain_types_are_plain(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command_line._parse("speed", Plain, words.split())
+    assert capsys.readouterr().err == f"python -m benchmarks speed: error: {message}\n"
 
 
 def test_what_is_not_given_depends_on_scenario_and_data() -> None:

@@ -190,7 +190,7 @@ def test_setting_seeds_machine_and_versions_are_said(shown: Experiment) -> None:
     lines = setting_lines(experiment_of([make_record("ewc"), parallel]))
     assert "Python (differs between runs: 2 / 3)" in lines[2]
     assert "parallel runs (differs between runs: 1 / 2)" in lines[2]
-    assert lines[3] == "Times were measured while other runs ran beside, up to 2 at once."
+    assert lines[3] == "Times were measured while other runs went on, up to 2 at once."
 
 
 # Figures
@@ -353,12 +353,9 @@ class Page(HTMLParser):
 
 def test_the_page_and_its_files(shown: Experiment, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
-    paths = write_report([shown, shown], folder)
-    pictures = [
-        f"{name}-{drawing.name}.png"
-        for name in ("permuted_mnist", "permuted_mnist-2")
-        for drawing in DRAWINGS
-    ]
+    paths = write_report([shown, experiment_of(search("ewc", {1.0: (0.5,), 10.0: (0.6,)}))], folder)
+    pictures = [f"permuted_mnist-{drawing.name}.png" for drawing in DRAWINGS]
+    pictures.append("permuted_mnist-2-strength.png")
     assert [path.name for path in paths] == ["report.html", "report.md", *pictures]
     assert sorted(folder.iterdir()) == sorted(paths)  # no temporary file is left
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[2:])

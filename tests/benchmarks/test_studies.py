@@ -26,7 +26,7 @@ from rotate_ewc import EKFACPenalty, calibrated_strength
 from tests.benchmarks.helpers import DOUBLE, make_record
 
 CONFIGURATION = Configuration(
-    tasks=2, epochs=3, hidden=(6,), batch_size=12, learning_rate=1e-2, fisher_samples=40
+    tasks=2, epochs=5, hidden=(6,), batch_size=8, learning_rate=1e-2, fisher_samples=40
 )
 
 
