@@ -28,6 +28,7 @@ from mutmut.stats import status_by_exit_code
 # harm as long as they are put around the choice between the copies, and not around the copies.
 DECORATORS = {
     "contextmanager",
+    "forwards_keywords(EstimationSettings)",
     "full_precision",
     "property",
     "torch.no_grad()",

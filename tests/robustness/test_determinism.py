@@ -185,7 +185,7 @@ def test_every_part_of_the_state_matters(left_out: str) -> None:
     kept = {**state, left_out: resumed.state()[left_out]}
     if left_out == "penalty":
         # A tangent is that of a penalty, and is refused without it.
-        with pytest.raises(ValueError, match="state is of a penalty with 1 tasks, but this one"):
+        with pytest.raises(ValueError, match="snapshot is of a penalty with 1 tasks, but this one"):
             resumed.load(kept)
         kept["tangent"] = resumed.state()["tangent"]
     elif left_out == "tangent":
