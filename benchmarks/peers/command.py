@@ -36,11 +36,7 @@ class Options:
     write: Path | None = None
 
     def __post_init__(self) -> None:
-        """Check names, and that a document gets everything.
-
-        Raises:
-            ValueError: If a package or row is unknown, or a document would get only a part.
-        """
+        """Check names, and that a document gets everything."""
         check_names("packages", self.packages, PACKAGES)
         if self.rows is not None:
             check_names("rows", self.rows, ROWS)
@@ -52,17 +48,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Measure, then write and print everything.
-
-    Args:
-        options: What is measured, and where the results go.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        CommandError: If the document is not there or without markers, or nothing can be written.
-    """
+    """Measure, then write and print everything."""
     import torch
     from rich.markdown import Markdown
 

@@ -51,11 +51,7 @@ def _cell_of(
 
 
 def replace_between_markers(text: str, content: str) -> str:
-    """Put new content between the two markers of a document.
-
-    Raises:
-        ValueError: If the markers are not there once each, in order.
-    """
+    """Put new content between the two markers of a document."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"expected one line {BEGIN} and after it one line {END}")
     before, _, rest = text.partition(BEGIN)

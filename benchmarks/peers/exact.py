@@ -17,15 +17,10 @@ from benchmarks.peers.problem import Fisher, Problem
 
 @dataclass(frozen=True)
 class DenseMatrix:
-    """A dense matrix over named parameters.
+    """A dense matrix over named parameters."""
 
-    Attributes:
-        matrix: ``[D, D]``; every parameter flattened row-major, in the order of ``shapes``.
-        shapes: Parameter shapes by name.
-    """
-
-    matrix: Tensor
-    shapes: Mapping[str, torch.Size]
+    matrix: Tensor  # ``[D, D]``; every parameter flattened row-major, in the order of ``shapes``
+    shapes: Mapping[str, torch.Size]  # parameter shapes by name
 
     def positions(self, names: Sequence[str]) -> Tensor:
         """Where the entries of some parameters lie, in the order of the names."""

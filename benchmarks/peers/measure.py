@@ -30,29 +30,18 @@ from benchmarks.peers.verdict import (
 
 @dataclass(frozen=True)
 class Record:
-    """One measurement, as it is kept in the JSON file.
+    """One measurement, as it is kept in the JSON file."""
 
-    Attributes:
-        row: Name of the row.
-        problem: Label of the problem, empty where the row has one only.
-        package: Name of the distribution.
-        mode: How the package was asked.
-        fallback: Whether the mode counts only where the package's other modes are not right.
-        status: See :class:`benchmarks.peers.verdict.Status`.
-        trace_ratio: Estimated over exact trace; None where there was nothing to compare.
-        error: Largest deviation of an eigenvalue or diagonal entry, relative to the largest.
-        message: What the package said, or what else is worth knowing.
-    """
-
-    row: str
-    problem: str
-    package: str
-    mode: str
-    fallback: bool
-    status: str
-    trace_ratio: float | None
+    row: str  # name of the row
+    problem: str  # label of the problem, empty where the row has one only
+    package: str  # name of the distribution
+    mode: str  # how the package was asked
+    fallback: bool  # whether the mode counts only where the package's other modes are not right
+    status: str  # see :class:`benchmarks.peers.verdict.Status`
+    trace_ratio: float | None  # estimated over exact trace; None where there was nothing to compare
+    # Largest deviation of an eigenvalue or diagonal entry, relative to the largest.
     error: float | None
-    message: str
+    message: str  # what the package said, or what else is worth knowing
 
 
 def measure(row: Row, adapter: Adapter, problems: Sequence[Problem] | None = None) -> list[Record]:
@@ -133,12 +122,7 @@ def _yes_or(good: bool, complaint: str) -> Outcome:
 
 
 def _round_trip(problem: Problem, adapter: Adapter) -> tuple[bool, bool, bool]:
-    """Save a state, and load it into a program whose model has moved on.
-
-    Returns:
-        Whether the state could be read without running pickled code, whether the loaded estimate
-        is the saved one, and whether the model's weights are as they were before loading.
-    """
+    """Save a state, and load it into a program whose model has moved on."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         saved = adapter.save(problem, folder)

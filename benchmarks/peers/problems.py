@@ -280,14 +280,7 @@ def on_mlp(
 def on_tokens(
     output_shape: tuple[int, ...], *last: Module, label: str = "", **options: Any
 ) -> Problem:
-    """A loss on the outputs of four tokens that have seen each other.
-
-    Args:
-        output_shape: Shape of one row of the outputs, classes first.
-        *last: What comes after outputs ``[N, T, C]``.
-        label: Of the problem.
-        **options: Further fields of the problem.
-    """
+    """A loss on the outputs of four tokens that have seen each other."""
 
     def layers(act: Module) -> list[nn.Module]:
         return [nn.Linear(4, 5), mix(), act(), nn.Linear(5, 3), *(module() for module in last)]

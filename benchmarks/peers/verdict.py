@@ -48,32 +48,22 @@ class NotOffered(Exception):  # noqa: N818 - not an error: the package has no su
 
 @dataclass(frozen=True)
 class BlockEstimate:
-    """A package's matrix over one or more parameters.
+    """A package's matrix over one or more parameters."""
 
-    Attributes:
-        parameters: Names, in the order of the matrix.
-        matrix: ``[d, d]``.
-    """
-
-    parameters: tuple[str, ...]
-    matrix: Tensor
+    parameters: tuple[str, ...]  # names, in the order of the matrix
+    matrix: Tensor  # ``[d, d]``
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one measurement.
+    """The result of one measurement."""
 
-    Attributes:
-        status: In a word.
-        trace_ratio: Estimated over exact trace, of the parameters that the estimate covers.
-        error: Largest deviation of an eigenvalue or diagonal entry, over the block's largest.
-        message: What the package said when it refused or failed; else what is worth adding.
-    """
-
-    status: Status
+    status: Status  # in a word
+    # Estimated over exact trace, of the parameters that the estimate covers.
     trace_ratio: float | None = None
+    # Largest deviation of an eigenvalue or diagonal entry, over the block's largest.
     error: float | None = None
-    message: str = ""
+    message: str = ""  # what the package said when it refused or failed; else what is worth adding
 
 
 def judge(exact: DenseMatrix, structure: Structure, blocks: Sequence[BlockEstimate]) -> Outcome:

@@ -31,12 +31,7 @@ class Book(Generic[AnyRecord]):
     """
 
     def __init__(self, path: Path, kind: type[AnyRecord], *, threads: int, quick: bool) -> None:
-        """Read what is there already, and say on what is measured.
-
-        Raises:
-            CommandError: If the folder cannot be made, or the file is of another format, machine
-                or number of threads.
-        """
+        """Read what is there already, and say on what is measured."""
         make_folder(path.parent)
         self.path, self.threads = path, threads
         self._configuration = {"threads": threads, "quick": quick, **describe_machine()}
@@ -67,11 +62,7 @@ class Book(Generic[AnyRecord]):
 
 
 def read(path: Path, kind: type[AnyRecord], configuration: Mapping[str, Any]) -> list[AnyRecord]:
-    """Read the records of a file; there need be none.
-
-    Raises:
-        CommandError: If the file is of another format or configuration.
-    """
+    """Read the records of a file; there need be none."""
     if not path.exists():
         return []
     try:

@@ -35,38 +35,24 @@ WIDTH, BLOCKS, HEADS, LENGTH, VOCABULARY = 256, 4, 4, 128, 64
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of a model, which is more than its layers' products.
+    """The attention of a model, which is more than its layers' products."""
 
-    Attributes:
-        blocks: How often there is attention.
-        length: Number of tokens.
-        width: Numbers for each token, over all heads.
-    """
-
-    blocks: int
-    length: int
-    width: int
+    blocks: int  # how often there is attention
+    length: int  # number of tokens
+    width: int  # numbers for each token, over all heads
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a workload is made from.
+    """What a workload is made from."""
 
-    Attributes:
-        network: Makes the model.
-        shape: Shape of one input; for tokens, the length of a sequence.
-        examples: Number of examples.
-        batch: Examples in a batch.
-        classes: Number of classes.
-        attention: The model's attention, if it has any; then the inputs are tokens, and every
-            token has a label.
-    """
-
-    network: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    examples: int
-    batch: int
-    classes: int = CLASSES
+    network: Callable[[], nn.Module]  # makes the model
+    shape: tuple[int, ...]  # shape of one input; for tokens, the length of a sequence
+    examples: int  # number of examples
+    batch: int  # examples in a batch
+    classes: int = CLASSES  # number of classes
+    # The model's attention, if it has any; then the inputs are tokens, and every token has a
+    # label.
     attention: Attention | None = None
 
     def random_batch(self, examples: int) -> Batch:
@@ -105,19 +91,12 @@ class InMemory(Dataset[Any]):
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, a loss and data.
+    """A model, a loss and data."""
 
-    Attributes:
-        case: What it was made from.
-        model: The network.
-        criterion: The loss, a mean over examples or tokens.
-        batches: The data.
-    """
-
-    case: Case
-    model: nn.Module
-    criterion: nn.CrossEntropyLoss
-    batches: list[Batch]
+    case: Case  # what it was made from
+    model: nn.Module  # the network
+    criterion: nn.CrossEntropyLoss  # the loss, a mean over examples or tokens
+    batches: list[Batch]  # the data
 
     @property
     def examples(self) -> int:
@@ -194,16 +173,7 @@ CASES = {
 
 
 def build(name: str, *, fraction: float = 1.0, quick: bool = False) -> Workload:
-    """Make the workload of an estimation, the same whenever it is called.
-
-    Args:
-        name: One of the cases.
-        fraction: The part of the examples to take, in whole batches and at least one.
-        quick: Whether to take only a few examples.
-
-    Returns:
-        The workload, its model in evaluation mode.
-    """
+    """Make the workload of an estimation, the same whenever it is called."""
     return build_case(CASES[name], fraction=fraction, quick=quick)
 
 

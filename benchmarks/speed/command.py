@@ -56,11 +56,7 @@ class Options(MeasuringOptions):
     quick: bool = False
 
     def __post_init__(self) -> None:
-        """Check all values.
-
-        Raises:
-            ValueError: If one is unknown or out of range.
-        """
+        """Check all values."""
         self.check_measuring(quick=self.quick)
         check_names("cases", self.cases, names.CASES)
         check_names("contenders", self.contenders, names.CONTENDERS)
@@ -71,17 +67,7 @@ class Options(MeasuringOptions):
 
 
 def run(options: Options) -> int:
-    """Measure case by case; what is finished is written and printed at once.
-
-    Args:
-        options: What is measured, and how.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        CommandError: If results cannot be written, or not be combined with those of earlier calls.
-    """
+    """Measure case by case; what is finished is written and printed at once."""
     import torch
 
     from benchmarks.speed.book import Book

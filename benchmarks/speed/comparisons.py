@@ -10,22 +10,15 @@ from benchmarks.speed.results import Training
 
 @dataclass(frozen=True)
 class Comparison:
-    """One number that says what something costs.
+    """One number that says what something costs."""
 
-    Attributes:
-        label: What is compared with what.
-        value: Median over rounds of the ratio within a round; None where one of the two was not
-            measured, or is wrong.
-        target: The target, if there is one.
-        relation: How value and target are to be.
-        overhead: Whether what the ratio is above 1 is meant, in percent.
-    """
-
-    label: str
+    label: str  # what is compared with what
+    # Median over rounds of the ratio within a round; None where one of the two was not measured,
+    # or is wrong.
     value: float | None
-    target: float | None = None
-    relation: Literal["≤", "≥"] = "≤"
-    overhead: bool = False
+    target: float | None = None  # the target, if there is one
+    relation: Literal["≤", "≥"] = "≤"  # how value and target are to be
+    overhead: bool = False  # whether what the ratio is above 1 is meant, in percent
 
     @property
     def met(self) -> bool | None:

@@ -21,19 +21,12 @@ SMALL_BUDGET = 2**26
 
 
 class Kind(str, Enum):
-    """What a contender's time can be compared with.
+    """What a contender's time can be compared with."""
 
-    Members:
-        SAME: It computes what this package computes, and is compared with it.
-        MORE: The same, for more parameters.
-        OTHER: It computes another quantity; its time is shown for reference.
-        SCALE: It computes no Fisher matrix at all.
-    """
-
-    SAME = "the same quantity"
-    MORE = "more parameters"
-    OTHER = "another quantity"
-    SCALE = "for scale"
+    SAME = "the same quantity"  # it computes what this package computes, and is compared with it
+    MORE = "more parameters"  # the same, for more parameters
+    OTHER = "another quantity"  # it computes another quantity; its time is shown for reference
+    SCALE = "for scale"  # it computes no Fisher matrix at all
 
 
 class PlainPass(Adapter):
@@ -55,21 +48,13 @@ class PlainPass(Adapter):
 
 @dataclass(frozen=True)
 class Contender:
-    """One that is measured.
+    """One that is measured."""
 
-    Attributes:
-        name: One of :data:`benchmarks.speed.names.CONTENDERS`.
-        adapter: Its package.
-        kind: What it is compared with.
-        remark: What it computes, for the table; empty for the same quantity.
-        options: Further arguments of the adapter.
-    """
-
-    name: str
-    adapter: Adapter
-    kind: Kind = Kind.SAME
-    remark: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str  # one of :data:`benchmarks.speed.names.CONTENDERS`
+    adapter: Adapter  # its package
+    kind: Kind = Kind.SAME  # what it is compared with
+    remark: str = ""  # what it computes, for the table; empty for the same quantity
+    options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the adapter
 
     def prepare(self, workload: Workload, fisher: str) -> Estimate:
         """Make what is timed."""

@@ -67,11 +67,7 @@ def _take_turns(
     sizes: Sequence[int],
     options: Options,
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Prepare everybody and run all rounds, in which the machine has turns as well.
-
-    Returns:
-        How fast the machine was: rates of products by shape, and seconds of ``eigh`` by size.
-    """
+    """Prepare everybody and run all rounds, in which the machine has turns as well."""
     rates: dict[str, list[float]] = {}
     eigh: dict[str, list[float]] = {}
     quick = options.quick

@@ -47,11 +47,7 @@ SHORTER = {names.EVERYTHING: "all parameters", names.LEAN: "64 MiB budget"}
 
 
 def draw(records: Sequence[Record], title: Sequence[str]) -> Figure:
-    """Draw a panel for each record: medians, and the range of all rounds as a line.
-
-    Raises:
-        ValueError: If there is nothing to draw.
-    """
+    """Draw a panel for each record: medians, and the range of all rounds as a line."""
     if not records:
         raise ValueError("records: got none, expected at least one")
     rows = ceil(len(records) / COLUMNS)

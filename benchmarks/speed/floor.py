@@ -57,21 +57,13 @@ GIGA = 1e9
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer or convolution, as products of matrices.
+    """A linear layer or convolution, as products of matrices."""
 
-    Attributes:
-        positions: Shared positions ``S`` of one example: tokens, or pixels of the output.
-        d_in: Inputs at one position, the kernel's pixels included.
-        d_out: Outputs at one position.
-        bias: Whether there is a bias.
-        backward: Whether the gradient at its input is needed, for layers before it.
-    """
-
-    positions: int
-    d_in: int
-    d_out: int
-    bias: bool
-    backward: bool
+    positions: int  # shared positions ``S`` of one example: tokens, or pixels of the output
+    d_in: int  # inputs at one position, the kernel's pixels included
+    d_out: int  # outputs at one position
+    bias: bool  # whether there is a bias
+    backward: bool  # whether the gradient at its input is needed, for layers before it
 
 
 # Floating-point operations by purpose: the forward pass, the backward pass to the outputs of all
@@ -82,15 +74,10 @@ Counts = dict[str, float]
 
 @dataclass(frozen=True)
 class Factor:
-    """A sum of outer products that is to be decomposed.
+    """A sum of outer products that is to be decomposed."""
 
-    Attributes:
-        size: Entries of a vector.
-        vectors: Number of vectors.
-    """
-
-    size: int
-    vectors: int
+    size: int  # entries of a vector
+    vectors: int  # number of vectors
 
     @property
     def rows(self) -> int:
@@ -108,14 +95,7 @@ class Factor:
 
 
 def describe_layers(workload: Workload) -> list[Layer]:
-    """Run a model on an example, and look at its linear layers and convolutions.
-
-    Args:
-        workload: The model; parameters whose gradients are not wanted must be frozen.
-
-    Returns:
-        The layers in the order in which they run.
-    """
+    """Run a model on an example, and look at its linear layers and convolutions."""
     found: list[Layer] = []
 
     def look(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -216,17 +196,11 @@ def count(
 
 @dataclass(frozen=True)
 class Necessary:
-    """All that an estimation cannot do without.
+    """All that an estimation cannot do without."""
 
-    Attributes:
-        gigaflop: Operations of products by purpose, in billions.
-        of_weights: The factors of all weights.
-        of_biases: Those that biases have of their own.
-    """
-
-    gigaflop: Counts
-    of_weights: Sequence[Factor]
-    of_biases: Sequence[Factor]
+    gigaflop: Counts  # operations of products by purpose, in billions
+    of_weights: Sequence[Factor]  # the factors of all weights
+    of_biases: Sequence[Factor]  # those that biases have of their own
 
     @property
     def sizes(self) -> list[int]:
@@ -236,13 +210,7 @@ class Necessary:
     def seconds(
         self, rates: Mapping[str, Sequence[float]], eigh: Mapping[str, Sequence[float]]
     ) -> dict[str, float]:
-        """The least time that it takes on a machine, by purpose.
-
-        Args:
-            rates: Billions of operations per second that were measured, by the shape of a product;
-                the shape that suits the machine best counts.
-            eigh: Seconds that were measured, by number of rows.
-        """
+        """The least time that it takes on a machine, by purpose."""
         rate = max(map(median, rates.values()))
 
         def decomposed(factor: Factor) -> float:

@@ -20,23 +20,15 @@ MOVE = 0.01
 
 @dataclass(frozen=True)
 class History:
-    """A model that has been through some tasks, and what remembers them.
+    """A model that has been through some tasks, and what remembers them."""
 
-    Attributes:
-        workload: The model where it is now, and the batch to step on.
-        first: The model where the first task left it, and that task's data.
-        known: After the first task, the penalty of the layers that every contender knows.
-        merged: Merged penalties by number of tasks.
-        separate: Penalties that keep tasks separate, by number of tasks.
-        single: Penalties of one task each, for the first tasks.
-    """
-
-    workload: Workload
-    first: Workload
+    workload: Workload  # the model where it is now, and the batch to step on
+    first: Workload  # the model where the first task left it, and that task's data
+    # After the first task, the penalty of the layers that every contender knows.
     known: EKFACPenalty
-    merged: dict[int, EKFACPenalty]
-    separate: dict[int, EKFACPenalty]
-    single: list[EKFACPenalty]
+    merged: dict[int, EKFACPenalty]  # merged penalties by number of tasks
+    separate: dict[int, EKFACPenalty]  # penalties that keep tasks separate, by number of tasks
+    single: list[EKFACPenalty]  # penalties of one task each, for the first tasks
 
 
 def live(
@@ -45,14 +37,7 @@ def live(
     separate_tasks: Collection[int] = (),
     single_tasks: int = 0,
 ) -> History:
-    """Consolidate random tasks, one after the other.
-
-    Args:
-        workload: The model, which is moved after each task, and the batch to step on.
-        tasks: Numbers of tasks of the merged penalties.
-        separate_tasks: Numbers of tasks of the penalties that keep tasks separate.
-        single_tasks: Number of penalties of one task each; no more than there are tasks.
-    """
+    """Consolidate random tasks, one after the other."""
     merged, separate = EKFACPenalty(), EKFACPenalty(mode="separate")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

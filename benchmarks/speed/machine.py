@@ -91,12 +91,6 @@ def peak_growth(work: Callable[[], Value]) -> tuple[Value, int]:
 
     Where the system does not tell, the highest peak since the start of the process is taken
     instead, whose growth is less where there was a higher peak before the work.
-
-    Args:
-        work: What is done once.
-
-    Returns:
-        What the work returns, and bytes.
     """
     gc.collect()
     _return_free_memory()

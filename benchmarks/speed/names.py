@@ -38,15 +38,10 @@ WITH_MORE_PARAMETERS = (GROUP_NORM, BATCH_NORM, TRANSFORMER)
 
 
 class Combination(NamedTuple):
-    """A case with a Fisher type.
+    """A case with a Fisher type."""
 
-    Attributes:
-        case: One of :data:`CASES`.
-        fisher: One of :data:`FISHERS`.
-    """
-
-    case: str
-    fisher: str
+    case: str  # one of :data:`CASES`
+    fisher: str  # one of :data:`FISHERS`
 
 
 def combinations(cases: tuple[str, ...], fishers: tuple[str, ...] | None) -> list[Combination]:

@@ -25,11 +25,7 @@ class MeasuringOptions:
     output: Path = Path("results")
 
     def check_measuring(self, *, quick: bool = False) -> None:
-        """Check these values; a smoke test takes no more rounds than two.
-
-        Raises:
-            ValueError: If a number is too small, or the folder is a file.
-        """
+        """Check these values; a smoke test takes no more rounds than two."""
         check_number("rounds", self.rounds, 1 if quick else FEWEST_ROUNDS)
         if quick:
             object.__setattr__(self, "rounds", min(self.rounds, QUICK_ROUNDS))
@@ -40,32 +36,20 @@ class MeasuringOptions:
 
 
 def check_number(name: str, value: int, smallest: int) -> None:
-    """Refuse a number that is too small.
-
-    Raises:
-        ValueError: With the name of the option.
-    """
+    """Refuse a number that is too small."""
     if value < smallest:
         raise ValueError(f"--{name}: expected a whole number ≥ {smallest}, got {value}")
 
 
 def check_numbers(name: str, values: Sequence[int], smallest: int = 1) -> None:
-    """Refuse numbers that are too small, or none.
-
-    Raises:
-        ValueError: With the name of the option.
-    """
+    """Refuse numbers that are too small, or none."""
     _check_any(name, values)
     for value in values:
         check_number(name, value, smallest)
 
 
 def check_names(name: str, values: Sequence[str], accepted: Collection[str]) -> None:
-    """Refuse unknown names, names given twice, or none.
-
-    Raises:
-        ValueError: With the name of the option.
-    """
+    """Refuse unknown names, names given twice, or none."""
     _check_any(name, values)
     for value in values:
         if value not in accepted:

@@ -30,20 +30,13 @@ print(middle - start, perf_counter() - middle)
 
 @dataclass(frozen=True)
 class Duration:
-    """Something outside training that is to be short, beside something else.
+    """Something outside training that is to be short, beside something else."""
 
-    Attributes:
-        label: What it is.
-        seconds: Times in all rounds.
-        other_label: What is beside it.
-        other_seconds: Times of that.
-        target: What the median is to be below, in seconds; None for less than the other.
-    """
-
-    label: str
-    seconds: list[float]
-    other_label: str
-    other_seconds: list[float]
+    label: str  # what it is
+    seconds: list[float]  # times in all rounds
+    other_label: str  # what is beside it
+    other_seconds: list[float]  # times of that
+    # What the median is to be below, in seconds; None for less than the other.
     target: float | None = None
 
     @property

@@ -14,31 +14,22 @@ MEASURED, WRONG, REFUSED, MISSING = "measured", "wrong", "refused", "not install
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one contender.
+    """What was measured of one contender."""
 
-    Attributes:
-        name: The contender.
-        status: One of :data:`MEASURED`, :data:`WRONG`, :data:`REFUSED`, :data:`MISSING`.
-        message: Why it was refused, or how wrong it is; otherwise what it computes, if that is not
-            what all do.
-        seconds: Time of one estimation, step or penalty in every round.
-        values: What is compared with this package's: the traces of all estimations, the first of
-            which has no time, or the value of the penalty.
-        version: Version of its package.
-        kind: What it can be compared with.
-        memory: Bytes by which the first estimation raised the peak.
-        ratio: Median over rounds of its time over this package's; None where the two are not
-            comparable.
-    """
-
-    name: str
-    status: str
+    name: str  # the contender
+    status: str  # one of :data:`MEASURED`, :data:`WRONG`, :data:`REFUSED`, :data:`MISSING`
+    # Why it was refused, or how wrong it is; otherwise what it computes, if that is not what all
+    # do.
     message: str = ""
+    # Time of one estimation, step or penalty in every round.
     seconds: list[float] = field(default_factory=list)
+    # What is compared with this package's: the traces of all estimations, the first of which has
+    # no time, or the value of the penalty.
     values: list[float] = field(default_factory=list)
-    version: str | None = None
-    kind: str = ""
-    memory: int | None = None
+    version: str | None = None  # version of its package
+    kind: str = ""  # what it can be compared with
+    memory: int | None = None  # Bytes by which the first estimation raised the peak
+    # Median over rounds of its time over this package's; None where the two are not comparable.
     ratio: float | None = None
 
     @property
@@ -59,25 +50,17 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One case.
-
-    Attributes:
-        case: Its name.
-        batch: Examples in a batch.
-        rounds: Number of rounds.
-        results: What was measured of each contender.
-        versions: Versions of software.
-    """
+    """One case."""
 
     format: ClassVar[str]
     unit: ClassVar[str]
     legend: ClassVar[str]
 
-    case: str
-    batch: int
-    rounds: int
-    results: list[Result]
-    versions: dict[str, Any]
+    case: str  # its name
+    batch: int  # examples in a batch
+    rounds: int  # number of rounds
+    results: list[Result]  # what was measured of each contender
+    versions: dict[str, Any]  # versions of software
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -102,18 +85,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimation(Record):
-    """One case with one Fisher type.
-
-    Attributes:
-        fisher: The Fisher type.
-        fraction: Part of the case's examples.
-        examples: Number of examples.
-        tolerance: Relative difference of traces up to which results count as equal.
-        rates: Billions of operations per second in all rounds, by the shape of a product.
-        eigh: Seconds of every ``eigh``, by size.
-        gigaflop: Necessary operations by purpose, in billions.
-        floor_seconds: What they take at least, by purpose.
-    """
+    """One case with one Fisher type."""
 
     format: ClassVar[str] = "rotate_ewc.benchmarks.speed/2"
     unit: ClassVar[str] = "the floor"
@@ -121,14 +93,15 @@ class Estimation(Record):
         "Hollow: another quantity, budget or set of parameters. Lines: the range over rounds."
     )
 
-    fisher: str
-    fraction: float
-    examples: int
-    tolerance: float
+    fisher: str  # the Fisher type
+    fraction: float  # part of the case's examples
+    examples: int  # number of examples
+    tolerance: float  # relative difference of traces up to which results count as equal
+    # Billions of operations per second in all rounds, by the shape of a product.
     rates: dict[str, list[float]]
-    eigh: dict[str, list[float]]
-    gigaflop: dict[str, float]
-    floor_seconds: dict[str, float]
+    eigh: dict[str, list[float]]  # seconds of every ``eigh``, by size
+    gigaflop: dict[str, float]  # necessary operations by purpose, in billions
+    floor_seconds: dict[str, float]  # what they take at least, by purpose
 
     @property
     def floor(self) -> float:
@@ -155,14 +128,7 @@ class Estimation(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Record):
-    """The steps and penalties of one case.
-
-    Attributes:
-        parameters: Number of parameters.
-        repetitions: Calls of each contender in its turn.
-        tasks: Numbers of tasks of the merged penalties, rising.
-        separate_tasks: Number of separate tasks.
-    """
+    """The steps and penalties of one case."""
 
     format: ClassVar[str] = "rotate_ewc.benchmarks.speed.penalty/2"
     unit: ClassVar[str] = "a plain step"
@@ -170,10 +136,10 @@ class Training(Record):
         "Filled: a penalty and its gradient. Hollow: whole steps. Lines: range over rounds."
     )
 
-    parameters: int
-    repetitions: int
-    tasks: list[int]
-    separate_tasks: int
+    parameters: int  # number of parameters
+    repetitions: int  # calls of each contender in its turn
+    tasks: list[int]  # numbers of tasks of the merged penalties, rising
+    separate_tasks: int  # number of separate tasks
 
     @property
     def place(self) -> tuple[Any, ...]:

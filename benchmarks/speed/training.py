@@ -27,15 +27,12 @@ STEPS_PER_CALL = {names.TANGENT: names.TANGENT_EVERY, names.PROXIMAL: names.PROX
 
 @dataclass
 class Field:
-    """Who takes part in a case.
+    """Who takes part in a case."""
 
-    Attributes:
-        works: Functions that do the work once, or as many times as there are steps in a call;
-            those that are compared as neighbours.
-        results: What is known of some contenders before anything is timed.
-    """
-
+    # Functions that do the work once, or as many times as there are steps in a call; those that
+    # are compared as neighbours.
     works: dict[str, Callable[[], object]] = field(default_factory=dict)
+    # What is known of some contenders before anything is timed.
     results: dict[str, Result] = field(default_factory=dict)
 
 

@@ -28,19 +28,12 @@ EXIT_INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Reply:
-    """What a process says of one estimation.
+    """What a process says of one estimation."""
 
-    Attributes:
-        seconds: Time that it took; 0 for the first, which does not count.
-        trace: Trace of the Fisher matrix, if there is one.
-        memory: Bytes by which the first raised the peak.
-        problem: Why it was not done; None if it was.
-    """
-
-    seconds: float = 0.0
-    trace: float | None = None
-    memory: int | None = None
-    problem: str | None = None
+    seconds: float = 0.0  # time that it took; 0 for the first, which does not count
+    trace: float | None = None  # trace of the Fisher matrix, if there is one
+    memory: int | None = None  # Bytes by which the first raised the peak
+    problem: str | None = None  # why it was not done; None if it was
 
 
 def new_process(threads: int) -> ProcessPoolExecutor:
@@ -59,16 +52,11 @@ def _settle(threads: int) -> None:
 
 @dataclass
 class Entry:
-    """A contender in the running.
+    """A contender in the running."""
 
-    Attributes:
-        contender: Who it is.
-        process: Where it works.
-        replies: What it said, the first time of preparing and of the memory that it takes.
-    """
-
-    contender: Contender
-    process: ProcessPoolExecutor
+    contender: Contender  # who it is
+    process: ProcessPoolExecutor  # where it works
+    # What it said, the first time of preparing and of the memory that it takes.
     replies: list[Reply] = field(default_factory=list)
 
     @property
@@ -137,11 +125,7 @@ def _answer(work: Callable[[], Reply]) -> Reply:
 
 
 def finite(trace: float | None) -> float | None:
-    """A trace that can be compared.
-
-    Raises:
-        ValueError: If it is infinite or no number.
-    """
+    """A trace that can be compared."""
     if trace is not None and not math.isfinite(trace):
         raise ValueError(f"the trace is {trace}")
     return trace

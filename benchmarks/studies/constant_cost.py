@@ -55,11 +55,7 @@ class Options(MeasuringOptions):
     repetitions: int = 50
 
     def __post_init__(self) -> None:
-        """Check all values, and put the numbers of tasks in order.
-
-        Raises:
-            ValueError: If one is out of range.
-        """
+        """Check all values, and put the numbers of tasks in order."""
         self.check_measuring()
         check_numbers("hidden", self.hidden)
         check_numbers("tasks", self.tasks)
@@ -69,27 +65,16 @@ class Options(MeasuringOptions):
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of training with one penalty, or with none.
+    """The cost of training with one penalty, or with none."""
 
-    Attributes:
-        mode: One of :data:`MODES`; empty without a penalty.
-        tasks: Number of consolidated tasks.
-        rounds: Seconds in each round, by quantity.
-        state_bytes: Size of the tensors that the penalty keeps.
-    """
-
-    mode: str
-    tasks: int
-    rounds: dict[str, list[float]]
-    state_bytes: int = 0
+    mode: str  # one of :data:`MODES`; empty without a penalty
+    tasks: int  # number of consolidated tasks
+    rounds: dict[str, list[float]]  # seconds in each round, by quantity
+    state_bytes: int = 0  # size of the tensors that the penalty keeps
 
 
 def run(options: Options) -> int:
-    """Measure, then write and print everything.
-
-    Raises:
-        CommandError: If the results cannot be written.
-    """
+    """Measure, then write and print everything."""
     import torch
 
     from benchmarks.speed.report import make_table
