@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.speed import names
 from benchmarks.speed.networks import (
@@ -46,14 +47,12 @@ class Attention:
 class Case:
     """What a workload is made from."""
 
-    network: Callable[[], nn.Module]  # makes the model
-    shape: tuple[int, ...]  # shape of one input; for tokens, the length of a sequence
-    examples: int  # number of examples
-    batch: int  # examples in a batch
-    classes: int = CLASSES  # number of classes
-    # The model's attention, if it has any; then the inputs are tokens, and every token has a
-    # label.
-    attention: Attention | None = None
+    network: Callable[[], nn.Module]
+    shape: tuple[int, ...]  # of one input; for tokens, the length of a sequence
+    examples: int
+    batch: int
+    classes: int = CLASSES
+    attention: Attention | None = None  # with it, inputs are tokens, and all have a label
 
     def random_batch(self, examples: int) -> Batch:
         """Noise, and labels that have nothing to do with it."""
@@ -64,24 +63,12 @@ class Case:
         return tokens[0], tokens[1]
 
 
-class InMemory(Dataset[Any]):
+class InMemory(TensorDataset):
     """Tensors of which whole batches are taken at once, without collating single examples."""
 
-    def __init__(self, *tensors: Tensor) -> None:
-        """Keep tensors whose first axis is that of the examples."""
-        self.tensors = tensors
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self.tensors[0])
-
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """One example."""
-        return tuple(tensor[index] for tensor in self.tensors)
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         """A batch; a ``DataLoader`` calls this where it is there."""
-        return tuple(tensor[list(indices)] for tensor in self.tensors)
+        return tuple(tensor[indices] for tensor in self.tensors)
 
     @staticmethod
     def collate_fn(batch: Any) -> Any:
@@ -93,10 +80,10 @@ class InMemory(Dataset[Any]):
 class Workload:
     """A model, a loss and data."""
 
-    case: Case  # what it was made from
-    model: nn.Module  # the network
-    criterion: nn.CrossEntropyLoss  # the loss, a mean over examples or tokens
-    batches: list[Batch]  # the data
+    case: Case
+    model: nn.Module
+    criterion: nn.CrossEntropyLoss  # a mean over examples or tokens
+    batches: list[Batch]
 
     @property
     def examples(self) -> int:
@@ -130,9 +117,9 @@ class Workload:
 
     def freeze_other_parameters(self) -> None:
         """Let only the parameters that every contender knows have gradients."""
-        known = {id(parameter) for parameter in self.known_parameters}
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(id(parameter) in known)
+        self.model.requires_grad_(False)
+        for parameter in self.known_parameters:
+            parameter.requires_grad_(True)
 
     def beginning(self, examples: int) -> "Workload":
         """The same model with a single batch of the first few examples."""
@@ -150,19 +137,19 @@ class Workload:
         return DataLoader(dataset, batch_size=self.batch_size, collate_fn=dataset.collate_fn)
 
 
+def _mlp(*hidden: int) -> Case:
+    return Case(partial(perceptron, FEATURES, *hidden, CLASSES), (FEATURES,), 10_000, 500)
+
+
 CASES = {
-    names.TINY_MLP: Case(lambda: perceptron(FEATURES, 100, 100, CLASSES), (FEATURES,), 10_000, 500),
-    names.SMALL_MLP: Case(
-        lambda: perceptron(FEATURES, 400, 400, CLASSES), (FEATURES,), 10_000, 500
-    ),
-    names.LARGE_MLP: Case(
-        lambda: perceptron(FEATURES, 1000, 1000, CLASSES), (FEATURES,), 10_000, 500
-    ),
+    names.TINY_MLP: _mlp(100, 100),
+    names.SMALL_MLP: _mlp(400, 400),
+    names.LARGE_MLP: _mlp(1000, 1000),
     names.CNN: Case(convolutional, IMAGE, 2_000, 250),
-    names.GROUP_NORM: Case(lambda: residual(group_norm), IMAGE, 512, 64),
-    names.BATCH_NORM: Case(lambda: residual(nn.BatchNorm2d), IMAGE, 512, 64),
+    names.GROUP_NORM: Case(partial(residual, group_norm), IMAGE, 512, 64),
+    names.BATCH_NORM: Case(partial(residual, nn.BatchNorm2d), IMAGE, 512, 64),
     names.TRANSFORMER: Case(
-        lambda: Transformer(WIDTH, BLOCKS, HEADS, LENGTH, VOCABULARY),
+        partial(Transformer, WIDTH, BLOCKS, HEADS, LENGTH, VOCABULARY),
         (LENGTH,),
         256,
         16,
@@ -173,7 +160,13 @@ CASES = {
 
 
 def build(name: str, *, fraction: float = 1.0, quick: bool = False) -> Workload:
-    """Make the workload of an estimation, the same whenever it is called."""
+    """Make the workload of an estimation, its model in evaluation mode; always the same.
+
+    Args:
+        name: One of the cases.
+        fraction: The part of the examples to take, in whole batches and at least one.
+        quick: Whether to take only a few examples.
+    """
     return build_case(CASES[name], fraction=fraction, quick=quick)
 
 

@@ -1,24 +1,23 @@
 """Ratios of what was timed in training, and the targets they are to meet."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.speed import names
 from benchmarks.speed.results import Training
 
+Relation = Literal["≤", "≥"]
+
 
 @dataclass(frozen=True)
 class Comparison:
     """One number that says what something costs."""
 
-    label: str  # what is compared with what
-    # Median over rounds of the ratio within a round; None where one of the two was not measured,
-    # or is wrong.
-    value: float | None
-    target: float | None = None  # the target, if there is one
-    relation: Literal["≤", "≥"] = "≤"  # how value and target are to be
-    overhead: bool = False  # whether what the ratio is above 1 is meant, in percent
+    label: str
+    value: float | None  # median over rounds of the ratio within a round; None if one is absent
+    target: float | None = None
+    relation: Relation = "≤"
+    overhead: bool = False  # whether it is what the ratio is above 1, in percent
 
     @property
     def met(self) -> bool | None:
@@ -29,44 +28,39 @@ class Comparison:
 
 
 def compare(record: Training) -> list[Comparison]:
-    """Compare what was measured in a case, also where something lacks."""
-    return [*_of_penalties(record), *_of_steps(record)]
-
-
-def _of_penalties(record: Training) -> Iterator[Comparison]:
-    """Penalties beside a plain step, beside the peers, and among themselves."""
+    """Compare penalties and steps with plain steps, peers and each other."""
+    found = []
 
     def quotient(
-        one: str, other: str, target: float | None = None, relation: Literal["≤", "≥"] = "≤"
-    ) -> Comparison:
-        return Comparison(f"{one} / {other}", record.ratio(one, other), target, relation)
+        one: str, other: str, target: float | None = None, relation: Relation = "≤", label: str = ""
+    ) -> None:
+        value = record.ratio(one, other)
+        found.append(Comparison(label or f"{one} / {other}", value, target, relation))
 
-    for number in record.tasks:
-        yield quotient(names.penalty_after(number), names.STEP)
+    def overhead(name: str, target: float | None = None) -> None:
+        ratio = record.ratio(name, names.STEP)
+        percent = ratio and 100 * (ratio - 1)
+        found.append(Comparison(f"{name}: overhead", percent, target, overhead=True))
+
+    penalties = {tasks: names.after(names.PENALTY, tasks) for tasks in record.tasks}
+    for penalty in penalties.values():
+        quotient(penalty, names.STEP)
     few, many = record.tasks[0], record.tasks[-1]
     if few < many:
-        value = record.ratio(names.penalty_after(many), names.penalty_after(few))
-        yield Comparison(f"penalty, {many} / {few} tasks", value, 1.1)
+        label = f"penalty, {many} / {few} tasks"
+        quotient(penalties[many], penalties[few], 1.1, label=label)
     ours = names.ours_beside_peers(record.case)
-    yield quotient(ours, names.NNGEOMETRY, 1.0)
-    yield quotient(names.CURVLINOPS, ours, 2.0, "≥")
+    quotient(ours, names.NNGEOMETRY, 1.0)
+    quotient(names.CURVLINOPS, ours, 2.0, "≥")
     if record.case in names.WITH_SEPARATE:
         tasks = record.separate_tasks
-        yield quotient(names.one_by_one(tasks), names.separate(tasks), 2.0, "≥")
-
-
-def _of_steps(record: Training) -> Iterator[Comparison]:
-    """What steps take more than plain ones."""
-
-    def overhead(name: str, target: float | None = None) -> Comparison:
-        value = record.ratio(name, names.STEP)
-        label = f"{name}: overhead"
-        return Comparison(label, value and 100 * (value - 1), target, overhead=True)
+        quotient(names.ONE_BY_ONE.format(tasks), names.after(names.SEPARATE, tasks), 2.0, "≥")
 
     perceptron = record.case in names.PERCEPTRONS
-    for number in record.tasks:
-        yield overhead(names.step_after(number), None if perceptron else 25.0)
-    yield overhead(names.TANGENT, 30.0 if perceptron else 25.0)
+    for tasks in record.tasks:
+        overhead(names.after(names.STEP_WITH_PENALTY, tasks), None if perceptron else 25.0)
+    overhead(names.TANGENT, 30.0 if perceptron else 25.0)
     if perceptron:
-        yield overhead(names.PROXIMAL)
-        yield overhead(names.ROTATED)
+        overhead(names.PROXIMAL)
+        overhead(names.ROTATED)
+    return found

@@ -5,15 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from benchmarks.peers.adapters import (
-    Adapter,
-    Avalanche,
-    Curvlinops,
-    Kronfluence,
-    Laplace,
-    NNGeometry,
-    RotateEWC,
-)
+from benchmarks.peers import adapters
 from benchmarks.speed import names
 from benchmarks.speed.cases import Estimate, Workload
 
@@ -25,15 +17,14 @@ class Kind(str, Enum):
 
     SAME = "the same quantity"  # it computes what this package computes, and is compared with it
     MORE = "more parameters"  # the same, for more parameters
-    OTHER = "another quantity"  # it computes another quantity; its time is shown for reference
+    OTHER = "another quantity"  # its time is shown for reference
     SCALE = "for scale"  # it computes no Fisher matrix at all
 
 
-class PlainPass(Adapter):
+class PlainPass(adapters.Adapter):
     """Training without a step: what a pass over the data takes by itself."""
 
-    package = "torch"
-    module = "torch"
+    package = module = "torch"
 
     def prepare(self, workload: Workload, fisher: str) -> Estimate:
         """Compute the gradient of the loss of every batch, for all parameters."""
@@ -50,9 +41,9 @@ class PlainPass(Adapter):
 class Contender:
     """One that is measured."""
 
-    name: str  # one of :data:`benchmarks.speed.names.CONTENDERS`
-    adapter: Adapter  # its package
-    kind: Kind = Kind.SAME  # what it is compared with
+    name: str
+    adapter: adapters.Adapter
+    kind: Kind = Kind.SAME
     remark: str = ""  # what it computes, for the table; empty for the same quantity
     options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the adapter
 
@@ -63,29 +54,18 @@ class Contender:
         return self.adapter.prepare(workload, fisher, **self.options)
 
 
-BY_NAME = {
-    contender.name: contender
-    for contender in (
-        Contender(names.OURS, RotateEWC()),
-        Contender(
-            names.LEAN,
-            RotateEWC(),
-            remark="keeps no more than 32 MiB between its passes",
-            options={"memory_budget": SMALL_BUDGET},
-        ),
-        Contender(names.EVERYTHING, RotateEWC(), Kind.MORE, "norms and embeddings as well"),
-        Contender(names.CURVLINOPS, Curvlinops()),
-        Contender(names.NNGEOMETRY, NNGeometry()),
-        Contender(names.KRONFLUENCE, Kronfluence()),
-        Contender(
-            names.LAPLACE, Laplace(), Kind.OTHER, "another quantity: Kronecker factors alone"
-        ),
-        Contender(
-            names.AVALANCHE,
-            Avalanche(),
-            Kind.OTHER,
-            "another quantity: squares of batch-mean gradients",
-        ),
-        Contender(names.PLAIN, PlainPass(), Kind.SCALE, "forward and backward of the loss"),
-    )
-}
+OURS, LEAN = adapters.RotateEWC(), {"memory_budget": SMALL_BUDGET}
+KRONECKER = "another quantity: Kronecker factors alone"
+SQUARES = "another quantity: squares of batch-mean gradients"
+CONTENDERS = (
+    Contender(names.OURS, OURS),
+    Contender(names.LEAN, OURS, Kind.SAME, "keeps no more than 32 MiB between its passes", LEAN),
+    Contender(names.EVERYTHING, OURS, Kind.MORE, "norms and embeddings as well"),
+    Contender(names.CURVLINOPS, adapters.Curvlinops()),
+    Contender(names.NNGEOMETRY, adapters.NNGeometry()),
+    Contender(names.KRONFLUENCE, adapters.Kronfluence()),
+    Contender(names.LAPLACE, adapters.Laplace(), Kind.OTHER, KRONECKER),
+    Contender(names.AVALANCHE, adapters.Avalanche(), Kind.OTHER, SQUARES),
+    Contender(names.PLAIN, PlainPass(), Kind.SCALE, "forward and backward of the loss"),
+)
+BY_NAME = {contender.name: contender for contender in CONTENDERS}

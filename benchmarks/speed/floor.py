@@ -82,16 +82,12 @@ class Factor:
     @property
     def rows(self) -> int:
         """Rows of the smallest matrix whose ``eigh`` is enough."""
-        return self.vectors if self._few else self.size
+        return self.vectors if 2 * self.vectors <= self.size else self.size
 
     @property
     def gigaflop(self) -> float:
         """Operations, in billions, for a basis of everything in which it is so small."""
-        return 4 * self.vectors * self.size**2 / GIGA if self._few else 0.0
-
-    @property
-    def _few(self) -> bool:
-        return 2 * self.vectors <= self.size
+        return 4 * self.vectors * self.size**2 / GIGA if self.rows < self.size else 0.0
 
 
 def describe_layers(workload: Workload) -> list[Layer]:
@@ -99,17 +95,10 @@ def describe_layers(workload: Workload) -> list[Layer]:
     found: list[Layer] = []
 
     def look(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight = module.get_parameter("weight")
-        d_out = weight.shape[0]
-        found.append(
-            Layer(
-                positions=output.numel() // d_out,
-                d_in=weight[0].numel(),
-                d_out=d_out,
-                bias=getattr(module, "bias", None) is not None,
-                backward=inputs[0].requires_grad,
-            )
-        )
+        weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+        d_out, d_in = weight.flatten(1).shape
+        positions = output.numel() // d_out
+        found.append(Layer(positions, d_in, d_out, bias is not None, inputs[0].requires_grad))
 
     handles = [layer.register_forward_hook(look) for layer in workload.known_layers]
     try:
@@ -120,11 +109,6 @@ def describe_layers(workload: Workload) -> list[Layer]:
     return found
 
 
-def label_vectors(fisher: str, classes: int) -> int:
-    """Number of vectors that must be sent backwards for one prediction."""
-    return 1 if fisher == names.MC else classes - 1
-
-
 def count_layer(layer: Layer, vectors: int) -> Counts:
     """Count one layer's operations for one example with so many label vectors."""
     product = 2.0 * layer.positions * layer.d_in * layer.d_out
@@ -132,13 +116,9 @@ def count_layer(layer: Layer, vectors: int) -> Counts:
     if layer.bias and layer.positions > 1:
         factors += vectors * layer.d_out**2
     rotations, eigenvalues = _cheapest_eigenvalues(layer, vectors)
-    return Counts(
-        forward=product,
-        backward=vectors * product if layer.backward else 0.0,
-        factors=float(factors),
-        rotations=rotations,
-        eigenvalues=eigenvalues,
-    )
+    backward = vectors * product if layer.backward else 0.0
+    values = (product, backward, float(factors), rotations, eigenvalues)
+    return dict(zip(PURPOSES, values, strict=True))
 
 
 def _cheapest_eigenvalues(layer: Layer, vectors: int) -> tuple[float, float]:
@@ -163,25 +143,17 @@ def count_attention(attention: Attention, vectors: int) -> Counts:
     return Counts(forward=2 * one_product, backward=vectors * 4 * one_product)
 
 
-def factors(layers: Iterable[Layer], vectors: int, examples: int) -> list[Factor]:
-    """The factors of all weights, with repetitions, for so many label vectors and examples."""
-    return [
-        factor
-        for layer in layers
-        for factor in (
-            Factor(layer.d_in, examples * layer.positions),
-            Factor(layer.d_out, examples * layer.positions * vectors),
-        )
-    ]
-
-
-def bias_factors(layers: Iterable[Layer], vectors: int, examples: int) -> list[Factor]:
-    """The covariances of biases that have their own, with repetitions."""
-    return [
-        Factor(layer.d_out, examples * vectors)
-        for layer in layers
-        if layer.bias and layer.positions > 1
-    ]
+def factors(
+    layers: Iterable[Layer], vectors: int, examples: int
+) -> tuple[list[Factor], list[Factor]]:
+    """The factors of all weights, and of the biases that have their own, with repetitions."""
+    of_weights, of_biases = [], []
+    for layer in layers:
+        seen = examples * layer.positions
+        of_weights += [Factor(layer.d_in, seen), Factor(layer.d_out, seen * vectors)]
+        if layer.bias and layer.positions > 1:
+            of_biases.append(Factor(layer.d_out, examples * vectors))
+    return of_weights, of_biases
 
 
 def count(
@@ -226,13 +198,8 @@ class Necessary:
 def necessary(workload: Workload, fisher: str) -> Necessary:
     """Count what an estimation cannot do without; what needs no gradient must be frozen."""
     layers = describe_layers(workload)
-    vectors = label_vectors(fisher, workload.case.classes)
-    if fisher == names.TYPE2:
-        vectors *= workload.labels_per_example
-    examples = workload.examples
+    exact = (workload.case.classes - 1) * workload.labels_per_example
+    vectors, examples = 1 if fisher == names.MC else exact, workload.examples
     counts = count(layers, workload.case.attention, vectors, examples)
-    return Necessary(
-        {purpose: number / GIGA for purpose, number in counts.items()},
-        factors(layers, vectors, examples),
-        bias_factors(layers, vectors, examples),
-    )
+    gigaflop = {purpose: number / GIGA for purpose, number in counts.items()}
+    return Necessary(gigaflop, *factors(layers, vectors, examples))

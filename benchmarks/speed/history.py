@@ -8,7 +8,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from benchmarks.speed.cases import Workload
@@ -24,8 +23,7 @@ class History:
 
     workload: Workload  # the model where it is now, and the batch to step on
     first: Workload  # the model where the first task left it, and that task's data
-    # After the first task, the penalty of the layers that every contender knows.
-    known: EKFACPenalty
+    known: EKFACPenalty  # of the layers that every contender knows, after the first task
     merged: dict[int, EKFACPenalty]  # merged penalties by number of tasks
     separate: dict[int, EKFACPenalty]  # penalties that keep tasks separate, by number of tasks
     single: list[EKFACPenalty]  # penalties of one task each, for the first tasks
@@ -37,41 +35,41 @@ def live(
     separate_tasks: Collection[int] = (),
     single_tasks: int = 0,
 ) -> History:
-    """Consolidate random tasks, one after the other."""
-    merged, separate = EKFACPenalty(), EKFACPenalty(mode="separate")
+    """Consolidate random tasks, one after the other, and move the model after each.
+
+    Args:
+        workload: The model, which is moved, and the batch to step on.
+        tasks: Numbers of tasks of the merged penalties.
+        separate_tasks: Numbers of tasks of the penalties that keep tasks separate.
+        single_tasks: Number of penalties of one task each; no more than there are tasks.
+    """
+    model = workload.model
+    known = {id(parameter) for parameter in workload.known_parameters}
+    include = [name for name, one in model.named_parameters() if id(one) in known]
+    merged: dict[int, EKFACPenalty] = {}
+    separate: dict[int, EKFACPenalty] = {}
+    kept = (
+        (tasks, EKFACPenalty(), merged),
+        (separate_tasks, EKFACPenalty(mode="separate"), separate),
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        first = _task(workload)
-        known = _after(first, EKFACPenalty(include=_known_names(workload)))
-        history = History(workload, first, known, {}, {}, [])
-        last, last_separate = max(tasks), max(separate_tasks, default=0)
-        for done in tqdm(range(1, 1 + max(last, last_separate)), unit="task", disable=None):
+        first, single = _task(workload), []
+        of_known = _after(first, EKFACPenalty(include=include))
+        last = max([*tasks, *separate_tasks])
+        for done in tqdm(range(1, 1 + last), unit="task", disable=None):
             task = first if done == 1 else _task(workload)
-            if done <= last:
-                _after(task, merged)
-            if done in tasks:
-                history.merged[done] = copy.deepcopy(merged)
-            if done <= last_separate:
-                _after(task, separate)
+            for numbers, penalty, copies in kept:
+                if done <= max(numbers, default=0):
+                    _after(task, penalty)
+                if done in numbers:
+                    copies[done] = copy.deepcopy(penalty)
             if done <= single_tasks:
-                history.single.append(_after(task, EKFACPenalty()))
-            if done in separate_tasks:
-                history.separate[done] = copy.deepcopy(separate)
-            move(workload.model)
-    return history
-
-
-@torch.no_grad()
-def move(model: nn.Module) -> None:
-    """Change all parameters a little."""
-    for parameter in model.parameters():
-        parameter.add_(MOVE * torch.randn_like(parameter))
-
-
-def _known_names(workload: Workload) -> list[str]:
-    """Names of the parameters that every contender knows."""
-    known = {id(parameter) for parameter in workload.known_parameters}
-    return [name for name, one in workload.model.named_parameters() if id(one) in known]
+                single.append(_after(task, EKFACPenalty()))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(MOVE * torch.randn_like(parameter))
+    return History(workload, first, of_known, merged, separate, single)
 
 
 def _task(workload: Workload) -> Workload:

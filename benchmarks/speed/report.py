@@ -2,32 +2,22 @@
 
 from collections.abc import Iterable, Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.report.tables import ABSENT, MEBIBYTE, empty_table
 from benchmarks.speed import names
 from benchmarks.speed.comparisons import compare
 from benchmarks.speed.contenders import Kind
 from benchmarks.speed.outside import Duration
 from benchmarks.speed.results import MEASURED, REFUSED, Estimation, Result, Training
 
-ABSENT = "–"
-MEBIBYTE = 2**20
 WIDEST_MESSAGE = 100
 
 
 def make_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table whose first and last columns hold words, and the others numbers."""
-    table = Table(
-        title=escape(title),
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = empty_table(title)
     for place, heading in enumerate(headings):
         if place in (0, len(headings) - 1):
             table.add_column(heading, no_wrap=place == 0, overflow="fold")
@@ -84,7 +74,7 @@ def training_table(record: Training, threads: int) -> Table:
     )
     rows = []
     for one in record.results:
-        middle, *_ = one.range_over(record.results[0].seconds) or (None,)
+        middle, *_ = one.range_over(record.scale) or (None,)
         milliseconds = one.median and 1_000 * one.median
         rows.append((one.name, number(milliseconds, ".3f"), number(middle, ".3f"), _remark(one)))
     return make_table(title, ("\ncontender", "median\n[ms]", "× plain\nstep", "\nremarks"), rows)
@@ -94,32 +84,21 @@ def comparisons_table(record: Training) -> Table:
     """A row for each ratio and overhead of a case."""
     rows = []
     for one in compare(record):
-        form = ".1f" if one.overhead else ".2f"
-        unit = " %" if one.overhead else ""
-        rows.append(
-            (
-                one.label,
-                ABSENT if one.value is None else number(one.value, form) + unit,
-                "" if one.target is None else f"{one.relation} {one.target:{form}}{unit}",
-                verdict(one.met),
-            )
-        )
+        form, unit = (".1f", " %") if one.overhead else (".2f", "")
+        value = ABSENT if one.value is None else f"{one.value:{form}}{unit}"
+        target = "" if one.target is None else f"{one.relation} {one.target:{form}}{unit}"
+        rows.append((one.label, value, target, verdict(one.met)))
     title = f"{record.case}: ratios within a round, medians over rounds"
     return make_table(title, ("comparison", "value", "target", ""), rows)
 
 
 def durations_table(durations: Sequence[Duration]) -> Table:
     """A row for each thing outside training."""
-    rows = [
-        (
-            one.label,
-            f"{one.median:.4f}",
-            f"{one.other_label}: {one.other_median:.4f}",
-            f"< {one.limit:.3g}",
-            verdict(one.median < one.limit),
-        )
-        for one in durations
-    ]
+    rows = []
+    for one in durations:
+        (own, other), limit = one.medians, one.limit
+        beside = f"{one.other_label}: {other:.4f}"
+        rows.append((one.label, f"{own:.4f}", beside, f"< {limit:.3g}", verdict(own < limit)))
     headings = ("what", "seconds", "beside it", "target", "")
     return make_table("Outside training: medians", headings, rows)
 

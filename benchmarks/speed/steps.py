@@ -20,12 +20,7 @@ LEARNING_RATE = 1e-6
 
 
 class Learner:
-    """A copy of a model, its optimizer and a batch.
-
-    Attributes:
-        model: The copy.
-        optimizer: Adam.
-    """
+    """A copy of a model with its optimizer, Adam, and a batch."""
 
     def __init__(self, workload: Workload) -> None:
         """Copy a workload's model."""
@@ -34,18 +29,13 @@ class Learner:
         self._criterion = workload.criterion
         self._inputs, self._targets = workload.batches[0]
 
-    def loss(self) -> Tensor:
-        """The loss of the batch."""
-        value: Tensor = self._criterion(self.model(self._inputs), self._targets)
-        return value
-
     def backward(self, penalty: EKFACPenalty | None = None) -> None:
         """Replace the gradient by that of the loss, with a penalty in it if there is one."""
         self.optimizer.zero_grad()
-        loss = self.loss()
+        loss = self._criterion(self.model(self._inputs), self._targets)
         if penalty is not None:
             loss = loss + penalty(self.model)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self, penalty: EKFACPenalty | None = None) -> None:
         """Take a whole step, with a penalty in the loss if there is one."""
@@ -57,14 +47,15 @@ class Learner:
         return step_sizes_of(self.optimizer, self.model, steps * LEARNING_RATE)
 
 
-def value_and_gradient(workload: Workload, penalty: EKFACPenalty, *more: EKFACPenalty) -> Work:
+def value_and_gradient(workload: Workload, *penalties: EKFACPenalty) -> Work:
     """A penalty, or the sum of several, forward and backward for all that is not frozen."""
     own = copy.deepcopy(workload.model)
     parameters = [parameter for parameter in own.parameters() if parameter.requires_grad]
 
     def work() -> tuple[Tensor, ...]:
-        value = penalty(own)
-        for other in more:
+        first, *others = penalties
+        value = first(own)
+        for other in others:
             value = value + other(own)
         return torch.autograd.grad(value, parameters)
 
@@ -106,13 +97,8 @@ def tangent_steps(workload: Workload, penalty: EKFACPenalty) -> Work:
 def rotated_step(workload: Workload, penalty: EKFACPenalty) -> Work:
     """A step of the optimizer that obeys the penalty itself."""
     learner = Learner(workload)
-    optimizer = RotatedAdam(learner.model, penalty, lr=LEARNING_RATE)
-
-    def work() -> None:
-        learner.backward()
-        optimizer.step()
-
-    return work
+    learner.optimizer = RotatedAdam(learner.model, penalty, lr=LEARNING_RATE)  # type: ignore[assignment]
+    return learner.step
 
 
 def rotated_update(workload: Workload, penalty: EKFACPenalty) -> Work:

@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from benchmarks.command import make_console, make_folder
+from benchmarks.command import make_console, make_folder, use_threads
 from benchmarks.files import write_document
-from benchmarks.speed.options import MeasuringOptions, check_number, check_numbers
+from benchmarks.option_types import Count
+from benchmarks.speed.options import COUNTS, MeasuringOptions
 
 if TYPE_CHECKING:
     from benchmarks.speed.history import History
@@ -20,7 +21,6 @@ FEATURES, CLASSES, BATCH = 784, 10, 250
 MODES = ("merged", "separate")
 PENALTY, TRAINING_STEP, ROTATED_STEP = "penalty", "training step", "RotatedAdam step"
 QUANTITIES = (PENALTY, TRAINING_STEP, ROTATED_STEP)
-MEBIBYTE = 2**20
 
 # A quantity, a mode (empty without a penalty), and a number of tasks.
 Contender = tuple[str, str, int]
@@ -49,17 +49,14 @@ class Options(MeasuringOptions):
         repetitions: Calls of each contender in a round.
     """
 
-    hidden: tuple[int, ...] = (100, 100)
-    tasks: tuple[int, ...] = (1, 2, 10, 50)
-    rounds: int = 7
-    repetitions: int = 50
+    hidden: Annotated[tuple[int, ...], COUNTS] = (100, 100)
+    tasks: Annotated[tuple[int, ...], COUNTS] = (1, 2, 10, 50)
+    rounds: Count = 7
+    repetitions: Count = 50
 
     def __post_init__(self) -> None:
-        """Check all values, and put the numbers of tasks in order."""
-        self.check_measuring()
-        check_numbers("hidden", self.hidden)
-        check_numbers("tasks", self.tasks)
-        check_number("repetitions", self.repetitions, 1)
+        """Check the number of rounds, and put the numbers of tasks in order."""
+        self.settle_rounds()
         object.__setattr__(self, "tasks", tuple(sorted({REFERENCE, *self.tasks})))
 
 
@@ -81,8 +78,7 @@ def run(options: Options) -> int:
     from benchmarks.versions import versions
 
     make_folder(options.output)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     threads = torch.get_num_threads()
     costs = measure(options)
     fields = dataclasses.asdict(options)
@@ -164,7 +160,8 @@ def contenders(history: "History") -> dict[Contender, Callable[[], object]]:
 
 def rows_of(costs: Sequence[Cost]) -> list[list[str]]:
     """A row for plain training and for each penalty; beside every number is its ratio."""
-    from benchmarks.speed.report import ABSENT, number
+    from benchmarks.report.tables import ABSENT, MEBIBYTE
+    from benchmarks.speed.report import number
     from benchmarks.speed.rounds import median_ratio
 
     rows = []
