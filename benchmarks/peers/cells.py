@@ -29,7 +29,7 @@ def cell(records: Sequence[Record], *, by_definition: bool = False) -> str:
 def _worth_showing(record: Record, records: Sequence[Record]) -> bool:
     """Whether it is no fall-back, or one that is right where nothing else is."""
     others = [one for one in records if one.problem == record.problem and not one.fallback]
-    right = Status.RIGHT.value
+    right = Status.RIGHT
     return not record.fallback or (
         record.status == right and all(other.status != right for other in others)
     )
@@ -37,7 +37,7 @@ def _worth_showing(record: Record, records: Sequence[Record]) -> bool:
 
 def _kind(record: Record, by_definition: bool) -> str:
     """The word for a result, without its numbers."""
-    if record.status != Status.WRONG.value:
+    if record.status != Status.WRONG:
         return record.status
     if record.trace_ratio is None and record.message:
         return record.message
@@ -47,7 +47,7 @@ def _kind(record: Record, by_definition: bool) -> str:
 def _numbers(group: Sequence[Record]) -> str:
     """By how much a group of results is wrong."""
     ratios = sorted(record.trace_ratio for record in group if record.trace_ratio is not None)
-    if group[0].status != Status.WRONG.value or not ratios:
+    if group[0].status != Status.WRONG or not ratios:
         return ""
     if all(abs(ratio - 1) < NEARLY_RIGHT_TRACE for ratio in ratios):
         errors = [record.error for record in group if record.error is not None]

@@ -12,7 +12,7 @@ from benchmarks.peers.verdict import Status
 BEGIN = "<!-- peers: begin -->"
 END = "<!-- peers: end -->"
 LONGEST = 120
-SAID = (Status.REFUSED.value, Status.FAILS.value, Status.NOT_OFFERED.value)
+SAID = (Status.REFUSED, Status.FAILS, Status.NOT_OFFERED)
 
 
 def markdown(
@@ -45,7 +45,7 @@ def _cell_of(
     mine = [r for r in records if r.row == row.name and r.package == adapter.package]
     note = row.notes.get(adapter.package)
     text = cell(mine, by_definition=note is not None and note.by_definition)
-    if note is None or text in (Status.NOT_INSTALLED.value, "not measured"):
+    if note is None or text in (Status.NOT_INSTALLED, "not measured"):
         return text
     return f"{text} [{numbers.setdefault(note, len(numbers) + 1)}]"
 
@@ -83,7 +83,7 @@ def _messages(adapters: Sequence[Adapter], records: Sequence[Record]) -> list[st
 
 def _said(record: Record) -> str:
     """What happened, and the message; that of a feature not offered is our own explanation."""
-    if record.status == Status.NOT_OFFERED.value:
+    if record.status == Status.NOT_OFFERED:
         return f"{record.status}: {record.message}"
     # Without the arguments of the layer that it is about.
     message = re.sub(r"\b[A-Z]\w+\(.*", "…", record.message).replace("`", "'")

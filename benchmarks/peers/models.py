@@ -59,23 +59,35 @@ def first_output(module: nn.Module, inputs: int = 1) -> Apply:
     return Apply(lambda own, x: own.module(*[x] * inputs)[0], module=module)
 
 
-def cross_attention(width: int, heads: int, other: int) -> Apply:
+def self_attention(*, batch_first: bool = True) -> Apply:
+    """Self-attention over tokens."""
+    return first_output(nn.MultiheadAttention(4, 2, batch_first=batch_first), inputs=3)
+
+
+TIME_FIRST_ATTENTION: tuple[Callable[[], nn.Module], ...] = (
+    lambda: swap(0, 1),
+    lambda: self_attention(batch_first=False),
+    lambda: swap(0, 1),
+)
+
+
+def cross_attention() -> Apply:
     """Attend from the first two positions to all, with keys and values of another width."""
     return Apply(
         lambda own, x: own.attention(own.query(x[:, :2]), x, x)[0],
-        query=nn.Linear(other, width),
-        attention=nn.MultiheadAttention(width, heads, kdim=other, vdim=other, batch_first=True),
+        query=nn.Linear(3, 4),
+        attention=nn.MultiheadAttention(4, 2, kdim=3, vdim=3, batch_first=True),
     )
 
 
-def encoder(width: int, heads: int, hidden: int) -> nn.Module:
+def encoder() -> nn.Module:
     """An encoder layer without dropout."""
-    return nn.TransformerEncoderLayer(width, heads, hidden, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
 
 
-def decoder(width: int, heads: int, hidden: int) -> Apply:
+def decoder() -> Apply:
     """Decode the first two positions, with the input itself as memory."""
-    layer = nn.TransformerDecoderLayer(width, heads, hidden, dropout=0.0, batch_first=True)
+    layer = nn.TransformerDecoderLayer(4, 2, 5, dropout=0.0, batch_first=True)
     return Apply(lambda own, x: own.layer(x[:, :2], x), layer=layer)
 
 

@@ -7,25 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.peers.models import (
-    Layers,
-    batch_norm,
-    cross_attention,
-    decoder,
-    encoder,
-    first_output,
-    functional_linear,
-    mean_over,
-    mix,
-    positional,
-    product,
-    scale_shift,
-    swap,
-    tied_embedding,
-    tied_linears,
-    twice,
-    weight_normed,
-)
+from benchmarks.peers import models
+from benchmarks.peers.models import Layers, batch_norm, mean_over, swap
 from benchmarks.peers.problem import DTYPE, Problem, Targets
 
 Module = Callable[[], nn.Module]
@@ -33,6 +16,8 @@ Module = Callable[[], nn.Module]
 # --------------------------------------------------------------------------- layers
 
 FALL_BACK = {"rotate-ewc": {"unsupported": "diagonal"}}
+OF_ENCODER = ("0.linear1", "0.linear2")
+OF_DECODER = ("0.layer.linear1", "0.layer.linear2")
 
 
 def tracked(*modules: str) -> dict[str, dict[str, list[str]]]:
@@ -66,14 +51,10 @@ def convolution(
     return Problem(layers, (channels[0], *size), label, separable=True)
 
 
-def normed(norm: Module, label: str = "") -> Problem:
-    """A Linear, a norm of four channels, the activation and a Linear."""
-    return Problem(with_head(4, lambda: nn.Linear(5, 4), norm), (5,), label)
-
-
-def normed_tokens(norm: Module, label: str) -> Problem:
-    """The same on ``[N, T, d]``."""
-    return Problem(with_head(4, lambda: nn.Linear(5, 4), norm, axes=(1,)), (3, 5), label)
+def normed(norm: Module, label: str = "", shape: tuple[int, ...] = (5,)) -> Problem:
+    """A Linear, a norm of four channels, the activation, the mean over tokens and a Linear."""
+    axes = (1,) if len(shape) > 1 else ()
+    return Problem(with_head(4, lambda: nn.Linear(5, 4), norm, axes=axes), shape, label)
 
 
 def normed_images(norm: Module, label: str = "") -> Problem:
@@ -87,11 +68,6 @@ def unactivated(shape: tuple[int, int], label: str, *modules: Module, **options:
     """Modules with activations of their own, the mean over tokens and a Linear."""
     layers = with_head(4, *modules, axes=(1,), activate=False)
     return Problem(layers, shape, label, **options)
-
-
-def self_attention(*, batch_first: bool) -> nn.Module:
-    """Self-attention over three tokens."""
-    return first_output(nn.MultiheadAttention(4, 2, batch_first=batch_first), inputs=3)
 
 
 LAYERS: dict[str, tuple[Problem, ...]] = {
@@ -138,15 +114,17 @@ LAYERS: dict[str, tuple[Problem, ...]] = {
     "embedding": (
         Problem(with_head(4, lambda: nn.Embedding(6, 4), axes=(1,)), (3,), vocabulary=6),
     ),
-    "embedding-tied": (Problem(tied_embedding, (3,), vocabulary=5, output_shape=(5,)),),
-    "embedding-positions": (Problem(with_head(4, lambda: positional(3, 4), axes=(1,)), (3, 4)),),
+    "embedding-tied": (Problem(models.tied_embedding, (3,), vocabulary=5, output_shape=(5,)),),
+    "embedding-positions": (
+        Problem(with_head(4, lambda: models.positional(3, 4), axes=(1,)), (3, 4)),
+    ),
     "layer-norm": (
         normed(lambda: nn.LayerNorm(4), "[N, d]"),
-        normed_tokens(lambda: nn.LayerNorm(4), "[N, T, d]"),
+        normed(lambda: nn.LayerNorm(4), "[N, T, d]", (3, 5)),
     ),
     "rms-norm": (
         normed(lambda: nn.RMSNorm(4), "[N, d]"),
-        normed_tokens(lambda: nn.RMSNorm(4), "[N, T, d]"),
+        normed(lambda: nn.RMSNorm(4), "[N, T, d]", (3, 5)),
     ),
     "group-norm": (normed_images(lambda: nn.GroupNorm(2, 4)),),
     "instance-norm": (
@@ -164,45 +142,24 @@ LAYERS: dict[str, tuple[Problem, ...]] = {
         normed_images(lambda: batch_norm(nn.BatchNorm2d, 4), "2d"),
     ),
     "attention": (
-        unactivated(
-            (3, 4), "batch first", lambda: self_attention(batch_first=True), settings=tracked("2")
-        ),
-        unactivated(
-            (3, 4),
-            "time first",
-            lambda: swap(0, 1),
-            lambda: self_attention(batch_first=False),
-            lambda: swap(0, 1),
-            settings=tracked("4"),
-        ),
-        unactivated(
-            (3, 3), "cross", lambda: cross_attention(4, 2, 3), settings=tracked("0.query", "2")
-        ),
+        unactivated((3, 4), "batch first", models.self_attention, settings=tracked("2")),
+        unactivated((3, 4), "time first", *models.TIME_FIRST_ATTENTION, settings=tracked("4")),
+        unactivated((3, 3), "cross", models.cross_attention, settings=tracked("0.query", "2")),
     ),
     "transformer": (
-        unactivated(
-            (3, 4),
-            "encoder",
-            lambda: encoder(4, 2, 6),
-            settings=tracked("0.linear1", "0.linear2", "2"),
-        ),
-        unactivated(
-            (3, 4),
-            "decoder",
-            lambda: decoder(4, 2, 5),
-            settings=tracked("0.layer.linear1", "0.layer.linear2", "2"),
-        ),
+        unactivated((3, 4), "encoder", models.encoder, settings=tracked(*OF_ENCODER, "2")),
+        unactivated((3, 4), "decoder", models.decoder, settings=tracked(*OF_DECODER, "2")),
     ),
     "called-twice": (
         Problem(
-            lambda act: [twice(nn.Linear(4, 4), act()), nn.Linear(4, 3)],
+            lambda act: [models.twice(nn.Linear(4, 4), act()), nn.Linear(4, 3)],
             (4,),
             "`Linear`",
             shared=True,
         ),
         Problem(
             lambda act: [
-                twice(nn.Conv2d(2, 2, 3, padding=1), act()),
+                models.twice(nn.Conv2d(2, 2, 3, padding=1), act()),
                 mean_over(2, 3),
                 nn.Linear(2, 3),
             ],
@@ -211,7 +168,7 @@ LAYERS: dict[str, tuple[Problem, ...]] = {
             shared=True,
         ),
     ),
-    "tied": (Problem(tied_linears, (4,)),),
+    "tied": (Problem(models.tied_linears, (4,)),),
     "in-place": (
         Problem(
             lambda _: [nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)],
@@ -219,17 +176,19 @@ LAYERS: dict[str, tuple[Problem, ...]] = {
             separable=True,
         ),
     ),
-    "parametrized": (Problem(with_head(4, lambda: weight_normed(nn.Linear(5, 4))), (5,)),),
+    "parametrized": (Problem(with_head(4, lambda: models.weight_normed(nn.Linear(5, 4))), (5,)),),
     "functional": (
-        Problem(with_head(4, lambda: functional_linear(5, 4)), (5,), "`F.linear`", separable=True),
-        Problem(with_head(4, lambda: product(5, 4)), (5,), "`@`", separable=True),
+        Problem(
+            with_head(4, lambda: models.functional_linear(5, 4)), (5,), "`F.linear`", separable=True
+        ),
+        Problem(with_head(4, lambda: models.product(5, 4)), (5,), "`@`", separable=True),
     ),
-    "elementwise": (normed(lambda: scale_shift(4)),),
+    "elementwise": (normed(lambda: models.scale_shift(4)),),
     "unknown": (
         unactivated(
             (3, 3),
             "`LSTM`",
-            lambda: first_output(nn.LSTM(3, 4, batch_first=True)),
+            lambda: models.first_output(nn.LSTM(3, 4, batch_first=True)),
             settings=FALL_BACK,
         ),
         Problem(
@@ -246,7 +205,8 @@ LAYERS: dict[str, tuple[Problem, ...]] = {
 CE, MSE, BCE = nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss
 WEIGHTS = torch.tensor([0.3, 1.0, 2.5], dtype=DTYPE)
 
-PLAIN = Problem(lambda act: [nn.Linear(5, 4), act(), nn.Linear(4, 3)], (5,), separable=True)
+TWO_LINEARS = with_head(4, lambda: nn.Linear(5, 4))
+PLAIN = Problem(TWO_LINEARS, (5,), separable=True)
 DEEP = dataclasses.replace(
     PLAIN, layers=lambda act: [nn.Linear(5, 4), act(), nn.Linear(4, 4), act(), nn.Linear(4, 3)]
 )
@@ -267,23 +227,23 @@ def on_mlp(
     **options: Any,
 ) -> Problem:
     """A loss on three outputs of a small network."""
-    return dataclasses.replace(
-        PLAIN,
-        label=label,
-        loss=loss(kind, **options),
-        targets=targets,
-        separable=separable,
-        reduction=reduction,
-    )
+    made = Problem(TWO_LINEARS, (5,), label, separable=separable, reduction=reduction)
+    return dataclasses.replace(made, loss=loss(kind, **options), targets=targets)
 
 
 def on_tokens(
     output_shape: tuple[int, ...], *last: Module, label: str = "", **options: Any
 ) -> Problem:
-    """A loss on the outputs of four tokens that have seen each other."""
+    """A loss on outputs ``[N, T, C]`` of four tokens that have seen each other, and the last."""
 
     def layers(act: Module) -> list[nn.Module]:
-        return [nn.Linear(4, 5), mix(), act(), nn.Linear(5, 3), *(module() for module in last)]
+        return [
+            nn.Linear(4, 5),
+            models.mix(),
+            act(),
+            nn.Linear(5, 3),
+            *(module() for module in last),
+        ]
 
     return Problem(layers, (4, 4), label, output_shape=output_shape, **options)
 

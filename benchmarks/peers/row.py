@@ -32,10 +32,8 @@ class Row:
     # ``helpers/cases``, of models or losses that the tests of exactness go through.
     tests: Mapping[str, tuple[str, ...]]
     notes: Mapping[str, Note]  # by package
-    # What is asked: whether the matrix is right, or one of * ``pickle``: whether the state can be
-    # saved and read without pickle, * ``weights``: whether loading a state leaves the model's
-    # weights alone, * ``as found``: whether estimating leaves the model as it was, *
-    # ``reduction``: whether a loss with reduction ``none`` is refused by name.
+    # Is the matrix right? Can the state be saved and read without pickle? Does loading it leave the
+    # model's weights alone? Is the model as it was found? Is a loss without reduction refused?
     question: Question = "matrix"
 
 

@@ -21,7 +21,7 @@ ZERO = 1e-10
 SAME_EIGENVALUE = 1e-8
 
 
-class Status(str, Enum):
+class Status:
     """What came out of one measurement."""
 
     RIGHT = "right"
@@ -58,7 +58,7 @@ class BlockEstimate:
 class Outcome:
     """The result of one measurement."""
 
-    status: Status  # in a word
+    status: str  # one of the words of :class:`Status`
     # Estimated over exact trace, of the parameters that the estimate covers.
     trace_ratio: float | None = None
     # Largest deviation of an eigenvalue or diagonal entry, over the block's largest.
@@ -125,7 +125,7 @@ def eigenvalue_deviation(estimate: Tensor, reference: Tensor, floor: float) -> f
     return float(largest / diagonal.max().clamp(min=floor))
 
 
-def outcome_of_exception(error: Exception, packages: Sequence[str]) -> Outcome:
+def name_exception(error: Exception, packages: Sequence[str]) -> Outcome:
     """Name what an exception means.
 
     An exception that a package raises by a statement of its own is a refusal, and one that comes

@@ -11,7 +11,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
@@ -19,22 +19,20 @@ from benchmarks.command import CommandError, make_folder
 from benchmarks.files import write_document
 from benchmarks.speed.figure import draw, save
 from benchmarks.speed.options import QUICK_WARNING
-from benchmarks.speed.results import Estimation, Result, Training
-
-AnyRecord = TypeVar("AnyRecord", Estimation, Training)
+from benchmarks.speed.results import Record, Result
 
 
-class Book(Generic[AnyRecord]):
+class Book:
     """A JSON file of records with its figure, which at every moment are the old or the new ones."""
 
-    def __init__(self, path: Path, kind: type[AnyRecord], *, threads: int, quick: bool) -> None:
+    def __init__(self, path: Path, kind: type[Record], *, threads: int, quick: bool) -> None:
         """Read what is there already, and say on what is measured."""
         make_folder(path.parent)
         self.path = path
         processor = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
         machine = {"processor": processor, "cpu_count": os.cpu_count()}
         self._configuration = {"threads": threads, "quick": quick, **machine}
-        self.records: list[AnyRecord] = read(path, kind, self._configuration)
+        self.records: list[Any] = read(path, kind, self._configuration)
         line = (
             f"{processor}, {machine['cpu_count']} hardware threads; "
             f"PyTorch with {threads} thread{'s' * (threads > 1)}"
@@ -42,9 +40,9 @@ class Book(Generic[AnyRecord]):
         self._title = [line, *([QUICK_WARNING] if quick else [])]
         print("\n".join(self._title), flush=True)
 
-    def add(self, record: AnyRecord) -> None:
+    def add(self, record: Record) -> None:
         """Put a record in the place of the same old one, and write file and figure."""
-        others: list[AnyRecord] = [one for one in self.records if one.place != record.place]
+        others: list[Any] = [one for one in self.records if one.place != record.place]
         self.records = sorted([*others, record], key=lambda one: one.place)
         self.write()
         save(draw(self.records, self._title), self.path.with_suffix(".png"))
@@ -64,7 +62,7 @@ class Book(Generic[AnyRecord]):
         print(f"\nWrote {self.path} and {self.path.with_suffix('.png')}.")
 
 
-def read(path: Path, kind: type[AnyRecord], configuration: Mapping[str, Any]) -> list[AnyRecord]:
+def read(path: Path, kind: type[Record], configuration: Mapping[str, Any]) -> list[Any]:
     """Read the records of a file; CommandError if it is of another format or configuration."""
     if not path.exists():
         return []

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import torch
+
 from benchmarks.peers import adapters
 from benchmarks.speed import names
-from benchmarks.speed.cases import Estimate, Workload
+from benchmarks.speed.cases import Estimate, InMemory, Workload
 
 SMALL_BUDGET = 2**26
 
@@ -35,6 +37,29 @@ class PlainPass(adapters.Adapter):
                 workload.criterion(workload.model(inputs), targets).backward()
 
         return run
+
+
+class Avalanche(adapters.Adapter):
+    """The importances of ``EWCPlugin``, whatever the Fisher type; only their cost."""
+
+    package, module = "avalanche-lib", "avalanche"
+
+    def prepare(self, workload: Workload, fisher: str) -> Estimate:
+        """Compute squares of batch-mean gradients, as the plugin does after an experience."""
+        from benchmarks.avalanche_names import EWCPlugin
+
+        plugin = EWCPlugin(ewc_lambda=1.0)
+        optimizer = torch.optim.SGD(workload.trained_parameters, lr=0.1)
+        data = workload.dataset()
+        triples = InMemory(*data.tensors, torch.zeros(len(data), dtype=torch.int64))
+
+        def estimate(seed: int) -> None:
+            plugin.compute_importances(
+                workload.model, workload.criterion, optimizer, triples, "cpu", workload.batch_size
+            )
+            workload.model.eval()  # it leaves the model in training mode
+
+        return estimate
 
 
 @dataclass(frozen=True)
@@ -65,7 +90,7 @@ CONTENDERS = (
     Contender(names.NNGEOMETRY, adapters.NNGeometry()),
     Contender(names.KRONFLUENCE, adapters.Kronfluence()),
     Contender(names.LAPLACE, adapters.Laplace(), Kind.OTHER, KRONECKER),
-    Contender(names.AVALANCHE, adapters.Avalanche(), Kind.OTHER, SQUARES),
+    Contender(names.AVALANCHE, Avalanche(), Kind.OTHER, SQUARES),
     Contender(names.PLAIN, PlainPass(), Kind.SCALE, "forward and backward of the loss"),
 )
 BY_NAME = {contender.name: contender for contender in CONTENDERS}

@@ -107,7 +107,7 @@ def test_new_records_take_the_place_of_old_ones(record: Estimation, tmp_path: Pa
     first = dataclasses.replace(record, case="a")
     again = dataclasses.replace(record, rounds=7)
 
-    def opened(threads: int = 2) -> Book[Estimation]:
+    def opened(threads: int = 2) -> Book:
         return Book(tmp_path / "new" / "speed.json", Estimation, threads=threads, quick=False)
 
     book = opened()

@@ -1,13 +1,11 @@
 """What every adapter offers, and what several of them need."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.exact import DenseMatrix
@@ -24,9 +22,6 @@ class Mode:
     fisher: Fisher  # which exact matrix it is compared with
     structure: Structure = Structure.EKFAC  # the form of the estimate
     fallback: bool = False  # whether only shown where the modes before are not right
-
-
-EXACT_EKFAC = (Mode("type2", "type2"), Mode("empirical", "empirical"))
 
 
 class Adapter:
@@ -111,13 +106,6 @@ def has_options(loss: nn.Module) -> bool:
     options = [getattr(loss, name, None) for name in ("weight", "pos_weight")]
     smoothing = getattr(loss, "label_smoothing", 0.0)
     return any(option is not None for option in options) or smoothing != 0.0
-
-
-def multiplied_out(operator: Any, parameters: Sequence[Tensor]) -> Tensor:
-    """The dense matrix of an operator, which multiplies columns."""
-    size = sum(parameter.numel() for parameter in parameters)
-    product: Tensor = operator @ torch.eye(size, dtype=parameters[0].dtype)
-    return product
 
 
 class OneRowPerToken(nn.Module):
