@@ -3,7 +3,6 @@
 import functools
 import statistics
 import time
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,18 +13,10 @@ REPETITIONS = 20
 
 
 class Stopwatch:
-    """Adds up the wall time of ``with`` blocks, work queued on an accelerator included.
-
-    Attributes:
-        seconds: Wall time so far.
-    """
+    """Adds up the wall time of ``with`` blocks, work queued on an accelerator included."""
 
     def __init__(self, device: torch.device) -> None:
-        """Start at zero.
-
-        Args:
-            device: Device whose queued work counts.
-        """
+        """Start at zero; the queued work of the device counts."""
         self.seconds = 0.0
         self._device = device
         self._start = 0.0
@@ -36,12 +27,7 @@ class Stopwatch:
         self._start = time.perf_counter()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop."""
         self._synchronise()
         self.seconds += time.perf_counter() - self._start
@@ -55,13 +41,7 @@ class Stopwatch:
 
 
 def time_callback(plugin: Any, callback: str, stopwatch: Stopwatch) -> None:
-    """Have a stopwatch run whenever a callback of a plugin is called.
-
-    Args:
-        plugin: An Avalanche plugin; this one object is changed, not its class.
-        callback: Name of the callback, such as ``"after_training_exp"``.
-        stopwatch: Gets the time.
-    """
+    """Have a stopwatch run whenever a callback of this one Avalanche plugin is called."""
     original = getattr(plugin, callback)
 
     @functools.wraps(original)

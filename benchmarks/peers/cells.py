@@ -28,11 +28,10 @@ def cell(records: Sequence[Record], *, by_definition: bool = False) -> str:
 
 def _worth_showing(record: Record, records: Sequence[Record]) -> bool:
     """Whether it is no fall-back, or one that is right where nothing else is."""
-    others = [one for one in records if one.problem == record.problem and not one.fallback]
-    right = Status.RIGHT
-    return not record.fallback or (
-        record.status == right and all(other.status != right for other in others)
-    )
+    if not record.fallback:
+        return True
+    others = [one.status for one in records if one.problem == record.problem and not one.fallback]
+    return record.status == Status.RIGHT and Status.RIGHT not in others
 
 
 def _kind(record: Record, by_definition: bool) -> str:

@@ -90,8 +90,7 @@ def add_blocks(blocks: Sequence[BlockEstimate]) -> list[BlockEstimate]:
     """Add matrices of the same parameters, as a sum over the uses of a shared parameter does."""
     sums: dict[tuple[str, ...], Tensor] = {}
     for block in blocks:
-        known = sums.get(block.parameters)
-        sums[block.parameters] = block.matrix if known is None else known + block.matrix
+        sums[block.parameters] = block.matrix + sums.get(block.parameters, 0)
     return [BlockEstimate(names, matrix.detach().double()) for names, matrix in sums.items()]
 
 
@@ -99,9 +98,7 @@ def block_error(exact: DenseMatrix, structure: Structure, block: BlockEstimate) 
     """Largest deviation in one block, relative to the largest value that is expected."""
     reference = exact.block(block.parameters)
     floor = ZERO * float(exact.matrix.diagonal().max())
-    if block.matrix.shape != reference.shape:
-        return math.inf
-    if not bool(block.matrix.isfinite().all()):
+    if block.matrix.shape != reference.shape or not bool(block.matrix.isfinite().all()):
         return math.inf
     if structure is Structure.EKFAC:
         return eigenvalue_deviation(block.matrix, reference, floor)

@@ -10,14 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.speed import names
-from benchmarks.speed.networks import (
-    CLASSES,
-    Transformer,
-    convolutional,
-    group_norm,
-    perceptron,
-    residual,
-)
+from benchmarks.speed.networks import CLASSES, Transformer, convolutional, perceptron, residual
 
 Batch = tuple[Tensor, Tensor]
 # Does the work once with a seed for sampled labels, and returns the trace of the Fisher matrix of
@@ -30,7 +23,7 @@ SEED = 0
 QUICK_EXAMPLES = 4
 STEP_BATCH = 250
 FEATURES = 784
-IMAGE = (3, 32, 32)
+IMAGE, GROUPS = (3, 32, 32), 8
 WIDTH, BLOCKS, HEADS, LENGTH, VOCABULARY = 256, 4, 4, 128, 64
 
 
@@ -146,7 +139,7 @@ CASES = {
     names.SMALL_MLP: _mlp(400, 400),
     names.LARGE_MLP: _mlp(1000, 1000),
     names.CNN: Case(convolutional, IMAGE, 2_000, 250),
-    names.GROUP_NORM: Case(partial(residual, group_norm), IMAGE, 512, 64),
+    names.GROUP_NORM: Case(partial(residual, partial(nn.GroupNorm, GROUPS)), IMAGE, 512, 64),
     names.BATCH_NORM: Case(partial(residual, nn.BatchNorm2d), IMAGE, 512, 64),
     names.TRANSFORMER: Case(
         partial(Transformer, WIDTH, BLOCKS, HEADS, LENGTH, VOCABULARY),

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
 CLASSES = 10
-GROUPS = 8
 
 
 def perceptron(*widths: int) -> nn.Sequential:
@@ -27,11 +26,6 @@ def convolutional() -> nn.Sequential:
         layers += [nn.Conv2d(d_in, d_out, 3, stride=stride, padding=1), nn.ReLU()]
     head = (nn.Flatten(), nn.Linear(2048, 128), nn.ReLU(), nn.Linear(128, CLASSES))
     return nn.Sequential(*layers, *head)
-
-
-def group_norm(channels: int) -> nn.Module:
-    """A norm within each example."""
-    return nn.GroupNorm(GROUPS, channels)
 
 
 def residual(norm: Callable[[int], nn.Module], width: int = 16) -> nn.Sequential:

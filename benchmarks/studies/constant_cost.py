@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
-from benchmarks.command import make_console, make_folder, use_threads
+from benchmarks.command import make_folder, print_table, use_threads
 from benchmarks.files import write_document
 from benchmarks.option_types import Count
 from benchmarks.speed.options import COUNTS, MeasuringOptions
@@ -74,19 +74,18 @@ def run(options: Options) -> int:
     """Measure, then write and print everything."""
     import torch
 
-    from benchmarks.speed.report import make_table
     from benchmarks.versions import versions
 
     make_folder(options.output)
     use_threads(options.threads)
     threads = torch.get_num_threads()
     costs = measure(options)
-    fields = dataclasses.asdict(options)
+    fields = {**dataclasses.asdict(options), "threads": threads}
     del fields["output"]
     path = options.output / "constant_cost.json"
     document = {
         "format": FORMAT,
-        "configuration": {**fields, "threads": threads},
+        "configuration": fields,
         "reference_tasks": REFERENCE,
         "records": [dataclasses.asdict(cost) for cost in costs],
         "versions": versions(),
@@ -97,13 +96,9 @@ def run(options: Options) -> int:
         f"{widths}: medians of {options.rounds} rounds of {options.repetitions} calls; ratios to "
         f"{REFERENCE} tasks; {threads} thread{'s' * (threads > 1)}"
     )
-    headings = [
-        heading
-        for name in ("penalty\n[ms]", "training\nstep [ms]", "RotatedAdam\nstep [ms]")
-        for heading in (name, "\nratio")
-    ]
-    headings = ["\nmode", "\ntasks", *headings, "state\n[MiB]", "\nratio", ""]
-    make_console().print(make_table(title, headings, rows_of(costs)))
+    measured = ("penalty\n[ms]", "training\nstep [ms]", "RotatedAdam\nstep [ms]", "state\n[MiB]")
+    numbers = [heading for name in measured for heading in (name, "\nratio")]
+    print_table(title, ["\nmode"], ["\ntasks", *numbers], rows_of(costs))
     print(f"Wrote {path}.")
     return 0
 
@@ -125,15 +120,11 @@ def measure(options: Options) -> list[Cost]:
         contenders(history), rounds=options.rounds, repetitions=options.repetitions
     )
     sizes = {("", 0): 0, **{place: penalty.nbytes for place, penalty in penalties(history).items()}}
-    return [
-        Cost(
-            mode,
-            tasks,
-            {q: seconds[q, mode, tasks] for q in QUANTITIES if (q, mode, tasks) in seconds},
-            size,
-        )
-        for (mode, tasks), size in sizes.items()
-    ]
+    costs = []
+    for (mode, tasks), size in sizes.items():
+        times = {q: seconds[q, mode, tasks] for q in QUANTITIES if (q, mode, tasks) in seconds}
+        costs.append(Cost(mode, tasks, times, size))
+    return costs
 
 
 def penalties(history: "History") -> "dict[tuple[str, int], EKFACPenalty]":
@@ -176,5 +167,5 @@ def rows_of(costs: Sequence[Cost]) -> list[list[str]]:
             cells += [number(milliseconds, ".2f"), number(compared or None, ".2f")]
         size = cost.state_bytes / MEBIBYTE if reference else None
         ratio = cost.state_bytes / reference.state_bytes if reference else None
-        rows.append([*cells, number(size, ".2f"), number(ratio, ".2f"), ""])
+        rows.append([*cells, number(size, ".2f"), number(ratio, ".2f")])
     return rows

@@ -9,13 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.adapters.adapter import (
-    Adapter,
-    Mode,
-    canonical_names,
-    has_options,
-    whole_layers,
-)
+from benchmarks.peers.adapters import adapter
+from benchmarks.peers.adapters.adapter import Adapter, Mode, canonical_names, whole_layers
 from benchmarks.peers.exact import mean_divisor
 from benchmarks.peers.problem import DTYPE, Problem
 from benchmarks.peers.verdict import BlockEstimate, NotOffered, Structure
@@ -34,9 +29,7 @@ VARIANTS: dict[type[nn.Module], tuple[str, float]] = {
 class NNGeometry(Adapter):
     """The Fisher matrix of its closed forms, and the second moment of per-example gradients."""
 
-    package = "nngeometry"
-    module = "nngeometry"
-    title = "nngeometry"
+    package = module = title = "nngeometry"
     modes = (
         Mode("type2", "type2"),
         Mode("empirical", "empirical"),
@@ -153,7 +146,7 @@ def _closed_form(
 ) -> tuple[Any, float]:
     """``FIM``: an average over examples, of the summed loss of each."""
     loss = problem.loss("mean")
-    if has_options(loss) or problem.targets in ("some ignored", "probabilities"):
+    if adapter.has_options(loss) or problem.targets in ("some ignored", "probabilities"):
         raise NotOffered("FIM knows likelihoods, not the options of a loss")
     variant, unit = VARIANTS[type(loss)]
     matrix = import_module("nngeometry.metrics").FIM(
