@@ -9,11 +9,10 @@ from torch import Tensor
 from benchmarks.speed import names, steps
 from benchmarks.speed.cases import Workload, build_step
 from benchmarks.speed.contenders import BY_NAME
-from benchmarks.speed.history import History, live
 from benchmarks.speed.penalty_command import Options
 from benchmarks.speed.results import MEASURED, MISSING, REFUSED, WRONG, Result, Training
 from benchmarks.speed.rounds import WARM_UPS, time_in_rounds
-from benchmarks.speed.steps import Work
+from benchmarks.speed.steps import History, Work, live
 from benchmarks.versions import versions
 
 # Nngeometry takes weight and bias in one block, and has other sampled labels.

@@ -12,7 +12,7 @@ from benchmarks.option_types import Count
 from benchmarks.speed.options import COUNTS, MeasuringOptions
 
 if TYPE_CHECKING:
-    from benchmarks.speed.history import History
+    from benchmarks.speed.steps import History
     from rotate_ewc import EKFACPenalty
 
 FORMAT = "rotate_ewc.benchmarks.constant_cost/2"
@@ -108,9 +108,9 @@ def measure(options: Options) -> list[Cost]:
     import torch
 
     from benchmarks.speed.cases import Case, build_case
-    from benchmarks.speed.history import live
     from benchmarks.speed.networks import perceptron
     from benchmarks.speed.rounds import time_in_rounds
+    from benchmarks.speed.steps import live
 
     widths = (FEATURES, *options.hidden, CLASSES)
     case = Case(lambda: perceptron(*widths), (FEATURES,), BATCH, BATCH)

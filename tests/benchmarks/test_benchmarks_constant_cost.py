@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from benchmarks.speed.cases import Case, build_case
-from benchmarks.speed.history import History, live
 from benchmarks.speed.networks import perceptron
+from benchmarks.speed.steps import History, live
 from benchmarks.studies.constant_cost import (
     MODES,
     PENALTY,

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.peers.adapters import Adapter, RotateEWC
 from benchmarks.peers.adapters.adapter import Mode
-from benchmarks.peers.cells import cell
+from benchmarks.peers.document import cell
 from benchmarks.peers.exact import DenseMatrix, exact_matrix, mean_divisor
 from benchmarks.peers.measure import Record, measure
 from benchmarks.peers.problem import Problem

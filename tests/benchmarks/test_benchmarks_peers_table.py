@@ -10,9 +10,8 @@ import torch
 
 from benchmarks.command import CommandError
 from benchmarks.peers.adapters import PEERS, Adapter
-from benchmarks.peers.cells import cell
 from benchmarks.peers.command import FORMAT, PACKAGES, Options, run
-from benchmarks.peers.document import BEGIN, END, markdown, replace_between_markers
+from benchmarks.peers.document import BEGIN, END, cell, markdown, replace_between_markers
 from benchmarks.peers.exact import exact_matrix
 from benchmarks.peers.measure import Record
 from benchmarks.peers.problems import PROBLEMS

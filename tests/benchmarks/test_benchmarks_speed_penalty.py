@@ -10,14 +10,13 @@ import torch
 from benchmarks.peers.adapters import Adapter, Curvlinops, NNGeometry
 from benchmarks.speed import names
 from benchmarks.speed.cases import Form, Workload, build_step
-from benchmarks.speed.comparisons import Comparison, compare
 from benchmarks.speed.contenders import BY_NAME
 from benchmarks.speed.figure import draw
-from benchmarks.speed.history import History, live
 from benchmarks.speed.outside import Duration
 from benchmarks.speed.penalty_command import Options, run
-from benchmarks.speed.report import comparisons_table, verdict
+from benchmarks.speed.report import Comparison, compare, comparisons_table, verdict
 from benchmarks.speed.results import MEASURED, MISSING, WRONG, Result, Training
+from benchmarks.speed.steps import History, live
 from benchmarks.speed.training import enter
 from tests.benchmarks.helpers import refused
 
