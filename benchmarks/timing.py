@@ -55,13 +55,8 @@ def time_callback(plugin: Any, callback: str, stopwatch: Stopwatch) -> None:
 def penalty_milliseconds(plugin: Any | None, strategy: Any, experience: Any) -> float:
     """Median time of a penalty's value and gradient, as a training step after all tasks pays it.
 
-    Args:
-        plugin: The plugin whose ``before_backward`` adds a penalty to ``strategy.loss``, if any.
-        strategy: The strategy, after training.
-        experience: What the strategy is told it is training on.
-
-    Returns:
-        Milliseconds; 0 without a plugin, and where the plugin adds nothing.
+    It is what ``before_backward`` of a plugin adds to the loss of a trained strategy, which is told
+    that it trains on an experience; 0 without a plugin, and where the plugin adds nothing.
     """
     if plugin is None:
         return 0.0

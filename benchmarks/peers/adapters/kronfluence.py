@@ -36,22 +36,16 @@ class Kronfluence(Adapter):
 
     def estimate(self, problem: Problem, mode: Mode, model: nn.Module) -> list[BlockEstimate]:
         """Fit the factors in a temporary folder, and read them from there."""
-        canonical = canonical_names(model)
         with tempfile.TemporaryDirectory() as folder:
-            return _read_blocks(_fitted(problem, model, Path(folder)), canonical)
+            return _blocks(problem, model, Path(folder), fit=True)
 
     def save(self, problem: Problem, folder: Path) -> list[Tensor]:
         """Fitting saves safetensors."""
-        model = problem.model()
-        canonical = canonical_names(model)
-        blocks = _read_blocks(_fitted(problem, model, folder), canonical)
-        return [block.matrix for block in blocks]
+        return [one.matrix for one in _blocks(problem, problem.model(), folder, fit=True)]
 
     def load(self, problem: Problem, folder: Path, model: nn.Module) -> list[Tensor]:
         """Another analyzer reads them."""
-        canonical = canonical_names(model)
-        blocks = _read_blocks(_problem_analyzer(problem, model, folder), canonical)
-        return [block.matrix for block in blocks]
+        return [one.matrix for one in _blocks(problem, model, folder, fit=False)]
 
     def prepare(self, workload: Workload, fisher: str) -> Estimate:
         """Fit the factors in a temporary folder, which is what it always does."""
@@ -60,12 +54,12 @@ class Kronfluence(Adapter):
                 "its Fisher matrix samples labels, or takes those of the data"
             )
         dataset = workload.dataset()
-        prepared = _prepare(workload.model, _sampled_loss)
+        make_analyzer = _prepare(workload.model, _sampled_loss)
 
         def estimate(seed: int) -> float:
             torch.manual_seed(seed)
             with tempfile.TemporaryDirectory() as folder:
-                analyzer = _make_analyzer(*prepared, Path(folder))
+                analyzer = make_analyzer(folder)
                 options = {"use_empirical_fisher": False, "has_shared_parameters": False}
                 _fit(analyzer, dataset, workload.batch_size, dataset.collate_fn, **options)
                 eigenvalues = analyzer.load_lambda_matrices(FACTORS)["lambda_matrix"]
@@ -87,30 +81,10 @@ def _sampled_loss(model: nn.Module, batch: Batch, sample: bool) -> Tensor:
     return F.cross_entropy(scores, targets, reduction="sum")
 
 
-def _fitted(problem: Problem, model: nn.Module, folder: Path) -> Any:
-    """An analyzer with the empirical factors of a problem."""
-    if problem.drop_last or problem.one_shot:
-        raise NotOffered("it makes its batches from a data set by itself")
-    analyzer = _problem_analyzer(problem, model, folder)
-    dataset, shared = TensorDataset(*problem.data()), problem.shared
-    options = {"use_empirical_fisher": True, "has_shared_parameters": shared, **IN_FLOAT64}
-    _fit(analyzer, dataset, problem.batch_size, collate, **options)
-    return analyzer
-
-
-def _problem_analyzer(problem: Problem, model: nn.Module, folder: Path) -> Any:
-    """An analyzer of all modules it supports, or those named, or those that are not left out."""
-    tracked = whole_layers(model) if problem.left_out else None
-    tracked = problem.settings.get("kronfluence", {}).get("modules", tracked)
-    loss = problem.loss_for("empirical")
-    prepared = _prepare(model, lambda model, batch, _: loss(model(batch[0]), batch[1]), tracked)
-    return _make_analyzer(*prepared, folder)
-
-
 def _prepare(
     model: nn.Module, loss: Loss, tracked: list[str] | None = None
-) -> tuple[nn.Module, Any]:
-    """A model, and the task of a summed loss, as its documentation asks for."""
+) -> Callable[[Path | str], Any]:
+    """Make analyzers of a model with a summed loss, as its documentation asks for."""
 
     class ClassificationTask(import_module("kronfluence.task").Task):  # type: ignore[misc]
         """A model with a loss."""
@@ -127,14 +101,11 @@ def _prepare(
             """The modules to be estimated; None for all."""
             return tracked
 
-    task = ClassificationTask()
-    return import_module("kronfluence.analyzer").prepare_model(model, task), task
-
-
-def _make_analyzer(model: nn.Module, task: Any, folder: Path) -> Any:
-    return import_module("kronfluence.analyzer").Analyzer(
+    task, package = ClassificationTask(), import_module("kronfluence.analyzer")
+    prepared = package.prepare_model(model, task)
+    return lambda folder: package.Analyzer(
         analysis_name="analysis",
-        model=model,
+        model=prepared,
         task=task,
         cpu=True,
         log_level=logging.CRITICAL,
@@ -158,8 +129,22 @@ def _fit(
     )
 
 
-def _read_blocks(analyzer: Any, canonical: dict[str, str]) -> list[BlockEstimate]:
-    """Put the saved factors together: the sums over examples, a bias as the last column."""
+def _blocks(problem: Problem, model: nn.Module, folder: Path, *, fit: bool) -> list[BlockEstimate]:
+    """The empirical blocks of all modules it supports, those named, or those not left out."""
+    if problem.drop_last or problem.one_shot:
+        raise NotOffered("it makes its batches from a data set by itself")
+    canonical, loss = canonical_names(model), problem.loss_for("empirical")
+    tracked = whole_layers(model) if problem.left_out else None
+    tracked = problem.settings.get("kronfluence", {}).get("modules", tracked)
+    make_analyzer = _prepare(
+        model, lambda model, batch, _: loss(model(batch[0]), batch[1]), tracked
+    )
+    analyzer = make_analyzer(folder)
+    if fit:
+        dataset, shared = TensorDataset(*problem.data()), problem.shared
+        options = {"use_empirical_fisher": True, "has_shared_parameters": shared, **IN_FLOAT64}
+        _fit(analyzer, dataset, problem.batch_size, collate, **options)
+    # Put the saved factors together: the sums over examples, a bias as the last column.
     bases = analyzer.load_eigendecomposition(FACTORS)
     lambdas = analyzer.load_lambda_matrices(FACTORS)["lambda_matrix"]
     blocks = []

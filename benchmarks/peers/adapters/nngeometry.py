@@ -41,10 +41,8 @@ class NNGeometry(Adapter):
         """Write out the matrix of every layer."""
         with float64_by_default():
             matrix, layers, scale = self._matrix(problem, mode, model)
-            if mode.structure is Structure.EKFAC:
-                dense = matrix.to_torch()
-            else:
-                dense = torch.diag(matrix.get_diag())
+            ekfac = mode.structure is Structure.EKFAC
+            dense = matrix.to_torch() if ekfac else torch.diag(matrix.get_diag())
         canonical = canonical_names(model)
         blocks = []
         for layer, description in layers.layers.items():
@@ -111,8 +109,7 @@ class NNGeometry(Adapter):
 
 def _make_matrices(workload: Workload, fisher: str) -> Callable[[], tuple[Any, Any]]:
     """A function that makes a matrix, and its layers."""
-    metrics = import_module("nngeometry.metrics")
-    representation = import_module("nngeometry.object").PMatEKFAC
+    metrics, objects = map(import_module, ("nngeometry.metrics", "nngeometry.object"))
     metric = metrics.FIM_MonteCarlo if fisher == names.MC else metrics.FIM
     layers = _collect(workload.model, workload.known_layers)
     settings: dict[str, Any] = {"layer_collection": layers, "variant": "classif_logits"}
@@ -126,7 +123,7 @@ def _make_matrices(workload: Workload, fisher: str) -> Callable[[], tuple[Any, A
     data = workload.loader()
 
     def make() -> tuple[Any, Any]:
-        matrix = metric(workload.model, data, representation, **settings)
+        matrix = metric(workload.model, data, objects.PMatEKFAC, **settings)
         matrix.update_diag(data)
         return matrix, layers
 
