@@ -3,7 +3,6 @@
 import functools
 import statistics
 import time
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,18 +13,10 @@ REPETITIONS = 20
 
 
 class Stopwatch:
-    """Adds up the wall time of ``with`` blocks, work queued on an accelerator included.
-
-    Attributes:
-        seconds: Wall time so far.
-    """
+    """Adds up the wall time of ``with`` blocks, work queued on an accelerator included."""
 
     def __init__(self, device: torch.device) -> None:
-        """Start at zero.
-
-        Args:
-            device: Device whose queued work counts.
-        """
+        """Start at zero; the queued work of the device counts."""
         self.seconds = 0.0
         self._device = device
         self._start = 0.0
@@ -36,12 +27,7 @@ class Stopwatch:
         self._start = time.perf_counter()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop."""
         self._synchronise()
         self.seconds += time.perf_counter() - self._start
@@ -55,13 +41,7 @@ class Stopwatch:
 
 
 def time_callback(plugin: Any, callback: str, stopwatch: Stopwatch) -> None:
-    """Have a stopwatch run whenever a callback of a plugin is called.
-
-    Args:
-        plugin: An Avalanche plugin; this one object is changed, not its class.
-        callback: Name of the callback, such as ``"after_training_exp"``.
-        stopwatch: Gets the time.
-    """
+    """Have a stopwatch run whenever a callback of this one Avalanche plugin is called."""
     original = getattr(plugin, callback)
 
     @functools.wraps(original)
@@ -75,13 +55,8 @@ def time_callback(plugin: Any, callback: str, stopwatch: Stopwatch) -> None:
 def penalty_milliseconds(plugin: Any | None, strategy: Any, experience: Any) -> float:
     """Median time of a penalty's value and gradient, as a training step after all tasks pays it.
 
-    Args:
-        plugin: The plugin whose ``before_backward`` adds a penalty to ``strategy.loss``, if any.
-        strategy: The strategy, after training.
-        experience: What the strategy is told it is training on.
-
-    Returns:
-        Milliseconds; 0 without a plugin, and where the plugin adds nothing.
+    It is what ``before_backward`` of a plugin adds to the loss of a trained strategy, which is told
+    that it trains on an experience; 0 without a plugin, and where the plugin adds nothing.
     """
     if plugin is None:
         return 0.0

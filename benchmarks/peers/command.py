@@ -4,11 +4,13 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from benchmarks.command import CommandError, make_console, make_folder
 from benchmarks.files import replace_file, write_document
+from benchmarks.option_types import Folder, default
 from benchmarks.peers.row import ROWS, SECTIONS
-from benchmarks.speed.options import check_names
+from benchmarks.speed.options import some_of
 
 FORMAT = "rotate_ewc.benchmarks.peers/1"
 PACKAGES = ("rotate-ewc", "curvlinops-for-pytorch", "nngeometry", "kronfluence", "laplace-torch")
@@ -25,25 +27,18 @@ class Options:
 
     Attributes:
         packages: Packages, by the names of their distributions.
-        rows: Names of rows, as in the JSON file (None: all).
+        rows: Names of rows, as in the JSON file.
         output: Folder of the results.
         write: Markdown document to renew between its two markers, such as docs/layers.md.
     """
 
-    packages: tuple[str, ...] = PACKAGES
-    rows: tuple[str, ...] | None = None
-    output: Path = Path("results")
+    packages: Annotated[tuple[str, ...], some_of(PACKAGES)] = PACKAGES
+    rows: Annotated[tuple[str, ...] | None, some_of(ROWS), default("all")] = None
+    output: Folder = Path("results")
     write: Path | None = None
 
     def __post_init__(self) -> None:
-        """Check names, and that a document gets everything.
-
-        Raises:
-            ValueError: If a package or row is unknown, or a document would get only a part.
-        """
-        check_names("packages", self.packages, PACKAGES)
-        if self.rows is not None:
-            check_names("rows", self.rows, ROWS)
+        """Check that a document gets everything."""
         if self.write is not None and (self.rows or len(self.packages) < len(PACKAGES)):
             raise ValueError(
                 "--write: the document holds all packages and rows, not a choice of them; leave "
@@ -52,17 +47,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Measure, then write and print everything.
-
-    Args:
-        options: What is measured, and where the results go.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        CommandError: If the document is not there or without markers, or nothing can be written.
-    """
+    """Measure, then write and print everything."""
     import torch
     from rich.markdown import Markdown
 

@@ -17,27 +17,16 @@ from benchmarks.peers.problem import Fisher, Problem
 
 @dataclass(frozen=True)
 class DenseMatrix:
-    """A dense matrix over named parameters.
+    """A dense matrix over named parameters."""
 
-    Attributes:
-        matrix: ``[D, D]``; every parameter flattened row-major, in the order of ``shapes``.
-        shapes: Parameter shapes by name.
-    """
-
-    matrix: Tensor
-    shapes: Mapping[str, torch.Size]
-
-    def positions(self, names: Sequence[str]) -> Tensor:
-        """Where the entries of some parameters lie, in the order of the names."""
-        first, ranges = 0, {}
-        for name, shape in self.shapes.items():
-            ranges[name] = torch.arange(first, first + shape.numel())
-            first += shape.numel()
-        return torch.cat([ranges[name] for name in names])
+    matrix: Tensor  # ``[D, D]``; every parameter flattened row-major, in the order of ``shapes``
+    shapes: Mapping[str, torch.Size]  # parameter shapes by name
 
     def block(self, names: Sequence[str]) -> Tensor:
-        """The part of the matrix that belongs to some parameters."""
-        positions = self.positions(names)
+        """The part of the matrix that belongs to some parameters, in the order of the names."""
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        ranges = dict(zip(self.shapes, torch.split(torch.arange(sum(sizes)), sizes), strict=True))
+        positions = torch.cat([ranges[name] for name in names])
         return self.matrix[positions][:, positions]
 
 
@@ -85,23 +74,18 @@ def mean_divisor(problem: Problem) -> float:
 
 def flat_gradients(values: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     """Gradients ``[M, D]`` of values ``[M]``; a parameter that is not used has zeros."""
-    rows = []
-    for value in values:
+
+    def row(value: Tensor) -> Tensor:
         gradients = torch.autograd.grad(
-            value, list(parameters), retain_graph=True, allow_unused=True
+            value, list(parameters), retain_graph=True, materialize_grads=True
         )
-        pairs = zip(gradients, parameters, strict=True)
-        filled = [torch.zeros_like(p) if gradient is None else gradient for gradient, p in pairs]
-        rows.append(torch.cat([gradient.flatten() for gradient in filled]))
-    return torch.stack(rows).detach()
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    return torch.stack([row(value) for value in values]).detach()
 
 
 def output_hessian(summed: Any, output: Tensor, target: Tensor) -> Tensor:
     """Second derivative ``[M, M]`` of the summed loss by the M numbers of one example's output."""
-
-    def loss_of(flat: Tensor) -> Tensor:
-        loss: Tensor = summed(flat.reshape(output.shape), target)
-        return loss
-
-    hessian: Tensor = jacrev(jacrev(loss_of))(output.flatten())
+    second = jacrev(jacrev(lambda flat: summed(flat.reshape(output.shape), target)))
+    hessian: Tensor = second(output.flatten())
     return hessian

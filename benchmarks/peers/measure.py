@@ -13,46 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.peers.adapters import Adapter, Mode
+from benchmarks.peers.adapters.adapter import Adapter, Mode
 from benchmarks.peers.exact import exact_matrix
 from benchmarks.peers.problem import Problem
 from benchmarks.peers.problems import PROBLEMS
 from benchmarks.peers.row import Row
-from benchmarks.peers.verdict import (
-    NotOffered,
-    Outcome,
-    Status,
-    Structure,
-    judge,
-    outcome_of_exception,
-)
+from benchmarks.peers.verdict import NotOffered, Outcome, Status, Structure, judge, name_exception
 
 
-@dataclass(frozen=True)
-class Record:
-    """One measurement, as it is kept in the JSON file.
+@dataclass(frozen=True, kw_only=True)
+class Record(Outcome):
+    """One measurement, as it is kept in the JSON file."""
 
-    Attributes:
-        row: Name of the row.
-        problem: Label of the problem, empty where the row has one only.
-        package: Name of the distribution.
-        mode: How the package was asked.
-        fallback: Whether the mode counts only where the package's other modes are not right.
-        status: See :class:`benchmarks.peers.verdict.Status`.
-        trace_ratio: Estimated over exact trace; None where there was nothing to compare.
-        error: Largest deviation of an eigenvalue or diagonal entry, relative to the largest.
-        message: What the package said, or what else is worth knowing.
-    """
-
-    row: str
-    problem: str
-    package: str
-    mode: str
-    fallback: bool
-    status: str
-    trace_ratio: float | None
-    error: float | None
-    message: str
+    row: str  # name of the row
+    problem: str  # label of the problem, empty where the row has one only
+    package: str  # name of the distribution
+    mode: str  # how the package was asked
+    fallback: bool  # whether the mode counts only where the package's other modes are not right
 
 
 def measure(row: Row, adapter: Adapter, problems: Sequence[Problem] | None = None) -> list[Record]:
@@ -72,15 +49,15 @@ def measure(row: Row, adapter: Adapter, problems: Sequence[Problem] | None = Non
 def _record(row: Row, problem: Problem, adapter: Adapter, mode: Mode, outcome: Outcome) -> Record:
     """Put a measurement into a record."""
     return Record(
+        outcome.status,
+        _finite(outcome.trace_ratio),
+        _finite(outcome.error),
+        outcome.message,
         row=row.name,
         problem=problem.label,
         package=adapter.package,
         mode=mode.label if row.question == "matrix" else "",
         fallback=mode.fallback,
-        status=outcome.status.value,
-        trace_ratio=_finite(outcome.trace_ratio),
-        error=_finite(outcome.error),
-        message=outcome.message,
     )
 
 
@@ -98,7 +75,7 @@ def _isolated(row: Row, problem: Problem, adapter: Adapter, mode: Mode) -> Outco
             return QUESTIONS[row.question](problem, adapter, mode)
         # A package may raise anything at all, and the table must go on.
         except Exception as error:
-            return outcome_of_exception(error, adapter.raisers)
+            return name_exception(error, adapter.raisers)
 
 
 def _matrix(problem: Problem, adapter: Adapter, mode: Mode) -> Outcome:
@@ -117,14 +94,14 @@ def _matrix(problem: Problem, adapter: Adapter, mode: Mode) -> Outcome:
 def _pickle(problem: Problem, adapter: Adapter, mode: Mode) -> Outcome:
     """Can the state be saved and read without pickle?"""
     without_pickle, same, _ = _round_trip(problem, adapter)
-    if not same:
-        return Outcome(Status.WRONG, message="does not come back the same")
-    return _yes_or(without_pickle, "needs pickle")
+    return _yes_or(
+        same and without_pickle, "needs pickle" if same else "does not come back the same"
+    )
 
 
 def _weights(problem: Problem, adapter: Adapter, mode: Mode) -> Outcome:
     """Does loading leave the model's weights alone?"""
-    _, _, weights_kept = _round_trip(problem, adapter)
+    *_, weights_kept = _round_trip(problem, adapter)
     return _yes_or(weights_kept, "overwrites the weights")
 
 
@@ -135,9 +112,8 @@ def _yes_or(good: bool, complaint: str) -> Outcome:
 def _round_trip(problem: Problem, adapter: Adapter) -> tuple[bool, bool, bool]:
     """Save a state, and load it into a program whose model has moved on.
 
-    Returns:
-        Whether the state could be read without running pickled code, whether the loaded estimate
-        is the saved one, and whether the model's weights are as they were before loading.
+    Returns whether it can be read without running pickled code, whether the loaded estimate is the
+    saved one, and whether the model's weights are as they were before loading.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -179,7 +155,7 @@ def _reduction(problem: Problem, adapter: Adapter, mode: Mode) -> Outcome:
         adapter.estimate(problem, mode, problem.model())
     # The question is what is raised.
     except Exception as error:
-        outcome = outcome_of_exception(error, adapter.raisers)
+        outcome = name_exception(error, adapter.raisers)
         named = outcome.status is Status.REFUSED and "reduction" in outcome.message
         return Outcome(Status.RIGHT if named else Status.FAILS, message=outcome.message)
     return Outcome(Status.WRONG, message="accepts it")

@@ -54,60 +54,84 @@ def twice(layer: nn.Module, activation: nn.Module) -> Apply:
     )
 
 
+def twice_linear(activation: Activation) -> list[nn.Module]:
+    """A Linear module that is called twice."""
+    return [twice(nn.Linear(4, 4), activation()), nn.Linear(4, 3)]
+
+
+def twice_convolution(activation: Activation) -> list[nn.Module]:
+    """A convolution that is called twice."""
+    convolutions = twice(nn.Conv2d(2, 2, 3, padding=1), activation())
+    return [convolutions, mean_over(2, 3), nn.Linear(2, 3)]
+
+
 def first_output(module: nn.Module, inputs: int = 1) -> Apply:
     """The first of several outputs of a module, which wants its input so many times."""
     return Apply(lambda own, x: own.module(*[x] * inputs)[0], module=module)
 
 
-def cross_attention(width: int, heads: int, other: int) -> Apply:
+def lstm() -> Apply:
+    """The states of a recurrent network."""
+    return first_output(nn.LSTM(3, 4, batch_first=True))
+
+
+def self_attention(*, batch_first: bool = True) -> Apply:
+    """Self-attention over tokens."""
+    return first_output(nn.MultiheadAttention(4, 2, batch_first=batch_first), inputs=3)
+
+
+def time_first() -> Apply:
+    """The same on ``[T, N, d]``."""
+    return self_attention(batch_first=False)
+
+
+def cross_attention() -> Apply:
     """Attend from the first two positions to all, with keys and values of another width."""
     return Apply(
         lambda own, x: own.attention(own.query(x[:, :2]), x, x)[0],
-        query=nn.Linear(other, width),
-        attention=nn.MultiheadAttention(width, heads, kdim=other, vdim=other, batch_first=True),
+        query=nn.Linear(3, 4),
+        attention=nn.MultiheadAttention(4, 2, kdim=3, vdim=3, batch_first=True),
     )
 
 
-def encoder(width: int, heads: int, hidden: int) -> nn.Module:
+def encoder() -> nn.Module:
     """An encoder layer without dropout."""
-    return nn.TransformerEncoderLayer(width, heads, hidden, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
 
 
-def decoder(width: int, heads: int, hidden: int) -> Apply:
+def decoder() -> Apply:
     """Decode the first two positions, with the input itself as memory."""
-    layer = nn.TransformerDecoderLayer(width, heads, hidden, dropout=0.0, batch_first=True)
+    layer = nn.TransformerDecoderLayer(4, 2, 5, dropout=0.0, batch_first=True)
     return Apply(lambda own, x: own.layer(x[:, :2], x), layer=layer)
 
 
-def functional_linear(d_in: int, d_out: int) -> Apply:
+def functional_linear() -> Apply:
     """Parameters of its own in a call of ``F.linear``."""
     return Apply(
         lambda own, x: F.linear(x, own.w, own.b),
-        w=nn.Parameter(0.5 * torch.randn(d_out, d_in)),
-        b=nn.Parameter(0.1 * torch.randn(d_out)),
+        w=nn.Parameter(0.5 * torch.randn(4, 5)),
+        b=nn.Parameter(0.1 * torch.randn(4)),
     )
 
 
-def product(d_in: int, d_out: int) -> Apply:
+def product() -> Apply:
     """A parameter of its own in a matrix product."""
-    return Apply(lambda own, x: x @ own.w, w=nn.Parameter(0.5 * torch.randn(d_in, d_out)))
+    return Apply(lambda own, x: x @ own.w, w=nn.Parameter(0.5 * torch.randn(5, 4)))
 
 
-def scale_shift(width: int) -> Apply:
+def scale_shift() -> Apply:
     """Multiply with a parameter and add one, elementwise."""
     return Apply(
         lambda own, x: x * own.scale + own.shift,
-        scale=nn.Parameter(torch.ones(width)),
-        shift=nn.Parameter(torch.zeros(width)),
+        scale=nn.Parameter(torch.ones(4)),
+        shift=nn.Parameter(torch.zeros(4)),
     )
 
 
-def positional(positions: int, width: int) -> Apply:
+def positional() -> Apply:
     """Add a learned vector to every position, as transformers do."""
-    return Apply(
-        lambda own, x: x + own.table(torch.arange(x.shape[1])),
-        table=nn.Embedding(positions, width),
-    )
+    table = nn.Embedding(3, 4)
+    return Apply(lambda own, x: x + own.table(torch.arange(x.shape[1])), table=table)
 
 
 def batch_norm(kind: Callable[[int], nn.Module], width: int) -> nn.Module:
@@ -118,9 +142,9 @@ def batch_norm(kind: Callable[[int], nn.Module], width: int) -> nn.Module:
     return norm
 
 
-def weight_normed(layer: nn.Module) -> nn.Module:
-    """Reparametrise a layer's weight by lengths and directions."""
-    normed: nn.Module = parametrizations.weight_norm(layer)
+def weight_normed() -> nn.Module:
+    """A Linear whose weight is made from lengths and directions."""
+    normed: nn.Module = parametrizations.weight_norm(nn.Linear(5, 4))
     return normed
 
 

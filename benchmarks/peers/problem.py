@@ -20,55 +20,36 @@ DTYPE = torch.float64
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Everything that defines an exact Fisher matrix, and how the data are cut into batches.
+    """Everything that defines an exact Fisher matrix, and how the data are cut into batches."""
 
-    Attributes:
-        layers: Makes the layers of the model, with an activation function; called under a fixed
-            seed.
-        input_shape: Shape of one input.
-        label: What sets the problem apart from the others of its row.
-        vocabulary: If given, inputs are whole numbers below it.
-        output_shape: Shape of one row of the outputs, classes first.
-        rows: Consecutive rows of outputs and targets that belong to one example.
-        loss: Makes the loss from its reduction.
-        reduction: Reduction of the loss for the exact Fisher matrix.
-        targets: What the targets are.
-        examples: Number of examples.
-        batch_size: Examples per batch.
-        drop_last: Whether the last batch is left out where it is not full.
-        one_shot: Whether the data can be gone through only once.
-        training: Whether the model is handed over in training mode; the exact matrix is that of
-            evaluation mode all the same.
-        left_out: Parameters that are not estimated.
-        shared: Whether one module is called more than once in a forward pass.
-        separable: Whether the Kronecker product of two factors is exact once the activation is
-            linear and all inputs are the same.
-        linear: Whether the activation is the identity instead of tanh.
-        repeated: Whether all examples have the input of the first.
-        settings: Further keyword arguments for a package's estimate, by package.
-    """
-
+    # Makes the layers of the model, with an activation function; called under a fixed seed.
     layers: Layers
-    input_shape: tuple[int, ...]
-    label: str = ""
-    vocabulary: int | None = None
-    output_shape: tuple[int, ...] = (3,)
-    rows: int = 1
+    input_shape: tuple[int, ...]  # shape of one input
+    label: str = ""  # what sets the problem apart from the others of its row
+    vocabulary: int | None = None  # if given, inputs are whole numbers below it
+    output_shape: tuple[int, ...] = (3,)  # shape of one row of the outputs, classes first
+    rows: int = 1  # consecutive rows of outputs and targets that belong to one example
+    # Makes the loss from its reduction.
     loss: Callable[[str], nn.Module] = field(
         default=lambda reduction: nn.CrossEntropyLoss(reduction=reduction)
     )
-    reduction: str = "mean"
-    targets: Targets = "classes"
-    examples: int = 6
-    batch_size: int = 3
-    drop_last: bool = False
-    one_shot: bool = False
+    reduction: str = "mean"  # reduction of the loss for the exact Fisher matrix
+    targets: Targets = "classes"  # what the targets are
+    examples: int = 6  # number of examples
+    batch_size: int = 3  # examples per batch
+    drop_last: bool = False  # whether the last batch is left out where it is not full
+    one_shot: bool = False  # whether the data can be gone through only once
+    # Whether the model is handed over in training mode; the exact matrix is that of evaluation
+    # mode all the same.
     training: bool = False
-    left_out: tuple[str, ...] = ()
-    shared: bool = False
+    left_out: tuple[str, ...] = ()  # parameters that are not estimated
+    shared: bool = False  # whether one module is called more than once in a forward pass
+    # Whether the Kronecker product of two factors is exact once the activation is linear and all
+    # inputs are the same.
     separable: bool = False
-    linear: bool = False
-    repeated: bool = False
+    linear: bool = False  # whether the activation is the identity instead of tanh
+    repeated: bool = False  # whether all examples have the input of the first
+    # Further keyword arguments for a package's estimate, by package.
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def for_kronecker(self) -> "Problem":

@@ -2,30 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.peers.models import (
-    Layers,
-    batch_norm,
-    cross_attention,
-    decoder,
-    encoder,
-    first_output,
-    functional_linear,
-    mean_over,
-    mix,
-    positional,
-    product,
-    scale_shift,
-    swap,
-    tied_embedding,
-    tied_linears,
-    twice,
-    weight_normed,
-)
+from benchmarks.peers import models
+from benchmarks.peers.models import Layers, batch_norm, mean_over, swap
 from benchmarks.peers.problem import DTYPE, Problem, Targets
 
 Module = Callable[[], nn.Module]
@@ -33,11 +17,17 @@ Module = Callable[[], nn.Module]
 # --------------------------------------------------------------------------- layers
 
 FALL_BACK = {"rotate-ewc": {"unsupported": "diagonal"}}
+OF_ENCODER = ("0.linear1", "0.linear2")
+OF_DECODER = ("0.layer.linear1", "0.layer.linear2")
 
 
 def tracked(*modules: str) -> dict[str, dict[str, list[str]]]:
     """Modules for kronfluence, which by itself trips over the output layer of attention."""
     return {"kronfluence": {"modules": list(modules)}}
+
+
+LINEAR, BATCH_NORM = partial(nn.Linear, 5, 4), partial(batch_norm, nn.BatchNorm1d, 4)
+SWAP = partial(swap, 0, 1)
 
 
 def with_head(
@@ -52,6 +42,18 @@ def with_head(
     ]
 
 
+def stack(
+    shape: tuple[int, ...],
+    *modules: Module,
+    axes: tuple[int, ...] = (),
+    width: int = 4,
+    activate: bool = True,
+    **options: Any,
+) -> Problem:
+    """A problem with the layers of :func:`with_head`."""
+    return Problem(with_head(width, *modules, axes=axes, activate=activate), shape, **options)
+
+
 def convolution(
     kind: Callable[..., nn.Module],
     channels: tuple[int, int],
@@ -61,51 +63,36 @@ def convolution(
     **options: Any,
 ) -> Problem:
     """A convolution, the activation, the mean over positions and a Linear."""
-    axes = tuple(range(2, 2 + len(size)))
-    layers = with_head(channels[1], lambda: kind(*channels, kernel, **options), axes=axes)
-    return Problem(layers, (channels[0], *size), label, separable=True)
+    axes, made = tuple(range(2, 2 + len(size))), partial(kind, *channels, kernel, **options)
+    shape = (channels[0], *size)
+    return stack(shape, made, axes=axes, width=channels[1], label=label, separable=True)
 
 
 def normed(norm: Module, label: str = "") -> Problem:
     """A Linear, a norm of four channels, the activation and a Linear."""
-    return Problem(with_head(4, lambda: nn.Linear(5, 4), norm), (5,), label)
-
-
-def normed_tokens(norm: Module, label: str) -> Problem:
-    """The same on ``[N, T, d]``."""
-    return Problem(with_head(4, lambda: nn.Linear(5, 4), norm, axes=(1,)), (3, 5), label)
+    return stack((5,), LINEAR, norm, label=label)
 
 
 def normed_images(norm: Module, label: str = "") -> Problem:
     """The same with a convolution."""
     # Some norms take a bias away again, and its matrix of zeros has nothing to compare.
-    layers = with_head(4, lambda: nn.Conv2d(2, 4, 2, bias=False), norm, axes=(2, 3))
-    return Problem(layers, (2, 4, 4), label)
+    convolved = partial(nn.Conv2d, 2, 4, 2, bias=False)
+    return stack((2, 4, 4), convolved, norm, axes=(2, 3), label=label)
 
 
-def unactivated(shape: tuple[int, int], label: str, *modules: Module, **options: Any) -> Problem:
+def tokens(shape: tuple[int, int], label: str, *modules: Module, **options: Any) -> Problem:
     """Modules with activations of their own, the mean over tokens and a Linear."""
-    layers = with_head(4, *modules, axes=(1,), activate=False)
-    return Problem(layers, shape, label, **options)
-
-
-def self_attention(*, batch_first: bool) -> nn.Module:
-    """Self-attention over three tokens."""
-    return first_output(nn.MultiheadAttention(4, 2, batch_first=batch_first), inputs=3)
+    return stack(shape, *modules, axes=(1,), activate=False, label=label, **options)
 
 
 LAYERS: dict[str, tuple[Problem, ...]] = {
-    "linear": (Problem(with_head(4, lambda: nn.Linear(5, 4)), (5,), separable=True),),
+    "linear": (stack((5,), LINEAR, separable=True),),
     "linear-leading-axes": tuple(
-        Problem(with_head(5, lambda: nn.Linear(4, 5), axes=axes), shape, label, separable=True)
+        stack(shape, partial(nn.Linear, 4, 5), axes=axes, width=5, label=label, separable=True)
         for label, axes, shape in (("one", (1,), (3, 4)), ("two", (1, 2), (2, 2, 4)))
     ),
     "linear-time-first": (
-        Problem(
-            with_head(5, lambda: swap(0, 1), lambda: nn.Linear(4, 5), axes=(0,)),
-            (4, 4),
-            separable=True,
-        ),
+        stack((4, 4), SWAP, partial(nn.Linear, 4, 5), axes=(0,), width=5, separable=True),
     ),
     "conv1d": (convolution(nn.Conv1d, (2, 4), 3, (9,), stride=2, dilation=2, padding=2),),
     "conv2d": (
@@ -135,108 +122,52 @@ LAYERS: dict[str, tuple[Problem, ...]] = {
         convolution(nn.ConvTranspose2d, (4, 4), 2, (2, 2), "2d with groups", groups=2),
         convolution(nn.ConvTranspose3d, (2, 2), 2, (2, 2, 2), "3d", stride=2),
     ),
-    "embedding": (
-        Problem(with_head(4, lambda: nn.Embedding(6, 4), axes=(1,)), (3,), vocabulary=6),
-    ),
-    "embedding-tied": (Problem(tied_embedding, (3,), vocabulary=5, output_shape=(5,)),),
-    "embedding-positions": (Problem(with_head(4, lambda: positional(3, 4), axes=(1,)), (3, 4)),),
-    "layer-norm": (
-        normed(lambda: nn.LayerNorm(4), "[N, d]"),
-        normed_tokens(lambda: nn.LayerNorm(4), "[N, T, d]"),
-    ),
-    "rms-norm": (
-        normed(lambda: nn.RMSNorm(4), "[N, d]"),
-        normed_tokens(lambda: nn.RMSNorm(4), "[N, T, d]"),
-    ),
-    "group-norm": (normed_images(lambda: nn.GroupNorm(2, 4)),),
+    "embedding": (stack((3,), partial(nn.Embedding, 6, 4), axes=(1,), vocabulary=6),),
+    "embedding-tied": (Problem(models.tied_embedding, (3,), vocabulary=5, output_shape=(5,)),),
+    "embedding-positions": (stack((3, 4), models.positional, axes=(1,)),),
+    **{
+        name: (
+            normed(partial(norm, 4), "[N, d]"),
+            stack((3, 5), LINEAR, partial(norm, 4), axes=(1,), label="[N, T, d]"),
+        )
+        for name, norm in (("layer-norm", nn.LayerNorm), ("rms-norm", nn.RMSNorm))
+    },
+    "group-norm": (normed_images(partial(nn.GroupNorm, 2, 4)),),
     "instance-norm": (
-        Problem(
-            with_head(
-                4, lambda: nn.Linear(5, 4), lambda: nn.InstanceNorm1d(4, affine=True), axes=(2,)
-            ),
-            (4, 5),
-            "1d",
-        ),
-        normed_images(lambda: nn.InstanceNorm2d(4, affine=True), "2d"),
+        stack((4, 5), LINEAR, partial(nn.InstanceNorm1d, 4, affine=True), axes=(2,), label="1d"),
+        normed_images(partial(nn.InstanceNorm2d, 4, affine=True), "2d"),
     ),
     "batch-norm": (
-        normed(lambda: batch_norm(nn.BatchNorm1d, 4), "1d"),
-        normed_images(lambda: batch_norm(nn.BatchNorm2d, 4), "2d"),
+        normed(BATCH_NORM, "1d"),
+        normed_images(partial(batch_norm, nn.BatchNorm2d, 4), "2d"),
     ),
     "attention": (
-        unactivated(
-            (3, 4), "batch first", lambda: self_attention(batch_first=True), settings=tracked("2")
-        ),
-        unactivated(
-            (3, 4),
-            "time first",
-            lambda: swap(0, 1),
-            lambda: self_attention(batch_first=False),
-            lambda: swap(0, 1),
-            settings=tracked("4"),
-        ),
-        unactivated(
-            (3, 3), "cross", lambda: cross_attention(4, 2, 3), settings=tracked("0.query", "2")
-        ),
+        tokens((3, 4), "batch first", models.self_attention, settings=tracked("2")),
+        tokens((3, 4), "time first", SWAP, models.time_first, SWAP, settings=tracked("4")),
+        tokens((3, 3), "cross", models.cross_attention, settings=tracked("0.query", "2")),
     ),
     "transformer": (
-        unactivated(
-            (3, 4),
-            "encoder",
-            lambda: encoder(4, 2, 6),
-            settings=tracked("0.linear1", "0.linear2", "2"),
-        ),
-        unactivated(
-            (3, 4),
-            "decoder",
-            lambda: decoder(4, 2, 5),
-            settings=tracked("0.layer.linear1", "0.layer.linear2", "2"),
-        ),
+        tokens((3, 4), "encoder", models.encoder, settings=tracked(*OF_ENCODER, "2")),
+        tokens((3, 4), "decoder", models.decoder, settings=tracked(*OF_DECODER, "2")),
     ),
     "called-twice": (
-        Problem(
-            lambda act: [twice(nn.Linear(4, 4), act()), nn.Linear(4, 3)],
-            (4,),
-            "`Linear`",
-            shared=True,
-        ),
-        Problem(
-            lambda act: [
-                twice(nn.Conv2d(2, 2, 3, padding=1), act()),
-                mean_over(2, 3),
-                nn.Linear(2, 3),
-            ],
-            (2, 3, 3),
-            "`Conv2d`",
-            shared=True,
-        ),
+        Problem(models.twice_linear, (4,), "`Linear`", shared=True),
+        Problem(models.twice_convolution, (2, 3, 3), "`Conv2d`", shared=True),
     ),
-    "tied": (Problem(tied_linears, (4,)),),
+    "tied": (Problem(models.tied_linears, (4,)),),
     "in-place": (
-        Problem(
-            lambda _: [nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)],
-            (5,),
-            separable=True,
-        ),
+        stack((5,), LINEAR, partial(nn.ReLU, inplace=True), activate=False, separable=True),
     ),
-    "parametrized": (Problem(with_head(4, lambda: weight_normed(nn.Linear(5, 4))), (5,)),),
+    "parametrized": (stack((5,), models.weight_normed),),
     "functional": (
-        Problem(with_head(4, lambda: functional_linear(5, 4)), (5,), "`F.linear`", separable=True),
-        Problem(with_head(4, lambda: product(5, 4)), (5,), "`@`", separable=True),
+        stack((5,), models.functional_linear, label="`F.linear`", separable=True),
+        stack((5,), models.product, label="`@`", separable=True),
     ),
-    "elementwise": (normed(lambda: scale_shift(4)),),
+    "elementwise": (normed(models.scale_shift),),
     "unknown": (
-        unactivated(
-            (3, 3),
-            "`LSTM`",
-            lambda: first_output(nn.LSTM(3, 4, batch_first=True)),
-            settings=FALL_BACK,
-        ),
-        Problem(
-            lambda _: [nn.Linear(5, 4), nn.PReLU(4), nn.Linear(4, 3)],
-            (5,),
-            "`PReLU`",
-            settings=FALL_BACK,
+        tokens((3, 3), "`LSTM`", models.lstm, settings=FALL_BACK),
+        stack(
+            (5,), LINEAR, partial(nn.PReLU, 4), activate=False, label="`PReLU`", settings=FALL_BACK
         ),
     ),
 }
@@ -246,7 +177,8 @@ LAYERS: dict[str, tuple[Problem, ...]] = {
 CE, MSE, BCE = nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss
 WEIGHTS = torch.tensor([0.3, 1.0, 2.5], dtype=DTYPE)
 
-PLAIN = Problem(lambda act: [nn.Linear(5, 4), act(), nn.Linear(4, 3)], (5,), separable=True)
+TWO_LINEARS = with_head(4, LINEAR)
+PLAIN = Problem(TWO_LINEARS, (5,), separable=True)
 DEEP = dataclasses.replace(
     PLAIN, layers=lambda act: [nn.Linear(5, 4), act(), nn.Linear(4, 4), act(), nn.Linear(4, 3)]
 )
@@ -267,30 +199,18 @@ def on_mlp(
     **options: Any,
 ) -> Problem:
     """A loss on three outputs of a small network."""
-    return dataclasses.replace(
-        PLAIN,
-        label=label,
-        loss=loss(kind, **options),
-        targets=targets,
-        separable=separable,
-        reduction=reduction,
-    )
+    made = Problem(TWO_LINEARS, (5,), label, separable=separable, reduction=reduction)
+    return dataclasses.replace(made, loss=loss(kind, **options), targets=targets)
 
 
 def on_tokens(
     output_shape: tuple[int, ...], *last: Module, label: str = "", **options: Any
 ) -> Problem:
-    """A loss on the outputs of four tokens that have seen each other.
-
-    Args:
-        output_shape: Shape of one row of the outputs, classes first.
-        *last: What comes after outputs ``[N, T, C]``.
-        label: Of the problem.
-        **options: Further fields of the problem.
-    """
+    """A loss on outputs ``[N, T, C]`` of four tokens that have seen each other, and the last."""
 
     def layers(act: Module) -> list[nn.Module]:
-        return [nn.Linear(4, 5), mix(), act(), nn.Linear(5, 3), *(module() for module in last)]
+        first = [nn.Linear(4, 5), models.mix(), act(), nn.Linear(5, 3)]
+        return [*first, *(module() for module in last)]
 
     return Problem(layers, (4, 4), label, output_shape=output_shape, **options)
 
@@ -310,8 +230,8 @@ LOSSES: dict[str, tuple[Problem, ...]] = {
     "options-together": (on_mlp(CE, "some ignored", weight=WEIGHTS, label_smoothing=0.2),),
     "pos-weight": (on_mlp(BCE, "bits", pos_weight=WEIGHTS),),
     "bce-weight": (on_mlp(BCE, "bits", weight=WEIGHTS),),
-    "tokens": (on_tokens((3, 4), lambda: swap(1, 2)),),
-    "tokens-flattened": (on_tokens((3,), lambda: nn.Flatten(0, 1), rows=4),),
+    "tokens": (on_tokens((3, 4), partial(swap, 1, 2)),),
+    "tokens-flattened": (on_tokens((3,), partial(nn.Flatten, 0, 1), rows=4),),
     "tokens-regression": (
         on_tokens((4, 3), label="squared error", targets="numbers", loss=loss(MSE)),
         on_tokens((4, 3), label="BCE", targets="bits", loss=loss(BCE)),
@@ -336,7 +256,7 @@ DATA: dict[str, tuple[Problem, ...]] = {
         ),
         dataclasses.replace(
             PLAIN,
-            layers=with_head(4, lambda: nn.Linear(5, 4), lambda: batch_norm(nn.BatchNorm1d, 4)),
+            layers=with_head(4, LINEAR, BATCH_NORM),
             label="`BatchNorm1d`",
             training=True,
             left_out=("1.weight", "1.bias"),

@@ -14,40 +14,26 @@ Question = Literal["matrix", "pickle", "weights", "as found", "reduction"]
 
 @dataclass(frozen=True)
 class Note:
-    """A footnote of a cell, so that a number is not read for more than it is.
+    """A footnote of a cell, so that a number is not read for more than it is."""
 
-    Attributes:
-        text: In Markdown.
-        by_definition: Whether the deviation is what the package documents or means, so that the
-            cell says "differs" and not "wrong".
-    """
-
-    text: str
+    text: str  # in Markdown
+    # Whether the deviation is what the package documents or means, so that the cell says
+    # "differs" and not "wrong".
     by_definition: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer, loss or feature.
+    """One layer, loss or feature."""
 
-    Attributes:
-        name: Short identifier.
-        title: For the table, in Markdown.
-        tests: What guards the row in this package: a file under ``tests`` and names in it, of tests
-            or, in ``helpers/cases``, of models or losses that the tests of exactness go through.
-        notes: By package.
-        question: What is asked: whether the matrix is right, or one of
-
-            * ``pickle``: whether the state can be saved and read without pickle,
-            * ``weights``: whether loading a state leaves the model's weights alone,
-            * ``as found``: whether estimating leaves the model as it was,
-            * ``reduction``: whether a loss with reduction ``none`` is refused by name.
-    """
-
-    name: str
-    title: str
+    name: str  # short identifier
+    title: str  # for the table, in Markdown
+    # What guards the row in this package: a file under ``tests`` and names in it, of tests or, in
+    # ``helpers/cases``, of models or losses that the tests of exactness go through.
     tests: Mapping[str, tuple[str, ...]]
-    notes: Mapping[str, Note]
+    notes: Mapping[str, Note]  # by package
+    # Is the matrix right? Can the state be saved and read without pickle? Does loading it leave the
+    # model's weights alone? Is the model as it was found? Is a loss without reduction refused?
     question: Question = "matrix"
 
 

@@ -21,7 +21,7 @@ ZERO = 1e-10
 SAME_EIGENVALUE = 1e-8
 
 
-class Status(str, Enum):
+class Status:
     """What came out of one measurement."""
 
     RIGHT = "right"
@@ -48,32 +48,22 @@ class NotOffered(Exception):  # noqa: N818 - not an error: the package has no su
 
 @dataclass(frozen=True)
 class BlockEstimate:
-    """A package's matrix over one or more parameters.
+    """A package's matrix over one or more parameters."""
 
-    Attributes:
-        parameters: Names, in the order of the matrix.
-        matrix: ``[d, d]``.
-    """
-
-    parameters: tuple[str, ...]
-    matrix: Tensor
+    parameters: tuple[str, ...]  # names, in the order of the matrix
+    matrix: Tensor  # ``[d, d]``
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one measurement.
+    """The result of one measurement."""
 
-    Attributes:
-        status: In a word.
-        trace_ratio: Estimated over exact trace, of the parameters that the estimate covers.
-        error: Largest deviation of an eigenvalue or diagonal entry, over the block's largest.
-        message: What the package said when it refused or failed; else what is worth adding.
-    """
-
-    status: Status
+    status: str  # one of the words of :class:`Status`
+    # Estimated over exact trace, of the parameters that the estimate covers.
     trace_ratio: float | None = None
+    # Largest deviation of an eigenvalue or diagonal entry, over the block's largest.
     error: float | None = None
-    message: str = ""
+    message: str = ""  # what the package said when it refused or failed; else what is worth adding
 
 
 def judge(exact: DenseMatrix, structure: Structure, blocks: Sequence[BlockEstimate]) -> Outcome:
@@ -100,8 +90,7 @@ def add_blocks(blocks: Sequence[BlockEstimate]) -> list[BlockEstimate]:
     """Add matrices of the same parameters, as a sum over the uses of a shared parameter does."""
     sums: dict[tuple[str, ...], Tensor] = {}
     for block in blocks:
-        known = sums.get(block.parameters)
-        sums[block.parameters] = block.matrix if known is None else known + block.matrix
+        sums[block.parameters] = block.matrix + sums.get(block.parameters, 0)
     return [BlockEstimate(names, matrix.detach().double()) for names, matrix in sums.items()]
 
 
@@ -109,9 +98,7 @@ def block_error(exact: DenseMatrix, structure: Structure, block: BlockEstimate) 
     """Largest deviation in one block, relative to the largest value that is expected."""
     reference = exact.block(block.parameters)
     floor = ZERO * float(exact.matrix.diagonal().max())
-    if block.matrix.shape != reference.shape:
-        return math.inf
-    if not bool(block.matrix.isfinite().all()):
+    if block.matrix.shape != reference.shape or not bool(block.matrix.isfinite().all()):
         return math.inf
     if structure is Structure.EKFAC:
         return eigenvalue_deviation(block.matrix, reference, floor)
@@ -135,7 +122,7 @@ def eigenvalue_deviation(estimate: Tensor, reference: Tensor, floor: float) -> f
     return float(largest / diagonal.max().clamp(min=floor))
 
 
-def outcome_of_exception(error: Exception, packages: Sequence[str]) -> Outcome:
+def name_exception(error: Exception, packages: Sequence[str]) -> Outcome:
     """Name what an exception means.
 
     An exception that a package raises by a statement of its own is a refusal, and one that comes

@@ -7,47 +7,43 @@ It holds the records of several calls, if all were made on one machine with as m
 
 import dataclasses
 import json
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
+
+import torch
 
 from benchmarks.command import CommandError, make_folder
 from benchmarks.files import write_document
 from benchmarks.speed.figure import draw, save
-from benchmarks.speed.machine import describe_machine, machine_line
 from benchmarks.speed.options import QUICK_WARNING
 from benchmarks.speed.results import Record, Result
 
-AnyRecord = TypeVar("AnyRecord", bound=Record)
 
+class Book:
+    """A JSON file of records with its figure, which at every moment are the old or the new ones."""
 
-class Book(Generic[AnyRecord]):
-    """A JSON file of records with its figure, which at every moment are the old or the new ones.
-
-    Attributes:
-        path: The JSON file.
-        threads: CPU threads of PyTorch.
-        records: All records in it, in the order of the cases.
-    """
-
-    def __init__(self, path: Path, kind: type[AnyRecord], *, threads: int, quick: bool) -> None:
-        """Read what is there already, and say on what is measured.
-
-        Raises:
-            CommandError: If the folder cannot be made, or the file is of another format, machine
-                or number of threads.
-        """
+    def __init__(self, path: Path, kind: type[Record], *, threads: int, quick: bool) -> None:
+        """Read what is there already, and say on what is measured."""
         make_folder(path.parent)
-        self.path, self.threads = path, threads
-        self._configuration = {"threads": threads, "quick": quick, **describe_machine()}
-        self.records = read(path, kind, self._configuration)
-        self._title = [machine_line(threads), *([QUICK_WARNING] if quick else [])]
+        self.path = path
+        processor = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+        machine = {"processor": processor, "cpu_count": os.cpu_count()}
+        self._configuration = {"threads": threads, "quick": quick, **machine}
+        self.records: list[Any] = read(path, kind, self._configuration)
+        line = (
+            f"{processor}, {machine['cpu_count']} hardware threads; "
+            f"PyTorch with {threads} thread{'s' * (threads > 1)}"
+        )
+        self._title = [line, *([QUICK_WARNING] if quick else [])]
         print("\n".join(self._title), flush=True)
 
-    def add(self, record: AnyRecord) -> None:
+    def add(self, record: Record) -> None:
         """Put a record in the place of the same old one, and write file and figure."""
-        records = {one.place: one for one in (*self.records, record)}
-        self.records = [records[place] for place in sorted(records)]
+        others: list[Any] = [one for one in self.records if one.place != record.place]
+        self.records = sorted([*others, record], key=lambda one: one.place)
         self.write()
         save(draw(self.records, self._title), self.path.with_suffix(".png"))
 
@@ -66,12 +62,8 @@ class Book(Generic[AnyRecord]):
         print(f"\nWrote {self.path} and {self.path.with_suffix('.png')}.")
 
 
-def read(path: Path, kind: type[AnyRecord], configuration: Mapping[str, Any]) -> list[AnyRecord]:
-    """Read the records of a file; there need be none.
-
-    Raises:
-        CommandError: If the file is of another format or configuration.
-    """
+def read(path: Path, kind: type[Record], configuration: Mapping[str, Any]) -> list[Any]:
+    """Read the records of a file; CommandError if it is of another format or configuration."""
     if not path.exists():
         return []
     try:

@@ -2,21 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.speed import names
-from benchmarks.speed.networks import (
-    CLASSES,
-    Transformer,
-    convolutional,
-    group_norm,
-    perceptron,
-    residual,
-)
+from benchmarks.speed.networks import CLASSES, Transformer, convolutional, perceptron, residual
 
 Batch = tuple[Tensor, Tensor]
 # Does the work once with a seed for sampled labels, and returns the trace of the Fisher matrix of
@@ -29,45 +23,29 @@ SEED = 0
 QUICK_EXAMPLES = 4
 STEP_BATCH = 250
 FEATURES = 784
-IMAGE = (3, 32, 32)
+IMAGE, GROUPS = (3, 32, 32), 8
 WIDTH, BLOCKS, HEADS, LENGTH, VOCABULARY = 256, 4, 4, 128, 64
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of a model, which is more than its layers' products.
+    """The attention of a model, which is more than its layers' products."""
 
-    Attributes:
-        blocks: How often there is attention.
-        length: Number of tokens.
-        width: Numbers for each token, over all heads.
-    """
-
-    blocks: int
-    length: int
-    width: int
+    blocks: int  # how often there is attention
+    length: int  # number of tokens
+    width: int  # numbers for each token, over all heads
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a workload is made from.
-
-    Attributes:
-        network: Makes the model.
-        shape: Shape of one input; for tokens, the length of a sequence.
-        examples: Number of examples.
-        batch: Examples in a batch.
-        classes: Number of classes.
-        attention: The model's attention, if it has any; then the inputs are tokens, and every
-            token has a label.
-    """
+    """What a workload is made from."""
 
     network: Callable[[], nn.Module]
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one input; for tokens, the length of a sequence
     examples: int
     batch: int
     classes: int = CLASSES
-    attention: Attention | None = None
+    attention: Attention | None = None  # with it, inputs are tokens, and all have a label
 
     def random_batch(self, examples: int) -> Batch:
         """Noise, and labels that have nothing to do with it."""
@@ -78,24 +56,12 @@ class Case:
         return tokens[0], tokens[1]
 
 
-class InMemory(Dataset[Any]):
+class InMemory(TensorDataset):
     """Tensors of which whole batches are taken at once, without collating single examples."""
 
-    def __init__(self, *tensors: Tensor) -> None:
-        """Keep tensors whose first axis is that of the examples."""
-        self.tensors = tensors
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self.tensors[0])
-
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """One example."""
-        return tuple(tensor[index] for tensor in self.tensors)
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         """A batch; a ``DataLoader`` calls this where it is there."""
-        return tuple(tensor[list(indices)] for tensor in self.tensors)
+        return tuple(tensor[indices] for tensor in self.tensors)
 
     @staticmethod
     def collate_fn(batch: Any) -> Any:
@@ -105,18 +71,11 @@ class InMemory(Dataset[Any]):
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, a loss and data.
-
-    Attributes:
-        case: What it was made from.
-        model: The network.
-        criterion: The loss, a mean over examples or tokens.
-        batches: The data.
-    """
+    """A model, a loss and data."""
 
     case: Case
     model: nn.Module
-    criterion: nn.CrossEntropyLoss
+    criterion: nn.CrossEntropyLoss  # a mean over examples or tokens
     batches: list[Batch]
 
     @property
@@ -151,9 +110,9 @@ class Workload:
 
     def freeze_other_parameters(self) -> None:
         """Let only the parameters that every contender knows have gradients."""
-        known = {id(parameter) for parameter in self.known_parameters}
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(id(parameter) in known)
+        self.model.requires_grad_(False)
+        for parameter in self.known_parameters:
+            parameter.requires_grad_(True)
 
     def beginning(self, examples: int) -> "Workload":
         """The same model with a single batch of the first few examples."""
@@ -171,19 +130,19 @@ class Workload:
         return DataLoader(dataset, batch_size=self.batch_size, collate_fn=dataset.collate_fn)
 
 
+def _mlp(*hidden: int) -> Case:
+    return Case(partial(perceptron, FEATURES, *hidden, CLASSES), (FEATURES,), 10_000, 500)
+
+
 CASES = {
-    names.TINY_MLP: Case(lambda: perceptron(FEATURES, 100, 100, CLASSES), (FEATURES,), 10_000, 500),
-    names.SMALL_MLP: Case(
-        lambda: perceptron(FEATURES, 400, 400, CLASSES), (FEATURES,), 10_000, 500
-    ),
-    names.LARGE_MLP: Case(
-        lambda: perceptron(FEATURES, 1000, 1000, CLASSES), (FEATURES,), 10_000, 500
-    ),
+    names.TINY_MLP: _mlp(100, 100),
+    names.SMALL_MLP: _mlp(400, 400),
+    names.LARGE_MLP: _mlp(1000, 1000),
     names.CNN: Case(convolutional, IMAGE, 2_000, 250),
-    names.GROUP_NORM: Case(lambda: residual(group_norm), IMAGE, 512, 64),
-    names.BATCH_NORM: Case(lambda: residual(nn.BatchNorm2d), IMAGE, 512, 64),
+    names.GROUP_NORM: Case(partial(residual, partial(nn.GroupNorm, GROUPS)), IMAGE, 512, 64),
+    names.BATCH_NORM: Case(partial(residual, nn.BatchNorm2d), IMAGE, 512, 64),
     names.TRANSFORMER: Case(
-        lambda: Transformer(WIDTH, BLOCKS, HEADS, LENGTH, VOCABULARY),
+        partial(Transformer, WIDTH, BLOCKS, HEADS, LENGTH, VOCABULARY),
         (LENGTH,),
         256,
         16,
@@ -194,15 +153,12 @@ CASES = {
 
 
 def build(name: str, *, fraction: float = 1.0, quick: bool = False) -> Workload:
-    """Make the workload of an estimation, the same whenever it is called.
+    """Make the workload of an estimation, its model in evaluation mode; always the same.
 
     Args:
         name: One of the cases.
         fraction: The part of the examples to take, in whole batches and at least one.
         quick: Whether to take only a few examples.
-
-    Returns:
-        The workload, its model in evaluation mode.
     """
     return build_case(CASES[name], fraction=fraction, quick=quick)
 

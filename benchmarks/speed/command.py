@@ -1,14 +1,14 @@
 """``speed``: how long the estimation of Fisher matrices takes, here and in other packages."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from benchmarks.command import make_console
+from benchmarks.option_types import default, number
 from benchmarks.speed import names
-from benchmarks.speed.options import (
-    MeasuringOptions,
-    check_names,
-)
+from benchmarks.speed.options import MeasuringOptions, some_of
 
+BY_CASE = default("both, but for e mc alone")
 DEFAULT_CONTENDERS = tuple(name for name in names.CONTENDERS if name != names.KRONFLUENCE)
 
 
@@ -40,8 +40,8 @@ class Options(MeasuringOptions):
 
     Attributes:
         cases: Any of a, b, c, d-groupnorm, d-batchnorm, e.
-        fisher: mc, type2 or both (None: both, but for e, whose exact matrix takes a backward pass
-            for each of 64 classes of each of 128 tokens).
+        fisher: mc, type2 or both. The exact matrix of e takes a backward pass for each of 64
+            classes of each of 128 tokens.
         contenders: Who is measured; names with blanks are written in quotes. By default all but
             kronfluence, which takes most of an hour for what others do in seconds.
         rounds: Number of rounds, at least 5 without --quick.
@@ -49,39 +49,19 @@ class Options(MeasuringOptions):
         quick: A smoke test with a few examples and at most 2 rounds, whose figures mean nothing.
     """
 
-    cases: tuple[str, ...] = tuple(names.CASES)
-    fisher: tuple[str, ...] | None = None
-    contenders: tuple[str, ...] = DEFAULT_CONTENDERS
-    fraction: float = 1.0
+    cases: Annotated[tuple[str, ...], some_of(names.CASES)] = tuple(names.CASES)
+    fisher: Annotated[tuple[str, ...] | None, some_of(names.FISHERS), BY_CASE] = None
+    contenders: Annotated[tuple[str, ...], some_of(names.CONTENDERS)] = DEFAULT_CONTENDERS
+    fraction: Annotated[float, number(zero=False, largest=1)] = 1.0
     quick: bool = False
 
     def __post_init__(self) -> None:
-        """Check all values.
-
-        Raises:
-            ValueError: If one is unknown or out of range.
-        """
-        self.check_measuring(quick=self.quick)
-        check_names("cases", self.cases, names.CASES)
-        check_names("contenders", self.contenders, names.CONTENDERS)
-        if self.fisher is not None:
-            check_names("fisher", self.fisher, names.FISHERS)
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"--fraction: expected a number > 0 and ≤ 1, got {self.fraction}")
+        """Check the number of rounds."""
+        self.settle_rounds(quick=self.quick)
 
 
 def run(options: Options) -> int:
-    """Measure case by case; what is finished is written and printed at once.
-
-    Args:
-        options: What is measured, and how.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        CommandError: If results cannot be written, or not be combined with those of earlier calls.
-    """
+    """Measure case by case; what is finished is written and printed at once."""
     import torch
 
     from benchmarks.speed.book import Book

@@ -5,42 +5,28 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from benchmarks.peers.adapters import (
-    Adapter,
-    Avalanche,
-    Curvlinops,
-    Kronfluence,
-    Laplace,
-    NNGeometry,
-    RotateEWC,
-)
+import torch
+
+from benchmarks.peers import adapters
 from benchmarks.speed import names
-from benchmarks.speed.cases import Estimate, Workload
+from benchmarks.speed.cases import Estimate, InMemory, Workload
 
 SMALL_BUDGET = 2**26
 
 
 class Kind(str, Enum):
-    """What a contender's time can be compared with.
+    """What a contender's time can be compared with."""
 
-    Members:
-        SAME: It computes what this package computes, and is compared with it.
-        MORE: The same, for more parameters.
-        OTHER: It computes another quantity; its time is shown for reference.
-        SCALE: It computes no Fisher matrix at all.
-    """
-
-    SAME = "the same quantity"
-    MORE = "more parameters"
-    OTHER = "another quantity"
-    SCALE = "for scale"
+    SAME = "the same quantity"  # it computes what this package computes, and is compared with it
+    MORE = "more parameters"  # the same, for more parameters
+    OTHER = "another quantity"  # its time is shown for reference
+    SCALE = "for scale"  # it computes no Fisher matrix at all
 
 
-class PlainPass(Adapter):
+class PlainPass(adapters.Adapter):
     """Training without a step: what a pass over the data takes by itself."""
 
-    package = "torch"
-    module = "torch"
+    package = module = "torch"
 
     def prepare(self, workload: Workload, fisher: str) -> Estimate:
         """Compute the gradient of the loss of every batch, for all parameters."""
@@ -53,23 +39,38 @@ class PlainPass(Adapter):
         return run
 
 
+class Avalanche(adapters.Adapter):
+    """The importances of ``EWCPlugin``, whatever the Fisher type; only their cost."""
+
+    package, module = "avalanche-lib", "avalanche"
+
+    def prepare(self, workload: Workload, fisher: str) -> Estimate:
+        """Compute squares of batch-mean gradients, as the plugin does after an experience."""
+        from benchmarks.avalanche_names import EWCPlugin
+
+        plugin = EWCPlugin(ewc_lambda=1.0)
+        optimizer = torch.optim.SGD(workload.trained_parameters, lr=0.1)
+        data = workload.dataset()
+        triples = InMemory(*data.tensors, torch.zeros(len(data), dtype=torch.int64))
+
+        def estimate(seed: int) -> None:
+            plugin.compute_importances(
+                workload.model, workload.criterion, optimizer, triples, "cpu", workload.batch_size
+            )
+            workload.model.eval()  # it leaves the model in training mode
+
+        return estimate
+
+
 @dataclass(frozen=True)
 class Contender:
-    """One that is measured.
-
-    Attributes:
-        name: One of :data:`benchmarks.speed.names.CONTENDERS`.
-        adapter: Its package.
-        kind: What it is compared with.
-        remark: What it computes, for the table; empty for the same quantity.
-        options: Further arguments of the adapter.
-    """
+    """One that is measured."""
 
     name: str
-    adapter: Adapter
+    adapter: adapters.Adapter
     kind: Kind = Kind.SAME
-    remark: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    remark: str = ""  # what it computes, for the table; empty for the same quantity
+    options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the adapter
 
     def prepare(self, workload: Workload, fisher: str) -> Estimate:
         """Make what is timed."""
@@ -78,29 +79,18 @@ class Contender:
         return self.adapter.prepare(workload, fisher, **self.options)
 
 
-BY_NAME = {
-    contender.name: contender
-    for contender in (
-        Contender(names.OURS, RotateEWC()),
-        Contender(
-            names.LEAN,
-            RotateEWC(),
-            remark="keeps no more than 32 MiB between its passes",
-            options={"memory_budget": SMALL_BUDGET},
-        ),
-        Contender(names.EVERYTHING, RotateEWC(), Kind.MORE, "norms and embeddings as well"),
-        Contender(names.CURVLINOPS, Curvlinops()),
-        Contender(names.NNGEOMETRY, NNGeometry()),
-        Contender(names.KRONFLUENCE, Kronfluence()),
-        Contender(
-            names.LAPLACE, Laplace(), Kind.OTHER, "another quantity: Kronecker factors alone"
-        ),
-        Contender(
-            names.AVALANCHE,
-            Avalanche(),
-            Kind.OTHER,
-            "another quantity: squares of batch-mean gradients",
-        ),
-        Contender(names.PLAIN, PlainPass(), Kind.SCALE, "forward and backward of the loss"),
-    )
-}
+OURS, LEAN = adapters.RotateEWC(), {"memory_budget": SMALL_BUDGET}
+KRONECKER = "another quantity: Kronecker factors alone"
+SQUARES = "another quantity: squares of batch-mean gradients"
+CONTENDERS = (
+    Contender(names.OURS, OURS),
+    Contender(names.LEAN, OURS, Kind.SAME, "keeps no more than 32 MiB between its passes", LEAN),
+    Contender(names.EVERYTHING, OURS, Kind.MORE, "norms and embeddings as well"),
+    Contender(names.CURVLINOPS, adapters.Curvlinops()),
+    Contender(names.NNGEOMETRY, adapters.NNGeometry()),
+    Contender(names.KRONFLUENCE, adapters.Kronfluence()),
+    Contender(names.LAPLACE, adapters.Laplace(), Kind.OTHER, KRONECKER),
+    Contender(names.AVALANCHE, Avalanche(), Kind.OTHER, SQUARES),
+    Contender(names.PLAIN, PlainPass(), Kind.SCALE, "forward and backward of the loss"),
+)
+BY_NAME = {contender.name: contender for contender in CONTENDERS}

@@ -1,6 +1,5 @@
 """One case with one Fisher type: all contenders take turns, each in a process of its own."""
 
-import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -16,12 +15,13 @@ from benchmarks.speed.machine import eigh_times, product_rates
 from benchmarks.speed.names import Combination
 from benchmarks.speed.results import MEASURED, MISSING, REFUSED, WRONG, Estimation, Result
 from benchmarks.speed.rounds import median_ratio, turns
-from benchmarks.speed.worker import Entry, new_process
+from benchmarks.speed.worker import Entry, estimate, new_process, start
 from benchmarks.versions import versions
 
 TOLERANCES = {names.MC: 1e-2, names.TYPE2: 1e-4}
 # Few sampled labels have traces that differ much.
 QUICK_TOLERANCES = {names.MC: 0.5, names.TYPE2: 1e-4}
+Times = dict[str, list[float]]
 
 
 def measure(combination: Combination, options: Options, threads: int) -> Estimation:
@@ -38,10 +38,8 @@ def measure(combination: Combination, options: Options, threads: int) -> Estimat
             if one.adapter.installed()
         }
         machine = stack.enter_context(new_process(threads))
-        rates, eigh = _take_turns(
-            list(entries.values()), machine, combination, needed.sizes, options
-        )
-    results = [_result(one, entries.get(one.name)) for one in chosen]
+        rates, eigh = _take_turns([*entries.values()], machine, combination, needed.sizes, options)
+    results = [result_of(one, entries.get(one.name)) for one in chosen]
     tolerance = (QUICK_TOLERANCES if options.quick else TOLERANCES)[fisher]
     return Estimation(
         case=case,
@@ -66,14 +64,10 @@ def _take_turns(
     combination: Combination,
     sizes: Sequence[int],
     options: Options,
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Prepare everybody and run all rounds, in which the machine has turns as well.
-
-    Returns:
-        How fast the machine was: rates of products by shape, and seconds of ``eigh`` by size.
-    """
-    rates: dict[str, list[float]] = {}
-    eigh: dict[str, list[float]] = {}
+) -> tuple[Times, Times]:
+    """Run all rounds; returns rates of products by shape, and seconds of ``eigh`` by size."""
+    rates: Times = {}
+    eigh: Times = {}
     quick = options.quick
 
     def decompose() -> None:
@@ -86,12 +80,12 @@ def _take_turns(
         bar.update()
         for entry in entries:
             bar.set_postfix_str(entry.contender.name)
-            entry.prepare(combination, options.fraction, quick=quick)
+            entry.ask(start, entry.contender.name, combination, options.fraction, quick)
             bar.update()
         for number, turn in turns([None, *entries], options.rounds):
             bar.set_postfix_str("machine" if turn is None else turn.contender.name)
             if turn is not None:
-                turn.run(number)
+                turn.ask(estimate, number)
             else:
                 for shape, rate in machine.submit(product_rates, quick=quick).result().items():
                     rates.setdefault(shape, []).append(rate)
@@ -100,41 +94,43 @@ def _take_turns(
     return rates, eigh
 
 
-def _result(contender: Contender, entry: Entry | None) -> Result:
+def result_of(contender: Contender, entry: Entry | None) -> Result:
     """What was measured of a contender, not compared with anything yet."""
-    found = Result(contender.name, MEASURED, contender.remark, kind=contender.kind.value)
+    kind = contender.kind
     if entry is None:
-        return dataclasses.replace(found, status=MISSING, message="")
-    found = dataclasses.replace(found, version=contender.adapter.version())
+        return Result(contender.name, MISSING, kind=kind.value)
+    version = contender.adapter.version()
     if entry.problem is not None:
-        return dataclasses.replace(found, status=REFUSED, message=entry.problem)
+        return Result(contender.name, REFUSED, entry.problem, version=version, kind=kind.value)
     traces = [reply.trace for reply in entry.replies if reply.trace is not None]
-    return dataclasses.replace(
-        found,
+    return Result(
+        contender.name,
+        MEASURED,
+        contender.remark,
         seconds=[reply.seconds for reply in entry.replies[1:]],
-        values=traces if contender.kind in (Kind.SAME, Kind.MORE) else [],
+        values=traces if kind in (Kind.SAME, Kind.MORE) else [],
+        version=version,
+        kind=kind.value,
         memory=entry.replies[0].memory,
     )
 
 
-def compare(results: Sequence[Result], tolerance: float) -> list[Result]:
-    """Check the traces of all that compute what this package computes, and take ratios of times.
+def compare(results: list[Result], tolerance: float) -> list[Result]:
+    """Check the traces of all that compute what this package computes, and add ratios of times.
 
     A fast wrong answer does not count. Traces are means over all estimations: with sampled labels,
     each has its own seed. Nothing is compared where this package was not measured.
     """
-    measured = {result.name: result for result in results if result.status == MEASURED}
+    measured = {one.name: one for one in results if one.status == MEASURED}
     ours = measured.get(names.OURS)
-    return list(results) if ours is None else [_compared(one, ours, tolerance) for one in results]
-
-
-def _compared(result: Result, ours: Result, tolerance: float) -> Result:
-    """One result with its ratio, or marked as wrong."""
-    if result.status != MEASURED or result.kind != Kind.SAME.value:
-        return result
-    if result.value is None or not ours.value:
-        return dataclasses.replace(result, status=WRONG, message="wrong: no trace")
-    factor = result.value / ours.value
-    if abs(factor - 1) > tolerance:
-        return dataclasses.replace(result, status=WRONG, message=f"wrong ×{factor:.4g}")
-    return dataclasses.replace(result, ratio=median_ratio(result.seconds, ours.seconds))
+    for one in measured.values():
+        if ours is None or one.kind != Kind.SAME.value:
+            continue
+        factor = one.value / ours.value if one.value is not None and ours.value else None
+        if factor is None:
+            one.status, one.message = WRONG, "wrong: no trace"
+        elif abs(factor - 1) > tolerance:
+            one.status, one.message = WRONG, f"wrong ×{factor:.4g}"
+        else:
+            one.ratio = median_ratio(one.seconds, ours.seconds)
+    return results

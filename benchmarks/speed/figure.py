@@ -20,11 +20,8 @@ from benchmarks.speed.results import WRONG, Record, Result
 WIDTH_INCHES = 7.0
 DOTS_PER_INCH = 200
 COLUMNS = 2
-ROW_INCHES = 0.17
-PANEL_INCHES = 0.62  # of a panel, besides its rows
-TITLE_INCHES = 0.8
+ROW_INCHES, PANEL_INCHES, TITLE_INCHES = 0.17, 0.62, 0.8  # of a panel, besides its rows
 FONT_POINTS = 7.0
-OWN_WIDTH, OTHER_WIDTH = 2.0, 1.1
 ROOM = 1.8  # on both sides of what is drawn, as a factor
 ROOM_FOR_NUMBERS = 0.4  # on the right, as a part of the decades that are drawn
 
@@ -47,11 +44,7 @@ SHORTER = {names.EVERYTHING: "all parameters", names.LEAN: "64 MiB budget"}
 
 
 def draw(records: Sequence[Record], title: Sequence[str]) -> Figure:
-    """Draw a panel for each record: medians, and the range of all rounds as a line.
-
-    Raises:
-        ValueError: If there is nothing to draw.
-    """
+    """Draw a panel for each record: medians, and the range of all rounds as a line."""
     if not records:
         raise ValueError("records: got none, expected at least one")
     rows = ceil(len(records) / COLUMNS)
@@ -85,7 +78,16 @@ def _draw_panel(axes: Axes, record: Record, left: float) -> None:
     """Draw one panel, whose rows are contenders."""
     labels = [SHORTER.get(one.name, one.name) for one in record.shown]
     for place, one in enumerate(record.shown):
-        _draw_row(axes, place, one, record.scale, left)
+        end, text = _draw_row(axes, place, one, record.scale) or (left, one.status)
+        axes.annotate(
+            text,
+            (end, place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            fontsize=FONT_POINTS - 1,
+            verticalalignment="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
     axes.axvline(1, color="black", linewidth=0.8, zorder=1)
     axes.set_yticks(range(len(labels)), labels, fontsize=FONT_POINTS)
     for tick, label in zip(axes.get_yticklabels(), labels, strict=True):
@@ -100,48 +102,29 @@ def _draw_panel(axes: Axes, record: Record, left: float) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_row(axes: Axes, place: int, result: Result, scale: Sequence[float], left: float) -> None:
-    """Draw one contender's times, or why there are none."""
+def _draw_row(
+    axes: Axes, place: int, result: Result, scale: Sequence[float]
+) -> tuple[float, str] | None:
+    """Draw one contender's times, if any: where their line ends, and what to write there."""
     times = result.range_over(scale)
     if times is None:
-        _write_beside(axes, left, place, result.status)
-        return
+        return None
     middle, low, high = times
     colour, marker = _looks(result.name)
     hollow = result.name in HOLLOW or "step" in result.name
-    width = OWN_WIDTH if colour == OWN_COLOUR else OTHER_WIDTH
+    width, size = (2.0, 5) if colour == OWN_COLOUR else (1.1, 4)
     wrong = result.status == WRONG
     axes.plot([low, high], [place, place], color=colour, linewidth=width, zorder=2)
+    face, marker = "white" if hollow else colour, "x" if wrong else marker
     axes.plot(
-        [middle],
-        [place],
-        color=colour,
-        marker="x" if wrong else marker,
-        markersize=5 if width == OWN_WIDTH else 4,
-        markerfacecolor="white" if hollow else colour,
-        zorder=2.5,
+        middle, place, marker, color=colour, markersize=size, markerfacecolor=face, zorder=2.5
     )
-    message = f" ({result.message})" if wrong else ""
-    _write_beside(axes, high, place, f"{middle:.3g}{message}")
+    return high, f"{middle:.3g}" + (f" ({result.message})" if wrong else "")
 
 
 def _looks(name: str) -> tuple[str, str]:
     """Colour and marker of a contender."""
-    if name in LOOKS:
-        return LOOKS[name]
     if "step" in name:
         return STEP_LOOKS
-    return PENALTY_LOOKS if name.startswith("penalty") else SEPARATE_LOOKS
-
-
-def _write_beside(axes: Axes, end: float, place: int, text: str) -> None:
-    """Write behind the end of a line."""
-    axes.annotate(
-        text,
-        (end, place),
-        xytext=(5, 0),
-        textcoords="offset points",
-        fontsize=FONT_POINTS - 1,
-        verticalalignment="center",
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-    )
+    others = PENALTY_LOOKS if name.startswith(names.PENALTY) else SEPARATE_LOOKS
+    return LOOKS.get(name, others)

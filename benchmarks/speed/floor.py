@@ -57,21 +57,13 @@ GIGA = 1e9
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer or convolution, as products of matrices.
+    """A linear layer or convolution, as products of matrices."""
 
-    Attributes:
-        positions: Shared positions ``S`` of one example: tokens, or pixels of the output.
-        d_in: Inputs at one position, the kernel's pixels included.
-        d_out: Outputs at one position.
-        bias: Whether there is a bias.
-        backward: Whether the gradient at its input is needed, for layers before it.
-    """
-
-    positions: int
-    d_in: int
-    d_out: int
-    bias: bool
-    backward: bool
+    positions: int  # shared positions ``S`` of one example: tokens, or pixels of the output
+    d_in: int  # inputs at one position, the kernel's pixels included
+    d_out: int  # outputs at one position
+    bias: bool  # whether there is a bias
+    backward: bool  # whether the gradient at its input is needed, for layers before it
 
 
 # Floating-point operations by purpose: the forward pass, the backward pass to the outputs of all
@@ -82,54 +74,31 @@ Counts = dict[str, float]
 
 @dataclass(frozen=True)
 class Factor:
-    """A sum of outer products that is to be decomposed.
+    """A sum of outer products that is to be decomposed."""
 
-    Attributes:
-        size: Entries of a vector.
-        vectors: Number of vectors.
-    """
-
-    size: int
-    vectors: int
+    size: int  # entries of a vector
+    vectors: int  # number of vectors
 
     @property
     def rows(self) -> int:
         """Rows of the smallest matrix whose ``eigh`` is enough."""
-        return self.vectors if self._few else self.size
+        return self.vectors if 2 * self.vectors <= self.size else self.size
 
     @property
     def gigaflop(self) -> float:
         """Operations, in billions, for a basis of everything in which it is so small."""
-        return 4 * self.vectors * self.size**2 / GIGA if self._few else 0.0
-
-    @property
-    def _few(self) -> bool:
-        return 2 * self.vectors <= self.size
+        return 4 * self.vectors * self.size**2 / GIGA if self.rows < self.size else 0.0
 
 
 def describe_layers(workload: Workload) -> list[Layer]:
-    """Run a model on an example, and look at its linear layers and convolutions.
-
-    Args:
-        workload: The model; parameters whose gradients are not wanted must be frozen.
-
-    Returns:
-        The layers in the order in which they run.
-    """
+    """Run a model on an example, and look at its linear layers and convolutions."""
     found: list[Layer] = []
 
     def look(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight = module.get_parameter("weight")
-        d_out = weight.shape[0]
-        found.append(
-            Layer(
-                positions=output.numel() // d_out,
-                d_in=weight[0].numel(),
-                d_out=d_out,
-                bias=getattr(module, "bias", None) is not None,
-                backward=inputs[0].requires_grad,
-            )
-        )
+        weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+        d_out, d_in = weight.flatten(1).shape
+        positions = output.numel() // d_out
+        found.append(Layer(positions, d_in, d_out, bias is not None, inputs[0].requires_grad))
 
     handles = [layer.register_forward_hook(look) for layer in workload.known_layers]
     try:
@@ -140,11 +109,6 @@ def describe_layers(workload: Workload) -> list[Layer]:
     return found
 
 
-def label_vectors(fisher: str, classes: int) -> int:
-    """Number of vectors that must be sent backwards for one prediction."""
-    return 1 if fisher == names.MC else classes - 1
-
-
 def count_layer(layer: Layer, vectors: int) -> Counts:
     """Count one layer's operations for one example with so many label vectors."""
     product = 2.0 * layer.positions * layer.d_in * layer.d_out
@@ -152,13 +116,9 @@ def count_layer(layer: Layer, vectors: int) -> Counts:
     if layer.bias and layer.positions > 1:
         factors += vectors * layer.d_out**2
     rotations, eigenvalues = _cheapest_eigenvalues(layer, vectors)
-    return Counts(
-        forward=product,
-        backward=vectors * product if layer.backward else 0.0,
-        factors=float(factors),
-        rotations=rotations,
-        eigenvalues=eigenvalues,
-    )
+    backward = vectors * product if layer.backward else 0.0
+    values = (product, backward, float(factors), rotations, eigenvalues)
+    return dict(zip(PURPOSES, values, strict=True))
 
 
 def _cheapest_eigenvalues(layer: Layer, vectors: int) -> tuple[float, float]:
@@ -183,25 +143,17 @@ def count_attention(attention: Attention, vectors: int) -> Counts:
     return Counts(forward=2 * one_product, backward=vectors * 4 * one_product)
 
 
-def factors(layers: Iterable[Layer], vectors: int, examples: int) -> list[Factor]:
-    """The factors of all weights, with repetitions, for so many label vectors and examples."""
-    return [
-        factor
-        for layer in layers
-        for factor in (
-            Factor(layer.d_in, examples * layer.positions),
-            Factor(layer.d_out, examples * layer.positions * vectors),
-        )
-    ]
-
-
-def bias_factors(layers: Iterable[Layer], vectors: int, examples: int) -> list[Factor]:
-    """The covariances of biases that have their own, with repetitions."""
-    return [
-        Factor(layer.d_out, examples * vectors)
-        for layer in layers
-        if layer.bias and layer.positions > 1
-    ]
+def factors(
+    layers: Iterable[Layer], vectors: int, examples: int
+) -> tuple[list[Factor], list[Factor]]:
+    """The factors of all weights, and of the biases that have their own, with repetitions."""
+    of_weights, of_biases = [], []
+    for layer in layers:
+        seen = examples * layer.positions
+        of_weights += [Factor(layer.d_in, seen), Factor(layer.d_out, seen * vectors)]
+        if layer.bias and layer.positions > 1:
+            of_biases.append(Factor(layer.d_out, examples * vectors))
+    return of_weights, of_biases
 
 
 def count(
@@ -216,17 +168,11 @@ def count(
 
 @dataclass(frozen=True)
 class Necessary:
-    """All that an estimation cannot do without.
+    """All that an estimation cannot do without."""
 
-    Attributes:
-        gigaflop: Operations of products by purpose, in billions.
-        of_weights: The factors of all weights.
-        of_biases: Those that biases have of their own.
-    """
-
-    gigaflop: Counts
-    of_weights: Sequence[Factor]
-    of_biases: Sequence[Factor]
+    gigaflop: Counts  # operations of products by purpose, in billions
+    of_weights: Sequence[Factor]  # the factors of all weights
+    of_biases: Sequence[Factor]  # those that biases have of their own
 
     @property
     def sizes(self) -> list[int]:
@@ -236,13 +182,7 @@ class Necessary:
     def seconds(
         self, rates: Mapping[str, Sequence[float]], eigh: Mapping[str, Sequence[float]]
     ) -> dict[str, float]:
-        """The least time that it takes on a machine, by purpose.
-
-        Args:
-            rates: Billions of operations per second that were measured, by the shape of a product;
-                the shape that suits the machine best counts.
-            eigh: Seconds that were measured, by number of rows.
-        """
+        """The least time that it takes on a machine, by purpose."""
         rate = max(map(median, rates.values()))
 
         def decomposed(factor: Factor) -> float:
@@ -258,13 +198,8 @@ class Necessary:
 def necessary(workload: Workload, fisher: str) -> Necessary:
     """Count what an estimation cannot do without; what needs no gradient must be frozen."""
     layers = describe_layers(workload)
-    vectors = label_vectors(fisher, workload.case.classes)
-    if fisher == names.TYPE2:
-        vectors *= workload.labels_per_example
-    examples = workload.examples
+    exact = (workload.case.classes - 1) * workload.labels_per_example
+    vectors, examples = 1 if fisher == names.MC else exact, workload.examples
     counts = count(layers, workload.case.attention, vectors, examples)
-    return Necessary(
-        {purpose: number / GIGA for purpose, number in counts.items()},
-        factors(layers, vectors, examples),
-        bias_factors(layers, vectors, examples),
-    )
+    gigaflop = {purpose: number / GIGA for purpose, number in counts.items()}
+    return Necessary(gigaflop, *factors(layers, vectors, examples))

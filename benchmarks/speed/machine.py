@@ -1,9 +1,8 @@
-"""This machine: what it is, how fast it is, and how much memory a piece of work takes."""
+"""How fast this machine is, and how much memory a piece of work takes."""
 
+import contextlib
 import ctypes
 import gc
-import os
-import platform
 import resource
 import statistics
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -21,42 +20,16 @@ Value = TypeVar("Value")
 SHAPES = ((2048, 1024, 1024), (16_000, 576, 576))
 LONG_ENOUGH = 0.5  # seconds for one measurement
 REPETITIONS = 5
-PROCESSOR_FILE = Path("/proc/cpuinfo")
-STATUS_FILE = Path("/proc/self/status")
-CLEAR_FILE = Path("/proc/self/clear_refs")
+STATUS_FILE, CLEAR_FILE = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
 KIBIBYTE = 2**10
-
-
-def describe_machine() -> dict[str, Any]:
-    """The processor by name, where the system tells it, and its number of hardware threads."""
-    return {"processor": _processor(), "cpu_count": os.cpu_count()}
-
-
-def _processor() -> str:
-    try:
-        lines = PROCESSOR_FILE.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
-
-
-def machine_line(threads: int) -> str:
-    """Say on what is measured."""
-    machine = describe_machine()
-    return (
-        f"{machine['processor']}, {machine['cpu_count']} hardware threads; "
-        f"PyTorch with {threads} thread{'s' * (threads > 1)}"
-    )
 
 
 def product_rates(*, quick: bool) -> dict[str, float]:
     """Measure products in float32: billions of operations per second, by shape."""
     rates = {}
     for m, k, n in SHAPES:
-        left, right = torch.randn(m, k), torch.randn(k, n)
-        out = torch.empty(m, n)
+        left, right, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
         seconds = statistics.median(_times(lambda: torch.mm(left, right, out=out), quick))  # noqa: B023
         rates[f"{m}x{k}x{n}"] = 2.0 * m * k * n / seconds / 1e9
     return rates
@@ -87,19 +60,15 @@ def _times(work: Callable[[], object], quick: bool) -> list[float]:
 
 
 def peak_growth(work: Callable[[], Value]) -> tuple[Value, int]:
-    """Do some work, and compare the peak of the resident memory in it with what there was before.
+    """Do some work; by how many bytes is the peak of resident memory in it above what was before?
 
     Where the system does not tell, the highest peak since the start of the process is taken
     instead, whose growth is less where there was a higher peak before the work.
-
-    Args:
-        work: What is done once.
-
-    Returns:
-        What the work returns, and bytes.
     """
     gc.collect()
-    _return_free_memory()
+    # What was freed is returned to the system; otherwise it would be used again, and not be seen.
+    with contextlib.suppress(OSError, AttributeError):  # not the C library of GNU
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         CLEAR_FILE.write_text(RESET_PEAK)
         before, peak = _status("VmRSS"), partial(_status, "VmHWM")
@@ -119,11 +88,3 @@ def _status(field: str) -> int:
 def _peak_since_start() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * KIBIBYTE
-
-
-def _return_free_memory() -> None:
-    """Return to the system what was freed; otherwise it would be used again, and not be seen."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # not the C library of GNU
-        return

@@ -8,14 +8,10 @@ FISHERS = (MC, TYPE2)
 # --------------------------------------------------------------------------- estimation
 
 OURS = "rotate-ewc"
-LEAN = "rotate-ewc (64 MiB budget)"
-EVERYTHING = "rotate-ewc (all parameters)"
-CURVLINOPS = "curvlinops"
-NNGEOMETRY = "nngeometry"
-KRONFLUENCE = "kronfluence"
-LAPLACE = "laplace-torch"
-AVALANCHE = "avalanche"
-PLAIN = "plain pass"
+LEAN, EVERYTHING = f"{OURS} (64 MiB budget)", f"{OURS} (all parameters)"
+CURVLINOPS, NNGEOMETRY, KRONFLUENCE = "curvlinops", "nngeometry", "kronfluence"
+LAPLACE, AVALANCHE, PLAIN = "laplace-torch", "avalanche", "plain pass"
+PEERS = (NNGEOMETRY, CURVLINOPS)  # those with a quadratic form
 CONTENDERS = (
     *(OURS, LEAN, EVERYTHING),
     *(CURVLINOPS, NNGEOMETRY, KRONFLUENCE, LAPLACE, AVALANCHE),
@@ -38,12 +34,7 @@ WITH_MORE_PARAMETERS = (GROUP_NORM, BATCH_NORM, TRANSFORMER)
 
 
 class Combination(NamedTuple):
-    """A case with a Fisher type.
-
-    Attributes:
-        case: One of :data:`CASES`.
-        fisher: One of :data:`FISHERS`.
-    """
+    """A case with a Fisher type."""
 
     case: str
     fisher: str
@@ -74,45 +65,26 @@ STEP_CASES = {
 }
 PERCEPTRONS = (TINY_MLP, SMALL_MLP)
 WITH_SEPARATE = (TINY_MLP, SMALL_MLP, CNN)
-PEERS = (NNGEOMETRY, CURVLINOPS)
 
 # After how many steps of the optimizer an implicit step on the penalty is taken. A tangent plane is
 # as good as the penalty in the loss with more of them than a proximal step (docs/results.md).
-TANGENT_EVERY = 20
-PROXIMAL_EVERY = 10
+TANGENT_EVERY, PROXIMAL_EVERY = 20, 10
 
 STEP = "step"
-KNOWN = "penalty of known layers, 1 task"
 TANGENT = f"step with tangent, k={TANGENT_EVERY}"
 PROXIMAL = f"step, and a proximal one every {PROXIMAL_EVERY}th"
 ROTATED = "RotatedAdam step"
+# To be completed by a number of tasks.
+PENALTY, SEPARATE, STEP_WITH_PENALTY = "penalty", "separate penalty", "step with penalty"
+ONE_BY_ONE = "{} penalties one by one"
 
 
-def tasks_phrase(tasks: int) -> str:
-    """Say how many tasks."""
-    return f"{tasks} task{'s' * (tasks > 1)}"
-
-
-def penalty_after(tasks: int) -> str:
-    """Value and gradient of the merged penalty."""
-    return f"penalty, {tasks_phrase(tasks)}"
-
-
-def step_after(tasks: int) -> str:
-    """A training step with the merged penalty in the loss."""
-    return f"step with penalty, {tasks_phrase(tasks)}"
-
-
-def separate(tasks: int) -> str:
-    """Value and gradient of the penalty that keeps tasks separate."""
-    return f"separate penalty, {tasks_phrase(tasks)}"
-
-
-def one_by_one(tasks: int) -> str:
-    """Value and gradient of the sum of as many penalties of one task each."""
-    return f"{tasks} penalties one by one"
+def after(quantity: str, tasks: int) -> str:
+    """A quantity after so many tasks."""
+    return f"{quantity}, {tasks} task{'s' * (tasks > 1)}"
 
 
 def ours_beside_peers(case: str) -> str:
     """The contender that protects the same parameters as the peers do."""
-    return KNOWN if case in WITH_MORE_PARAMETERS else penalty_after(1)
+    known = "penalty of known layers" if case in WITH_MORE_PARAMETERS else PENALTY
+    return after(known, 1)

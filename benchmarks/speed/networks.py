@@ -6,9 +6,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock
 
 CLASSES = 10
-GROUPS = 8
 
 
 def perceptron(*widths: int) -> nn.Sequential:
@@ -28,34 +28,6 @@ def convolutional() -> nn.Sequential:
     return nn.Sequential(*layers, *head)
 
 
-def group_norm(channels: int) -> nn.Module:
-    """A norm within each example."""
-    return nn.GroupNorm(GROUPS, channels)
-
-
-class BasicBlock(nn.Module):
-    """Two convolutions beside a shortcut, as in ResNet-18."""
-
-    def __init__(
-        self, d_in: int, d_out: int, stride: int, norm: Callable[[int], nn.Module]
-    ) -> None:
-        """Make the layers."""
-        super().__init__()
-        self.first = nn.Conv2d(d_in, d_out, 3, stride=stride, padding=1, bias=False)
-        self.first_norm = norm(d_out)
-        self.second = nn.Conv2d(d_out, d_out, 3, padding=1, bias=False)
-        self.second_norm = norm(d_out)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or d_in != d_out:
-            convolution = nn.Conv2d(d_in, d_out, 1, stride=stride, bias=False)
-            self.shortcut = nn.Sequential(convolution, norm(d_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform images ``[N, C, H, W]``."""
-        hidden = F.relu(self.first_norm(self.first(x)))
-        return F.relu(self.second_norm(self.second(hidden)) + self.shortcut(x))
-
-
 def residual(norm: Callable[[int], nn.Module], width: int = 16) -> nn.Sequential:
     """A ResNet-18 for images of 32 x 32 pixels, with a quarter of its channels."""
     stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
@@ -63,9 +35,22 @@ def residual(norm: Callable[[int], nn.Module], width: int = 16) -> nn.Sequential
     d_in = width
     for stage, stride in enumerate((1, 2, 2, 2)):
         d_out = width * 2**stage
-        layers += [BasicBlock(d_in, d_out, stride, norm), BasicBlock(d_out, d_out, 1, norm)]
+        shortcut = None
+        if stage:
+            convolution = nn.Conv2d(d_in, d_out, 1, stride=stride, bias=False)
+            shortcut = nn.Sequential(convolution, norm(d_out))
+        layers += [
+            BasicBlock(d_in, d_out, stride, shortcut, norm_layer=norm),
+            BasicBlock(d_out, d_out, norm_layer=norm),
+        ]
         d_in = d_out
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(d_in, CLASSES))
+    network = nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(d_in, CLASSES)
+    )
+    for module in network.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # not all packages know functions that overwrite their input
+    return network
 
 
 class TransformerBlock(nn.Module):
@@ -75,12 +60,10 @@ class TransformerBlock(nn.Module):
         """Make the layers."""
         super().__init__()
         self.heads = heads
-        self.attention_norm = nn.LayerNorm(width)
+        self.attention_norm, self.perceptron_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.queries_keys_values = nn.Linear(width, 3 * width)
         self.attended = nn.Linear(width, width)
-        self.perceptron_norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform tokens ``[N, T, width]``."""
@@ -93,16 +76,14 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A small language model."""
+    """A small language model, whose layers are those that all packages know."""
 
     def __init__(self, width: int, blocks: int, heads: int, length: int, vocabulary: int) -> None:
         """Make the layers."""
         super().__init__()
-        self.tokens = nn.Embedding(vocabulary, width)
-        self.positions = nn.Embedding(length, width)
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(blocks)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens ``[N, T]`` to scores ``[N, vocabulary, T]``, as cross-entropy wants them."""

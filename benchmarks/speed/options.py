@@ -1,13 +1,19 @@
 """What the options of several commands have in common; nothing here imports anything heavy."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-FEWEST_ROUNDS = 5
-QUICK_ROUNDS = 2
+from benchmarks.option_types import Count, Folder, Spec, Threads, one_of, several, whole_number
+
+FEWEST_ROUNDS, QUICK_ROUNDS = 5, 2
 QUICK_WARNING = "A smoke test: a few examples, whose figures mean nothing."
+COUNTS = several(whole_number(1), repeated=True)
+
+
+def some_of(names: Iterable[str]) -> Spec:
+    """An option of some of several names."""
+    return several(one_of(names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,64 +22,19 @@ class MeasuringOptions:
 
     Attributes:
         rounds: Number of rounds.
-        threads: CPU threads of PyTorch (None: PyTorch's choice).
+        threads: CPU threads of PyTorch.
         output: Folder of the results.
     """
 
-    rounds: int = FEWEST_ROUNDS
-    threads: int | None = None
-    output: Path = Path("results")
+    rounds: Count = FEWEST_ROUNDS
+    threads: Threads = None
+    output: Folder = Path("results")
 
-    def check_measuring(self, *, quick: bool = False) -> None:
-        """Check these values; a smoke test takes no more rounds than two.
-
-        Raises:
-            ValueError: If a number is too small, or the folder is a file.
-        """
-        check_number("rounds", self.rounds, 1 if quick else FEWEST_ROUNDS)
+    def settle_rounds(self, *, quick: bool = False) -> None:
+        """Refuse few rounds, of which a smoke test takes no more than two."""
         if quick:
             object.__setattr__(self, "rounds", min(self.rounds, QUICK_ROUNDS))
-        if self.threads is not None:
-            check_number("threads", self.threads, 1)
-        if self.output.exists() and not self.output.is_dir():
-            raise ValueError(f"--output: expected a folder, got the file {str(self.output)!r}")
-
-
-def check_number(name: str, value: int, smallest: int) -> None:
-    """Refuse a number that is too small.
-
-    Raises:
-        ValueError: With the name of the option.
-    """
-    if value < smallest:
-        raise ValueError(f"--{name}: expected a whole number ≥ {smallest}, got {value}")
-
-
-def check_numbers(name: str, values: Sequence[int], smallest: int = 1) -> None:
-    """Refuse numbers that are too small, or none.
-
-    Raises:
-        ValueError: With the name of the option.
-    """
-    _check_any(name, values)
-    for value in values:
-        check_number(name, value, smallest)
-
-
-def check_names(name: str, values: Sequence[str], accepted: Collection[str]) -> None:
-    """Refuse unknown names, names given twice, or none.
-
-    Raises:
-        ValueError: With the name of the option.
-    """
-    _check_any(name, values)
-    for value in values:
-        if value not in accepted:
-            raise ValueError(f"--{name}: expected one of {', '.join(accepted)}, got {value!r}")
-        if values.count(value) > 1:
-            raise ValueError(f"--{name}: expected every value once, got {value} more than once")
-
-
-def _check_any(name: str, values: Sequence[Any]) -> None:
-    if not values:
-        raise ValueError(f"--{name}: expected at least one value, got none")
+        elif self.rounds < FEWEST_ROUNDS:
+            raise ValueError(
+                f"--rounds: expected a whole number ≥ {FEWEST_ROUNDS}, got {self.rounds}"
+            )

@@ -30,36 +30,23 @@ print(middle - start, perf_counter() - middle)
 
 @dataclass(frozen=True)
 class Duration:
-    """Something outside training that is to be short, beside something else.
-
-    Attributes:
-        label: What it is.
-        seconds: Times in all rounds.
-        other_label: What is beside it.
-        other_seconds: Times of that.
-        target: What the median is to be below, in seconds; None for less than the other.
-    """
+    """Something outside training that is to be short, beside something else, in all rounds."""
 
     label: str
     seconds: list[float]
     other_label: str
     other_seconds: list[float]
-    target: float | None = None
+    target: float | None = None  # what the median is to be below; None for that of the other
 
     @property
-    def median(self) -> float:
-        """Median time."""
-        return statistics.median(self.seconds)
-
-    @property
-    def other_median(self) -> float:
-        """Median time of what is beside it."""
-        return statistics.median(self.other_seconds)
+    def medians(self) -> tuple[float, float]:
+        """Median time of the one and of the other."""
+        return statistics.median(self.seconds), statistics.median(self.other_seconds)
 
     @property
     def limit(self) -> float:
         """What the median is to be below."""
-        return self.other_median if self.target is None else self.target
+        return self.medians[1] if self.target is None else self.target
 
 
 def time_loading(rounds: int, *, quick: bool = False) -> Duration:
@@ -78,26 +65,19 @@ def time_loading(rounds: int, *, quick: bool = False) -> Duration:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "snapshot.safetensors"
         operator.save(path)
-        seconds = time_in_rounds(
-            {
-                "load": lambda: EKFACLinearOperator.load(path),
-                "eigh": lambda: torch.linalg.eigh(factor),
-            },
-            rounds=rounds,
-            repetitions=1 if quick else REPETITIONS,
-        )
+        works = (lambda: EKFACLinearOperator.load(path), lambda: torch.linalg.eigh(factor))
+        repetitions = 1 if quick else REPETITIONS
+        seconds = time_in_rounds(dict(enumerate(works)), rounds=rounds, repetitions=repetitions)
     label = f"loading a snapshot of {names.CASES[names.LARGE_MLP]}"
-    return Duration(label, seconds["load"], f"one eigh of {size} × {size}", seconds["eigh"])
+    return Duration(label, seconds[0], f"one eigh of {size} × {size}", seconds[1])
 
 
 def time_imports(*, quick: bool = False) -> Duration:
     """Import PyTorch and then this package, in fresh processes; only once if that is quick."""
-    ours, others = [], []
+    command = [sys.executable, "-c", IMPORTS]
+    pairs = []
     for _ in range(1 if quick else PROCESSES):
-        done = subprocess.run(
-            [sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True
-        )
-        other, own = map(float, done.stdout.split())
-        ours.append(own)
-        others.append(other)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        pairs.append([float(word) for word in done.stdout.split()])
+    others, ours = map(list, zip(*pairs, strict=True))
     return Duration("importing rotate_ewc", ours, "importing torch before", others, IMPORT_SECONDS)

@@ -1,17 +1,14 @@
 """``speed-penalty``: what the penalty costs in a training step, here and in other packages."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from benchmarks.command import make_console
+from benchmarks.command import make_console, use_threads
+from benchmarks.option_types import Count
 from benchmarks.speed import names
-from benchmarks.speed.options import (
-    MeasuringOptions,
-    check_names,
-    check_numbers,
-)
+from benchmarks.speed.options import COUNTS, MeasuringOptions, some_of
 
-SEPARATE_TASKS = 10
-QUICK_TASKS = 2
+SEPARATE_TASKS, QUICK_TASKS = 10, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +44,14 @@ class Options(MeasuringOptions):
             nothing.
     """
 
-    cases: tuple[str, ...] = tuple(names.STEP_CASES)
-    tasks: tuple[int, ...] = (1, 10, 50)
-    rounds: int = 7
+    cases: Annotated[tuple[str, ...], some_of(names.STEP_CASES)] = tuple(names.STEP_CASES)
+    tasks: Annotated[tuple[int, ...], COUNTS] = (1, 10, 50)
+    rounds: Count = 7
     quick: bool = False
 
     def __post_init__(self) -> None:
-        """Check all values, and put the numbers of tasks in order.
-
-        Raises:
-            ValueError: If one is unknown or out of range.
-        """
-        self.check_measuring(quick=self.quick)
-        check_names("cases", self.cases, names.STEP_CASES)
-        check_numbers("tasks", self.tasks)
+        """Check the number of rounds, and put the numbers of tasks in order."""
+        self.settle_rounds(quick=self.quick)
         most = QUICK_TASKS if self.quick else max(self.tasks)
         object.__setattr__(self, "tasks", tuple(sorted({1, *(min(t, most) for t in self.tasks)})))
 
@@ -71,17 +62,7 @@ class Options(MeasuringOptions):
 
 
 def run(options: Options) -> int:
-    """Measure case by case; what is finished is written and printed at once.
-
-    Args:
-        options: What is measured, and how.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        CommandError: If results cannot be written, or not be combined with those of earlier calls.
-    """
+    """Measure case by case; what is finished is written and printed at once."""
     import torch
 
     from benchmarks.speed.book import Book
@@ -90,8 +71,7 @@ def run(options: Options) -> int:
     from benchmarks.speed.results import Training
     from benchmarks.speed.training import measure
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     threads, console = torch.get_num_threads(), make_console()
     path = options.output / "speed_penalty.json"
     book = Book(path, Training, threads=threads, quick=options.quick)

@@ -1,33 +1,25 @@
-"""The tables on the terminal, for ``rich``."""
+"""The tables on the terminal, for ``rich``, and the targets of what was timed in training."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.report.tables import ABSENT, MEBIBYTE, empty_table
 from benchmarks.speed import names
-from benchmarks.speed.comparisons import compare
 from benchmarks.speed.contenders import Kind
 from benchmarks.speed.outside import Duration
 from benchmarks.speed.results import MEASURED, REFUSED, Estimation, Result, Training
 
-ABSENT = "–"
-MEBIBYTE = 2**20
 WIDEST_MESSAGE = 100
+Relation = Literal["≤", "≥"]
 
 
 def make_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table whose first and last columns hold words, and the others numbers."""
-    table = Table(
-        title=escape(title),
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = empty_table(title)
     for place, heading in enumerate(headings):
         if place in (0, len(headings) - 1):
             table.add_column(heading, no_wrap=place == 0, overflow="fold")
@@ -84,42 +76,88 @@ def training_table(record: Training, threads: int) -> Table:
     )
     rows = []
     for one in record.results:
-        middle, *_ = one.range_over(record.results[0].seconds) or (None,)
+        middle, *_ = one.range_over(record.scale) or (None,)
         milliseconds = one.median and 1_000 * one.median
         rows.append((one.name, number(milliseconds, ".3f"), number(middle, ".3f"), _remark(one)))
     return make_table(title, ("\ncontender", "median\n[ms]", "× plain\nstep", "\nremarks"), rows)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One number that says what something costs."""
+
+    label: str
+    value: float | None  # median over rounds of the ratio within a round; None if one is absent
+    target: float | None = None
+    relation: Relation = "≤"
+    overhead: bool = False  # whether it is what the ratio is above 1, in percent
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is met; None without a target or a value."""
+        if self.value is None or self.target is None:
+            return None
+        return self.value <= self.target if self.relation == "≤" else self.value >= self.target
+
+
+def compare(record: Training) -> list[Comparison]:
+    """Compare penalties and steps with plain steps, peers and each other."""
+    found = []
+
+    def quotient(
+        one: str, other: str, target: float | None = None, relation: Relation = "≤", label: str = ""
+    ) -> None:
+        value = record.ratio(one, other)
+        found.append(Comparison(label or f"{one} / {other}", value, target, relation))
+
+    def overhead(name: str, target: float | None = None) -> None:
+        ratio = record.ratio(name, names.STEP)
+        percent = ratio and 100 * (ratio - 1)
+        found.append(Comparison(f"{name}: overhead", percent, target, overhead=True))
+
+    penalties = {tasks: names.after(names.PENALTY, tasks) for tasks in record.tasks}
+    for penalty in penalties.values():
+        quotient(penalty, names.STEP)
+    few, many = record.tasks[0], record.tasks[-1]
+    if few < many:
+        label = f"penalty, {many} / {few} tasks"
+        quotient(penalties[many], penalties[few], 1.1, label=label)
+    ours = names.ours_beside_peers(record.case)
+    quotient(ours, names.NNGEOMETRY, 1.0)
+    quotient(names.CURVLINOPS, ours, 2.0, "≥")
+    if record.case in names.WITH_SEPARATE:
+        tasks = record.separate_tasks
+        quotient(names.ONE_BY_ONE.format(tasks), names.after(names.SEPARATE, tasks), 2.0, "≥")
+
+    perceptron = record.case in names.PERCEPTRONS
+    for tasks in record.tasks:
+        overhead(names.after(names.STEP_WITH_PENALTY, tasks), None if perceptron else 25.0)
+    overhead(names.TANGENT, 30.0 if perceptron else 25.0)
+    if perceptron:
+        overhead(names.PROXIMAL)
+        overhead(names.ROTATED)
+    return found
 
 
 def comparisons_table(record: Training) -> Table:
     """A row for each ratio and overhead of a case."""
     rows = []
     for one in compare(record):
-        form = ".1f" if one.overhead else ".2f"
-        unit = " %" if one.overhead else ""
-        rows.append(
-            (
-                one.label,
-                ABSENT if one.value is None else number(one.value, form) + unit,
-                "" if one.target is None else f"{one.relation} {one.target:{form}}{unit}",
-                verdict(one.met),
-            )
-        )
+        form, unit = (".1f", " %") if one.overhead else (".2f", "")
+        value = ABSENT if one.value is None else f"{one.value:{form}}{unit}"
+        target = "" if one.target is None else f"{one.relation} {one.target:{form}}{unit}"
+        rows.append((one.label, value, target, verdict(one.met)))
     title = f"{record.case}: ratios within a round, medians over rounds"
     return make_table(title, ("comparison", "value", "target", ""), rows)
 
 
 def durations_table(durations: Sequence[Duration]) -> Table:
     """A row for each thing outside training."""
-    rows = [
-        (
-            one.label,
-            f"{one.median:.4f}",
-            f"{one.other_label}: {one.other_median:.4f}",
-            f"< {one.limit:.3g}",
-            verdict(one.median < one.limit),
-        )
-        for one in durations
-    ]
+    rows = []
+    for one in durations:
+        (own, other), limit = one.medians, one.limit
+        beside = f"{one.other_label}: {other:.4f}"
+        rows.append((one.label, f"{own:.4f}", beside, f"< {limit:.3g}", verdict(own < limit)))
     headings = ("what", "seconds", "beside it", "target", "")
     return make_table("Outside training: medians", headings, rows)
 

@@ -12,87 +12,47 @@ from benchmarks.speed.rounds import median_ratio
 MEASURED, WRONG, REFUSED, MISSING = "measured", "wrong", "refused", "not installed"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
-    """What was measured of one contender.
-
-    Attributes:
-        name: The contender.
-        status: One of :data:`MEASURED`, :data:`WRONG`, :data:`REFUSED`, :data:`MISSING`.
-        message: Why it was refused, or how wrong it is; otherwise what it computes, if that is not
-            what all do.
-        seconds: Time of one estimation, step or penalty in every round.
-        values: What is compared with this package's: the traces of all estimations, the first of
-            which has no time, or the value of the penalty.
-        version: Version of its package.
-        kind: What it can be compared with.
-        memory: Bytes by which the first estimation raised the peak.
-        ratio: Median over rounds of its time over this package's; None where the two are not
-            comparable.
-    """
+    """What was measured of one contender."""
 
     name: str
-    status: str
-    message: str = ""
-    seconds: list[float] = field(default_factory=list)
+    status: str  # one of MEASURED, WRONG, REFUSED and MISSING
+    message: str = ""  # why it was refused, how wrong it is, or what it computes, if not the same
+    seconds: list[float] = field(default_factory=list)  # in every round
+    # What is compared with this package's: the traces of all estimations, the first of which has
+    # no time, or the value of the penalty.
     values: list[float] = field(default_factory=list)
     version: str | None = None
-    kind: str = ""
-    memory: int | None = None
-    ratio: float | None = None
+    kind: str = ""  # what it can be compared with
+    memory: int | None = None  # bytes by which the first estimation raised the peak
+    ratio: float | None = None  # median over rounds of its time over this package's, if comparable
 
     @property
     def median(self) -> float | None:
         """Median time over rounds."""
         return statistics.median(self.seconds) if self.seconds else None
 
-    def range_over(self, scale: Sequence[float]) -> tuple[float, float, float] | None:
-        """Median, least and largest multiple of a single time, or of those in the same rounds."""
-        found = [one / other for one, other in zip(self.seconds, cycle(scale), strict=False)]
-        return (statistics.median(found), min(found), max(found)) if found else None
-
     @property
     def value(self) -> float | None:
         """Mean over estimations, whose sampled labels differ."""
         return statistics.fmean(self.values) if self.values else None
 
+    def range_over(self, scale: Sequence[float]) -> tuple[float, float, float] | None:
+        """Median, least and largest multiple of a single time, or of those in the same rounds."""
+        found = [one / other for one, other in zip(self.seconds, cycle(scale), strict=False)]
+        return (statistics.median(found), min(found), max(found)) if found else None
+
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
-    """One case.
-
-    Attributes:
-        case: Its name.
-        batch: Examples in a batch.
-        rounds: Number of rounds.
-        results: What was measured of each contender.
-        versions: Versions of software.
-    """
-
-    format: ClassVar[str]
-    unit: ClassVar[str]
-    legend: ClassVar[str]
+class _Case:
+    """What all records have."""
 
     case: str
-    batch: int
-    rounds: int
+    batch: int  # examples in a batch
+    rounds: int  # number of rounds
     results: list[Result]
     versions: dict[str, Any]
-
-    @property
-    def place(self) -> tuple[Any, ...]:
-        """What makes it another record than others; records are sorted by it."""
-        raise NotImplementedError
-
-    @property
-    def heading(self) -> str:
-        """What stands above it in a figure."""
-        raise NotImplementedError
-
-    @property
-    def scale(self) -> Sequence[float]:
-        """The times that others are multiples of in a figure: one, or one in every round."""
-        raise NotImplementedError
 
     @property
     def shown(self) -> list[Result]:
@@ -101,19 +61,8 @@ class Record:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimation(Record):
-    """One case with one Fisher type.
-
-    Attributes:
-        fisher: The Fisher type.
-        fraction: Part of the case's examples.
-        examples: Number of examples.
-        tolerance: Relative difference of traces up to which results count as equal.
-        rates: Billions of operations per second in all rounds, by the shape of a product.
-        eigh: Seconds of every ``eigh``, by size.
-        gigaflop: Necessary operations by purpose, in billions.
-        floor_seconds: What they take at least, by purpose.
-    """
+class Estimation(_Case):
+    """One case with one Fisher type."""
 
     format: ClassVar[str] = "rotate_ewc.benchmarks.speed/2"
     unit: ClassVar[str] = "the floor"
@@ -122,13 +71,13 @@ class Estimation(Record):
     )
 
     fisher: str
-    fraction: float
+    fraction: float  # part of the case's examples
     examples: int
-    tolerance: float
-    rates: dict[str, list[float]]
-    eigh: dict[str, list[float]]
-    gigaflop: dict[str, float]
-    floor_seconds: dict[str, float]
+    tolerance: float  # relative difference of traces up to which results count as equal
+    rates: dict[str, list[float]]  # GFLOP/s in all rounds, by the shape of a product
+    eigh: dict[str, list[float]]  # seconds of every ``eigh``, by size
+    gigaflop: dict[str, float]  # necessary operations by purpose, in billions
+    floor_seconds: dict[str, float]  # what they take at least, by purpose
 
     @property
     def floor(self) -> float:
@@ -137,32 +86,25 @@ class Estimation(Record):
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """Case, Fisher type and fraction."""
+        """What makes it another record than others; records are sorted by it."""
         return list(names.CASES).index(self.case), names.FISHERS.index(self.fisher), -self.fraction
 
     @property
     def heading(self) -> str:
-        """Case, Fisher type and floor."""
+        """Case, Fisher type and floor, for a figure."""
         part = "" if self.fraction == 1 else f", {self.fraction:g} of the data"
         floor = f"floor {self.floor:.3g} s"
         return f"{self.case}: {names.CASES[self.case]}\n{self.fisher}{part}, {floor}"
 
     @property
     def scale(self) -> Sequence[float]:
-        """The floor."""
+        """The floor, of which other times are multiples in a figure."""
         return [self.floor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(Record):
-    """The steps and penalties of one case.
-
-    Attributes:
-        parameters: Number of parameters.
-        repetitions: Calls of each contender in its turn.
-        tasks: Numbers of tasks of the merged penalties, rising.
-        separate_tasks: Number of separate tasks.
-    """
+class Training(_Case):
+    """The steps and penalties of one case."""
 
     format: ClassVar[str] = "rotate_ewc.benchmarks.speed.penalty/2"
     unit: ClassVar[str] = "a plain step"
@@ -170,9 +112,9 @@ class Training(Record):
         "Filled: a penalty and its gradient. Hollow: whole steps. Lines: range over rounds."
     )
 
-    parameters: int
-    repetitions: int
-    tasks: list[int]
+    parameters: int  # their number
+    repetitions: int  # calls of each contender in its turn
+    tasks: list[int]  # numbers of tasks of the merged penalties, rising
     separate_tasks: int
 
     @property
@@ -188,17 +130,15 @@ class Training(Record):
 
     @property
     def scale(self) -> Sequence[float]:
-        """The plain step, which comes first."""
+        """The plain step in every round, which comes first."""
         return self.results[0].seconds
 
-    @property
-    def comparable(self) -> dict[str, list[float]]:
-        """Times in every round of those that were measured and are not wrong, by contender."""
-        return {one.name: one.seconds for one in self.results if one.status == MEASURED}
-
     def ratio(self, numerator: str, denominator: str) -> float | None:
-        """The median over rounds of a ratio within a round; None where one is absent."""
-        times = self.comparable
+        """The median over rounds of a ratio within a round; None if one is absent or wrong."""
+        times = {one.name: one.seconds for one in self.results if one.status == MEASURED}
         if numerator not in times or denominator not in times:
             return None
         return median_ratio(times[numerator], times[denominator])
+
+
+Record = Estimation | Training

@@ -29,17 +29,7 @@ def time_in_rounds(
     repetitions: int,
     warm_ups: int = WARM_UPS,
 ) -> dict[Name, list[float]]:
-    """Time all contenders in every round, within this process.
-
-    Args:
-        contenders: What is timed, by name; those that are compared had best be neighbours.
-        rounds: Number of rounds.
-        repetitions: How often a contender is called in its turn.
-        warm_ups: How often before that, without being timed.
-
-    Returns:
-        For each contender the median time of its turn in each round, in seconds.
-    """
+    """Time all contenders in every round, within this process."""
     medians: dict[Name, list[float]] = {name: [] for name in contenders}
     total = rounds * len(contenders)
     # disable=None: no bar unless standard error is a terminal

@@ -1,11 +1,16 @@
-"""What is timed of a penalty: its value and gradient, and training steps that obey it."""
+"""What is timed of a penalty after few tasks and many: its value and gradient, and training steps.
+
+Costs depend on shapes alone, so the data are noise, and training a task is a small random move.
+"""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.optim import Adam
+from tqdm import tqdm
 
 from benchmarks.speed.cases import Workload
 from benchmarks.speed.names import PROXIMAL_EVERY, TANGENT_EVERY
@@ -17,15 +22,80 @@ Work = Callable[[], object]
 # So small that thousands of steps leave the network what it is: one that has learned the batch by
 # heart has vanishing gradients, and processors take longer for numbers that are almost zero.
 LEARNING_RATE = 1e-6
+FEWEST_EXAMPLES = 4
+MOVE = 0.01
+
+
+@dataclass(frozen=True)
+class History:
+    """A model that has been through some tasks, and what remembers them."""
+
+    workload: Workload  # the model where it is now, and the batch to step on
+    first: Workload  # the model where the first task left it, and that task's data
+    known: EKFACPenalty  # of the layers that every contender knows, after the first task
+    merged: dict[int, EKFACPenalty]  # merged penalties by number of tasks
+    separate: dict[int, EKFACPenalty]  # penalties that keep tasks separate, by number of tasks
+    single: list[EKFACPenalty]  # penalties of one task each, for the first tasks
+
+
+def live(
+    workload: Workload,
+    tasks: Collection[int],
+    separate_tasks: Collection[int] = (),
+    single_tasks: int = 0,
+) -> History:
+    """Consolidate random tasks, one after the other, and move the model after each.
+
+    Args:
+        workload: The model, which is moved, and the batch to step on.
+        tasks: Numbers of tasks of the merged penalties.
+        separate_tasks: Numbers of tasks of the penalties that keep tasks separate.
+        single_tasks: Number of penalties of one task each; no more than there are tasks.
+    """
+    model = workload.model
+    known = {id(parameter) for parameter in workload.known_parameters}
+    include = [name for name, one in model.named_parameters() if id(one) in known]
+    merged: dict[int, EKFACPenalty] = {}
+    separate: dict[int, EKFACPenalty] = {}
+    kept = (
+        (tasks, EKFACPenalty(), merged),
+        (separate_tasks, EKFACPenalty(mode="separate"), separate),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first, single = _task(workload), []
+        of_known = _after(first, EKFACPenalty(include=include))
+        last = max([*tasks, *separate_tasks])
+        for done in tqdm(range(1, 1 + last), unit="task", disable=None):
+            task = first if done == 1 else _task(workload)
+            for numbers, penalty, copies in kept:
+                if done <= max(numbers, default=0):
+                    _after(task, penalty)
+                if done in numbers:
+                    copies[done] = copy.deepcopy(penalty)
+            if done <= single_tasks:
+                single.append(_after(task, EKFACPenalty()))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(MOVE * torch.randn_like(parameter))
+    return History(workload, first, of_known, merged, separate, single)
+
+
+def _task(workload: Workload) -> Workload:
+    """A copy of the model, and few examples: enough to have a matrix of the same shape."""
+    examples = max(FEWEST_EXAMPLES, workload.batch_size // 4)
+    batches = [workload.case.random_batch(examples)]
+    return replace(workload, model=copy.deepcopy(workload.model), batches=batches)
+
+
+def _after(task: Workload, penalty: EKFACPenalty) -> EKFACPenalty:
+    """The penalty after one task more."""
+    penalty.consolidate(task.model, task.criterion, task.batches)
+    return penalty
 
 
 class Learner:
-    """A copy of a model, its optimizer and a batch.
-
-    Attributes:
-        model: The copy.
-        optimizer: Adam.
-    """
+    """A copy of a model with its optimizer, Adam, and a batch."""
 
     def __init__(self, workload: Workload) -> None:
         """Copy a workload's model."""
@@ -34,18 +104,13 @@ class Learner:
         self._criterion = workload.criterion
         self._inputs, self._targets = workload.batches[0]
 
-    def loss(self) -> Tensor:
-        """The loss of the batch."""
-        value: Tensor = self._criterion(self.model(self._inputs), self._targets)
-        return value
-
     def backward(self, penalty: EKFACPenalty | None = None) -> None:
         """Replace the gradient by that of the loss, with a penalty in it if there is one."""
         self.optimizer.zero_grad()
-        loss = self.loss()
+        loss = self._criterion(self.model(self._inputs), self._targets)
         if penalty is not None:
             loss = loss + penalty(self.model)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self, penalty: EKFACPenalty | None = None) -> None:
         """Take a whole step, with a penalty in the loss if there is one."""
@@ -57,14 +122,15 @@ class Learner:
         return step_sizes_of(self.optimizer, self.model, steps * LEARNING_RATE)
 
 
-def value_and_gradient(workload: Workload, penalty: EKFACPenalty, *more: EKFACPenalty) -> Work:
+def value_and_gradient(workload: Workload, *penalties: EKFACPenalty) -> Work:
     """A penalty, or the sum of several, forward and backward for all that is not frozen."""
     own = copy.deepcopy(workload.model)
     parameters = [parameter for parameter in own.parameters() if parameter.requires_grad]
 
     def work() -> tuple[Tensor, ...]:
-        value = penalty(own)
-        for other in more:
+        first, *others = penalties
+        value = first(own)
+        for other in others:
             value = value + other(own)
         return torch.autograd.grad(value, parameters)
 
@@ -106,13 +172,8 @@ def tangent_steps(workload: Workload, penalty: EKFACPenalty) -> Work:
 def rotated_step(workload: Workload, penalty: EKFACPenalty) -> Work:
     """A step of the optimizer that obeys the penalty itself."""
     learner = Learner(workload)
-    optimizer = RotatedAdam(learner.model, penalty, lr=LEARNING_RATE)
-
-    def work() -> None:
-        learner.backward()
-        optimizer.step()
-
-    return work
+    learner.optimizer = RotatedAdam(learner.model, penalty, lr=LEARNING_RATE)  # type: ignore[assignment]
+    return learner.step
 
 
 def rotated_update(workload: Workload, penalty: EKFACPenalty) -> Work:

@@ -3,6 +3,7 @@
 Only one works at any time, since whoever asks waits for the answer.
 """
 
+import functools
 import gc
 import math
 import multiprocessing
@@ -12,9 +13,8 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.speed.cases import Estimate, build
 from benchmarks.speed.contenders import BY_NAME, Contender
@@ -26,21 +26,13 @@ TINY = 2  # examples of the first batch, which brings libraries into memory
 EXIT_INTERRUPTED = 130
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What a process says of one estimation.
+class Reply(NamedTuple):
+    """What a process says of one estimation."""
 
-    Attributes:
-        seconds: Time that it took; 0 for the first, which does not count.
-        trace: Trace of the Fisher matrix, if there is one.
-        memory: Bytes by which the first raised the peak.
-        problem: Why it was not done; None if it was.
-    """
-
-    seconds: float = 0.0
-    trace: float | None = None
-    memory: int | None = None
-    problem: str | None = None
+    seconds: float = 0.0  # 0 for the first, which does not count
+    trace: float | None = None  # trace of the Fisher matrix, if there is one
+    memory: int | None = None  # bytes by which the first raised the peak
+    problem: str | None = None  # why it was not done; None if it was
 
 
 def new_process(threads: int) -> ProcessPoolExecutor:
@@ -57,37 +49,23 @@ def _settle(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-@dataclass
 class Entry:
-    """A contender in the running.
+    """A contender in the running, with the replies of its process."""
 
-    Attributes:
-        contender: Who it is.
-        process: Where it works.
-        replies: What it said, the first time of preparing and of the memory that it takes.
-    """
-
-    contender: Contender
-    process: ProcessPoolExecutor
-    replies: list[Reply] = field(default_factory=list)
+    def __init__(self, contender: Contender, process: ProcessPoolExecutor) -> None:
+        """Nothing is asked yet."""
+        self.contender, self.process = contender, process
+        self.replies: list[Reply] = []
 
     @property
     def problem(self) -> str | None:
         """Why it is out; None while it is in."""
         return self.replies[-1].problem if self.replies else None
 
-    def prepare(self, combination: Combination, fraction: float, *, quick: bool) -> None:
-        """Have it build the case and estimate once for its memory."""
-        name = self.contender.name
-        self._ask(start, name, combination, fraction, quick)
-
-    def run(self, seed: int) -> None:
-        """Have it estimate once for its time, if it still can."""
-        if self.problem is None:
-            self._ask(estimate, seed)
-
-    def _ask(self, function: Callable[..., Reply], *arguments: Any) -> None:
-        """Have the process call a function, and keep the answer; whoever has failed is out."""
+    def ask(self, function: Callable[..., Reply], *arguments: Any) -> None:
+        """Have the process call a function; whoever has failed is out, and not asked again."""
+        if self.problem is not None:
+            return
         try:
             self.replies.append(self.process.submit(function, *arguments).result())
         except BrokenProcessPool as error:
@@ -100,48 +78,42 @@ class Entry:
 _estimation: Estimate
 
 
+def _answering(work: Callable[..., Reply]) -> Callable[..., Reply]:
+    """Do some work; whatever a package raises is its answer."""
+
+    @functools.wraps(work)
+    def answer(*arguments: Any) -> Reply:
+        try:
+            return work(*arguments)
+        except Exception as error:
+            return Reply(problem=in_one_line(error))
+
+    return answer
+
+
+@_answering
 def start(name: str, combination: Combination, fraction: float, quick: bool) -> Reply:
     """In the contender's process: prepare, and measure the memory of an estimation."""
-
-    def prepared() -> Reply:
-        global _estimation
-        contender, (case, fisher) = BY_NAME[name], combination
-        contender.prepare(build(case, quick=True).beginning(TINY), fisher)(0)
-        workload = build(case, fraction=fraction, quick=quick)
-        _estimation = contender.prepare(workload, fisher)
-        trace, memory = peak_growth(lambda: _estimation(0))
-        return Reply(trace=finite(trace), memory=memory)
-
-    return _answer(prepared)
+    global _estimation
+    contender, (case, fisher) = BY_NAME[name], combination
+    contender.prepare(build(case, quick=True).beginning(TINY), fisher)(0)
+    _estimation = contender.prepare(build(case, fraction=fraction, quick=quick), fisher)
+    trace, memory = peak_growth(lambda: _estimation(0))
+    return Reply(trace=finite(trace), memory=memory)
 
 
+@_answering
 def estimate(seed: int) -> Reply:
     """In the contender's process: measure the time of an estimation."""
-
-    def timed() -> Reply:
-        gc.collect()
-        start = perf_counter()
-        trace = _estimation(seed)
-        seconds = perf_counter() - start
-        return Reply(seconds, finite(trace))
-
-    return _answer(timed)
-
-
-def _answer(work: Callable[[], Reply]) -> Reply:
-    """Do some work; whatever a package raises is its answer."""
-    try:
-        return work()
-    except Exception as error:
-        return Reply(problem=in_one_line(error))
+    gc.collect()
+    start = perf_counter()
+    trace = _estimation(seed)
+    seconds = perf_counter() - start
+    return Reply(seconds, finite(trace))
 
 
 def finite(trace: float | None) -> float | None:
-    """A trace that can be compared.
-
-    Raises:
-        ValueError: If it is infinite or no number.
-    """
+    """A trace that can be compared; ValueError if it is infinite or no number."""
     if trace is not None and not math.isfinite(trace):
         raise ValueError(f"the trace is {trace}")
     return trace

@@ -4,14 +4,15 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from benchmarks.command import make_console, make_folder
+from benchmarks.command import make_folder, print_table, use_threads
 from benchmarks.files import write_document
-from benchmarks.speed.options import MeasuringOptions, check_number, check_numbers
+from benchmarks.option_types import Count
+from benchmarks.speed.options import COUNTS, MeasuringOptions
 
 if TYPE_CHECKING:
-    from benchmarks.speed.history import History
+    from benchmarks.speed.steps import History
     from rotate_ewc import EKFACPenalty
 
 FORMAT = "rotate_ewc.benchmarks.constant_cost/2"
@@ -20,7 +21,6 @@ FEATURES, CLASSES, BATCH = 784, 10, 250
 MODES = ("merged", "separate")
 PENALTY, TRAINING_STEP, ROTATED_STEP = "penalty", "training step", "RotatedAdam step"
 QUANTITIES = (PENALTY, TRAINING_STEP, ROTATED_STEP)
-MEBIBYTE = 2**20
 
 # A quantity, a mode (empty without a penalty), and a number of tasks.
 Contender = tuple[str, str, int]
@@ -49,63 +49,43 @@ class Options(MeasuringOptions):
         repetitions: Calls of each contender in a round.
     """
 
-    hidden: tuple[int, ...] = (100, 100)
-    tasks: tuple[int, ...] = (1, 2, 10, 50)
-    rounds: int = 7
-    repetitions: int = 50
+    hidden: Annotated[tuple[int, ...], COUNTS] = (100, 100)
+    tasks: Annotated[tuple[int, ...], COUNTS] = (1, 2, 10, 50)
+    rounds: Count = 7
+    repetitions: Count = 50
 
     def __post_init__(self) -> None:
-        """Check all values, and put the numbers of tasks in order.
-
-        Raises:
-            ValueError: If one is out of range.
-        """
-        self.check_measuring()
-        check_numbers("hidden", self.hidden)
-        check_numbers("tasks", self.tasks)
-        check_number("repetitions", self.repetitions, 1)
+        """Check the number of rounds, and put the numbers of tasks in order."""
+        self.settle_rounds()
         object.__setattr__(self, "tasks", tuple(sorted({REFERENCE, *self.tasks})))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of training with one penalty, or with none.
+    """The cost of training with one penalty, or with none."""
 
-    Attributes:
-        mode: One of :data:`MODES`; empty without a penalty.
-        tasks: Number of consolidated tasks.
-        rounds: Seconds in each round, by quantity.
-        state_bytes: Size of the tensors that the penalty keeps.
-    """
-
-    mode: str
-    tasks: int
-    rounds: dict[str, list[float]]
-    state_bytes: int = 0
+    mode: str  # one of :data:`MODES`; empty without a penalty
+    tasks: int  # number of consolidated tasks
+    rounds: dict[str, list[float]]  # seconds in each round, by quantity
+    state_bytes: int = 0  # size of the tensors that the penalty keeps
 
 
 def run(options: Options) -> int:
-    """Measure, then write and print everything.
-
-    Raises:
-        CommandError: If the results cannot be written.
-    """
+    """Measure, then write and print everything."""
     import torch
 
-    from benchmarks.speed.report import make_table
     from benchmarks.versions import versions
 
     make_folder(options.output)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     threads = torch.get_num_threads()
     costs = measure(options)
-    fields = dataclasses.asdict(options)
+    fields = {**dataclasses.asdict(options), "threads": threads}
     del fields["output"]
     path = options.output / "constant_cost.json"
     document = {
         "format": FORMAT,
-        "configuration": {**fields, "threads": threads},
+        "configuration": fields,
         "reference_tasks": REFERENCE,
         "records": [dataclasses.asdict(cost) for cost in costs],
         "versions": versions(),
@@ -116,13 +96,9 @@ def run(options: Options) -> int:
         f"{widths}: medians of {options.rounds} rounds of {options.repetitions} calls; ratios to "
         f"{REFERENCE} tasks; {threads} thread{'s' * (threads > 1)}"
     )
-    headings = [
-        heading
-        for name in ("penalty\n[ms]", "training\nstep [ms]", "RotatedAdam\nstep [ms]")
-        for heading in (name, "\nratio")
-    ]
-    headings = ["\nmode", "\ntasks", *headings, "state\n[MiB]", "\nratio", ""]
-    make_console().print(make_table(title, headings, rows_of(costs)))
+    measured = ("penalty\n[ms]", "training\nstep [ms]", "RotatedAdam\nstep [ms]", "state\n[MiB]")
+    numbers = [heading for name in measured for heading in (name, "\nratio")]
+    print_table(title, ["\nmode"], ["\ntasks", *numbers], rows_of(costs))
     print(f"Wrote {path}.")
     return 0
 
@@ -132,9 +108,9 @@ def measure(options: Options) -> list[Cost]:
     import torch
 
     from benchmarks.speed.cases import Case, build_case
-    from benchmarks.speed.history import live
     from benchmarks.speed.networks import perceptron
     from benchmarks.speed.rounds import time_in_rounds
+    from benchmarks.speed.steps import live
 
     widths = (FEATURES, *options.hidden, CLASSES)
     case = Case(lambda: perceptron(*widths), (FEATURES,), BATCH, BATCH)
@@ -144,15 +120,11 @@ def measure(options: Options) -> list[Cost]:
         contenders(history), rounds=options.rounds, repetitions=options.repetitions
     )
     sizes = {("", 0): 0, **{place: penalty.nbytes for place, penalty in penalties(history).items()}}
-    return [
-        Cost(
-            mode,
-            tasks,
-            {q: seconds[q, mode, tasks] for q in QUANTITIES if (q, mode, tasks) in seconds},
-            size,
-        )
-        for (mode, tasks), size in sizes.items()
-    ]
+    costs = []
+    for (mode, tasks), size in sizes.items():
+        times = {q: seconds[q, mode, tasks] for q in QUANTITIES if (q, mode, tasks) in seconds}
+        costs.append(Cost(mode, tasks, times, size))
+    return costs
 
 
 def penalties(history: "History") -> "dict[tuple[str, int], EKFACPenalty]":
@@ -179,7 +151,8 @@ def contenders(history: "History") -> dict[Contender, Callable[[], object]]:
 
 def rows_of(costs: Sequence[Cost]) -> list[list[str]]:
     """A row for plain training and for each penalty; beside every number is its ratio."""
-    from benchmarks.speed.report import ABSENT, number
+    from benchmarks.report.tables import ABSENT, MEBIBYTE
+    from benchmarks.speed.report import number
     from benchmarks.speed.rounds import median_ratio
 
     rows = []
@@ -194,5 +167,5 @@ def rows_of(costs: Sequence[Cost]) -> list[list[str]]:
             cells += [number(milliseconds, ".2f"), number(compared or None, ".2f")]
         size = cost.state_bytes / MEBIBYTE if reference else None
         ratio = cost.state_bytes / reference.state_bytes if reference else None
-        rows.append([*cells, number(size, ".2f"), number(ratio, ".2f"), ""])
+        rows.append([*cells, number(size, ".2f"), number(ratio, ".2f")])
     return rows

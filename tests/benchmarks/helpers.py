@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from benchmarks.__main__ import main
 from benchmarks.avalanche_names import MultiTaskModule
 from benchmarks.results import Record
 
@@ -125,3 +127,15 @@ def make_record(
         "versions": {"python": "3"},
     }
     return Record(**(fields | changes))
+
+
+def refused(words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The message of a wrong command line: one line, and exit code 2."""
+    try:
+        code: Any = main(words.split())
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, "")
+    (line,) = captured.err.splitlines()
+    return line.partition("error: ")[2]

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from benchmarks.speed.cases import Case, build_case
-from benchmarks.speed.history import History, live
 from benchmarks.speed.networks import perceptron
+from benchmarks.speed.steps import History, live
 from benchmarks.studies.constant_cost import (
     MODES,
     PENALTY,
@@ -25,6 +25,7 @@ from benchmarks.studies.constant_cost import (
     run,
 )
 from rotate_ewc import EKFACPenalty
+from tests.benchmarks.helpers import refused
 
 TASKS = (1, 2, 5)
 
@@ -138,20 +139,28 @@ def test_ratios_are_to_two_tasks_of_the_same_mode_in_the_same_round() -> None:
         Cost("separate", 50, {PENALTY: [0.25, 0.26, 0.24]}, 50 * 2**20),
     ]
     assert rows_of(costs) == [
-        ["no penalty", "–", "–", "–", "2.00", *"–––––", ""],
-        ["merged", "2", "10.00", "1.00", "–", "–", "1.00", "1.00", "1.00", "1.00", ""],
-        ["merged", "50", "10.00", "2.00", "–", "–", "1.00", "1.00", "1.00", "1.00", ""],
-        ["separate", "2", "10.00", "1.00", "–", "–", "–", "–", "2.00", "1.00", ""],
-        ["separate", "50", "250.00", "25.00", "–", "–", "–", "–", "50.00", "25.00", ""],
+        ["no penalty", "–", "–", "–", "2.00", *"–––––"],
+        ["merged", "2", "10.00", "1.00", "–", "–", "1.00", "1.00", "1.00", "1.00"],
+        ["merged", "50", "10.00", "2.00", "–", "–", "1.00", "1.00", "1.00", "1.00"],
+        ["separate", "2", "10.00", "1.00", "–", "–", "–", "–", "2.00", "1.00"],
+        ["separate", "50", "250.00", "25.00", "–", "–", "–", "–", "50.00", "25.00"],
     ]
 
 
 def test_options() -> None:
     assert Options().tasks == (1, 2, 10, 50)
     assert Options(tasks=(50, 1)).tasks == (1, 2, 50)
-    with pytest.raises(ValueError, match="--hidden: expected a whole number ≥ 1, got 0"):
-        Options(hidden=(0,))
-    with pytest.raises(ValueError, match="--rounds: expected a whole number ≥ 5, got 4"):
-        Options(rounds=4)
-    with pytest.raises(ValueError, match="--repetitions: expected a whole number ≥ 1, got 0"):
-        Options(repetitions=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--hidden 0", "--hidden: expected a whole number ≥ 1, got '0'"),
+        ("--rounds 4", "--rounds: expected a whole number ≥ 5, got 4"),
+        ("--repetitions 0", "--repetitions: expected a whole number ≥ 1, got '0'"),
+    ],
+)
+def test_bad_values_are_refused_by_name(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(f"study-constant-cost {words}", capsys)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.peers.adapters import Adapter, Mode, RotateEWC
-from benchmarks.peers.cells import cell
+from benchmarks.peers.adapters import Adapter, RotateEWC
+from benchmarks.peers.adapters.adapter import Mode
+from benchmarks.peers.document import cell
 from benchmarks.peers.exact import DenseMatrix, exact_matrix, mean_divisor
 from benchmarks.peers.measure import Record, measure
 from benchmarks.peers.problem import Problem
@@ -23,7 +24,7 @@ from benchmarks.peers.verdict import (
     Status,
     Structure,
     judge,
-    outcome_of_exception,
+    name_exception,
 )
 
 SOFTMAX = Problem(lambda act: [nn.Linear(2, 3, bias=False)], (2,))
@@ -149,7 +150,7 @@ def test_errors_of_a_package_are_refusals_and_others_failures() -> None:
     def outcome_of(function: Any, *packages: str) -> Any:
         with pytest.raises(Exception) as caught:  # noqa: PT011 - any kind will do
             function()
-        return outcome_of_exception(caught.value, packages)
+        return name_exception(caught.value, packages)
 
     refused = outcome_of(lambda: RotateEWC().save(SOFTMAX, Path("no such folder")), "x")
     assert refused.status is Status.FAILS
@@ -159,7 +160,7 @@ def test_errors_of_a_package_are_refusals_and_others_failures() -> None:
     said = outcome_of(lambda: nn.Linear(2, 2).get_parameter("none"), "torch")
     assert said.status is Status.REFUSED
     assert outcome_of(lambda: nn.Linear(2, 2).get_parameter("none"), "other").status is Status.FAILS
-    assert outcome_of_exception(NotOffered("why"), ()).message == "why"
+    assert name_exception(NotOffered("why"), ()).message == "why"
 
 
 # --------------------------------------------------------------------------- measuring

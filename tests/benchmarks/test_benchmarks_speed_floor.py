@@ -10,13 +10,11 @@ from benchmarks.speed.floor import (
     Factor,
     Layer,
     Necessary,
-    bias_factors,
     count,
     count_attention,
     count_layer,
     describe_layers,
     factors,
-    label_vectors,
     necessary,
 )
 
@@ -60,8 +58,7 @@ def test_a_linear_layer_with_three_label_vectors() -> None:
         rotations=2 * 16 + 3 * 2 * 25,
         eigenvalues=40,
     )
-    assert factors([layer], 3, 7) == [Factor(4, 7), Factor(5, 7 * 3)]
-    assert bias_factors([layer], 3, 7) == []
+    assert factors([layer], 3, 7) == ([Factor(4, 7), Factor(5, 7 * 3)], [])
 
 
 def test_the_first_layer_sends_nothing_backwards() -> None:
@@ -80,8 +77,7 @@ def test_a_convolution_whose_vectors_are_rotated() -> None:
         rotations=7290 + 450,
         eigenvalues=2430,
     )
-    assert factors([layer], 2, 100) == [Factor(27, 900), Factor(5, 1800)]
-    assert bias_factors([layer], 2, 100) == [Factor(5, 200)]
+    assert factors([layer], 2, 100) == ([Factor(27, 900), Factor(5, 1800)], [Factor(5, 200)])
 
 
 def test_few_vectors_are_cheaper_to_decompose_than_their_sum() -> None:
@@ -109,8 +105,9 @@ def test_attention_counts_half_of_each_product() -> None:
 
 
 def test_label_vectors_are_the_rank_of_the_loss() -> None:
-    assert label_vectors("mc", 10) == 1
-    assert label_vectors("type2", 10) == 9
+    workload = make_workload(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 10)), 3)
+    sampled, exact = (necessary(workload, fisher).gigaflop for fisher in ("mc", "type2"))
+    assert exact["backward"] == pytest.approx(9 * sampled["backward"])
 
 
 def test_operations_are_divided_by_rates_and_eigh_is_added() -> None:
@@ -118,7 +115,7 @@ def test_operations_are_divided_by_rates_and_eigh_is_added() -> None:
     counts = count(layers, None, 1, examples=10**6)
     assert counts["forward"] == 2 * 40 * 10**6
     assert sum(counts.values()) == 2 * (40 + 16 + 25 + 32 + 50 + 40) * 10**6
-    of_weights = factors(layers, 1, 10**6)
+    of_weights, _ = factors(layers, 1, 10**6)
     gigaflop = {purpose: number / 1e9 for purpose, number in counts.items()}
     rates, eigh = {"small": [0.01], "large": [0.1, 0.1, 0.3]}, {"4": [1.0], "5": [9.0, 11.0]}
     seconds = Necessary(gigaflop, of_weights, []).seconds(rates, eigh)

@@ -14,7 +14,7 @@ from benchmarks.speed import names, worker
 from benchmarks.speed.book import Book
 from benchmarks.speed.cases import Estimate, Workload
 from benchmarks.speed.contenders import BY_NAME, Contender, Kind
-from benchmarks.speed.estimation import QUICK_TOLERANCES, TOLERANCES, _result, compare
+from benchmarks.speed.estimation import QUICK_TOLERANCES, TOLERANCES, compare, result_of
 from benchmarks.speed.figure import draw
 from benchmarks.speed.machine import peak_growth
 from benchmarks.speed.names import Combination
@@ -107,7 +107,7 @@ def test_new_records_take_the_place_of_old_ones(record: Estimation, tmp_path: Pa
     first = dataclasses.replace(record, case="a")
     again = dataclasses.replace(record, rounds=7)
 
-    def opened(threads: int = 2) -> Book[Estimation]:
+    def opened(threads: int = 2) -> Book:
         return Book(tmp_path / "new" / "speed.json", Estimation, threads=threads, quick=False)
 
     book = opened()
@@ -171,14 +171,14 @@ def entry() -> Iterator[Entry]:
 
 def test_whoever_fails_is_refused_with_the_reason(entry: Entry) -> None:
     entry.replies.extend([Reply(trace=1.0), Reply(problem="ValueError: no")])
-    refused = _result(entry.contender, entry)
+    refused = result_of(entry.contender, entry)
     assert (refused.status, refused.message, refused.seconds) == (REFUSED, "ValueError: no", [])
-    entry.run(1)
+    entry.ask(worker.estimate, 1)
     assert len(entry.replies) == 2, "who is out is not asked again"
 
 
 def test_a_process_that_dies_is_noticed(entry: Entry) -> None:
-    entry._ask(os._exit, 1)
+    entry.ask(os._exit, 1)
     assert entry.problem is not None
     assert entry.problem.startswith("BrokenProcessPool: ")
 

@@ -21,7 +21,7 @@ from benchmarks.permuted_mnist import Options, variants
 from benchmarks.results import Job, Record
 from benchmarks.suite import pool as pool_module
 from benchmarks.suite import run as run_module
-from tests.benchmarks.helpers import make_record
+from tests.benchmarks.helpers import make_record, refused
 
 ELSEWHERE = ("speed", "speed-penalty", "peers", "study-constant-cost")
 MINE = [name for name in COMMANDS if name not in ELSEWHERE]
@@ -32,18 +32,6 @@ def parsed(words: str) -> Any:
     name, *others = words.split()
     module = importlib.import_module(COMMANDS[name].module)
     return command_line._parse(name, getattr(module, COMMANDS[name].options), others)
-
-
-def refused(words: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """The message of a wrong command line: one line, and exit code 2."""
-    try:
-        code: Any = main(words.split())
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    assert (code, captured.out) == (2, "")
-    (line,) = captured.err.splitlines()
-    return line.partition("error: ")[2]
 
 
 # Command lines

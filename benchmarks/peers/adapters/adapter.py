@@ -1,13 +1,11 @@
 """What every adapter offers, and what several of them need."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.exact import DenseMatrix
@@ -18,41 +16,23 @@ from benchmarks.speed.cases import Estimate, Form, Workload
 
 @dataclass(frozen=True)
 class Mode:
-    """One way in which a package is asked for a matrix that is known exactly.
+    """One way in which a package is asked for a matrix that is known exactly."""
 
-    Attributes:
-        label: For the table.
-        fisher: Which exact matrix it is compared with.
-        structure: The form of the estimate.
-        fallback: Whether only shown where the modes before are not right.
-    """
-
-    label: str
-    fisher: Fisher
-    structure: Structure = Structure.EKFAC
-    fallback: bool = False
-
-
-EXACT_EKFAC = (Mode("type2", "type2"), Mode("empirical", "empirical"))
+    label: str  # for the table
+    fisher: Fisher  # which exact matrix it is compared with
+    structure: Structure = Structure.EKFAC  # the form of the estimate
+    fallback: bool = False  # whether only shown where the modes before are not right
 
 
 class Adapter:
-    """A package behind one interface.
+    """A package behind one interface."""
 
-    Attributes:
-        package: Name of the distribution.
-        module: Name of the module to import.
-        title: Name for the table.
-        modes: How it is asked for a matrix.
-        raisers: Packages whose exceptions count as its own refusals.
-        takes_loss: Whether it is given a loss object, which may have an unusable reduction.
-    """
-
-    package: ClassVar[str]
-    module: ClassVar[str]
-    title: ClassVar[str]
-    modes: ClassVar[tuple[Mode, ...]] = ()
-    raisers: ClassVar[tuple[str, ...]] = ()
+    package: ClassVar[str]  # name of the distribution
+    module: ClassVar[str]  # name of the module to import
+    title: ClassVar[str]  # name for the table
+    modes: ClassVar[tuple[Mode, ...]] = ()  # how it is asked for a matrix
+    raisers: ClassVar[tuple[str, ...]] = ()  # packages whose exceptions count as its own refusals
+    # Whether it is given a loss object, which may have an unusable reduction.
     takes_loss: ClassVar[bool] = False
 
     def installed(self) -> bool:
@@ -67,11 +47,7 @@ class Adapter:
             return None
 
     def estimate(self, problem: Problem, mode: Mode, model: nn.Module) -> list[BlockEstimate]:
-        """Estimate a tiny problem's matrix, in the scale of :mod:`benchmarks.peers.exact`.
-
-        Raises:
-            NotOffered: If the package has no such feature.
-        """
+        """Estimate a tiny problem's matrix, in the scale of :mod:`benchmarks.peers.exact`."""
         raise NotImplementedError
 
     def save(self, problem: Problem, folder: Path) -> list[Tensor]:
@@ -114,11 +90,7 @@ def single_blocks(matrix: Tensor, problem: Problem, model: nn.Module) -> list[Bl
 
 
 def whole_layers(model: nn.Module) -> list[str]:
-    """Names of the modules of which all parameters are estimated.
-
-    Raises:
-        NotOffered: If only some parameters of a module are.
-    """
+    """Names of the modules of which all parameters are estimated."""
     names = []
     for name, module in model.named_modules():
         own = [p.requires_grad for p in module.parameters(recurse=False)]
@@ -134,13 +106,6 @@ def has_options(loss: nn.Module) -> bool:
     options = [getattr(loss, name, None) for name in ("weight", "pos_weight")]
     smoothing = getattr(loss, "label_smoothing", 0.0)
     return any(option is not None for option in options) or smoothing != 0.0
-
-
-def multiplied_out(operator: Any, parameters: Sequence[Tensor]) -> Tensor:
-    """The dense matrix of an operator, which multiplies columns."""
-    size = sum(parameter.numel() for parameter in parameters)
-    product: Tensor = operator @ torch.eye(size, dtype=parameters[0].dtype)
-    return product
 
 
 class OneRowPerToken(nn.Module):

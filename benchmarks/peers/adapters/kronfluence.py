@@ -19,16 +19,9 @@ from benchmarks.speed import names
 from benchmarks.speed.cases import Batch, Estimate, Workload
 
 FACTORS = "factors"
-IN_FLOAT64 = {
-    f"{quantity}_dtype": DTYPE
-    for quantity in (
-        "activation_covariance",
-        "gradient_covariance",
-        "eigendecomposition",
-        "per_sample_gradient",
-        "lambda",
-    )
-}
+COVARIANCES = ("activation_covariance", "gradient_covariance")
+QUANTITIES = (*COVARIANCES, "eigendecomposition", "per_sample_gradient", "lambda")
+IN_FLOAT64 = {f"{quantity}_dtype": DTYPE for quantity in QUANTITIES}
 
 # The summed loss of a batch, of labels that the model draws if the last argument says so.
 Loss = Callable[[nn.Module, Batch, bool], Tensor]
@@ -37,30 +30,22 @@ Loss = Callable[[nn.Module, Batch, bool], Tensor]
 class Kronfluence(Adapter):
     """Its Fisher matrix with sampled labels has no exact value to compare with."""
 
-    package = "kronfluence"
-    module = "kronfluence"
-    title = "kronfluence"
+    package = module = title = "kronfluence"
     modes = (Mode("empirical", "empirical"),)
     raisers = ("kronfluence",)
 
     def estimate(self, problem: Problem, mode: Mode, model: nn.Module) -> list[BlockEstimate]:
         """Fit the factors in a temporary folder, and read them from there."""
-        canonical = canonical_names(model)
         with tempfile.TemporaryDirectory() as folder:
-            return _read_blocks(_fitted(problem, model, Path(folder)), canonical)
+            return _blocks(problem, model, Path(folder), fit=True)
 
     def save(self, problem: Problem, folder: Path) -> list[Tensor]:
         """Fitting saves safetensors."""
-        model = problem.model()
-        canonical = canonical_names(model)
-        blocks = _read_blocks(_fitted(problem, model, folder), canonical)
-        return [block.matrix for block in blocks]
+        return [one.matrix for one in _blocks(problem, problem.model(), folder, fit=True)]
 
     def load(self, problem: Problem, folder: Path, model: nn.Module) -> list[Tensor]:
         """Another analyzer reads them."""
-        canonical = canonical_names(model)
-        blocks = _read_blocks(_problem_analyzer(problem, model, folder), canonical)
-        return [block.matrix for block in blocks]
+        return [one.matrix for one in _blocks(problem, model, folder, fit=False)]
 
     def prepare(self, workload: Workload, fisher: str) -> Estimate:
         """Fit the factors in a temporary folder, which is what it always does."""
@@ -69,21 +54,14 @@ class Kronfluence(Adapter):
                 "its Fisher matrix samples labels, or takes those of the data"
             )
         dataset = workload.dataset()
-        task = _make_task(_sampled_loss)
-        model = import_module("kronfluence.analyzer").prepare_model(workload.model, task)
+        make_analyzer = _prepare(workload.model, _sampled_loss)
 
         def estimate(seed: int) -> float:
             torch.manual_seed(seed)
             with tempfile.TemporaryDirectory() as folder:
-                analyzer = _make_analyzer(model, task, Path(folder))
-                _fit(
-                    analyzer,
-                    dataset,
-                    workload.batch_size,
-                    dataset.collate_fn,
-                    use_empirical_fisher=False,
-                    has_shared_parameters=False,
-                )
+                analyzer = make_analyzer(folder)
+                options = {"use_empirical_fisher": False, "has_shared_parameters": False}
+                _fit(analyzer, dataset, workload.batch_size, dataset.collate_fn, **options)
                 eigenvalues = analyzer.load_lambda_matrices(FACTORS)["lambda_matrix"]
             # Sums over examples, of a loss that is a sum.
             total = sum(float(one.sum()) for one in eigenvalues.values())
@@ -103,68 +81,10 @@ def _sampled_loss(model: nn.Module, batch: Batch, sample: bool) -> Tensor:
     return F.cross_entropy(scores, targets, reduction="sum")
 
 
-def _fitted(problem: Problem, model: nn.Module, folder: Path) -> Any:
-    """An analyzer with the empirical factors of a problem."""
-    if problem.drop_last or problem.one_shot:
-        raise NotOffered("it makes its batches from a data set by itself")
-    analyzer = _problem_analyzer(problem, model, folder)
-    _fit(
-        analyzer,
-        TensorDataset(*problem.data()),
-        problem.batch_size,
-        collate,
-        use_empirical_fisher=True,
-        has_shared_parameters=problem.shared,
-        **IN_FLOAT64,
-    )
-    return analyzer
-
-
-def _problem_analyzer(problem: Problem, model: nn.Module, folder: Path) -> Any:
-    """An analyzer of all modules it supports, or those named, or those that are not left out."""
-    tracked = whole_layers(model) if problem.left_out else None
-    loss = problem.loss_for("empirical")
-    task = _make_task(
-        lambda model, batch, sample: loss(model(batch[0]), batch[1]),
-        problem.settings.get("kronfluence", {}).get("modules", tracked),
-    )
-    prepared = import_module("kronfluence.analyzer").prepare_model(model, task)
-    return _make_analyzer(prepared, task, folder)
-
-
-def _make_analyzer(model: nn.Module, task: Any, folder: Path) -> Any:
-    return import_module("kronfluence.analyzer").Analyzer(
-        analysis_name="analysis",
-        model=model,
-        task=task,
-        cpu=True,
-        log_level=logging.CRITICAL,
-        disable_tqdm=True,
-        output_dir=str(folder),
-    )
-
-
-def _fit(
-    analyzer: Any,
-    dataset: Any,
-    batch_size: int,
-    collate_fn: Callable[..., Any],
-    **options: Any,
-) -> None:
-    """Fit all factors."""
-    arguments = import_module("kronfluence.arguments")
-    settings = import_module("kronfluence.utils.dataset").DataLoaderKwargs(collate_fn=collate_fn)
-    analyzer.fit_all_factors(
-        factors_name=FACTORS,
-        dataset=dataset,
-        per_device_batch_size=batch_size,
-        dataloader_kwargs=settings,
-        factor_args=arguments.FactorArguments(strategy="ekfac", **options),
-    )
-
-
-def _make_task(loss: Loss, tracked: list[str] | None = None) -> Any:
-    """The task: the summed loss, as its documentation asks for."""
+def _prepare(
+    model: nn.Module, loss: Loss, tracked: list[str] | None = None
+) -> Callable[[Path | str], Any]:
+    """Make analyzers of a model with a summed loss, as its documentation asks for."""
 
     class ClassificationTask(import_module("kronfluence.task").Task):  # type: ignore[misc]
         """A model with a loss."""
@@ -181,11 +101,50 @@ def _make_task(loss: Loss, tracked: list[str] | None = None) -> Any:
             """The modules to be estimated; None for all."""
             return tracked
 
-    return ClassificationTask()
+    task, package = ClassificationTask(), import_module("kronfluence.analyzer")
+    prepared = package.prepare_model(model, task)
+    return lambda folder: package.Analyzer(
+        analysis_name="analysis",
+        model=prepared,
+        task=task,
+        cpu=True,
+        log_level=logging.CRITICAL,
+        disable_tqdm=True,
+        output_dir=str(folder),
+    )
 
 
-def _read_blocks(analyzer: Any, canonical: dict[str, str]) -> list[BlockEstimate]:
-    """Put the saved factors together: the sums over examples, a bias as the last column."""
+def _fit(
+    analyzer: Any, dataset: Any, batch: int, collate_fn: Callable[..., Any], **options: Any
+) -> None:
+    """Fit all factors."""
+    arguments = import_module("kronfluence.arguments")
+    settings = import_module("kronfluence.utils.dataset").DataLoaderKwargs(collate_fn=collate_fn)
+    analyzer.fit_all_factors(
+        factors_name=FACTORS,
+        dataset=dataset,
+        per_device_batch_size=batch,
+        dataloader_kwargs=settings,
+        factor_args=arguments.FactorArguments(strategy="ekfac", **options),
+    )
+
+
+def _blocks(problem: Problem, model: nn.Module, folder: Path, *, fit: bool) -> list[BlockEstimate]:
+    """The empirical blocks of all modules it supports, those named, or those not left out."""
+    if problem.drop_last or problem.one_shot:
+        raise NotOffered("it makes its batches from a data set by itself")
+    canonical, loss = canonical_names(model), problem.loss_for("empirical")
+    tracked = whole_layers(model) if problem.left_out else None
+    tracked = problem.settings.get("kronfluence", {}).get("modules", tracked)
+    make_analyzer = _prepare(
+        model, lambda model, batch, _: loss(model(batch[0]), batch[1]), tracked
+    )
+    analyzer = make_analyzer(folder)
+    if fit:
+        dataset, shared = TensorDataset(*problem.data()), problem.shared
+        options = {"use_empirical_fisher": True, "has_shared_parameters": shared, **IN_FLOAT64}
+        _fit(analyzer, dataset, problem.batch_size, collate, **options)
+    # Put the saved factors together: the sums over examples, a bias as the last column.
     bases = analyzer.load_eigendecomposition(FACTORS)
     lambdas = analyzer.load_lambda_matrices(FACTORS)["lambda_matrix"]
     blocks = []
@@ -194,8 +153,7 @@ def _read_blocks(analyzer: Any, canonical: dict[str, str]) -> list[BlockEstimate
         basis_out = bases["gradient_eigenvectors"][module]
         basis = torch.kron(basis_out.contiguous(), basis_in.contiguous())
         matrix = basis @ torch.diag(eigenvalues.flatten()) @ basis.T
-        d_out, d_in = eigenvalues.shape
-        entries = torch.arange(d_out * d_in).reshape(d_out, d_in)
+        entries = torch.arange(eigenvalues.numel()).reshape(eigenvalues.shape)
         own, order = [f"{module}.weight"], entries.flatten()
         if f"{module}.bias" in canonical:
             own.append(f"{module}.bias")

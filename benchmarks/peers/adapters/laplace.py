@@ -29,9 +29,8 @@ class Laplace(Adapter):
     :attr:`Problem.separable` says, with the approximation called "reduce".
     """
 
-    package = "laplace-torch"
+    package = title = "laplace-torch"
     module = "laplace"
-    title = "laplace-torch"
     modes = (
         Mode("diagonal", "type2", Structure.DIAGONAL),
         Mode("Kron", "type2", Structure.KRON),
@@ -41,10 +40,8 @@ class Laplace(Adapter):
     def estimate(self, problem: Problem, mode: Mode, model: nn.Module) -> list[BlockEstimate]:
         """Read the Hessian of the log likelihood, a sum over the data."""
         fitted, unit = _fitted(problem, mode, model)
-        if mode.structure is Structure.DIAGONAL:
-            dense = torch.diag(fitted.H)
-        else:
-            dense = fitted.H.to_matrix()
+        diagonal = mode.structure is Structure.DIAGONAL
+        dense = torch.diag(fitted.H) if diagonal else fitted.H.to_matrix()
         if problem.reduction == "mean":
             unit /= mean_divisor(problem)
         return single_blocks(unit * dense, problem, model)

@@ -9,13 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.adapters.adapter import (
-    Adapter,
-    Mode,
-    canonical_names,
-    has_options,
-    whole_layers,
-)
+from benchmarks.peers.adapters import adapter
+from benchmarks.peers.adapters.adapter import Adapter, Mode, canonical_names, whole_layers
 from benchmarks.peers.exact import mean_divisor
 from benchmarks.peers.problem import DTYPE, Problem
 from benchmarks.peers.verdict import BlockEstimate, NotOffered, Structure
@@ -34,9 +29,7 @@ VARIANTS: dict[type[nn.Module], tuple[str, float]] = {
 class NNGeometry(Adapter):
     """The Fisher matrix of its closed forms, and the second moment of per-example gradients."""
 
-    package = "nngeometry"
-    module = "nngeometry"
-    title = "nngeometry"
+    package = module = title = "nngeometry"
     modes = (
         Mode("type2", "type2"),
         Mode("empirical", "empirical"),
@@ -48,10 +41,8 @@ class NNGeometry(Adapter):
         """Write out the matrix of every layer."""
         with float64_by_default():
             matrix, layers, scale = self._matrix(problem, mode, model)
-            if mode.structure is Structure.EKFAC:
-                dense = matrix.to_torch()
-            else:
-                dense = torch.diag(matrix.get_diag())
+            ekfac = mode.structure is Structure.EKFAC
+            dense = matrix.to_torch() if ekfac else torch.diag(matrix.get_diag())
         canonical = canonical_names(model)
         blocks = []
         for layer, description in layers.layers.items():
@@ -118,8 +109,7 @@ class NNGeometry(Adapter):
 
 def _make_matrices(workload: Workload, fisher: str) -> Callable[[], tuple[Any, Any]]:
     """A function that makes a matrix, and its layers."""
-    metrics = import_module("nngeometry.metrics")
-    representation = import_module("nngeometry.object").PMatEKFAC
+    metrics, objects = map(import_module, ("nngeometry.metrics", "nngeometry.object"))
     metric = metrics.FIM_MonteCarlo if fisher == names.MC else metrics.FIM
     layers = _collect(workload.model, workload.known_layers)
     settings: dict[str, Any] = {"layer_collection": layers, "variant": "classif_logits"}
@@ -133,7 +123,7 @@ def _make_matrices(workload: Workload, fisher: str) -> Callable[[], tuple[Any, A
     data = workload.loader()
 
     def make() -> tuple[Any, Any]:
-        matrix = metric(workload.model, data, representation, **settings)
+        matrix = metric(workload.model, data, objects.PMatEKFAC, **settings)
         matrix.update_diag(data)
         return matrix, layers
 
@@ -153,7 +143,7 @@ def _closed_form(
 ) -> tuple[Any, float]:
     """``FIM``: an average over examples, of the summed loss of each."""
     loss = problem.loss("mean")
-    if has_options(loss) or problem.targets in ("some ignored", "probabilities"):
+    if adapter.has_options(loss) or problem.targets in ("some ignored", "probabilities"):
         raise NotOffered("FIM knows likelihoods, not the options of a loss")
     variant, unit = VARIANTS[type(loss)]
     matrix = import_module("nngeometry.metrics").FIM(
