@@ -68,15 +68,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        arguments: Words of the command line; None for those of the process.
-
-    Returns:
-        The exit code: 0; 1 where something is missing or failed; 2 after a wrong command line; 130
-        after an interruption.
-    """
+    """Run a command."""
     name, *words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(_overview())

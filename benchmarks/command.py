@@ -22,11 +22,7 @@ class CommandError(Exception):
 
 
 def make_folder(output: Path) -> None:
-    """Make the folder of the results, before anything takes time.
-
-    Raises:
-        CommandError: If it cannot be made.
-    """
+    """Make the folder of the results, before anything takes time."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -35,12 +31,6 @@ def make_folder(output: Path) -> None:
 
 def start(options: "StreamOptions") -> "tuple[Configuration, ImageData]":
     """Make the folder of the results, set the number of threads, and load and announce the images.
-
-    Args:
-        options: Of a command about one stream of permuted-MNIST tasks.
-
-    Returns:
-        The options with defaults that fit the data, and the images.
     """
     from benchmarks.configuration import settle
 
@@ -72,16 +62,7 @@ def use_threads(threads: int | None) -> None:
 
 
 def keep(results: Iterable[Result], path: Path, document: Mapping[str, Any]) -> list[Result]:
-    """Collect results, and write all there are after each, so that an interruption loses none.
-
-    Args:
-        results: Dataclass instances, each made when it is asked for.
-        path: The JSON file.
-        document: What else is in it.
-
-    Returns:
-        The results.
-    """
+    """Collect results, and write all there are after each, so that an interruption loses none."""
     from benchmarks.files import write_document
 
     found: list[Result] = []

@@ -134,14 +134,7 @@ class ImageData:
 
 
 def load_images(data_root: Path) -> ImageData:
-    """Load MNIST from a folder or the network, or else the digits.
-
-    Args:
-        data_root: Folder that has, or is to have, ``MNIST/raw`` with the four data files.
-
-    Returns:
-        The images. Nothing has been printed: printing the announcement is up to the caller.
-    """
+    """Load MNIST from a folder or the network, or else the digits."""
     try:
         return load(MNIST, data_root)
     except DataUnavailableError as error:
@@ -149,18 +142,7 @@ def load_images(data_root: Path) -> ImageData:
 
 
 def load(kind: Kind, data_root: Path) -> ImageData:
-    """Load a data set of torchvision, downloading it where it is missing.
-
-    Args:
-        kind: Which.
-        data_root: Folder that has, or is to have, the folder that torchvision makes.
-
-    Returns:
-        The images.
-
-    Raises:
-        DataUnavailableError: If the files are damaged, or missing and cannot be downloaded.
-    """
+    """Load a data set of torchvision, downloading it where it is missing."""
     from torchvision import datasets
 
     make = getattr(datasets, kind.name.replace("-", ""))
@@ -187,14 +169,7 @@ def load(kind: Kind, data_root: Path) -> ImageData:
 
 
 def load_digits(why: str = "was not asked for") -> ImageData:
-    """Load the handwritten digits that come with scikit-learn, split the same way every time.
-
-    Args:
-        why: Why these and not MNIST, completing "MNIST ...".
-
-    Returns:
-        1,497 training and 300 test images, each class alike in both.
-    """
+    """Load the handwritten digits that come with scikit-learn, split the same way every time."""
     from sklearn.datasets import load_digits as load_them
     from sklearn.model_selection import train_test_split
 
@@ -235,16 +210,7 @@ def _sizes(training: int, test: int, shape: tuple[int, ...]) -> str:
 
 
 def _download(make_dataset: Callable[[], object], folder: Path, data_root: Path) -> None:
-    """Download a data set in silence, or raise within about twenty seconds.
-
-    Args:
-        make_dataset: Makes torchvision's data set, with ``download=True``.
-        folder: Where its files go; if it was not there, it is not there after a failure.
-        data_root: What the user knows the place as.
-
-    Raises:
-        DataUnavailableError: If the download fails.
-    """
+    """Download a data set in silence, or raise within about twenty seconds."""
     missing_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         with _silence(), _network_timeout(NETWORK_TIMEOUT_SECONDS):

@@ -37,19 +37,6 @@ def run(
     """Train and test one method.
 
     The seed fixes the initial weights and the order of examples, so that all methods start alike.
-
-    Args:
-        variant: The method.
-        scenario: The tasks, made with the same seed.
-        configuration: The options.
-        seed: Seed of PyTorch's global random state, which is set.
-        data_source: Where the images are from, for the record.
-        extra_plugins: Avalanche plugins that are called before the method's own, and so see the
-            end of a task before it is consolidated.
-        quiet: Whether to keep progress to itself.
-
-    Returns:
-        The results.
     """
     torch.manual_seed(seed)
     device = torch.device(configuration.device)
@@ -113,19 +100,7 @@ def _train(
     stopwatch: Stopwatch,
     title: str,
 ) -> tuple[list[list[float]], bool]:
-    """Train on one experience after another, and test on all tasks after each.
-
-    Args:
-        strategy: The Avalanche strategy.
-        experiences: One for each task, or one for all.
-        scenario: The tasks, to test on.
-        stopwatch: Gets the time of training.
-        title: Begins the lines that tell of progress; if it is empty, nothing is told.
-
-    Returns:
-        The accuracy matrix ``[T][T]``, and whether a task could not be consolidated because the
-        network had diverged.
-    """
+    """Train on one experience after another, and test on all tasks after each."""
     matrix: list[list[float]] = []
     refused = False
     jointly = len(experiences) < scenario.tasks
@@ -176,16 +151,6 @@ def accuracy(
     """Fraction of examples whose largest logit is that of their class.
 
     Avalanche's evaluation would load every image by itself, which takes longer than training.
-
-    Args:
-        model: The network; it is left in the mode it was in.
-        inputs: Inputs ``[M, ...]``.
-        labels: Classes ``[M]``.
-        device: Where the network is.
-        task: What a network with a head for every task is told.
-
-    Returns:
-        A fraction between 0 and 1.
     """
     was_training = model.training
     model.eval()

@@ -10,16 +10,7 @@ from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
 
 
 def state_bytes(plugin: Any | None, model: nn.Module) -> int:
-    """Bytes of all tensors that a plugin holds, those of the network in training not included.
-
-    Args:
-        plugin: An Avalanche plugin, if any.
-        model: The network.
-
-    Returns:
-        Anchors, importances, copies of networks, whatever there is; memory that several tensors
-        share counts once.
-    """
+    """Bytes of all tensors that a plugin holds, those of the network in training not included."""
     known = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     kept = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()

@@ -188,17 +188,7 @@ class Variant:
 def make_plugin(
     variant: Variant, configuration: "Configuration", *, seed: int, examples: int
 ) -> Any | None:
-    """Make the plugin that sets a method apart.
-
-    Args:
-        variant: The method and its strength.
-        configuration: The options.
-        seed: Seed of the run.
-        examples: Number of training examples of a task.
-
-    Returns:
-        An Avalanche plugin, or None for plain training.
-    """
+    """Make the plugin that sets a method apart."""
     samples: int | None = configuration.fisher_samples
     if not samples or samples >= examples:
         samples = None
@@ -231,15 +221,6 @@ def make_strategy(
     """Make a strategy that trains a model and neither evaluates nor logs.
 
     The optimizer, and with it its state, lives as long as the strategy: from task to task.
-
-    Args:
-        model: The network.
-        configuration: The options.
-        optimizer: The optimizer of its parameters.
-        plugins: Avalanche plugins.
-
-    Returns:
-        An Avalanche strategy for cross-entropy.
     """
     from torch import nn
 

@@ -14,14 +14,6 @@ CHANNELS = (32, 64, 128)
 
 def make_model(scenario: "Scenario", hidden: Sequence[int]) -> nn.Module:
     """The network for a scenario: convolutions for images in colour, several heads where asked for.
-
-    Args:
-        scenario: The tasks.
-        hidden: Widths of the fully connected hidden layers.
-
-    Returns:
-        A network from flattened images ``[N, D]`` (and task labels, where there is a head for each
-        task) to logits ``[N, classes]``, initialised from PyTorch's global random state.
     """
     in_colour = scenario.shape[0] > 1
     layers: list[nn.Module] = []
@@ -52,14 +44,7 @@ def hidden_layers(features: int, hidden: Sequence[int]) -> list[nn.Module]:
 
 
 def convolutions(shape: Sequence[int]) -> tuple[list[nn.Module], int]:
-    """Three 3×3 convolutions, each with ReLU after it, that halve height and width.
-
-    Args:
-        shape: Channels, height and width of the images.
-
-    Returns:
-        Layers from flattened images ``[N, D]`` to features ``[N, F]``, and ``F``.
-    """
+    """Three 3×3 convolutions, each with ReLU after it, that halve height and width."""
     channels, height, width = shape
     layers: list[nn.Module] = [nn.Unflatten(1, tuple(shape))]
     for channels_in, channels_out in pairwise((channels, *CHANNELS)):

@@ -96,17 +96,7 @@ def group_by_label(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def read_records(path: Path) -> tuple[str, list[Record]]:
-    """Read a file of records.
-
-    Args:
-        path: The JSON file.
-
-    Returns:
-        The name of the scenario, and the records.
-
-    Raises:
-        ValueError: If the file is of another format.
-    """
+    """Read a file of records."""
     document = json.loads(path.read_text(encoding="utf-8"))
     found = document.get("format") if isinstance(document, dict) else None
     if found != FORMAT:
@@ -180,17 +170,7 @@ def save(record: Record, job: Job, folder: Path) -> None:
 
 
 def load_all(folders: Iterable[Path]) -> list[tuple[str, Record]]:
-    """All records in some folders and their subfolders.
-
-    Args:
-        folders: The folders, or single files.
-
-    Returns:
-        Pairs of a scenario's name and a record.
-
-    Raises:
-        ValueError: If a folder does not exist, or there is no record in any.
-    """
+    """All records in some folders and their subfolders."""
     found = []
     for path in dict.fromkeys(path.resolve() for path in _files(folders)):
         try:

@@ -191,17 +191,7 @@ class SplitImages(Scenario):
     def __init__(
         self, data: ImageData, tasks: int, increment: str, name: str = "split_mnist"
     ) -> None:
-        """Share the classes out.
-
-        Args:
-            data: The images.
-            tasks: Number of tasks ``T``, which divides the number of classes.
-            increment: What the network is to tell.
-            name: Names the results, with the increment.
-
-        Raises:
-            ValueError: If the classes cannot be shared out evenly.
-        """
+        """Share the classes out."""
         super().__init__(data, tasks)
         if data.classes % tasks:
             raise ValueError(
@@ -239,11 +229,7 @@ class SplitImages(Scenario):
         return Examples(inputs.__getitem__, targets, told if self.multi_headed else None)
 
     def _rows_of(self, classes: Tensor, task: int) -> Tensor:
-        """Where the classes of a task are among others.
-
-        Raises:
-            ValueError: If they are not.
-        """
+        """Where the classes of a task are among others."""
         rows = torch.nonzero(classes // self._classes_per_task == task).flatten()
         if not len(rows):
             raise ValueError(
@@ -258,18 +244,7 @@ class SplitImages(Scenario):
 
 
 def load_data(configuration: Configuration, data_root: Path) -> ImageData:
-    """Load the images of a scenario, as many of them as are to be used.
-
-    Args:
-        configuration: The options.
-        data_root: Folder of the data sets.
-
-    Returns:
-        The images; for validation, held-out ones take the place of the test images.
-
-    Raises:
-        DataUnavailableError: If CIFAR is not to be had.
-    """
+    """Load the images of a scenario, as many of them as are to be used."""
     kinds = {"split_cifar10": data_sets.CIFAR10, "split_cifar100": data_sets.CIFAR100}
     kind = kinds.get(configuration.scenario)
     data = data_sets.load(kind, data_root) if kind else data_sets.load_images(data_root)
@@ -278,19 +253,7 @@ def load_data(configuration: Configuration, data_root: Path) -> ImageData:
 
 
 def make_scenario(configuration: Configuration, data: ImageData, seed: int) -> Scenario:
-    """Make a stream of tasks.
-
-    Args:
-        configuration: The options.
-        data: The images.
-        seed: Seed of permutations and angles; split streams are the same for all seeds.
-
-    Returns:
-        The stream.
-
-    Raises:
-        ValueError: If the classes cannot be split into so many tasks.
-    """
+    """Make a stream of tasks."""
     if configuration.scenario == "permuted_mnist":
         return PermutedImages(data, configuration.tasks, seed)
     if configuration.scenario == "rotated_mnist":
@@ -299,16 +262,7 @@ def make_scenario(configuration: Configuration, data: ImageData, seed: int) -> S
 
 
 def training_experiences(scenario: Scenario, *, jointly: bool) -> list[Any]:
-    """Make Avalanche experiences of a scenario's training sets.
-
-    Args:
-        scenario: The tasks.
-        jointly: Whether to put all tasks into one experience.
-
-    Returns:
-        One experience per task, or one altogether. Their batches are pairs (inputs, classes), or
-        triples with task labels where the scenario has a head for every task.
-    """
+    """Make Avalanche experiences of a scenario's training sets."""
     from benchmarks.avalanche_names import (
         benchmark_from_datasets,
         with_classes_timeline,

@@ -10,12 +10,7 @@ class Schedule(SupervisedPlugin, supports_distributed=True):  # type: ignore[mis
     """In every task, lets the learning rate rise from zero, and then stay or fall back to zero."""
 
     def __init__(self, *, decays: bool, warm_up: float) -> None:
-        """Learn the full rates when the first task begins.
-
-        Args:
-            decays: Whether the rate falls, in a straight line that ends at zero.
-            warm_up: Part of a task in which the rate rises, from 0 to 1.
-        """
+        """Learn the full rates when the first task begins."""
         super().__init__()
         self._decays = decays
         self._warm_up = warm_up

@@ -36,18 +36,7 @@ class Outer:
 
 
 def trained_layers(model: nn.Module) -> dict[str, Layer]:
-    """List the layers of a model.
-
-    Args:
-        model: The network.
-
-    Returns:
-        The layers by name.
-
-    Raises:
-        ValueError: If something else is trained than weight and bias of linear layers on vectors
-            and of convolutions without groups, with zeros around the image.
-    """
+    """List the layers of a model."""
     layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
     known = {id(p) for layer in layers.values() for p in layer.parameters()}
     for name, parameter in model.named_parameters():
@@ -68,11 +57,7 @@ class Capture:
     """Watches layers for the duration of a ``with`` block, in which each is called at most once."""
 
     def __init__(self, layers: dict[str, Layer]) -> None:
-        """Watch nothing yet.
-
-        Args:
-            layers: The layers by name.
-        """
+        """Watch nothing yet."""
         self._layers = layers
         # Edges in the graph remain right if an output is changed in place.
         self._calls: dict[str, tuple[Tensor, GradientEdge]] = {}
@@ -89,15 +74,7 @@ class Capture:
         self._stack.close()
 
     def backward(self, outputs: Tensor, vectors: Tensor) -> dict[str, Outer]:
-        """Pull vectors back from the model's outputs to those of the layers.
-
-        Args:
-            outputs: Of the forward pass that was watched, ``[N, C]``. The graph is kept.
-            vectors: The gradient of something with respect to them, ``[N, C]``.
-
-        Returns:
-            By name, for every layer that the outputs depend on.
-        """
+        """Pull vectors back from the model's outputs to those of the layers."""
         edges = [edge for _, edge in self._calls.values()]
         pulled = torch.autograd.grad(
             outputs, edges, grad_outputs=vectors, retain_graph=True, allow_unused=True

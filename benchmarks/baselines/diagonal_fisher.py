@@ -58,15 +58,7 @@ class DiagonalFisherEWC(QuadraticPlugin, supports_distributed=True):  # type: ig
 
 
 def exact_diagonal(model: nn.Module, examples: Examples) -> dict[str, Tensor]:
-    """Compute the diagonal of the Fisher matrix of cross-entropy, over all classes.
-
-    Args:
-        model: The network, left as it is.
-        examples: The data, over which it is averaged.
-
-    Returns:
-        By name of the parameters, in their shapes; zeros for those that were not used.
-    """
+    """Compute the diagonal of the Fisher matrix of cross-entropy, over all classes."""
     layers = trained_layers(model)
     sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in model.named_parameters()}
     with evaluating(model):

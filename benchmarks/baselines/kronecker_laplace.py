@@ -94,16 +94,7 @@ class KroneckerLaplace(QuadraticPlugin, supports_distributed=True):  # type: ign
 def kronecker_factors(
     model: nn.Module, examples: Examples, generator: torch.Generator
 ) -> dict[str, Factors]:
-    """Estimate the factors of all layers that the examples use.
-
-    Args:
-        model: The network, left as it is.
-        examples: The data.
-        generator: Of the labels.
-
-    Returns:
-        The factors by name of layer.
-    """
+    """Estimate the factors of all layers that the examples use."""
     layers = trained_layers(model)
     sums: dict[str, Factors] = {}
     uses = dict.fromkeys(layers, 0)

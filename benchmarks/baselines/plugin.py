@@ -25,16 +25,7 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
     """
 
     def __init__(self, strength: float, *, samples: int | None, seed: int) -> None:
-        """Protect nothing yet.
-
-        Args:
-            strength: λ, at least 0.
-            samples: Examples of each task to estimate on, drawn at random; None for all.
-            seed: Seed of the examples and, where they are drawn, of the labels.
-
-        Raises:
-            ValueError: If the strength is negative or there are no examples.
-        """
+        """Protect nothing yet."""
         super().__init__()
         if not strength >= 0:
             raise ValueError(f"strength: got {strength}, expected at least 0")
@@ -85,14 +76,7 @@ class Examples:
     """
 
     def __init__(self, strategy: Any, *, samples: int | None, seed: int, task: int) -> None:
-        """Draw the examples.
-
-        Args:
-            strategy: The Avalanche strategy, whose experience is the task.
-            samples: How many; None for all, as for numbers that are larger.
-            seed: Seed of the run.
-            task: Number of the task, from 0.
-        """
+        """Draw the examples."""
         dataset = strategy.experience.dataset.eval()
         self._collate = getattr(dataset, "collate_fn", None)
         if samples is not None and samples < len(dataset):
@@ -120,22 +104,12 @@ class Examples:
 
 
 def make_generator(seed: int, task: int, stream: int) -> torch.Generator:
-    """Make a generator on the CPU for one purpose in one task.
-
-    Args:
-        seed: Seed of the run.
-        task: Number of the task, from 0.
-        stream: ``DRAWING`` or ``LABELLING``.
-    """
+    """Make a generator on the CPU for one purpose in one task."""
     return torch.Generator().manual_seed((2 * (seed * 1_000_003 + task) + stream) % 2**63)
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """Return a model's outputs ``[n, C]`` for some examples.
-
-    Raises:
-        ValueError: If the outputs are not finite.
-    """
+    """Return a model's outputs ``[n, C]`` for some examples."""
     outputs: Tensor = avalanche_forward(model, batch.inputs, batch.task_labels)
     if not outputs.isfinite().all():
         raise ValueError(
@@ -146,15 +120,7 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def sampled_gradients(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the gradients of cross-entropy for labels drawn from the model's own predictions.
-
-    Args:
-        logits: ``[n, C]``.
-        generator: Of the labels; on the CPU, whatever the device, so that it is the same for all.
-
-    Returns:
-        ``p - e_y`` for one label ``y`` of each example, ``[n, C]``.
-    """
+    """Return the gradients of cross-entropy for labels drawn from the model's own predictions."""
     probabilities = logits.detach().softmax(1)
     labels = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(logits.device)
     return probabilities.scatter_add(1, labels, -torch.ones_like(probabilities[:, :1]))

@@ -117,17 +117,7 @@ class PublishedRotatedEWC(QuadraticPlugin, supports_distributed=True):  # type: 
 def moment_bases(
     model: nn.Module, layers: dict[str, Layer], examples: Examples, generator: torch.Generator
 ) -> dict[str, Rotation]:
-    """Find the eigenvectors of both moments of all layers that the examples use.
-
-    Args:
-        model: The network, left as it is.
-        layers: Its layers by name, none of them rotated.
-        examples: The data.
-        generator: Of the labels.
-
-    Returns:
-        The bases by name of layer.
-    """
+    """Find the eigenvectors of both moments of all layers that the examples use."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     for outers in _passes(model, layers, examples, generator):
@@ -145,19 +135,7 @@ def rotated_diagonals(
     examples: Examples,
     generator: torch.Generator,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Estimate the diagonal of the Fisher matrix in rotated coordinates.
-
-    Args:
-        model: The network, left as it is.
-        layers: Its layers by name, none of them rotated.
-        rotations: The coordinates of those that the examples use.
-        examples: The data.
-        generator: Of the labels; in the state in which the moments found it.
-
-    Returns:
-        By name of layer the mean squares of the gradients of single examples: of ``W'``, in the
-        shape of the weight, and of the bias ``[d_out]``.
-    """
+    """Estimate the diagonal of the Fisher matrix in rotated coordinates."""
     weights = {name: torch.zeros_like(layers[name].weight) for name in rotations}
     biases = {name: weights[name].new_zeros(len(weights[name])) for name in rotations}
     for outers in _passes(model, layers, examples, generator):

@@ -49,14 +49,7 @@ class SynapticIntelligence(SupervisedPlugin, supports_distributed=True):  # type
     """
 
     def __init__(self, strength: float) -> None:
-        """Protect nothing yet.
-
-        Args:
-            strength: λ, at least 0.
-
-        Raises:
-            ValueError: If the strength is negative.
-        """
+        """Protect nothing yet."""
         super().__init__()
         if not strength >= 0:
             raise ValueError(f"strength: got {strength}, expected at least 0")

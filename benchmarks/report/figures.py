@@ -151,12 +151,6 @@ def strength_curves(experiment: Experiment) -> Figure | None:
     of one sample standard deviation where the search had several seeds. Below, the interval in
     which at most three points are lost, an arrow where it goes on beyond the search; its rows serve
     as the legend.
-
-    Args:
-        experiment: Records sorted by the protocol.
-
-    Returns:
-        The figure; None if no method was searched with several strengths.
     """
     searched = {
         result.label: result

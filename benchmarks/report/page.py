@@ -28,15 +28,7 @@ SALT = "rotate_ewc.benchmarks"
 
 
 def write_report(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
-    """Write a page that needs nothing but a browser, and Markdown with figures next to it.
-
-    Args:
-        experiments: What to report, at least one; any records may be missing from them.
-        folder: Folder of the report; older files of the same names are replaced.
-
-    Returns:
-        The files: ``report.html``, ``report.md`` and the figures.
-    """
+    """Write a page that needs nothing but a browser, and Markdown with figures next to it."""
     # The templates are ours, and everything put into them is not.
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -64,16 +56,7 @@ def write_report(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
 
 
 def write_figures(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
-    """Write all figures as PNG.
-
-    Args:
-        experiments: What to draw; figures for which records are missing are left out.
-        folder: Folder of the files.
-
-    Returns:
-        The files: ``<scenario>-<name>.png`` with the names of
-        :data:`benchmarks.report.figures.DRAWINGS`, the scenarios numbered where they are the same.
-    """
+    """Write all figures as PNG."""
     names = unique_names([experiment.scenario for experiment in experiments])
     return [
         replace_file(folder / f"{name}-{drawing.name}.png", _image_of(figure, "png"))
@@ -84,15 +67,7 @@ def write_figures(experiments: Sequence[Experiment], folder: Path) -> list[Path]
 
 
 def unique_names(scenarios: Sequence[str]) -> list[str]:
-    """Make names for files and anchors, one for each experiment.
-
-    Args:
-        scenarios: Names of the experiments' scenarios, any of them several times.
-
-    Returns:
-        In the same order, names of letters, digits, ``_``, ``-`` and ``.`` alone, which no two
-        experiments share, not even where upper and lower case are the same.
-    """
+    """Make names for files and anchors, one for each experiment."""
     names: list[str] = []
     for scenario in scenarios:
         plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", scenario).strip("-.") or "experiment"

@@ -253,15 +253,7 @@ def terminal_notes() -> Group:
 
 
 def setting_lines(experiment: Experiment) -> list[str]:
-    """Say what an experiment's numbers were measured with.
-
-    Args:
-        experiment: Records sorted by the protocol.
-
-    Returns:
-        Sentences without markup: the options, the seeds, machine and versions, and a warning where
-        times are not comparable. What differs between records is said to differ.
-    """
+    """Say what an experiment's numbers were measured with."""
     records = experiment.records
     options = [
         f"{name.replace('_', ' ')} {_in_words(value)}"

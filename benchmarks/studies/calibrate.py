@@ -118,16 +118,6 @@ def calibrate(
 
     What is left of proximal steps, where their interval does not divide the number of steps, is
     taken when the second task is consolidated, and so after the measurement.
-
-    Args:
-        variant: A rotated method, and the λ to train the second task with.
-        scenario: Two tasks, made with the same seed.
-        configuration: The options.
-        seed: Seed of PyTorch's global random state, which is set.
-        data_source: Where the images are from, for the record.
-
-    Returns:
-        The results.
     """
     from benchmarks import experiment
     from benchmarks.avalanche_names import SupervisedPlugin

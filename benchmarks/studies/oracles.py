@@ -65,15 +65,6 @@ def exact_penalty(
 
     With J the derivative of the logits at the anchor and H = diag(p) - ppᵀ, that is
     ``½ · tasks · mean of (J Δ)ᵀ H (J Δ)`` over images of all tasks, differentiable in Δ.
-
-    Args:
-        model: The network.
-        anchor: Its parameters after the last task, by name.
-        images: Images of old tasks ``[n, D]``.
-        tasks: Number of old tasks.
-
-    Returns:
-        A scalar.
     """
     displacement = {name: p - anchor[name] for name, p in model.named_parameters()}
 
@@ -98,15 +89,7 @@ class Run:
     def __init__(
         self, old: OldTasks, options: Options, *, optimizer: str, curvature: str, seed: int
     ) -> None:
-        """Start with an untrained network.
-
-        Args:
-            old: The stream and its images.
-            options: What all runs have in common.
-            optimizer: One of :data:`benchmarks.studies.causes.OPTIMIZERS`.
-            curvature: One of :data:`benchmarks.studies.causes.CURVATURES`.
-            seed: Seed of PyTorch's global random state, which is set.
-        """
+        """Start with an untrained network."""
         torch.manual_seed(seed)
         self._old, self._options, self._seed = old, options, seed
         self._rotates, self._curvature = optimizer == "rotated-adam", curvature
@@ -119,12 +102,7 @@ class Run:
         self._anchor: dict[str, Tensor] = {}
 
     def learn(self, task: int, tell: Callable[[], object]) -> None:
-        """Train on a task, and look back at it.
-
-        Args:
-            task: Its number, from 0; tasks come in order.
-            tell: Called after every step.
-        """
+        """Train on a task, and look back at it."""
         options, images = self._options, self._old.images
         permuted = images[:, self._old.scenario.permutations[task]]
         orders = [torch.randperm(len(images)) for _ in range(options.epochs)]

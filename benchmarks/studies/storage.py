@@ -112,19 +112,7 @@ def run_stored(
     seed: int,
     data_source: str,
 ) -> Stored:
-    """Learn all tasks, storing the penalty after each.
-
-    Args:
-        variant: A rotated method.
-        scenario: The tasks, made with the same seed.
-        configuration: The options.
-        precision: One of :data:`PRECISIONS`.
-        seed: Seed of PyTorch's global random state, which is set.
-        data_source: Where the images are from, for the record.
-
-    Returns:
-        The results.
-    """
+    """Learn all tasks, storing the penalty after each."""
     import torch
 
     from benchmarks import experiment

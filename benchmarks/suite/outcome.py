@@ -94,14 +94,7 @@ class Experiment:
 
 
 def experiments(records: Iterable[tuple[str, Record]]) -> list[Experiment]:
-    """Sort records into experiments.
-
-    Args:
-        records: Pairs of a scenario's name and a record, in any order.
-
-    Returns:
-        The experiments, by name and then by setting.
-    """
+    """Sort records into experiments."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for scenario, record in records:
         groups.setdefault((scenario, repr(sorted(_setting(record).items()))), []).append(record)
@@ -188,16 +181,7 @@ class Interval(NamedTuple):
 
 
 def points_from_best(search: Search) -> list[tuple[float, float]]:
-    """Accuracies of a search, relative to its best.
-
-    Args:
-        search: Records by strength. Strengths that are not positive have no place on a logarithmic
-            axis and are left out.
-
-    Returns:
-        Decades from the best strength, and percentage points from the best mean accuracy (zero or
-        negative), by strength in ascending order; empty if nothing was searched.
-    """
+    """Accuracies of a search, relative to its best."""
     means = {value: mean_accuracy(search[value]) for value in sorted(search) if value > 0}
     if not means:
         return []
@@ -211,13 +195,6 @@ def interval_within(search: Search, points: float = POINTS) -> Interval | None:
     """Find the strengths around the best with which at most some points of accuracy are lost.
 
     Between strengths that were searched, accuracy is taken to be linear in log λ.
-
-    Args:
-        search: Records by strength.
-        points: Percentage points of accuracy that may be lost.
-
-    Returns:
-        The contiguous interval around the best strength; None if nothing was searched.
     """
     curve = points_from_best(search)
     if not curve:

@@ -66,15 +66,7 @@ class Pool:
         self._executor.shutdown(cancel_futures=True)
 
     def execute(self, jobs: Sequence[Job]) -> list[Record]:
-        """Do those jobs that have no record yet.
-
-        Args:
-            jobs: The jobs.
-
-        Returns:
-            The records of all jobs, in their order, but for those that failed, which are in
-            ``failures`` from then on.
-        """
+        """Do those jobs that have no record yet."""
         waiting = [job for job in jobs if load(job, self.output) is None]
         # disable=None: no bar unless standard error is a terminal
         with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), disable=None) as bar:
@@ -116,18 +108,7 @@ def _end_with(sentinel: int) -> None:
 
 
 def work(job: Job, output: Path, data_root: Path, threads: int | None, workers: int) -> float | str:
-    """Do a job and keep its record.
-
-    Args:
-        job: The job.
-        output: Folder of the results.
-        data_root: Folder of the data sets.
-        threads: CPU threads of PyTorch; None shares out those that one process would use.
-        workers: Number of processes that work at the same time, for the record.
-
-    Returns:
-        The average accuracy; or, if it failed, the traceback, so that others can go on.
-    """
+    """Do a job and keep its record."""
     try:
         record = _run(job, data_root, threads or _share(workers))
     except Exception:

@@ -176,13 +176,6 @@ def orderings(found: "Sequence[Experiment]") -> dict[str, bool]:
     """Check what must hold at any size: ours forget less than EWC, and EWC less than no method.
 
     Absolute accuracies depend on the size of the data and the number of steps; orders do not.
-
-    Args:
-        found: Results at the chosen strengths.
-
-    Returns:
-        A line for each comparison of neighbours in :data:`ORDER`, where both were run, and whether
-        the first is ahead.
     """
     from benchmarks.suite.outcome import mean_accuracy
 

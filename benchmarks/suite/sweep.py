@@ -54,15 +54,7 @@ class Sweep:
     data_source: str
 
     def run(self, execute: Callable[[Sequence[Job]], list[Record]]) -> list[Record]:
-        """Search, refine and test, each stage for all methods at once.
-
-        Args:
-            execute: Does those jobs that are not done already, and returns the records of all but
-                those that failed.
-
-        Returns:
-            All records.
-        """
+        """Search, refine and test, each stage for all methods at once."""
         found = execute(self.first_search()) if self.search.values else []
         if self.search.values and self.search.refine:
             found += execute(self.second_search(found))
