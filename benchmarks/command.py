@@ -22,7 +22,7 @@ class CommandError(Exception):
 
 
 def make_folder(output: Path) -> None:
-    """Make the folder of the results, before anything takes time."""
+    """Make the folder of the results before anything takes time, or raise ``CommandError``."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -30,8 +30,7 @@ def make_folder(output: Path) -> None:
 
 
 def start(options: "StreamOptions") -> "tuple[Configuration, ImageData]":
-    """Make the folder of the results, set the number of threads, and load and announce the images.
-    """
+    """Make the folder, set the number of threads, load the images, and settle the options."""
     from benchmarks.configuration import settle
 
     make_folder(options.output)
@@ -62,7 +61,7 @@ def use_threads(threads: int | None) -> None:
 
 
 def keep(results: Iterable[Result], path: Path, document: Mapping[str, Any]) -> list[Result]:
-    """Collect results, and write all there are after each, so that an interruption loses none."""
+    """Collect dataclass instances, and write all to a file after each: interruptions lose none."""
     from benchmarks.files import write_document
 
     found: list[Result] = []

@@ -166,7 +166,7 @@ class StreamOptions(Training):
 def settle(
     options: Training, scenario: str, *, quick: bool = False, digits: bool = False, **others: Any
 ) -> Configuration:
-    """Replace what was not given by defaults."""
+    """Replace what was not given by the defaults of a scenario; ``others`` come before all."""
     defaults = dict(SCENARIO_DEFAULTS[scenario])
     if quick:
         tasks = {"tasks": QUICK_TASKS[scenario]} if scenario in QUICK_TASKS else {}

@@ -134,7 +134,7 @@ class ImageData:
 
 
 def load_images(data_root: Path) -> ImageData:
-    """Load MNIST from a folder or the network, or else the digits."""
+    """Load MNIST from a folder or the network, or else the digits; nothing is printed."""
     try:
         return load(MNIST, data_root)
     except DataUnavailableError as error:
@@ -142,7 +142,7 @@ def load_images(data_root: Path) -> ImageData:
 
 
 def load(kind: Kind, data_root: Path) -> ImageData:
-    """Load a data set of torchvision, downloading it where it is missing."""
+    """Load, or download, a data set; ``DataUnavailableError`` if it is damaged or cannot be had."""
     from torchvision import datasets
 
     make = getattr(datasets, kind.name.replace("-", ""))
@@ -169,7 +169,7 @@ def load(kind: Kind, data_root: Path) -> ImageData:
 
 
 def load_digits(why: str = "was not asked for") -> ImageData:
-    """Load the handwritten digits that come with scikit-learn, split the same way every time."""
+    """Load scikit-learn's digits, always split alike; ``why`` completes "MNIST ..."."""
     from sklearn.datasets import load_digits as load_them
     from sklearn.model_selection import train_test_split
 
@@ -210,7 +210,7 @@ def _sizes(training: int, test: int, shape: tuple[int, ...]) -> str:
 
 
 def _download(make_dataset: Callable[[], object], folder: Path, data_root: Path) -> None:
-    """Download a data set in silence, or raise within about twenty seconds."""
+    """Download in silence, or raise ``DataUnavailableError`` soon and leave no new folder."""
     missing_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         with _silence(), _network_timeout(NETWORK_TIMEOUT_SECONDS):

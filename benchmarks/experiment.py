@@ -30,13 +30,14 @@ def run(
     configuration: Configuration,
     *,
     seed: int,
-    data_source: str,
     extra_plugins: Sequence[Any] = (),
     quiet: bool = False,
 ) -> Record:
     """Train and test one method.
 
-    The seed fixes the initial weights and the order of examples, so that all methods start alike.
+    The seed fixes the initial weights and the order of examples, so that all methods start alike;
+    the scenario is to be made with the same. Extra plugins are called before the method's own, and
+    so see the end of a task before it is consolidated.
     """
     torch.manual_seed(seed)
     device = torch.device(configuration.device)
@@ -71,7 +72,7 @@ def run(
         trained_jointly=jointly,
         configuration={
             **configuration.as_dict(),
-            "data": data_source,
+            "data": scenario.data_source,
             "strength": variant.strength,
             "threads": torch.get_num_threads(),
         },
@@ -100,7 +101,7 @@ def _train(
     stopwatch: Stopwatch,
     title: str,
 ) -> tuple[list[list[float]], bool]:
-    """Train on one experience after another, and test on all tasks after each."""
+    """Train on each experience; return accuracies ``[T][T]``, and if a snapshot was refused."""
     matrix: list[list[float]] = []
     refused = False
     jointly = len(experiences) < scenario.tasks
@@ -148,7 +149,7 @@ def accuracies(model: nn.Module, scenario: Scenario, device: torch.device) -> li
 def accuracy(
     model: nn.Module, inputs: Tensor, labels: Tensor, device: torch.device, task: int = 0
 ) -> float:
-    """Fraction of examples whose largest logit is that of their class.
+    """Fraction of inputs ``[M, ...]`` whose largest logit is that of their class in ``[M]``.
 
     Avalanche's evaluation would load every image by itself, which takes longer than training.
     """

@@ -10,7 +10,7 @@ from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
 
 
 def state_bytes(plugin: Any | None, model: nn.Module) -> int:
-    """Bytes of all tensors that a plugin holds, those of the network in training not included."""
+    """Bytes of all tensors that a plugin holds but the network's own; shared memory counts once."""
     known = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     kept = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()

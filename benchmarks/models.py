@@ -13,8 +13,7 @@ CHANNELS = (32, 64, 128)
 
 
 def make_model(scenario: "Scenario", hidden: Sequence[int]) -> nn.Module:
-    """The network for a scenario: convolutions for images in colour, several heads where asked for.
-    """
+    """A network from flattened images ``[N, D]``, and task labels where it has heads, to logits."""
     in_colour = scenario.shape[0] > 1
     layers: list[nn.Module] = []
     features = scenario.features
@@ -44,7 +43,7 @@ def hidden_layers(features: int, hidden: Sequence[int]) -> list[nn.Module]:
 
 
 def convolutions(shape: Sequence[int]) -> tuple[list[nn.Module], int]:
-    """Three 3×3 convolutions, each with ReLU after it, that halve height and width."""
+    """Three 3×3 convolutions with ReLU, from flattened images to ``[N, F]``, and ``F``."""
     channels, height, width = shape
     layers: list[nn.Module] = [nn.Unflatten(1, tuple(shape))]
     for channels_in, channels_out in pairwise((channels, *CHANNELS)):

@@ -10,7 +10,7 @@ class MultiHeadedNetwork(MultiTaskModule):  # type: ignore[misc]
     """Shared layers, and on top a linear layer for every task label, all there from the start."""
 
     def __init__(self, trunk: nn.Module, features: int, classes: int, tasks: int) -> None:
-        """Make the heads."""
+        """Put heads on a trunk whose outputs are ``[N, features]``."""
         super().__init__()
         self.trunk = trunk
         self.heads = nn.ModuleList(nn.Linear(features, classes) for _ in range(tasks))

@@ -67,9 +67,7 @@ def _records(
     for seed in options.seeds:
         scenario = PermutedImages(data, configuration.tasks, seed)
         for variant in variants(options):
-            yield experiment.run(
-                variant, scenario, configuration, seed=seed, data_source=data.source
-            )
+            yield experiment.run(variant, scenario, configuration, seed=seed)
 
 
 def variants(options: Options) -> list[Variant]:

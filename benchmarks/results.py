@@ -96,7 +96,7 @@ def group_by_label(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def read_records(path: Path) -> tuple[str, list[Record]]:
-    """Read a file of records."""
+    """Read the scenario and the records of a file; ``ValueError`` if it has another format."""
     document = json.loads(path.read_text(encoding="utf-8"))
     found = document.get("format") if isinstance(document, dict) else None
     if found != FORMAT:
@@ -170,7 +170,7 @@ def save(record: Record, job: Job, folder: Path) -> None:
 
 
 def load_all(folders: Iterable[Path]) -> list[tuple[str, Record]]:
-    """All records in some folders and their subfolders."""
+    """Scenarios and records in folders and below; ``ValueError`` if one is absent, or all empty."""
     found = []
     for path in dict.fromkeys(path.resolve() for path in _files(folders)):
         try:

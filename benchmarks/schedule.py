@@ -10,7 +10,7 @@ class Schedule(SupervisedPlugin, supports_distributed=True):  # type: ignore[mis
     """In every task, lets the learning rate rise from zero, and then stay or fall back to zero."""
 
     def __init__(self, *, decays: bool, warm_up: float) -> None:
-        """Learn the full rates when the first task begins."""
+        """Fall in a straight line or not, and rise for a part of each task, from 0 to 1."""
         super().__init__()
         self._decays = decays
         self._warm_up = warm_up

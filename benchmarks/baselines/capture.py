@@ -36,7 +36,7 @@ class Outer:
 
 
 def trained_layers(model: nn.Module) -> dict[str, Layer]:
-    """List the layers of a model."""
+    """The layers of a model by name; ``ValueError`` if others are trained, or one is frozen."""
     layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
     known = {id(p) for layer in layers.values() for p in layer.parameters()}
     for name, parameter in model.named_parameters():
@@ -74,7 +74,7 @@ class Capture:
         self._stack.close()
 
     def backward(self, outputs: Tensor, vectors: Tensor) -> dict[str, Outer]:
-        """Pull vectors back from the model's outputs to those of the layers."""
+        """Pull ``[N, C]`` back from outputs to layers, by name; the graph is kept."""
         edges = [edge for _, edge in self._calls.values()]
         pulled = torch.autograd.grad(
             outputs, edges, grad_outputs=vectors, retain_graph=True, allow_unused=True

@@ -58,7 +58,7 @@ class DiagonalFisherEWC(QuadraticPlugin, supports_distributed=True):  # type: ig
 
 
 def exact_diagonal(model: nn.Module, examples: Examples) -> dict[str, Tensor]:
-    """Compute the diagonal of the Fisher matrix of cross-entropy, over all classes."""
+    """Mean over examples, by name of parameter; zeros for parameters that were not used."""
     layers = trained_layers(model)
     sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in model.named_parameters()}
     with evaluating(model):

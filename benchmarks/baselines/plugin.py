@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from benchmarks.avalanche_names import SupervisedPlugin, avalanche_forward
+from benchmarks.baselines.capture import Capture, Layer, Outer
 
 BATCH_SIZE = 256
 DRAWING, LABELLING = 0, 1
@@ -24,8 +25,8 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         tasks: Number of tasks that are protected.
     """
 
-    def __init__(self, strength: float, *, samples: int | None, seed: int) -> None:
-        """Protect nothing yet."""
+    def __init__(self, strength: float, *, samples: int | None = None, seed: int = 0) -> None:
+        """Take λ ≥ 0, how many examples of a task to estimate on (None for all), and a seed."""
         super().__init__()
         if not strength >= 0:
             raise ValueError(f"strength: got {strength}, expected at least 0")
@@ -76,7 +77,7 @@ class Examples:
     """
 
     def __init__(self, strategy: Any, *, samples: int | None, seed: int, task: int) -> None:
-        """Draw the examples."""
+        """Draw so many examples of the strategy's experience; None for all."""
         dataset = strategy.experience.dataset.eval()
         self._collate = getattr(dataset, "collate_fn", None)
         if samples is not None and samples < len(dataset):
@@ -104,12 +105,12 @@ class Examples:
 
 
 def make_generator(seed: int, task: int, stream: int) -> torch.Generator:
-    """Make a generator on the CPU for one purpose in one task."""
+    """Make a generator on the CPU for one task, ``DRAWING`` or ``LABELLING``."""
     return torch.Generator().manual_seed((2 * (seed * 1_000_003 + task) + stream) % 2**63)
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """Return a model's outputs ``[n, C]`` for some examples."""
+    """Return a model's outputs ``[n, C]``; ``ValueError`` if they are not finite."""
     outputs: Tensor = avalanche_forward(model, batch.inputs, batch.task_labels)
     if not outputs.isfinite().all():
         raise ValueError(
@@ -120,10 +121,23 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def sampled_gradients(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the gradients of cross-entropy for labels drawn from the model's own predictions."""
+    """Return ``p - e_y``, ``[n, C]``, with a label ``y`` of each example drawn from ``p``."""
     probabilities = logits.detach().softmax(1)
+    # On the CPU, so that labels are the same on all devices.
     labels = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(logits.device)
     return probabilities.scatter_add(1, labels, -torch.ones_like(probabilities[:, :1]))
+
+
+def sampled_passes(
+    model: nn.Module, layers: dict[str, Layer], examples: Examples, generator: torch.Generator
+) -> Iterator[dict[str, Outer]]:
+    """Yield the layers' inputs and gradients for each batch, with labels drawn from the model."""
+    for batch in examples:
+        with evaluating(model):
+            with Capture(layers) as capture:
+                logits = forward(model, batch)
+            outers = capture.backward(logits, sampled_gradients(logits, generator))
+        yield outers
 
 
 @contextmanager

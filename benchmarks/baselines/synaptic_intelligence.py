@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.avalanche_names import SupervisedPlugin
+from benchmarks.baselines.plugin import Examples, QuadraticPlugin
 
 DAMPING = 0.1
 
@@ -35,26 +35,18 @@ class Path:
     importance: Tensor
 
 
-class SynapticIntelligence(SupervisedPlugin, supports_distributed=True):  # type: ignore[misc, call-arg]
+class SynapticIntelligence(QuadraticPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Adds ``λ Σ_i Ω_i (θ_i - θ*_i)²`` to the loss (the paper's equation 4, where λ is ``c``).
 
     ``Ω_i`` sums ``ω_i / (Δ_i² + ξ)`` over the tasks (equation 5), where ``ω_i`` is the integral of
     minus the gradient of the task's own loss along the path of the parameter, and ``Δ_i`` how far
     the task moved it. ``ξ`` is 0.1, as for permuted MNIST in the paper; negative importances count
     as zero.
-
-    Attributes:
-        strength: λ.
-        tasks: Number of tasks that are protected.
     """
 
-    def __init__(self, strength: float) -> None:
-        """Protect nothing yet."""
-        super().__init__()
-        if not strength >= 0:
-            raise ValueError(f"strength: got {strength}, expected at least 0")
-        self.strength = strength
-        self.tasks = 0
+    def __init__(self, strength: float, *, samples: int | None = None, seed: int = 0) -> None:
+        """Protect nothing yet; nothing is drawn at random, neither examples nor labels."""
+        super().__init__(strength, samples=samples, seed=seed)
         self._paths: dict[str, Path] = {}
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -65,11 +57,6 @@ class SynapticIntelligence(SupervisedPlugin, supports_distributed=True):  # type
             for name, p in _trained(strategy.model).items()
             for importance in [known[name].importance if name in known else torch.zeros_like(p)]
         }
-
-    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Add the penalty to the loss."""
-        if self.tasks > 0:
-            strategy.loss = strategy.loss + self.penalty(strategy.model)
 
     def penalty(self, model: nn.Module) -> Tensor:
         """Return the penalty, a scalar with a gradient."""
@@ -97,13 +84,12 @@ class SynapticIntelligence(SupervisedPlugin, supports_distributed=True):  # type
             path.gain -= (parameter.grad - of_the_penalty) * (parameter - path.before_step)
 
     @torch.no_grad()
-    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    def consolidate(self, strategy: Any, examples: Examples) -> None:
         """Turn the path into importances."""
         for name, parameter in _trained(strategy.model).items():
             path = self._paths[name]
             moved = parameter - path.start
             path.importance += (path.gain / (moved**2 + DAMPING)).clamp(min=0)
-        self.tasks += 1
 
 
 def _trained(model: nn.Module) -> Mapping[str, nn.Parameter]:

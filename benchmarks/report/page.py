@@ -56,7 +56,7 @@ def write_report(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
 
 
 def write_figures(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
-    """Write all figures as PNG."""
+    """Write all figures that there are records for as ``<scenario>-<drawing>.png``."""
     names = unique_names([experiment.scenario for experiment in experiments])
     return [
         replace_file(folder / f"{name}-{drawing.name}.png", _image_of(figure, "png"))
@@ -67,7 +67,7 @@ def write_figures(experiments: Sequence[Experiment], folder: Path) -> list[Path]
 
 
 def unique_names(scenarios: Sequence[str]) -> list[str]:
-    """Make names for files and anchors, one for each experiment."""
+    """Make a name of plain characters for each experiment, different in any case of letters."""
     names: list[str] = []
     for scenario in scenarios:
         plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", scenario).strip("-.") or "experiment"

@@ -64,7 +64,7 @@ OTHER_STYLES = (
 
 
 def styles_of(labels: Iterable[str]) -> dict[str, Style]:
-    """Choose how methods look."""
+    """Choose how methods look: known ones alike in every figure, the same with replay inverted."""
     others = cycle(OTHER_STYLES)
     found: dict[str, Style] = {}
     for label in labels:
@@ -116,7 +116,7 @@ def name_rows(axes: Axes, labels: list[str]) -> None:
 
 
 def task_ticks(tasks: int, most: int) -> list[int]:
-    """Choose round task numbers to label on an axis from 1 to the number of tasks."""
+    """Multiples of the smallest of 1, 2, 5, 10, 20, ... of which there are few enough."""
     steps = (factor * 10**power for power in count() for factor in (1, 2, 5))
     step = next(step for step in steps if tasks // step <= most)
     return list(range(step, tasks + 1, step))

@@ -253,7 +253,7 @@ def terminal_notes() -> Group:
 
 
 def setting_lines(experiment: Experiment) -> list[str]:
-    """Say what an experiment's numbers were measured with."""
+    """Say options, seeds, machine and versions, and where they differ between the records."""
     records = experiment.records
     options = [
         f"{name.replace('_', ' ')} {_in_words(value)}"

@@ -103,7 +103,7 @@ def _calibrations(
         scenario = PermutedImages(data, 2, seed)
         for name in options.methods:
             variant = Variant(name, options.ewc_lambda)
-            yield calibrate(variant, scenario, configuration, seed=seed, data_source=data.source)
+            yield calibrate(variant, scenario, configuration, seed=seed)
 
 
 def calibrate(
@@ -112,7 +112,6 @@ def calibrate(
     configuration: Configuration,
     *,
     seed: int,
-    data_source: str,
 ) -> Calibration:
     """Train two tasks and measure λ at the end of the second, before it is consolidated.
 
@@ -139,7 +138,6 @@ def calibrate(
         scenario,
         configuration,
         seed=seed,
-        data_source=data_source,
         extra_plugins=[Measurement()],
     )
     return Calibration(strengths[0], sum(len(labels) for _, labels in old_data), record)

@@ -89,7 +89,7 @@ class Run:
     def __init__(
         self, old: OldTasks, options: Options, *, optimizer: str, curvature: str, seed: int
     ) -> None:
-        """Start with an untrained network."""
+        """Start with an untrained network; PyTorch's global random state is set."""
         torch.manual_seed(seed)
         self._old, self._options, self._seed = old, options, seed
         self._rotates, self._curvature = optimizer == "rotated-adam", curvature
@@ -102,7 +102,7 @@ class Run:
         self._anchor: dict[str, Tensor] = {}
 
     def learn(self, task: int, tell: Callable[[], object]) -> None:
-        """Train on a task, and look back at it."""
+        """Train on the next task, calling ``tell`` after every step, and look back at it."""
         options, images = self._options, self._old.images
         permuted = images[:, self._old.scenario.permutations[task]]
         orders = [torch.randperm(len(images)) for _ in range(options.epochs)]

@@ -110,7 +110,6 @@ def run_stored(
     configuration: Configuration,
     precision: str,
     seed: int,
-    data_source: str,
 ) -> Stored:
     """Learn all tasks, storing the penalty after each."""
     import torch
@@ -148,7 +147,6 @@ def run_stored(
             scenario,
             configuration,
             seed=seed,
-            data_source=data_source,
             extra_plugins=[Storage()],
         )
     return Stored(precision, sizes[-1], errors, record)

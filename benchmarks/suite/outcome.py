@@ -94,7 +94,7 @@ class Experiment:
 
 
 def experiments(records: Iterable[tuple[str, Record]]) -> list[Experiment]:
-    """Sort records into experiments."""
+    """Sort pairs of a scenario's name and a record into experiments."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for scenario, record in records:
         groups.setdefault((scenario, repr(sorted(_setting(record).items()))), []).append(record)
@@ -181,7 +181,7 @@ class Interval(NamedTuple):
 
 
 def points_from_best(search: Search) -> list[tuple[float, float]]:
-    """Accuracies of a search, relative to its best."""
+    """Decades and percentage points from the best of a search, by strength above zero."""
     means = {value: mean_accuracy(search[value]) for value in sorted(search) if value > 0}
     if not means:
         return []

@@ -66,7 +66,7 @@ class Pool:
         self._executor.shutdown(cancel_futures=True)
 
     def execute(self, jobs: Sequence[Job]) -> list[Record]:
-        """Do those jobs that have no record yet."""
+        """Do the jobs that have no record yet; return all records but of those that failed."""
         waiting = [job for job in jobs if load(job, self.output) is None]
         # disable=None: no bar unless standard error is a terminal
         with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), disable=None) as bar:
@@ -108,7 +108,7 @@ def _end_with(sentinel: int) -> None:
 
 
 def work(job: Job, output: Path, data_root: Path, threads: int | None, workers: int) -> float | str:
-    """Do a job and keep its record."""
+    """Do a job and keep its record; return the accuracy, or the traceback if it failed."""
     try:
         record = _run(job, data_root, threads or _share(workers))
     except Exception:
@@ -136,7 +136,6 @@ def _run(job: Job, data_root: Path, threads: int) -> Record:
         scenario,
         job.configuration,
         seed=job.seed,
-        data_source=data.source,
         quiet=True,
     )
 

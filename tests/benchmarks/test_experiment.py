@@ -59,7 +59,6 @@ def watched(
         PermutedImages(images, tasks=2, seed=7),
         replace(CONFIGURATION, **options),
         seed=7,
-        data_source="tiny",
         extra_plugins=[watcher],
         quiet=True,
     )
@@ -105,7 +104,7 @@ def test_logs_tell_the_accuracy_on_tasks_seen(
 ) -> None:
     monkeypatch.setattr(experiment, "accuracies", lambda *_: [0.5, 0.25])
     scenario = PermutedImages(tiny_images, tasks=2, seed=7)
-    run(Variant(name, None), scenario, CONFIGURATION, seed=7, data_source="tiny")
+    run(Variant(name, None), scenario, CONFIGURATION, seed=7)
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [f"{name}, seed 7, {line}" for line in lines]
     assert captured.err == ""
@@ -118,7 +117,7 @@ def test_every_method_learns_tasks_with_heads_of_their_own(
     variant = Variant(name, METHODS[name].default_strength)
     configuration = replace(CONFIGURATION, learning_rate=2e-2, epochs=3)
     scenario = SplitImages(learnable_images, 2, "task")
-    record = run(variant, scenario, configuration, seed=7, data_source="tiny", quiet=True)
+    record = run(variant, scenario, configuration, seed=7, quiet=True)
     assert record.accuracy_matrix[0][0] > 0.7, "the first task is learned"
     assert record.average_accuracy == pytest.approx(np.mean(record.accuracy_matrix[-1]))
     assert 0.55 < record.average_accuracy <= 1
@@ -221,7 +220,6 @@ def test_a_replay_buffer_is_filled_and_used(learnable_images: ImageData, make: A
             make(learnable_images, tasks=2, seed=7),
             configuration,
             seed=7,
-            data_source="tiny",
             extra_plugins=[watcher],
             quiet=True,
         )
