@@ -50,9 +50,14 @@ MACHINE = {
 }
 
 
-def empty_table(title: str | None) -> Table:
-    """A table with few lines and little padding, so that much fits a terminal of 80 columns."""
-    return Table(
+def make_table(
+    title: str | None,
+    names: Sequence[str],
+    numbers: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+) -> Table:
+    """A table with few lines and little padding, its headings of one word a line at the bottom."""
+    table = Table(
         title=None if title is None else escape(title),
         title_justify="left",
         title_style="bold",
@@ -61,13 +66,17 @@ def empty_table(title: str | None) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-
-
-def add_number_columns(table: Table, *headings: str) -> None:
-    """Add columns of numbers, whose headings are not broken into more lines than they have."""
-    for heading in headings:
-        widest = max(len(line) for line in heading.splitlines())
-        table.add_column(escape(heading), justify="right", min_width=widest)
+    lines = [heading.split() for heading in (*names, *numbers)]
+    tallest = max(map(len, lines))
+    for place, words in enumerate(lines):
+        heading = escape("\n" * (tallest - len(words)) + "\n".join(words))
+        if place < len(names):
+            table.add_column(heading, overflow="fold", min_width=8)
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return table
 
 
 def mean(values: Iterable[float | None], decimals: int = 2, factor: float = 1.0) -> str:
@@ -234,17 +243,11 @@ def terminal_table(experiment: Experiment) -> Group:
 
 
 def _table(experiment: Experiment, columns: Sequence[Column], title: str | None) -> Table:
-    """A table with headings of one word a line, aligned at the bottom."""
-    table = empty_table(title)
-    lines = [column.heading.split() for column in columns]
-    tallest = max(map(len, lines))
-    table.add_column("\n" * (tallest - 1) + "method", overflow="fold", min_width=8)
-    for heading in lines:
-        text = "\n" * (tallest - len(heading)) + "\n".join(heading)
-        table.add_column(escape(text), justify="right", no_wrap=True)
-    for row in rows_of(experiment, columns):
-        table.add_row(*(Text(cell.text, style="bold" * cell.bold) for cell in row.cells))
-    return table
+    rows = (
+        [Text(cell.text, style="bold" * cell.bold) for cell in row.cells]
+        for row in rows_of(experiment, columns)
+    )
+    return make_table(title, ["method"], [column.heading for column in columns], rows)
 
 
 def terminal_notes() -> Group:

@@ -14,13 +14,19 @@ from torch import nn
 from benchmarks import experiment
 from benchmarks.configuration import Configuration
 from benchmarks.data import ImageData
-from benchmarks.experiment import EVALUATION_BATCH_SIZE, _train_once, accuracies, accuracy, run
-from benchmarks.inspection import state_bytes
+from benchmarks.experiment import (
+    EVALUATION_BATCH_SIZE,
+    Schedule,
+    _train_once,
+    accuracies,
+    accuracy,
+    run,
+    state_bytes,
+)
 from benchmarks.methods import METHODS, Variant, make_optimizer, make_plugin, make_strategy
 from benchmarks.models import multilayer_perceptron
 from benchmarks.results import Record
 from benchmarks.scenarios import PermutedImages, RotatedImages, SplitImages
-from benchmarks.schedule import Schedule
 from benchmarks.versions import versions
 from rotate_ewc import RotatedAdam
 from rotate_ewc.errors import NotFiniteError
@@ -331,7 +337,7 @@ def test_rates_of_every_task(decays: bool, warm_up: float, expected: list[float]
         train_mb_size=4,
         train_epochs=2,
     )
-    schedule = Schedule(decays=decays, warm_up=warm_up)
+    schedule = Schedule(decays, warm_up)
     for _ in range(2):
         schedule.before_training_exp(strategy)
         rates = []
