@@ -137,17 +137,11 @@ def is_own(label: str) -> bool:
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with its strength settled.
+    """A method with its strength settled."""
 
-    Attributes:
-        name: Key in :data:`METHODS`.
-        strength: λ; None where there is none.
-        note: What tables and plots add to the name.
-    """
-
-    name: str
-    strength: float | None
-    note: str = ""
+    name: str  # key in :data:`METHODS`
+    strength: float | None  # λ; None where there is none
+    note: str = ""  # what tables and plots add to the name
 
     @property
     def label(self) -> str:

@@ -20,17 +20,11 @@ Example = tuple[Tensor, int]
 
 @dataclass(frozen=True, eq=False)
 class Examples(Dataset[Example]):
-    """A training set whose inputs are made, or looked up, when they are asked for.
+    """A training set whose inputs are made, or looked up, when they are asked for."""
 
-    Attributes:
-        input_of: Makes the input ``[D]`` of an example from its number.
-        targets: Class of every example.
-        task_labels: Task of every example, where the network is told; else None.
-    """
-
-    input_of: Callable[[int], Tensor]
-    targets: Sequence[int]
-    task_labels: Sequence[int] | None = None
+    input_of: Callable[[int], Tensor]  # makes the input ``[D]`` of an example from its number
+    targets: Sequence[int]  # class of every example
+    task_labels: Sequence[int] | None = None  # of every example, where the network is told
 
     def __len__(self) -> int:
         """Number of examples."""

@@ -23,15 +23,10 @@ from benchmarks.baselines.plugin import (
 
 @dataclass(frozen=True)
 class Factors:
-    """A layer's part of the curvature, ``G ⊗ A``.
+    """A layer's part of the curvature, ``G ⊗ A``."""
 
-    Attributes:
-        inputs: ``A``, ``[d_in, d_in]``, with the bias, if there is one, as coordinate 0.
-        gradients: ``G``, ``[d_out, d_out]``.
-    """
-
-    inputs: Tensor
-    gradients: Tensor
+    inputs: Tensor  # ``A``, ``[d_in, d_in]``, with the bias, if there is one, as coordinate 0
+    gradients: Tensor  # ``G``, ``[d_out, d_out]``
 
     def __add__(self, other: "Factors") -> "Factors":
         """Add both factors, each by itself."""

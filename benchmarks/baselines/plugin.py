@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from benchmarks.avalanche_names import SupervisedPlugin, avalanche_forward
-from benchmarks.baselines.capture import Capture, Layer, Outer
+from benchmarks.baselines.capture import Layer, Outer, pull_back, watched
 
 BATCH_SIZE = 256
 DRAWING, LABELLING = 0, 1
@@ -59,15 +59,10 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples without their classes: all methods take those from the model.
+    """Examples without their classes: all methods take those from the model."""
 
-    Attributes:
-        inputs: ``[n, ...]``.
-        task_labels: ``[n]``, or None where the data have none.
-    """
-
-    inputs: Tensor
-    task_labels: Tensor | None
+    inputs: Tensor  # ``[n, ...]``
+    task_labels: Tensor | None  # ``[n]``, or None where the data have none
 
 
 class Examples:
@@ -134,9 +129,9 @@ def sampled_passes(
     """Yield the layers' inputs and gradients for each batch, with labels drawn from the model."""
     for batch in examples:
         with evaluating(model):
-            with Capture(layers) as capture:
+            with watched(layers) as calls:
                 logits = forward(model, batch)
-            outers = capture.backward(logits, sampled_gradients(logits, generator))
+            outers = pull_back(layers, calls, logits, sampled_gradients(logits, generator))
         yield outers
 
 

@@ -25,15 +25,10 @@ from benchmarks.baselines.plugin import (
 
 @dataclass(frozen=True)
 class Rotation:
-    """Orthonormal bases of a layer's outputs and inputs.
+    """Orthonormal bases of a layer's outputs and inputs."""
 
-    Attributes:
-        outputs: ``U2``, ``[d_out, d_out]``, a basis vector in each column.
-        inputs: ``U1``, ``[d_in, d_in]``; for a convolution ``d_in`` counts channels, not pixels.
-    """
-
-    outputs: Tensor
-    inputs: Tensor
+    outputs: Tensor  # ``U2``, ``[d_out, d_out]``, a basis vector in each column
+    inputs: Tensor  # ``U1``, ``[d_in, d_in]``; of a convolution ``d_in`` counts channels
 
 
 class RotatedWeight(nn.Module):
@@ -89,21 +84,13 @@ def rotate_back(layer: Layer) -> None:
 
 @dataclass(frozen=True)
 class RotatedFisher:
-    """The diagonal of a layer's Fisher matrix in rotated coordinates, and where it is anchored.
+    """The diagonal of a layer's Fisher matrix in rotated coordinates, and where it is anchored."""
 
-    Attributes:
-        rotation: The coordinates.
-        weight: The diagonal for ``W'``, in the shape of the weight.
-        anchor: ``W'`` when the task ended.
-        bias: The diagonal for the bias; None without one.
-        bias_anchor: The bias when the task ended.
-    """
-
-    rotation: Rotation
-    weight: Tensor
-    anchor: Tensor
-    bias: Tensor | None
-    bias_anchor: Tensor | None
+    rotation: Rotation  # the coordinates
+    weight: Tensor  # the diagonal for ``W'``, in the shape of the weight
+    anchor: Tensor  # ``W'`` when the task ended
+    bias: Tensor | None  # the diagonal for the bias; None without one
+    bias_anchor: Tensor | None  # the bias when the task ended
 
 
 class PublishedRotatedEWC(QuadraticPlugin, supports_distributed=True):  # type: ignore[call-arg]

@@ -20,19 +20,12 @@ DAMPING = 0.1
 
 @dataclass
 class Path:
-    """What is known of one parameter.
+    """What is known of one parameter."""
 
-    Attributes:
-        before_step: The parameter before the optimizer's step.
-        start: The parameter when the task began: the anchor.
-        gain: ``ω``, by how much its changes have lowered the loss of the task.
-        importance: ``Ω``, summed over the tasks that are finished.
-    """
-
-    before_step: Tensor
-    start: Tensor
-    gain: Tensor
-    importance: Tensor
+    before_step: Tensor  # the parameter before the optimizer's step
+    start: Tensor  # the parameter when the task began: the anchor
+    gain: Tensor  # ``ω``, by how much its changes have lowered the loss of the task
+    importance: Tensor  # ``Ω``, summed over the tasks that are finished
 
 
 class SynapticIntelligence(QuadraticPlugin, supports_distributed=True):  # type: ignore[call-arg]

@@ -102,17 +102,11 @@ CellMaker = Callable[[MethodResult, Experiment], str]
 
 
 class Column(NamedTuple):
-    """A column of the table of an experiment.
-
-    Attributes:
-        heading: Its heading.
-        cell: Makes the text of a cell.
-        in_terminal: Whether it is important enough for a terminal, where space is scarce.
-    """
+    """A column of the table of an experiment."""
 
     heading: str
     cell: CellMaker
-    in_terminal: bool = True
+    in_terminal: bool = True  # where space is scarce
 
 
 def _mean(field: str, decimals: int, factor: float = 1.0) -> CellMaker:
@@ -184,17 +178,11 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the table of an experiment.
+    """A row of the table of an experiment."""
 
-    Attributes:
-        own: Whether it is about one of this package's methods.
-        jointly: Whether it is about the upper bound.
-        cells: The method's name, and a cell for each column.
-    """
-
-    own: bool
-    jointly: bool
-    cells: list[Cell]
+    own: bool  # one of this package's methods
+    jointly: bool  # the upper bound
+    cells: list[Cell]  # the method's name, and a cell for each column
 
 
 def rows_of(experiment: Experiment, columns: Sequence[Column] = COLUMNS) -> list[Row]:

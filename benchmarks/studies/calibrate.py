@@ -52,17 +52,11 @@ class Options(StreamOptions):
 
 @dataclass(frozen=True)
 class Calibration:
-    """The results of one method at one seed.
+    """The results of one method at one seed."""
 
-    Attributes:
-        strength: The calibrated λ.
-        old_images: Training images of the first task that it was measured on.
-        record: The run; its own ``"strength"`` is the λ with which the second task was trained.
-    """
-
-    strength: float
-    old_images: int
-    record: "Record"
+    strength: float  # the calibrated λ
+    old_images: int  # training images of the first task that it was measured on
+    record: "Record"  # its own ``"strength"`` is the λ of the second task's training
 
 
 def run(options: Options) -> int:

@@ -5,7 +5,7 @@ method for continual learning may, to show what is lost by not having them.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.optim import Adam, Optimizer
 
-from benchmarks.experiment import accuracies
 from benchmarks.models import multilayer_perceptron
 from benchmarks.scenarios import PermutedImages
 from benchmarks.studies.causes import Options
@@ -24,17 +23,11 @@ SNAPSHOT_BATCH = 500
 
 @dataclass(frozen=True)
 class OldTasks:
-    """The images of tasks that are over.
+    """The images of tasks that are over."""
 
-    Attributes:
-        scenario: The stream.
-        images: Training images before permutation ``[N, D]``.
-        labels: Their classes ``[N]``.
-    """
-
-    scenario: PermutedImages
-    images: Tensor
-    labels: Tensor
+    scenario: PermutedImages  # the stream
+    images: Tensor  # training images before permutation ``[N, D]``
+    labels: Tensor  # their classes ``[N]``
 
     def batches(self, task: int, examples: int) -> list[tuple[Tensor, Tensor]]:
         """Random examples of one task, in batches."""
@@ -46,16 +39,6 @@ class OldTasks:
         """Random images, each of a random one of the first tasks."""
         orders = self.scenario.permutations[torch.randint(tasks, (examples,))]
         return self.images[torch.randint(len(self.images), (examples, 1)), orders]
-
-
-def snapshot_penalty(
-    strength: float, seed: int, model: nn.Module, batches: Sequence[list[tuple[Tensor, Tensor]]]
-) -> EKFACPenalty:
-    """A penalty that has consolidated tasks at the parameters which the model has now."""
-    penalty = EKFACPenalty(strength, seed=seed)
-    for of_one_task in batches:
-        penalty.consolidate(model, nn.CrossEntropyLoss(), of_one_task)
-    return penalty
 
 
 def exact_penalty(
@@ -118,10 +101,6 @@ class Run:
             tell()
         self._look_back(task)
 
-    def accuracies(self) -> list[float]:
-        """Accuracy on the held-out images of all tasks."""
-        return accuracies(self.model, self._old.scenario, torch.device("cpu"))
-
     def _make_optimizer(self) -> Optimizer:
         rate = self._options.learning_rate
         if self._rotates:
@@ -146,6 +125,8 @@ class Run:
             self._penalty.consolidate(self.model, nn.CrossEntropyLoss(), batches)
         elif self._curvature == "refreshed" or self._rotates:
             every = [self._old.batches(old, examples) for old in range(task + 1)]
-            self._penalty = snapshot_penalty(self._strength, self._seed, self.model, every)
+            self._penalty = EKFACPenalty(self._strength, seed=self._seed)
+            for batches in every:
+                self._penalty.consolidate(self.model, nn.CrossEntropyLoss(), batches)
             if self._rotates:
                 self._optimizer = self._make_optimizer()

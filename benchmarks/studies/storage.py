@@ -45,19 +45,11 @@ class Options(StreamOptions):
 
 @dataclass(frozen=True)
 class Stored:
-    """The results of one method at one precision and seed.
+    """The results of one method at one precision and seed."""
 
-    Attributes:
-        precision: One of :data:`PRECISIONS`: what bases and eigenvalues were stored in.
-        file_bytes: Size of the last file.
-        penalty_errors: What storing changed of the penalty's value at the end of each task but the
-            first, relative to the value.
-        record: The run.
-    """
-
-    precision: str
-    file_bytes: int
-    penalty_errors: list[float]
+    precision: str  # one of :data:`PRECISIONS`: what bases and eigenvalues were stored in
+    file_bytes: int  # size of the last file
+    penalty_errors: list[float]  # relative, at the end of each task but the first
     record: "Record"
 
 

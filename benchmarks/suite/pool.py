@@ -20,21 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Pool:
-    """Workers that do jobs.
+    """Workers that do jobs."""
 
-    Attributes:
-        output: Folder of the results.
-        data_root: Folder of the data sets.
-        workers: Number of processes; with 1, this one does the work.
-        threads: CPU threads of PyTorch for each; None shares out those that one process would use.
-        failures: What went wrong, by job.
-    """
-
-    output: Path
-    data_root: Path
-    workers: int = 1
-    threads: int | None = None
-    failures: dict[str, str] = field(default_factory=dict)
+    output: Path  # folder of the results
+    data_root: Path  # folder of the data sets
+    workers: int = 1  # number of processes; with 1, this one does the work
+    threads: int | None = None  # of PyTorch, for each; None shares out its choice
+    failures: dict[str, str] = field(default_factory=dict)  # what went wrong, by job
 
     def __post_init__(self) -> None:
         """Share out the threads."""

@@ -89,7 +89,7 @@ def test_help_of_every_command_imports_neither_torch_nor_avalanche() -> None:
             "--seeds: expected every value once, got 1 more than once",
         ),
         ("permuted-mnist --seeds 0,1", "--seeds: expected a whole number ≥ 0"),
-        ("permuted-mnist --output pyproject.toml", "--output: expected a folder, got 'pyproject.toml'"),
+        ("permuted-mnist --output Makefile", "--output: expected a folder, got 'Makefile'"),
         ("permuted-mnist --output", "Missing value for argument '--output'"),
         ("permuted-mnist --device here", "--device: expected a device that PyTorch can use "),
         ("run", "Missing from python -m benchmarks run: SCENARIO "),
