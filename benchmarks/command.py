@@ -2,15 +2,16 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from benchmarks.configuration import Configuration, StreamOptions
+    from benchmarks.configuration import Configuration, StreamOptions, Training
     from benchmarks.data import ImageData
+    from benchmarks.scenarios import PermutedImages
 
 LOG_WIDTH = 120
 
@@ -22,45 +23,41 @@ class CommandError(Exception):
 
 
 def make_folder(output: Path) -> None:
-    """Make the folder of the results, before anything takes time.
-
-    Raises:
-        CommandError: If it cannot be made.
-    """
+    """Make the folder of the results before anything takes time, or raise ``CommandError``."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"--output: cannot make the folder: {error}") from error
 
 
-def start(options: "StreamOptions") -> "tuple[Configuration, ImageData]":
-    """Make the folder of the results, set the number of threads, and load and announce the images.
-
-    Args:
-        options: Of a command about one stream of permuted-MNIST tasks.
-
-    Returns:
-        The options with defaults that fit the data, and the images.
-    """
-    from benchmarks.configuration import settle
+def start(
+    options: "StreamOptions",
+) -> "tuple[Configuration, str, Iterator[tuple[int, PermutedImages]]]":
+    """Settle the options; return them, the title of the results, and a stream for every seed."""
+    from benchmarks.scenarios import PermutedImages
 
     make_folder(options.output)
     use_threads(options.threads)
-    data = announced(settle(options, "permuted_mnist"), options.data_root)
-    return settle(options, "permuted_mnist", digits=data.source == "digits"), data
+    configuration, data = load(options, "permuted_mnist", options.data_root)
+    title = "Permuted MNIST" if data.source == "mnist" else "Permuted digits (not MNIST)"
+    tasks = configuration.tasks
+    return configuration, title, ((s, PermutedImages(data, tasks, s)) for s in options.seeds)
 
 
-def announced(configuration: "Configuration", data_root: Path) -> "ImageData":
-    """Load the images, and say which they are."""
-    from benchmarks.configuration import DIGITS_DEFAULTS
+def load(
+    options: "Training", scenario: str, data_root: Path, **others: Any
+) -> "tuple[Configuration, ImageData]":
+    """Load and announce the images of a scenario, and settle the options to fit them."""
+    from benchmarks.configuration import DIGITS_DEFAULTS, settle
     from benchmarks.scenarios import load_data
 
-    data = load_data(configuration, data_root)
+    data = load_data(settle(options, scenario, **others), data_root)
     print(data.announcement, flush=True)
-    if data.source == "digits":
+    digits = data.source == "digits"
+    if digits:
         defaults = ", ".join(f"{name} {value}" for name, value in DIGITS_DEFAULTS.items())
         print(f"Defaults for so few images: {defaults.replace('_', ' ')}.", flush=True)
-    return data
+    return settle(options, scenario, digits=digits, **others), data
 
 
 def use_threads(threads: int | None) -> None:
@@ -72,16 +69,7 @@ def use_threads(threads: int | None) -> None:
 
 
 def keep(results: Iterable[Result], path: Path, document: Mapping[str, Any]) -> list[Result]:
-    """Collect results, and write all there are after each, so that an interruption loses none.
-
-    Args:
-        results: Dataclass instances, each made when it is asked for.
-        path: The JSON file.
-        document: What else is in it.
-
-    Returns:
-        The results.
-    """
+    """Collect dataclass instances, and write all to a file after each: interruptions lose none."""
     from benchmarks.files import write_document
 
     found: list[Result] = []
@@ -92,24 +80,13 @@ def keep(results: Iterable[Result], path: Path, document: Mapping[str, Any]) -> 
     return found
 
 
-def title_of(data: "ImageData") -> str:
-    """How tables call the permuted images."""
-    return "Permuted MNIST" if data.source == "mnist" else "Permuted digits (not MNIST)"
-
-
 def print_table(
     title: str, names: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> None:
     """Print a table with headings of columns of names and of numbers."""
-    from benchmarks.report.tables import add_number_columns, empty_table
+    from benchmarks.report.tables import make_table
 
-    table = empty_table(title)
-    for name in names:
-        table.add_column(name)
-    add_number_columns(table, *numbers)
-    for row in rows:
-        table.add_row(*row)
-    make_console().print(table)
+    make_console().print(make_table(title, names, numbers, rows))
 
 
 def make_console() -> "Console":

@@ -166,18 +166,7 @@ class StreamOptions(Training):
 def settle(
     options: Training, scenario: str, *, quick: bool = False, digits: bool = False, **others: Any
 ) -> Configuration:
-    """Replace what was not given by defaults.
-
-    Args:
-        options: From the command line.
-        scenario: Key in :data:`SCENARIO_DEFAULTS`.
-        quick: Whether to take the defaults of a small version.
-        digits: Whether to take those for scikit-learn's digits.
-        others: Fields that are not among the options.
-
-    Returns:
-        All that a run depends on.
-    """
+    """Replace what was not given by the defaults of a scenario; ``others`` come before all."""
     defaults = dict(SCENARIO_DEFAULTS[scenario])
     if quick:
         tasks = {"tasks": QUICK_TASKS[scenario]} if scenario in QUICK_TASKS else {}

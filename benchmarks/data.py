@@ -28,43 +28,26 @@ class DataUnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Kind:
-    """A data set of torchvision.
-
-    Attributes:
-        name: How people call it.
-        folder: Where torchvision keeps it, below the folder of all data.
-        files: What must be there, or else it is downloaded.
-        means: Means of the training pixels, by channel.
-        deviations: Standard deviations of the training pixels, by channel.
-        shape: Channels, height and width.
-        classes: Number of classes.
-    """
+    """A data set of torchvision."""
 
     name: str
-    folder: str
-    files: tuple[str, ...]
-    means: tuple[float, ...]
+    folder: str  # where torchvision keeps it, below the folder of all data
+    files: tuple[str, ...]  # what must be there, or else it is downloaded
+    means: tuple[float, ...]  # of the training pixels, by channel
     deviations: tuple[float, ...]
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # channels, height and width
     classes: int
 
 
-MNIST = Kind(
-    name="MNIST",
-    folder="MNIST/raw",
-    files=tuple(
-        f"{part}-{content}-ubyte"
-        for part in ("train", "t10k")
-        for content in ("images-idx3", "labels-idx1")
-    ),
-    means=(0.1307,),
-    deviations=(0.3081,),
-    shape=(1, 28, 28),
-    classes=10,
+MNIST_FILES = tuple(
+    f"{part}-{content}-ubyte"
+    for part in ("train", "t10k")
+    for content in ("images-idx3", "labels-idx1")
 )
+MNIST = Kind("MNIST", "MNIST/raw", MNIST_FILES, (0.1307,), (0.3081,), (1, 28, 28), 10)
 CIFAR10 = Kind(
-    name="CIFAR-10",
-    folder="cifar-10-batches-py",
+    "CIFAR-10",
+    "cifar-10-batches-py",
     files=(".",),
     means=(0.4914, 0.4822, 0.4465),
     deviations=(0.2470, 0.2435, 0.2616),
@@ -72,8 +55,8 @@ CIFAR10 = Kind(
     classes=10,
 )
 CIFAR100 = Kind(
-    name="CIFAR-100",
-    folder="cifar-100-python",
+    "CIFAR-100",
+    "cifar-100-python",
     files=(".",),
     means=(0.5071, 0.4865, 0.4409),
     deviations=(0.2673, 0.2564, 0.2762),
@@ -84,26 +67,15 @@ CIFAR100 = Kind(
 
 @dataclass(frozen=True)
 class ImageData:
-    """A training and a test set of images.
+    """A training and a test set of images."""
 
-    Attributes:
-        source: ``"mnist"``, ``"digits"``, ``"cifar10"`` or ``"cifar100"``.
-        announcement: One line that tells a reader which data these are and where they are from.
-        train_inputs: Normalised pixels, ``float32`` ``[N, D]``.
-        train_labels: Classes, ``int64`` ``[N]``.
-        test_inputs: Normalised pixels, ``float32`` ``[M, D]``.
-        test_labels: Classes, ``int64`` ``[M]``.
-        shape: Channels, height and width of an image; their product is ``D``.
-        classes: Number of classes.
-    """
-
-    source: str
-    announcement: str
-    train_inputs: Tensor
-    train_labels: Tensor
-    test_inputs: Tensor
-    test_labels: Tensor
-    shape: tuple[int, ...]
+    source: str  # ``"mnist"``, ``"digits"``, ``"cifar10"`` or ``"cifar100"``
+    announcement: str  # one line that tells a reader which data these are and where they are from
+    train_inputs: Tensor  # normalised pixels, ``float32`` ``[N, D]``
+    train_labels: Tensor  # classes, ``int64`` ``[N]``
+    test_inputs: Tensor  # normalised pixels, ``float32`` ``[M, D]``
+    test_labels: Tensor  # classes, ``int64`` ``[M]``
+    shape: tuple[int, ...]  # channels, height and width of an image; their product is ``D``
     classes: int = 10
 
     def for_validation(self) -> "ImageData":
@@ -134,14 +106,7 @@ class ImageData:
 
 
 def load_images(data_root: Path) -> ImageData:
-    """Load MNIST from a folder or the network, or else the digits.
-
-    Args:
-        data_root: Folder that has, or is to have, ``MNIST/raw`` with the four data files.
-
-    Returns:
-        The images. Nothing has been printed: printing the announcement is up to the caller.
-    """
+    """Load MNIST from a folder or the network, or else the digits; nothing is printed."""
     try:
         return load(MNIST, data_root)
     except DataUnavailableError as error:
@@ -149,18 +114,7 @@ def load_images(data_root: Path) -> ImageData:
 
 
 def load(kind: Kind, data_root: Path) -> ImageData:
-    """Load a data set of torchvision, downloading it where it is missing.
-
-    Args:
-        kind: Which.
-        data_root: Folder that has, or is to have, the folder that torchvision makes.
-
-    Returns:
-        The images.
-
-    Raises:
-        DataUnavailableError: If the files are damaged, or missing and cannot be downloaded.
-    """
+    """Load, or download, a data set; ``DataUnavailableError`` if it is damaged or cannot be had."""
     from torchvision import datasets
 
     make = getattr(datasets, kind.name.replace("-", ""))
@@ -187,14 +141,7 @@ def load(kind: Kind, data_root: Path) -> ImageData:
 
 
 def load_digits(why: str = "was not asked for") -> ImageData:
-    """Load the handwritten digits that come with scikit-learn, split the same way every time.
-
-    Args:
-        why: Why these and not MNIST, completing "MNIST ...".
-
-    Returns:
-        1,497 training and 300 test images, each class alike in both.
-    """
+    """Load scikit-learn's digits, always split alike; ``why`` completes "MNIST ..."."""
     from sklearn.datasets import load_digits as load_them
     from sklearn.model_selection import train_test_split
 
@@ -235,19 +182,10 @@ def _sizes(training: int, test: int, shape: tuple[int, ...]) -> str:
 
 
 def _download(make_dataset: Callable[[], object], folder: Path, data_root: Path) -> None:
-    """Download a data set in silence, or raise within about twenty seconds.
-
-    Args:
-        make_dataset: Makes torchvision's data set, with ``download=True``.
-        folder: Where its files go; if it was not there, it is not there after a failure.
-        data_root: What the user knows the place as.
-
-    Raises:
-        DataUnavailableError: If the download fails.
-    """
+    """Download in silence, or raise ``DataUnavailableError`` soon and leave no new folder."""
     missing_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
-        with _silence(), _network_timeout(NETWORK_TIMEOUT_SECONDS):
+        with _quiet_network():
             make_dataset()
     # No network, a full disk, a folder that cannot be written: other data help with all of them.
     except Exception as error:
@@ -266,18 +204,12 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep progress bars and mirror lists from preceding the announcement."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
-@contextlib.contextmanager
-def _network_timeout(seconds: float) -> Iterator[None]:
-    """Give up on connections that hang, torchvision having no option for it."""
+def _quiet_network() -> Iterator[None]:
+    """Keep torchvision from printing, and from waiting for connections that hang."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+    socket.setdefaulttimeout(NETWORK_TIMEOUT_SECONDS)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         socket.setdefaulttimeout(before)

@@ -1,22 +1,21 @@
 """One run: a method learns all tasks of a scenario at one seed, and becomes a record."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import ceil
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.avalanche_names import ReplayPlugin, avalanche_forward
+from benchmarks.avalanche_names import ReplayPlugin, SupervisedPlugin, avalanche_forward
 from benchmarks.configuration import Configuration
-from benchmarks.inspection import state_bytes
 from benchmarks.methods import Variant, make_optimizer, make_plugin, make_strategy
 from benchmarks.metrics import average_accuracy, backward_transfer, forgetting
 from benchmarks.models import make_model
 from benchmarks.results import Record
 from benchmarks.scenarios import Scenario, training_experiences
-from benchmarks.schedule import Schedule
 from benchmarks.timing import Stopwatch, penalty_milliseconds, time_callback
 from benchmarks.versions import versions
 from rotate_ewc.errors import NotFiniteError
@@ -30,26 +29,14 @@ def run(
     configuration: Configuration,
     *,
     seed: int,
-    data_source: str,
     extra_plugins: Sequence[Any] = (),
     quiet: bool = False,
 ) -> Record:
     """Train and test one method.
 
-    The seed fixes the initial weights and the order of examples, so that all methods start alike.
-
-    Args:
-        variant: The method.
-        scenario: The tasks, made with the same seed.
-        configuration: The options.
-        seed: Seed of PyTorch's global random state, which is set.
-        data_source: Where the images are from, for the record.
-        extra_plugins: Avalanche plugins that are called before the method's own, and so see the
-            end of a task before it is consolidated.
-        quiet: Whether to keep progress to itself.
-
-    Returns:
-        The results.
+    The seed fixes the initial weights and the order of examples, so that all methods start alike;
+    the scenario is to be made with the same. Extra plugins are called before the method's own, and
+    so see the end of a task before it is consolidated.
     """
     torch.manual_seed(seed)
     device = torch.device(configuration.device)
@@ -62,9 +49,11 @@ def run(
     if plugin is not None:
         time_callback(plugin, "after_training_exp", estimation)
 
-    own = [] if plugin is None else [plugin]
     # The schedule first, so that a proximal step is as long as the step that it follows.
-    plugins = [*_schedule(configuration), *extra_plugins, *own, *_replay(configuration)]
+    plugins: list[Any] = [Schedule(configuration.schedule == "linear", configuration.warm_up)]
+    plugins += [*extra_plugins] if plugin is None else [*extra_plugins, plugin]
+    if configuration.replay:
+        plugins.append(ReplayPlugin(mem_size=configuration.replay))
     optimizer = make_optimizer(model, configuration, variant.method)
     strategy = make_strategy(model, configuration, optimizer, plugins)
     title = "" if quiet else f"{variant.label}, seed {seed}"
@@ -84,26 +73,13 @@ def run(
         trained_jointly=jointly,
         configuration={
             **configuration.as_dict(),
-            "data": data_source,
+            "data": scenario.data_source,
             "strength": variant.strength,
             "threads": torch.get_num_threads(),
         },
         versions=versions(),
         diverged=refused or diverged(strategy.model),
     )
-
-
-def _schedule(configuration: Configuration) -> list[Schedule]:
-    """The plugin for a learning rate that changes, if it does."""
-    decays = configuration.schedule == "linear"
-    if not decays and not configuration.warm_up:
-        return []
-    return [Schedule(decays=decays, warm_up=configuration.warm_up)]
-
-
-def _replay(configuration: Configuration) -> list[Any]:
-    """The plugin for a buffer of old examples, if there is one."""
-    return [ReplayPlugin(mem_size=configuration.replay)] if configuration.replay else []
 
 
 def _train(
@@ -113,19 +89,7 @@ def _train(
     stopwatch: Stopwatch,
     title: str,
 ) -> tuple[list[list[float]], bool]:
-    """Train on one experience after another, and test on all tasks after each.
-
-    Args:
-        strategy: The Avalanche strategy.
-        experiences: One for each task, or one for all.
-        scenario: The tasks, to test on.
-        stopwatch: Gets the time of training.
-        title: Begins the lines that tell of progress; if it is empty, nothing is told.
-
-    Returns:
-        The accuracy matrix ``[T][T]``, and whether a task could not be consolidated because the
-        network had diverged.
-    """
+    """Train on each experience; return accuracies ``[T][T]``, and if a snapshot was refused."""
     matrix: list[list[float]] = []
     refused = False
     jointly = len(experiences) < scenario.tasks
@@ -173,19 +137,9 @@ def accuracies(model: nn.Module, scenario: Scenario, device: torch.device) -> li
 def accuracy(
     model: nn.Module, inputs: Tensor, labels: Tensor, device: torch.device, task: int = 0
 ) -> float:
-    """Fraction of examples whose largest logit is that of their class.
+    """Fraction of inputs ``[M, ...]`` whose largest logit is that of their class in ``[M]``.
 
     Avalanche's evaluation would load every image by itself, which takes longer than training.
-
-    Args:
-        model: The network; it is left in the mode it was in.
-        inputs: Inputs ``[M, ...]``.
-        labels: Classes ``[M]``.
-        device: Where the network is.
-        task: What a network with a head for every task is told.
-
-    Returns:
-        A fraction between 0 and 1.
     """
     was_training = model.training
     model.eval()
@@ -196,3 +150,64 @@ def accuracy(
         correct += int((logits.argmax(1) == y.to(device)).sum().item())
     model.train(was_training)
     return correct / len(labels)
+
+
+class Schedule(SupervisedPlugin, supports_distributed=True):  # type: ignore[misc, call-arg]
+    """In every task, lets the learning rate rise from zero, and then stay or fall back to zero."""
+
+    def __init__(self, decays: bool, warm_up: float) -> None:
+        """Fall in a straight line or not, and rise for a part of each task, from 0 to 1."""
+        super().__init__()
+        self._decays = decays
+        self._warm_up = warm_up
+        self._full: list[float] = []
+        self._steps = 1
+        self._done = 0
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Start a task."""
+        if not self._full:
+            self._full = [group["lr"] for group in strategy.optimizer.param_groups]
+        batches = ceil(len(strategy.experience.dataset) / strategy.train_mb_size)
+        self._steps, self._done = strategy.train_epochs * batches, 0
+
+    def before_training_iteration(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Set the rate of the next step."""
+        scale = self.scale(self._done / self._steps)
+        for group, full in zip(strategy.optimizer.param_groups, self._full, strict=True):
+            group["lr"] = full * scale
+        self._done += 1
+
+    def scale(self, progress: float) -> float:
+        """Return what the full rate is multiplied with, at some part of a task."""
+        falling = max(0.0, 1.0 - progress) if self._decays else 1.0
+        rising = min(1.0, progress / self._warm_up) if self._warm_up else 1.0
+        return falling * rising
+
+
+def state_bytes(plugin: Any | None, model: nn.Module) -> int:
+    """Bytes of all tensors that a plugin holds but the network's own; shared memory counts once."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    kept = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in _tensors(plugin, set())
+    }
+    return sum(size for place, size in kept.items() if place not in known)
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor that can be reached from a value through containers and attributes."""
+    if id(value) in seen or value is None or isinstance(value, type):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts = list(value)
+    else:
+        parts = list(getattr(value, "__dict__", {}).values())
+    for part in parts:
+        yield from _tensors(part, seen)

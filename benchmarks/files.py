@@ -8,15 +8,7 @@ from typing import Any
 
 
 def replace_file(path: Path, content: bytes | str) -> Path:
-    """Write a file that is, at every moment, the old one or the new one.
-
-    Args:
-        path: The file; its folder is made if need be.
-        content: Bytes, or text that is to be encoded in UTF-8.
-
-    Returns:
-        The path.
-    """
+    """Write bytes or UTF-8 to a file that is, at every moment, the old one or the new one."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     # A rename is atomic only within one file system, hence the temporary file next to the target.
@@ -30,14 +22,6 @@ def replace_file(path: Path, content: bytes | str) -> Path:
 
 
 def write_document(path: Path, document: Mapping[str, Any]) -> None:
-    """Write JSON, as :func:`replace_file` does.
-
-    Args:
-        path: The file.
-        document: Plain values.
-
-    Raises:
-        ValueError: If a number is not finite, which JSON cannot hold.
-    """
+    """Write JSON, as :func:`replace_file` does; ``ValueError`` if a number is not finite."""
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
     replace_file(path, f"{text}\n")

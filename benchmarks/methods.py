@@ -20,14 +20,7 @@ SGD_MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class PluginSettings:
-    """What a method's plugin is made from.
-
-    Attributes:
-        strength: λ.
-        samples: Examples per snapshot; None for all.
-        seed: Seed of the run.
-        options: All other options.
-    """
+    """What a method's plugin is made from; all examples are used where ``samples`` is None."""
 
     strength: float
     samples: int | None
@@ -42,41 +35,19 @@ def _no_plugin(settings: PluginSettings) -> None:
     """Plain training."""
 
 
-def _ewc(mode: str) -> MakePlugin:
-    """Avalanche's EWC: a diagonal and an anchor per task, or one with summed importances."""
+def _avalanche(plugin: str, strength: str, **others: Any) -> MakePlugin:
+    """A plugin of Avalanche's, which has a name of its own for λ."""
 
     def make(settings: PluginSettings) -> Any:
-        from benchmarks.avalanche_names import EWCPlugin
+        from benchmarks import avalanche_names
 
-        decay = 1.0 if mode == "online" else None
-        return EWCPlugin(ewc_lambda=settings.strength, mode=mode, decay_factor=decay)
+        return getattr(avalanche_names, plugin)(**{strength: settings.strength}, **others)
 
     return make
 
 
-def _mas(settings: PluginSettings) -> Any:
-    """Avalanche's memory aware synapses (Aljundi et al., 2018)."""
-    from benchmarks.avalanche_names import MASPlugin
-
-    return MASPlugin(lambda_reg=settings.strength)
-
-
-def _lwf(settings: PluginSettings) -> Any:
-    """Avalanche's learning without forgetting (Li and Hoiem, 2016)."""
-    from benchmarks.avalanche_names import LwFPlugin
-
-    return LwFPlugin(alpha=settings.strength)
-
-
-def _si(settings: PluginSettings) -> Any:
-    """Synaptic intelligence (Zenke et al., 2017); Avalanche's own protects nothing on a CPU."""
-    from benchmarks.baselines import SynapticIntelligence
-
-    return SynapticIntelligence(settings.strength)
-
-
 def _published(name: str) -> MakePlugin:
-    """A method of :mod:`benchmarks.baselines` that estimates a penalty from examples."""
+    """A method of :mod:`benchmarks.baselines`."""
 
     def make(settings: PluginSettings) -> Any:
         from benchmarks import baselines
@@ -137,11 +108,15 @@ def _ours(mode: str, update: str = "penalty", **others: bool) -> Method:
 
 METHODS: dict[str, Method] = {
     "naive": Method(_no_plugin, None, by_default=True),
-    "ewc": Method(_ewc("separate"), centre=100.0, by_default=True),
-    "ewc-online": Method(_ewc("online"), centre=100.0),
-    "si": Method(_si),
-    "mas": Method(_mas, centre=0.1),
-    "lwf": Method(_lwf),
+    "ewc": Method(
+        _avalanche("EWCPlugin", "ewc_lambda", mode="separate"), centre=100.0, by_default=True
+    ),
+    "ewc-online": Method(
+        _avalanche("EWCPlugin", "ewc_lambda", mode="online", decay_factor=1.0), centre=100.0
+    ),
+    "si": Method(_published("SynapticIntelligence")),
+    "mas": Method(_avalanche("MASPlugin", "lambda_reg"), centre=0.1),
+    "lwf": Method(_avalanche("LwFPlugin", "alpha")),
     "r-ewc": Method(_published("PublishedRotatedEWC"), centre=100.0),
     "kronecker-laplace": Method(_published("KroneckerLaplace")),
     "diagonal-ewc": Method(_published("DiagonalFisherEWC"), centre=10.0),
@@ -162,17 +137,11 @@ def is_own(label: str) -> bool:
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with its strength settled.
+    """A method with its strength settled."""
 
-    Attributes:
-        name: Key in :data:`METHODS`.
-        strength: λ; None where there is none.
-        note: What tables and plots add to the name.
-    """
-
-    name: str
-    strength: float | None
-    note: str = ""
+    name: str  # key in :data:`METHODS`
+    strength: float | None  # λ; None where there is none
+    note: str = ""  # what tables and plots add to the name
 
     @property
     def label(self) -> str:
@@ -188,17 +157,7 @@ class Variant:
 def make_plugin(
     variant: Variant, configuration: "Configuration", *, seed: int, examples: int
 ) -> Any | None:
-    """Make the plugin that sets a method apart.
-
-    Args:
-        variant: The method and its strength.
-        configuration: The options.
-        seed: Seed of the run.
-        examples: Number of training examples of a task.
-
-    Returns:
-        An Avalanche plugin, or None for plain training.
-    """
+    """Make the plugin that sets a method apart, None for plain training, for tasks of a size."""
     samples: int | None = configuration.fisher_samples
     if not samples or samples >= examples:
         samples = None
@@ -231,15 +190,6 @@ def make_strategy(
     """Make a strategy that trains a model and neither evaluates nor logs.
 
     The optimizer, and with it its state, lives as long as the strategy: from task to task.
-
-    Args:
-        model: The network.
-        configuration: The options.
-        optimizer: The optimizer of its parameters.
-        plugins: Avalanche plugins.
-
-    Returns:
-        An Avalanche strategy for cross-entropy.
     """
     from torch import nn
 

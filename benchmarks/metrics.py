@@ -12,7 +12,7 @@ AccuracyMatrix = Sequence[Sequence[float]]
 
 def average_accuracy(matrix: AccuracyMatrix) -> float:
     """Mean accuracy over all tasks after the last one."""
-    return fmean(_square(matrix)[-1])
+    return fmean(matrix[-1])
 
 
 def forgetting(matrix: AccuracyMatrix) -> float:
@@ -23,7 +23,7 @@ def forgetting(matrix: AccuracyMatrix) -> float:
     result can be negative: learning the last task then helped the earlier ones. The mean is over
     all tasks but the last; 0 for a single task.
     """
-    last = len(_square(matrix)) - 1
+    last = len(matrix) - 1
     drops = (max(row[j] for row in matrix[j:last]) - matrix[last][j] for j in range(last))
     return fmean(drops) if last else 0.0
 
@@ -35,21 +35,10 @@ def backward_transfer(matrix: AccuracyMatrix) -> float:
     (2017). Negative where tasks are forgotten. The mean is over all tasks but the last; 0 for a
     single task.
     """
-    last = len(_square(matrix)) - 1
+    last = len(matrix) - 1
     return fmean(matrix[last][j] - matrix[j][j] for j in range(last)) if last else 0.0
 
 
 def accuracy_on_seen_tasks(matrix: AccuracyMatrix) -> list[float]:
     """Mean accuracy over the tasks seen so far: entry ``i`` of ``matrix[i][0]`` to ``[i][i]``."""
-    return [fmean(row[: position + 1]) for position, row in enumerate(_square(matrix))]
-
-
-def _square(matrix: AccuracyMatrix) -> AccuracyMatrix:
-    """Refuse anything but a non-empty square matrix."""
-    lengths = [len(row) for row in matrix]
-    if not lengths or any(length != len(lengths) for length in lengths):
-        raise ValueError(
-            f"accuracy matrix: got {len(lengths)} rows of lengths {lengths}, "
-            "expected T rows of T accuracies each, with T ≥ 1"
-        )
-    return matrix
+    return [fmean(row[: position + 1]) for position, row in enumerate(matrix)]

@@ -17,35 +17,36 @@ Spec = PrimitiveConstructorSpec[Any]
 LARGEST_SEED = 2**32 - 1
 
 
-def _spec(convert: Callable[[str], Any], metavar: str) -> Spec:
-    """An option of one value."""
+def _spec(
+    convert: Callable[[str], Any],
+    metavar: str,
+    expected: str,
+    accepts: Callable[[Any], bool] = lambda value: True,
+) -> Spec:
+    """An option of one value, which ``convert`` makes or refuses, and ``accepts`` looks at."""
+
+    def read(words: Sequence[str]) -> Any:
+        try:
+            value = convert(words[0])
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise ValueError(f"expected {expected}, got {words[0]!r}")
+        return value
+
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
-        instance_from_str=lambda words: convert(words[0]),
+        instance_from_str=read,
         is_instance=lambda value: True,
         str_from_instance=lambda value: [f"{value:g}" if type(value) is float else str(value)],
     )
 
 
-def _refuse(expected: str, word: str) -> ValueError:
-    return ValueError(f"expected {expected}, got {word!r}")
-
-
 def whole_number(smallest: int, largest: int | None = None, *, metavar: str = "N") -> Spec:
     """Whole numbers from ``smallest`` to ``largest``, both included."""
     expected = f"a whole number ≥ {smallest}" + (f" and ≤ {largest}" if largest else "")
-
-    def convert(word: str) -> int:
-        try:
-            value = int(word)
-        except ValueError:
-            raise _refuse(expected, word) from None
-        if value < smallest or (largest is not None and value > largest):
-            raise _refuse(expected, word)
-        return value
-
-    return _spec(convert, metavar)
+    return _spec(int, metavar, expected, lambda n: smallest <= n <= (largest or math.inf))
 
 
 def number(*, zero: bool, largest: float = math.inf, metavar: str = "X") -> Spec:
@@ -53,30 +54,14 @@ def number(*, zero: bool, largest: float = math.inf, metavar: str = "X") -> Spec
     expected = f"a finite number {'≥' if zero else '>'} 0"
     if math.isfinite(largest):
         expected += f" and ≤ {largest:g}"
-
-    def convert(word: str) -> float:
-        try:
-            value = float(word)
-        except ValueError:
-            raise _refuse(expected, word) from None
-        outside = value < 0 or value > largest or (value == 0 and not zero)
-        if not math.isfinite(value) or outside:
-            raise _refuse(expected, word)
-        return value
-
-    return _spec(convert, metavar)
+    smallest = 0.0 if zero else math.ulp(0.0)
+    return _spec(float, metavar, expected, lambda x: smallest <= x <= largest and x < math.inf)
 
 
 def one_of(names: Iterable[str], *, metavar: str = "NAME") -> Spec:
     """One of some names."""
     accepted = tuple(names)
-
-    def convert(word: str) -> str:
-        if word not in accepted:
-            raise _refuse(f"one of {', '.join(accepted)}", word)
-        return word
-
-    return _spec(convert, metavar)
+    return _spec(str, metavar, f"one of {', '.join(accepted)}", accepted.__contains__)
 
 
 def several(one: Spec, *, repeated: bool = False) -> Spec:
@@ -96,31 +81,19 @@ def several(one: Spec, *, repeated: bool = False) -> Spec:
         metavar=f"{one.metavar} ...",
         instance_from_str=convert,
         is_instance=lambda value: True,
-        str_from_instance=lambda values: [
-            one.str_from_instance(value)[0] for value in values or ()
-        ],
+        str_from_instance=lambda values: [one.str_from_instance(v)[0] for v in values or ()],
     )
 
 
-def _folder(word: str) -> Path:
-    path = Path(word)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"expected a folder, got the file '{path}'")
-    return path
-
-
-def _device(word: str) -> str:
-    """Accept the name of a PyTorch device on which a tensor can be made here."""
+def _usable(device: str) -> bool:
+    """Whether a tensor can be made on a device of PyTorch here."""
     import torch
 
     try:
-        torch.empty(1, device=word)
-    # A missing driver, a build without CUDA and a mistyped name raise different errors.
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        expected = "a device that PyTorch can use here, such as cpu or cuda:0"
-        raise ValueError(f"expected {expected}, got {word!r} ({reason})") from None
-    return word
+        torch.empty(1, device=device)
+    except Exception:  # no driver, a build without CUDA and a mistyped name raise different errors
+        return False
+    return True
 
 
 def default(text: str) -> object:
@@ -146,5 +119,9 @@ _seeds = several(whole_number(0, LARGEST_SEED, metavar="SEED"))
 Seeds = Annotated[tuple[int, ...], _seeds]
 OptionalSeeds = Annotated[tuple[int, ...] | None, _seeds]
 Threads = Annotated[int | None, whole_number(1), default("PyTorch's choice")]
-Folder = Annotated[Path, _spec(_folder, "FOLDER")]
-Device = Annotated[str, _spec(_device, "DEVICE")]
+Folder = Annotated[
+    Path, _spec(Path, "FOLDER", "a folder", lambda path: path.is_dir() or not path.exists())
+]
+Device = Annotated[
+    str, _spec(str, "DEVICE", "a device that PyTorch can use here, as cpu or cuda:0", _usable)
+]

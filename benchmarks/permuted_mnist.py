@@ -4,18 +4,13 @@
 """
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from benchmarks.command import keep, make_console, start, title_of
-from benchmarks.configuration import Configuration, MethodNames, StreamOptions
+from benchmarks.command import keep, make_console, start
+from benchmarks.configuration import MethodNames, StreamOptions
 from benchmarks.methods import DEFAULT_METHODS, METHODS, Variant, is_own
 from benchmarks.option_types import number, several
-
-if TYPE_CHECKING:
-    from benchmarks.data import ImageData
-    from benchmarks.results import Record
 
 NAME = "permuted_mnist"
 
@@ -40,16 +35,21 @@ class Options(StreamOptions):
 
 def run(options: Options) -> int:
     """Run every method at every seed, and present the results."""
+    from benchmarks import experiment
     from benchmarks.report.accuracy import draw
     from benchmarks.report.tables import results_table
     from benchmarks.results import FORMAT
 
-    configuration, data = start(options)
+    configuration, images, streams = start(options)
     results = options.output / f"{NAME}.json"
-    document = {"format": FORMAT, "scenario": NAME}
-    records = keep(_records(options, configuration, data), results, document)
+    runs = (
+        experiment.run(variant, stream, configuration, seed=seed)
+        for seed, stream in streams
+        for variant in variants(options)
+    )
+    records = keep(runs, results, {"format": FORMAT, "scenario": NAME})
     seeds = f"{len(options.seeds)} seed{'s' * (len(options.seeds) > 1)}"
-    title = f"{title_of(data)}: {configuration.tasks} tasks, {seeds}"
+    title = f"{images}: {configuration.tasks} tasks, {seeds}"
     make_console().print(results_table(records, title))
     picture = results.with_suffix(".png")
     draw(records, title).savefig(picture)
@@ -57,37 +57,17 @@ def run(options: Options) -> int:
     return 0
 
 
-def _records(
-    options: Options, configuration: Configuration, data: "ImageData"
-) -> "Iterator[Record]":
-    """Run all methods at one seed before the next."""
-    from benchmarks import experiment
-    from benchmarks.scenarios import PermutedImages
-
-    for seed in options.seeds:
-        scenario = PermutedImages(data, configuration.tasks, seed)
-        for variant in variants(options):
-            yield experiment.run(
-                variant, scenario, configuration, seed=seed, data_source=data.source
-            )
-
-
 def variants(options: Options) -> list[Variant]:
     """What is to be run, in the order of ``--methods``."""
+    baselines = options.baseline_ewc_lambda
     found = []
     for name in options.methods:
         if name == "ewc":
-            noted = len(options.baseline_ewc_lambda) > 1
-            found += [
-                Variant(name, value, f"[λ={value:g}]" if noted else "")
-                for value in options.baseline_ewc_lambda
-            ]
+            notes = [f"[λ={value:g}]" if len(baselines) > 1 else "" for value in baselines]
+            found += [Variant(name, *pair) for pair in zip(baselines, notes, strict=True)]
         else:
-            found.append(
-                Variant(
-                    name, options.ewc_lambda if is_own(name) else METHODS[name].default_strength
-                )
-            )
+            default = METHODS[name].default_strength
+            found.append(Variant(name, options.ewc_lambda if is_own(name) else default))
     return found
 
 

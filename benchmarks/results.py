@@ -28,47 +28,23 @@ DIGEST_LENGTH = 10
 
 @dataclass(frozen=True)
 class Record:
-    """The results of one method at one seed.
+    """The results of one method at one seed; times are wall times, accuracies fractions."""
 
-    Attributes:
-        method: Name of the method, as given to ``--methods``.
-        label: Name for tables and plots; differs from ``method`` where one method was run
-            with several strengths, or with replay.
-        seed: Seed of the initial weights, the order of the batches and the tasks.
-        average_accuracy: Mean accuracy over all tasks at the end, a fraction.
-        forgetting: See :func:`benchmarks.metrics.forgetting`; None for joint training.
-        backward_transfer: See :func:`benchmarks.metrics.backward_transfer`; None for joint
-            training.
-        accuracy_matrix: ``[T][T]``, row ``i`` the accuracies on all tasks after task ``i``.
-            Joint training learns all tasks at once: its one row is repeated ``T`` times.
-        training_seconds: Wall time of training with the penalty, without estimation and
-            evaluation.
-        estimation_seconds: Wall time of what the method does at the ends of tasks.
-        penalty_ms_per_step: Milliseconds for the value and gradient of the penalty, after the
-            last task; 0 where there is no penalty.
-        state_bytes: Memory that the method holds between tasks, besides the network: anchors,
-            importances, copies.
-        trained_jointly: Whether all tasks were learned at once.
-        configuration: The options of the run, data source and thread count.
-        versions: Versions of the software, and the processor.
-        diverged: Whether parameters, or squares of what the network computes, became infinite.
-    """
-
-    method: str
-    label: str
-    seed: int
-    average_accuracy: float
-    forgetting: float | None
+    method: str  # name of the method, as given to ``--methods``
+    label: str  # for tables and plots: the method, with what tells several runs of it apart
+    seed: int  # seed of the initial weights, the order of the batches and the tasks
+    average_accuracy: float  # mean over all tasks at the end
+    forgetting: float | None  # None for joint training, as is the next
     backward_transfer: float | None
-    accuracy_matrix: list[list[float]]
-    training_seconds: float
-    estimation_seconds: float
-    penalty_ms_per_step: float
-    state_bytes: int
+    accuracy_matrix: list[list[float]]  # ``[T][T]``; joint training has equal rows
+    training_seconds: float  # with the penalty, without estimation and evaluation
+    estimation_seconds: float  # what the method does at the ends of tasks
+    penalty_ms_per_step: float  # value and gradient, after the last task; 0 without
+    state_bytes: int  # held between tasks, besides the network: anchors, importances, copies
     trained_jointly: bool
-    configuration: dict[str, Any]
-    versions: dict[str, Any]
-    diverged: bool = False
+    configuration: dict[str, Any]  # the options of the run, data source and thread count
+    versions: dict[str, Any]  # versions of the software, and the processor
+    diverged: bool = False  # whether parameters, or squares of activations, became infinite
 
     @property
     def strength(self) -> float | None:
@@ -96,17 +72,7 @@ def group_by_label(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def read_records(path: Path) -> tuple[str, list[Record]]:
-    """Read a file of records.
-
-    Args:
-        path: The JSON file.
-
-    Returns:
-        The name of the scenario, and the records.
-
-    Raises:
-        ValueError: If the file is of another format.
-    """
+    """Read the scenario and the records of a file; ``ValueError`` if it has another format."""
     document = json.loads(path.read_text(encoding="utf-8"))
     found = document.get("format") if isinstance(document, dict) else None
     if found != FORMAT:
@@ -116,21 +82,13 @@ def read_records(path: Path) -> tuple[str, list[Record]]:
 
 @dataclass(frozen=True)
 class Job:
-    """One run that is to be done.
-
-    Attributes:
-        variant: The method and its strength.
-        seed: Seed of the run.
-        configuration: The options, among them whether to validate.
-        scenario: Name of the results, such as ``"split_mnist_task"``.
-        data_source: Where the images are from, such as ``"mnist"``.
-    """
+    """One run that is to be done."""
 
     variant: Variant
     seed: int
-    configuration: Configuration
-    scenario: str
-    data_source: str
+    configuration: Configuration  # the options, among them whether to validate
+    scenario: str  # name of the results, such as ``"split_mnist_task"``
+    data_source: str  # where the images are from, such as ``"mnist"``
 
     def __str__(self) -> str:
         """Method, strength, seed and purpose, for messages."""
@@ -180,17 +138,7 @@ def save(record: Record, job: Job, folder: Path) -> None:
 
 
 def load_all(folders: Iterable[Path]) -> list[tuple[str, Record]]:
-    """All records in some folders and their subfolders.
-
-    Args:
-        folders: The folders, or single files.
-
-    Returns:
-        Pairs of a scenario's name and a record.
-
-    Raises:
-        ValueError: If a folder does not exist, or there is no record in any.
-    """
+    """Scenarios and records in folders and below; ``ValueError`` if one is absent, or all empty."""
     found = []
     for path in dict.fromkeys(path.resolve() for path in _files(folders)):
         try:

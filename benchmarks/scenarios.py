@@ -20,17 +20,11 @@ Example = tuple[Tensor, int]
 
 @dataclass(frozen=True, eq=False)
 class Examples(Dataset[Example]):
-    """A training set whose inputs are made, or looked up, when they are asked for.
+    """A training set whose inputs are made, or looked up, when they are asked for."""
 
-    Attributes:
-        input_of: Makes the input ``[D]`` of an example from its number.
-        targets: Class of every example.
-        task_labels: Task of every example, where the network is told; else None.
-    """
-
-    input_of: Callable[[int], Tensor]
-    targets: Sequence[int]
-    task_labels: Sequence[int] | None = None
+    input_of: Callable[[int], Tensor]  # makes the input ``[D]`` of an example from its number
+    targets: Sequence[int]  # class of every example
+    task_labels: Sequence[int] | None = None  # of every example, where the network is told
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -46,6 +40,7 @@ class Scenario(ABC):
 
     Attributes:
         name: Names the results, such as ``"permuted_mnist"``.
+        data_source: Where the images are from, such as ``"mnist"``.
         tasks: Number of tasks ``T``.
         shape: Shape of an image before it was flattened, channels first.
         features: Number of inputs ``D``, the product of the shape.
@@ -58,23 +53,28 @@ class Scenario(ABC):
 
     def __init__(self, data: ImageData, tasks: int) -> None:
         """Keep the images, which are to be shared by ``tasks`` tasks."""
+        self.data_source = data.source
         self.tasks = tasks
         self.shape = data.shape
         self.features = data.train_inputs.shape[1]
         self.classes = data.classes
         self._data = data
 
-    @abstractmethod
     def training_sets(self) -> list[Examples]:
         """The training set of every task, in the order of the tasks."""
+        return [self._training_set([task]) for task in range(self.tasks)]
 
-    @abstractmethod
     def joint_training_set(self) -> Examples:
         """The training sets of all tasks in one, task after task."""
+        return self._training_set(range(self.tasks))
 
     @abstractmethod
     def test_set(self, task: int) -> tuple[Tensor, Tensor]:
         """Inputs ``[M, D]`` and classes ``[M]`` to test one task with."""
+
+    @abstractmethod
+    def _training_set(self, tasks: Sequence[int]) -> Examples:
+        """The training sets of one or all tasks in one, task after task."""
 
 
 class TransformedImages(Scenario):
@@ -95,19 +95,16 @@ class TransformedImages(Scenario):
     def transform(self, inputs: Tensor, task: int) -> Tensor:
         """Images ``[M, D]`` as they look in a task."""
 
-    def training_sets(self) -> list[Examples]:
-        """The training set of every task; fast as long as no later task's has been read."""
-        inputs = (partial(self._training_input, task) for task in range(self.tasks))
-        return [Examples(input_of, self._targets) for input_of in inputs]
-
-    def joint_training_set(self) -> Examples:
-        """The training sets of all tasks in one, ``T · N`` examples."""
-        rows = len(self._targets)
-        return Examples(lambda n: self._alone(*divmod(n, rows)), self._targets * self.tasks)
-
     def test_set(self, task: int) -> tuple[Tensor, Tensor]:
         """Transformed inputs ``[M, D]`` and classes ``[M]`` to test one task with."""
         return self.transform(self._data.test_inputs, task), self._data.test_labels
+
+    def _training_set(self, tasks: Sequence[int]) -> Examples:
+        """The training sets of one task, or of all in any order of examples."""
+        rows = len(self._targets)
+        if len(tasks) == 1:
+            return Examples(partial(self._training_input, tasks[0]), self._targets)
+        return Examples(lambda n: self._alone(*divmod(n, rows)), self._targets * len(tasks))
 
     def _training_input(self, task: int, row: int) -> Tensor:
         """One transformed training input ``[D]``.
@@ -191,17 +188,7 @@ class SplitImages(Scenario):
     def __init__(
         self, data: ImageData, tasks: int, increment: str, name: str = "split_mnist"
     ) -> None:
-        """Share the classes out.
-
-        Args:
-            data: The images.
-            tasks: Number of tasks ``T``, which divides the number of classes.
-            increment: What the network is to tell.
-            name: Names the results, with the increment.
-
-        Raises:
-            ValueError: If the classes cannot be shared out evenly.
-        """
+        """Share the classes out; ``ValueError`` if that cannot be done evenly."""
         super().__init__(data, tasks)
         if data.classes % tasks:
             raise ValueError(
@@ -214,14 +201,6 @@ class SplitImages(Scenario):
         self._all_outputs = increment == "class"
         self.classes = data.classes if self._all_outputs else self._classes_per_task
         self._rows = data.train_inputs.unbind(0)
-
-    def training_sets(self) -> list[Examples]:
-        """The training set of every task, in the order of the tasks."""
-        return [self._training_set([task]) for task in range(self.tasks)]
-
-    def joint_training_set(self) -> Examples:
-        """The training sets of all tasks in one."""
-        return self._training_set(range(self.tasks))
 
     def test_set(self, task: int) -> tuple[Tensor, Tensor]:
         """Inputs ``[M, D]`` and labels ``[M]`` to test one task with."""
@@ -239,11 +218,7 @@ class SplitImages(Scenario):
         return Examples(inputs.__getitem__, targets, told if self.multi_headed else None)
 
     def _rows_of(self, classes: Tensor, task: int) -> Tensor:
-        """Where the classes of a task are among others.
-
-        Raises:
-            ValueError: If they are not.
-        """
+        """Where the classes of a task are among others; ``ValueError`` if they are not."""
         rows = torch.nonzero(classes // self._classes_per_task == task).flatten()
         if not len(rows):
             raise ValueError(
@@ -258,18 +233,7 @@ class SplitImages(Scenario):
 
 
 def load_data(configuration: Configuration, data_root: Path) -> ImageData:
-    """Load the images of a scenario, as many of them as are to be used.
-
-    Args:
-        configuration: The options.
-        data_root: Folder of the data sets.
-
-    Returns:
-        The images; for validation, held-out ones take the place of the test images.
-
-    Raises:
-        DataUnavailableError: If CIFAR is not to be had.
-    """
+    """Load the images to be used, or raise ``DataUnavailableError`` if CIFAR is not to be had."""
     kinds = {"split_cifar10": data_sets.CIFAR10, "split_cifar100": data_sets.CIFAR100}
     kind = kinds.get(configuration.scenario)
     data = data_sets.load(kind, data_root) if kind else data_sets.load_images(data_root)
@@ -278,19 +242,7 @@ def load_data(configuration: Configuration, data_root: Path) -> ImageData:
 
 
 def make_scenario(configuration: Configuration, data: ImageData, seed: int) -> Scenario:
-    """Make a stream of tasks.
-
-    Args:
-        configuration: The options.
-        data: The images.
-        seed: Seed of permutations and angles; split streams are the same for all seeds.
-
-    Returns:
-        The stream.
-
-    Raises:
-        ValueError: If the classes cannot be split into so many tasks.
-    """
+    """Make a stream of tasks; ``ValueError`` if the classes cannot be split into so many."""
     if configuration.scenario == "permuted_mnist":
         return PermutedImages(data, configuration.tasks, seed)
     if configuration.scenario == "rotated_mnist":
@@ -299,16 +251,7 @@ def make_scenario(configuration: Configuration, data: ImageData, seed: int) -> S
 
 
 def training_experiences(scenario: Scenario, *, jointly: bool) -> list[Any]:
-    """Make Avalanche experiences of a scenario's training sets.
-
-    Args:
-        scenario: The tasks.
-        jointly: Whether to put all tasks into one experience.
-
-    Returns:
-        One experience per task, or one altogether. Their batches are pairs (inputs, classes), or
-        triples with task labels where the scenario has a head for every task.
-    """
+    """Avalanche experiences, one per task or one for all; with task labels if multi-headed."""
     from benchmarks.avalanche_names import (
         benchmark_from_datasets,
         with_classes_timeline,

@@ -5,7 +5,8 @@ over the positions ``s`` at which the weight is used: one for a linear layer on 
 of the output for a convolution.
 """
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeGuard
@@ -21,33 +22,15 @@ Layer = nn.Linear | nn.Conv2d
 
 @dataclass(frozen=True)
 class Outer:
-    """A layer's part in the gradients of ``n`` examples: ``Σ_s g_s a_sᵀ`` for each.
+    """A layer's part in the gradients of ``n`` examples: ``Σ_s g_s a_sᵀ`` for each."""
 
-    Attributes:
-        inputs: ``a``, ``[n, S, d_in]``; for a convolution the patches, ``d_in`` being (channel,
-            row, column).
-        gradients: ``g``, ``[n, S, d_out]``.
-        pixels: The layer's inputs pixel by pixel, ``[n, P, channels]``; ``a`` for linear layers.
-    """
-
-    inputs: Tensor
-    gradients: Tensor
-    pixels: Tensor
+    inputs: Tensor  # ``a``, ``[n, S, d_in]``; of a convolution patches (channel, row, column)
+    gradients: Tensor  # ``g``, ``[n, S, d_out]``
+    pixels: Tensor  # inputs by pixel, ``[n, P, channels]``; ``a`` for linear layers
 
 
 def trained_layers(model: nn.Module) -> dict[str, Layer]:
-    """List the layers of a model.
-
-    Args:
-        model: The network.
-
-    Returns:
-        The layers by name.
-
-    Raises:
-        ValueError: If something else is trained than weight and bias of linear layers on vectors
-            and of convolutions without groups, with zeros around the image.
-    """
+    """The layers of a model by name; ``ValueError`` if others are trained, or one is frozen."""
     layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
     known = {id(p) for layer in layers.values() for p in layer.parameters()}
     for name, parameter in model.named_parameters():
@@ -64,55 +47,37 @@ def _is_layer(module: nn.Module) -> TypeGuard[Layer]:
     return plain or isinstance(module, nn.Linear)
 
 
-class Capture:
-    """Watches layers for the duration of a ``with`` block, in which each is called at most once."""
+Calls = dict[str, tuple[Tensor, GradientEdge]]
 
-    def __init__(self, layers: dict[str, Layer]) -> None:
-        """Watch nothing yet.
 
-        Args:
-            layers: The layers by name.
-        """
-        self._layers = layers
-        # Edges in the graph remain right if an output is changed in place.
-        self._calls: dict[str, tuple[Tensor, GradientEdge]] = {}
-        self._stack = ExitStack()
+@contextmanager
+def watched(layers: dict[str, Layer]) -> Iterator[Calls]:
+    """Note inputs and outputs of layers, each of which is called at most once."""
+    calls: Calls = {}
 
-    def __enter__(self) -> "Capture":
-        """Start watching."""
-        for name, layer in self._layers.items():
-            self._stack.callback(layer.register_forward_hook(partial(self._note, name)).remove)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Stop watching."""
-        self._stack.close()
-
-    def backward(self, outputs: Tensor, vectors: Tensor) -> dict[str, Outer]:
-        """Pull vectors back from the model's outputs to those of the layers.
-
-        Args:
-            outputs: Of the forward pass that was watched, ``[N, C]``. The graph is kept.
-            vectors: The gradient of something with respect to them, ``[N, C]``.
-
-        Returns:
-            By name, for every layer that the outputs depend on.
-        """
-        edges = [edge for _, edge in self._calls.values()]
-        pulled = torch.autograd.grad(
-            outputs, edges, grad_outputs=vectors, retain_graph=True, allow_unused=True
-        )
-        return {
-            name: _outer(self._layers[name], inputs, gradient)
-            for (name, (inputs, _)), gradient in zip(self._calls.items(), pulled, strict=True)
-            if gradient is not None
-        }
-
-    def _note(self, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
-        """Note a call of a layer."""
-        if name in self._calls:
+    def note(name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
+        if name in calls:
             raise ValueError(f"cannot protect {name!r}: it is called more than once")
-        self._calls[name] = args[0].detach(), get_gradient_edge(output)
+        # Edges in the graph remain right if an output is changed in place.
+        calls[name] = args[0].detach(), get_gradient_edge(output)
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(partial(note, name)).remove)
+        yield calls
+
+
+def pull_back(
+    layers: dict[str, Layer], calls: Calls, outputs: Tensor, vectors: Tensor
+) -> dict[str, Outer]:
+    """Pull ``[N, C]`` back from the outputs to the layers they depend on; the graph is kept."""
+    edges = [edge for _, edge in calls.values()]
+    pulled = torch.autograd.grad(outputs, edges, vectors, retain_graph=True, allow_unused=True)
+    return {
+        name: _outer(layers[name], inputs, gradient)
+        for (name, (inputs, _)), gradient in zip(calls.items(), pulled, strict=True)
+        if gradient is not None
+    }
 
 
 def _outer(layer: Layer, inputs: Tensor, gradient: Tensor) -> Outer:

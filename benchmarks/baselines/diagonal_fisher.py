@@ -9,7 +9,7 @@ import torch
 from opt_einsum import contract
 from torch import Tensor, nn
 
-from benchmarks.baselines.capture import Capture, Outer, trained_layers
+from benchmarks.baselines.capture import Outer, pull_back, trained_layers, watched
 from benchmarks.baselines.plugin import Examples, QuadraticPlugin, evaluating, forward
 
 CHUNK = 32  # examples whose gradients are in memory at a time
@@ -58,24 +58,16 @@ class DiagonalFisherEWC(QuadraticPlugin, supports_distributed=True):  # type: ig
 
 
 def exact_diagonal(model: nn.Module, examples: Examples) -> dict[str, Tensor]:
-    """Compute the diagonal of the Fisher matrix of cross-entropy, over all classes.
-
-    Args:
-        model: The network, left as it is.
-        examples: The data, over which it is averaged.
-
-    Returns:
-        By name of the parameters, in their shapes; zeros for those that were not used.
-    """
+    """Mean over examples, by name of parameter; zeros for parameters that were not used."""
     layers = trained_layers(model)
     sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in model.named_parameters()}
     with evaluating(model):
         for batch in examples:
-            with Capture(layers) as capture:
+            with watched(layers) as calls:
                 logits = forward(model, batch)
             squares: dict[str, tuple[Outer, Tensor]] = {}
             for vectors in _vectors(logits).unbind(1):
-                for name, outer in capture.backward(logits, vectors).items():
+                for name, outer in pull_back(layers, calls, logits, vectors).items():
                     if isinstance(layers[name], nn.Conv2d):
                         _add_positions(name, outer, sums)
                         continue

@@ -11,29 +11,22 @@ import torch
 from opt_einsum import contract
 from torch import Tensor, nn
 
-from benchmarks.baselines.capture import Capture, Layer, Outer, trained_layers
+from benchmarks.baselines.capture import Layer, Outer, trained_layers
 from benchmarks.baselines.plugin import (
     LABELLING,
     Examples,
     QuadraticPlugin,
-    evaluating,
-    forward,
     make_generator,
-    sampled_gradients,
+    sampled_passes,
 )
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A layer's part of the curvature, ``G ⊗ A``.
+    """A layer's part of the curvature, ``G ⊗ A``."""
 
-    Attributes:
-        inputs: ``A``, ``[d_in, d_in]``, with the bias, if there is one, as coordinate 0.
-        gradients: ``G``, ``[d_out, d_out]``.
-    """
-
-    inputs: Tensor
-    gradients: Tensor
+    inputs: Tensor  # ``A``, ``[d_in, d_in]``, with the bias, if there is one, as coordinate 0
+    gradients: Tensor  # ``G``, ``[d_out, d_out]``
 
     def __add__(self, other: "Factors") -> "Factors":
         """Add both factors, each by itself."""
@@ -94,28 +87,15 @@ class KroneckerLaplace(QuadraticPlugin, supports_distributed=True):  # type: ign
 def kronecker_factors(
     model: nn.Module, examples: Examples, generator: torch.Generator
 ) -> dict[str, Factors]:
-    """Estimate the factors of all layers that the examples use.
-
-    Args:
-        model: The network, left as it is.
-        examples: The data.
-        generator: Of the labels.
-
-    Returns:
-        The factors by name of layer.
-    """
+    """Estimate the factors of all layers that the examples use, by name of layer."""
     layers = trained_layers(model)
     sums: dict[str, Factors] = {}
     uses = dict.fromkeys(layers, 0)
-    with evaluating(model):
-        for batch in examples:
-            with Capture(layers) as capture:
-                logits = forward(model, batch)
-            vectors = sampled_gradients(logits, generator)
-            for name, outer in capture.backward(logits, vectors).items():
-                new = _sums(layers[name], outer)
-                sums[name] = sums[name] + new if name in sums else new
-                uses[name] += outer.gradients.shape[0] * outer.gradients.shape[1]
+    for outers in sampled_passes(model, layers, examples, generator):
+        for name, outer in outers.items():
+            new = _sums(layers[name], outer)
+            sums[name] = sums[name] + new if name in sums else new
+            uses[name] += outer.gradients.shape[0] * outer.gradients.shape[1]
     return {
         name: Factors(total.inputs / len(examples), total.gradients / uses[name])
         for name, total in sums.items()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from benchmarks.avalanche_names import SupervisedPlugin, avalanche_forward
+from benchmarks.baselines.capture import Layer, Outer, pull_back, watched
 
 BATCH_SIZE = 256
 DRAWING, LABELLING = 0, 1
@@ -24,17 +25,8 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         tasks: Number of tasks that are protected.
     """
 
-    def __init__(self, strength: float, *, samples: int | None, seed: int) -> None:
-        """Protect nothing yet.
-
-        Args:
-            strength: λ, at least 0.
-            samples: Examples of each task to estimate on, drawn at random; None for all.
-            seed: Seed of the examples and, where they are drawn, of the labels.
-
-        Raises:
-            ValueError: If the strength is negative or there are no examples.
-        """
+    def __init__(self, strength: float, *, samples: int | None = None, seed: int = 0) -> None:
+        """Take λ ≥ 0, how many examples of a task to estimate on (None for all), and a seed."""
         super().__init__()
         if not strength >= 0:
             raise ValueError(f"strength: got {strength}, expected at least 0")
@@ -67,15 +59,10 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples without their classes: all methods take those from the model.
+    """Examples without their classes: all methods take those from the model."""
 
-    Attributes:
-        inputs: ``[n, ...]``.
-        task_labels: ``[n]``, or None where the data have none.
-    """
-
-    inputs: Tensor
-    task_labels: Tensor | None
+    inputs: Tensor  # ``[n, ...]``
+    task_labels: Tensor | None  # ``[n]``, or None where the data have none
 
 
 class Examples:
@@ -85,14 +72,7 @@ class Examples:
     """
 
     def __init__(self, strategy: Any, *, samples: int | None, seed: int, task: int) -> None:
-        """Draw the examples.
-
-        Args:
-            strategy: The Avalanche strategy, whose experience is the task.
-            samples: How many; None for all, as for numbers that are larger.
-            seed: Seed of the run.
-            task: Number of the task, from 0.
-        """
+        """Draw so many examples of the strategy's experience; None for all."""
         dataset = strategy.experience.dataset.eval()
         self._collate = getattr(dataset, "collate_fn", None)
         if samples is not None and samples < len(dataset):
@@ -120,22 +100,12 @@ class Examples:
 
 
 def make_generator(seed: int, task: int, stream: int) -> torch.Generator:
-    """Make a generator on the CPU for one purpose in one task.
-
-    Args:
-        seed: Seed of the run.
-        task: Number of the task, from 0.
-        stream: ``DRAWING`` or ``LABELLING``.
-    """
+    """Make a generator on the CPU for one task, ``DRAWING`` or ``LABELLING``."""
     return torch.Generator().manual_seed((2 * (seed * 1_000_003 + task) + stream) % 2**63)
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """Return a model's outputs ``[n, C]`` for some examples.
-
-    Raises:
-        ValueError: If the outputs are not finite.
-    """
+    """Return a model's outputs ``[n, C]``; ``ValueError`` if they are not finite."""
     outputs: Tensor = avalanche_forward(model, batch.inputs, batch.task_labels)
     if not outputs.isfinite().all():
         raise ValueError(
@@ -146,18 +116,23 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def sampled_gradients(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the gradients of cross-entropy for labels drawn from the model's own predictions.
-
-    Args:
-        logits: ``[n, C]``.
-        generator: Of the labels; on the CPU, whatever the device, so that it is the same for all.
-
-    Returns:
-        ``p - e_y`` for one label ``y`` of each example, ``[n, C]``.
-    """
+    """Return ``p - e_y``, ``[n, C]``, with a label ``y`` of each example drawn from ``p``."""
     probabilities = logits.detach().softmax(1)
+    # On the CPU, so that labels are the same on all devices.
     labels = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(logits.device)
     return probabilities.scatter_add(1, labels, -torch.ones_like(probabilities[:, :1]))
+
+
+def sampled_passes(
+    model: nn.Module, layers: dict[str, Layer], examples: Examples, generator: torch.Generator
+) -> Iterator[dict[str, Outer]]:
+    """Yield the layers' inputs and gradients for each batch, with labels drawn from the model."""
+    for batch in examples:
+        with evaluating(model):
+            with watched(layers) as calls:
+                logits = forward(model, batch)
+            outers = pull_back(layers, calls, logits, sampled_gradients(logits, generator))
+        yield outers
 
 
 @contextmanager

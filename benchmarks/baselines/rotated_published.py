@@ -4,45 +4,93 @@ Liu, Masana, Herranz, Van de Weijer, López and Bagdanov, "Rotate your networks:
 consolidation and less catastrophic forgetting", ICPR 2018.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from opt_einsum import contract
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from benchmarks.baselines.capture import Capture, Layer, Outer, trained_layers
+from benchmarks.baselines.capture import Layer, Outer, trained_layers
 from benchmarks.baselines.diagonal_fisher import CHUNK
 from benchmarks.baselines.plugin import (
     LABELLING,
     Examples,
     QuadraticPlugin,
-    evaluating,
-    forward,
     make_generator,
-    sampled_gradients,
+    sampled_passes,
 )
-from benchmarks.baselines.rotation import Rotation, is_rotated, rotate, rotate_back, trained_weight
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Orthonormal bases of a layer's outputs and inputs."""
+
+    outputs: Tensor  # ``U2``, ``[d_out, d_out]``, a basis vector in each column
+    inputs: Tensor  # ``U1``, ``[d_in, d_in]``; of a convolution ``d_in`` counts channels
+
+
+class RotatedWeight(nn.Module):
+    """A parametrisation: what is trained is ``W' = U2ᵀ W U1``, what the layer uses is ``W``.
+
+    Convolutions are rotated pixel by pixel of the kernel.
+    """
+
+    outputs: Tensor
+    inputs: Tensor
+
+    def __init__(self, rotation: Rotation) -> None:
+        """Keep the bases, as buffers."""
+        super().__init__()
+        self.register_buffer("outputs", rotation.outputs)
+        self.register_buffer("inputs", rotation.inputs)
+
+    def forward(self, rotated: Tensor) -> Tensor:
+        """Return ``W = U2 W' U1ᵀ``."""
+        weight: Tensor = contract("po,oi...,ji->pj...", self.outputs, rotated, self.inputs)
+        return weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return ``W'``."""
+        rotated: Tensor = contract("op,oi...,ij->pj...", self.outputs, weight, self.inputs)
+        return rotated
+
+
+def is_rotated(layer: nn.Module) -> bool:
+    """Whether a layer's weight is trained in rotated coordinates."""
+    return parametrize.is_parametrized(layer, "weight")
+
+
+def trained_weight(layer: Layer) -> Tensor:
+    """Return the parameter behind a layer's weight: ``W'`` if that is rotated, else ``W``."""
+    if not is_rotated(layer):
+        return layer.weight
+    original: Tensor = layer.parametrizations["weight"].original  # type: ignore[index, union-attr]
+    return original
+
+
+def rotate(layer: Layer, rotation: Rotation) -> None:
+    """Train a layer's weight in rotated coordinates; its parameter remains the same object."""
+    parametrize.register_parametrization(layer, "weight", RotatedWeight(rotation))
+    layer.parametrizations.train(layer.training)  # type: ignore[union-attr]
+
+
+def rotate_back(layer: Layer) -> None:
+    """Train a layer's weight as it is; its parameter remains the same object."""
+    if is_rotated(layer):
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
 
 
 @dataclass(frozen=True)
 class RotatedFisher:
-    """The diagonal of a layer's Fisher matrix in rotated coordinates, and where it is anchored.
+    """The diagonal of a layer's Fisher matrix in rotated coordinates, and where it is anchored."""
 
-    Attributes:
-        rotation: The coordinates.
-        weight: The diagonal for ``W'``, in the shape of the weight.
-        anchor: ``W'`` when the task ended.
-        bias: The diagonal for the bias; None without one.
-        bias_anchor: The bias when the task ended.
-    """
-
-    rotation: Rotation
-    weight: Tensor
-    anchor: Tensor
-    bias: Tensor | None
-    bias_anchor: Tensor | None
+    rotation: Rotation  # the coordinates
+    weight: Tensor  # the diagonal for ``W'``, in the shape of the weight
+    anchor: Tensor  # ``W'`` when the task ended
+    bias: Tensor | None  # the diagonal for the bias; None without one
+    bias_anchor: Tensor | None  # the bias when the task ended
 
 
 class PublishedRotatedEWC(QuadraticPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -117,20 +165,10 @@ class PublishedRotatedEWC(QuadraticPlugin, supports_distributed=True):  # type: 
 def moment_bases(
     model: nn.Module, layers: dict[str, Layer], examples: Examples, generator: torch.Generator
 ) -> dict[str, Rotation]:
-    """Find the eigenvectors of both moments of all layers that the examples use.
-
-    Args:
-        model: The network, left as it is.
-        layers: Its layers by name, none of them rotated.
-        examples: The data.
-        generator: Of the labels.
-
-    Returns:
-        The bases by name of layer.
-    """
+    """Find the eigenvectors of both moments of all layers that the examples use, by name."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
-    for outers in _passes(model, layers, examples, generator):
+    for outers in sampled_passes(model, layers, examples, generator):
         for name, outer in outers.items():
             a, g = outer.pixels, outer.gradients
             inputs[name] = inputs.get(name, 0) + contract("nsi,nsj->ij", a, a)
@@ -145,39 +183,15 @@ def rotated_diagonals(
     examples: Examples,
     generator: torch.Generator,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Estimate the diagonal of the Fisher matrix in rotated coordinates.
-
-    Args:
-        model: The network, left as it is.
-        layers: Its layers by name, none of them rotated.
-        rotations: The coordinates of those that the examples use.
-        examples: The data.
-        generator: Of the labels; in the state in which the moments found it.
-
-    Returns:
-        By name of layer the mean squares of the gradients of single examples: of ``W'``, in the
-        shape of the weight, and of the bias ``[d_out]``.
-    """
+    """Mean squares of the gradients of single examples, of ``W'`` and of the bias, by layer."""
     weights = {name: torch.zeros_like(layers[name].weight) for name in rotations}
     biases = {name: weights[name].new_zeros(len(weights[name])) for name in rotations}
-    for outers in _passes(model, layers, examples, generator):
+    for outers in sampled_passes(model, layers, examples, generator):
         for name, outer in outers.items():
             weights[name] += _sum_of_squares(layers[name], rotations[name], outer)
             biases[name] += outer.gradients.sum(1).square().sum(0)
     count = len(examples)
     return {name: (weights[name] / count, biases[name] / count) for name in rotations}
-
-
-def _passes(
-    model: nn.Module, layers: dict[str, Layer], examples: Examples, generator: torch.Generator
-) -> Iterator[dict[str, Outer]]:
-    """Yield the layers' inputs and gradients for each batch, with labels drawn from the model."""
-    for batch in examples:
-        with evaluating(model):
-            with Capture(layers) as capture:
-                logits = forward(model, batch)
-            outers = capture.backward(logits, sampled_gradients(logits, generator))
-        yield outers
 
 
 def _sum_of_squares(layer: Layer, rotation: Rotation, outer: Outer) -> Tensor:

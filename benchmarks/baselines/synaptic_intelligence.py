@@ -13,55 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.avalanche_names import SupervisedPlugin
+from benchmarks.baselines.plugin import Examples, QuadraticPlugin
 
 DAMPING = 0.1
 
 
 @dataclass
 class Path:
-    """What is known of one parameter.
+    """What is known of one parameter."""
 
-    Attributes:
-        before_step: The parameter before the optimizer's step.
-        start: The parameter when the task began: the anchor.
-        gain: ``ω``, by how much its changes have lowered the loss of the task.
-        importance: ``Ω``, summed over the tasks that are finished.
-    """
-
-    before_step: Tensor
-    start: Tensor
-    gain: Tensor
-    importance: Tensor
+    before_step: Tensor  # the parameter before the optimizer's step
+    start: Tensor  # the parameter when the task began: the anchor
+    gain: Tensor  # ``ω``, by how much its changes have lowered the loss of the task
+    importance: Tensor  # ``Ω``, summed over the tasks that are finished
 
 
-class SynapticIntelligence(SupervisedPlugin, supports_distributed=True):  # type: ignore[misc, call-arg]
+class SynapticIntelligence(QuadraticPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Adds ``λ Σ_i Ω_i (θ_i - θ*_i)²`` to the loss (the paper's equation 4, where λ is ``c``).
 
     ``Ω_i`` sums ``ω_i / (Δ_i² + ξ)`` over the tasks (equation 5), where ``ω_i`` is the integral of
     minus the gradient of the task's own loss along the path of the parameter, and ``Δ_i`` how far
     the task moved it. ``ξ`` is 0.1, as for permuted MNIST in the paper; negative importances count
     as zero.
-
-    Attributes:
-        strength: λ.
-        tasks: Number of tasks that are protected.
     """
 
-    def __init__(self, strength: float) -> None:
-        """Protect nothing yet.
-
-        Args:
-            strength: λ, at least 0.
-
-        Raises:
-            ValueError: If the strength is negative.
-        """
-        super().__init__()
-        if not strength >= 0:
-            raise ValueError(f"strength: got {strength}, expected at least 0")
-        self.strength = strength
-        self.tasks = 0
+    def __init__(self, strength: float, *, samples: int | None = None, seed: int = 0) -> None:
+        """Protect nothing yet; nothing is drawn at random, neither examples nor labels."""
+        super().__init__(strength, samples=samples, seed=seed)
         self._paths: dict[str, Path] = {}
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -72,11 +50,6 @@ class SynapticIntelligence(SupervisedPlugin, supports_distributed=True):  # type
             for name, p in _trained(strategy.model).items()
             for importance in [known[name].importance if name in known else torch.zeros_like(p)]
         }
-
-    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Add the penalty to the loss."""
-        if self.tasks > 0:
-            strategy.loss = strategy.loss + self.penalty(strategy.model)
 
     def penalty(self, model: nn.Module) -> Tensor:
         """Return the penalty, a scalar with a gradient."""
@@ -104,13 +77,12 @@ class SynapticIntelligence(SupervisedPlugin, supports_distributed=True):  # type
             path.gain -= (parameter.grad - of_the_penalty) * (parameter - path.before_step)
 
     @torch.no_grad()
-    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    def consolidate(self, strategy: Any, examples: Examples) -> None:
         """Turn the path into importances."""
         for name, parameter in _trained(strategy.model).items():
             path = self._paths[name]
             moved = parameter - path.start
             path.importance += (path.gain / (moved**2 + DAMPING)).clamp(min=0)
-        self.tasks += 1
 
 
 def _trained(model: nn.Module) -> Mapping[str, nn.Parameter]:

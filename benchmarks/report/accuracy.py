@@ -43,18 +43,7 @@ WORTH_CUTTING = 0.5
 
 
 def draw(records: Sequence[Record], title: str = "") -> Figure:
-    """Draw the results of a benchmark: curves above, heat maps below.
-
-    Args:
-        records: Results of any methods and seeds, with the same number of tasks in all.
-        title: Stands above the figure.
-
-    Returns:
-        A figure that belongs to no window; save it with ``savefig``.
-
-    Raises:
-        ValueError: If there is nothing to draw, or numbers of tasks differ.
-    """
+    """Draw the results of a benchmark: curves above, heat maps below."""
     lengths = {len(record.accuracy_matrix) for record in records}
     if len(lengths) != 1:
         raise ValueError(
@@ -82,12 +71,6 @@ def accuracy_curves(experiment: Experiment) -> Figure | None:
 
     The legend names methods in the order in which their lines end. Methods that are far worse than
     all others leave the figure at the bottom, so that the others can be told apart.
-
-    Args:
-        experiment: Records sorted by the protocol.
-
-    Returns:
-        The figure; None if nothing was tested.
     """
     ends = {
         label: float(_curves(group)[:, -1].mean()) for label, group in experiment.tested.items()

@@ -45,17 +45,11 @@ LARGEST_LOSS = 20.0  # points; what is lower is as bad as can be
 
 
 class Panel(NamedTuple):
-    """A panel of bars.
+    """A panel of bars."""
 
-    Attributes:
-        heading: Label of the axis.
-        values: Picks what the bars show from the records of a method; None leaves a dash.
-        form: Format of the numbers.
-    """
-
-    heading: str
-    values: Callable[[Record], float | None]
-    form: str
+    heading: str  # label of the axis
+    values: Callable[[Record], float | None]  # length of a bar; None leaves a dash
+    form: str  # format of the numbers
 
 
 def forgetting_bars(experiment: Experiment) -> Figure | None:
@@ -151,12 +145,6 @@ def strength_curves(experiment: Experiment) -> Figure | None:
     of one sample standard deviation where the search had several seeds. Below, the interval in
     which at most three points are lost, an arrow where it goes on beyond the search; its rows serve
     as the legend.
-
-    Args:
-        experiment: Records sorted by the protocol.
-
-    Returns:
-        The figure; None if no method was searched with several strengths.
     """
     searched = {
         result.label: result
@@ -234,19 +222,12 @@ def _draw_interval(axes: Axes, row: int, interval: Interval, style: Style) -> No
 
 
 class Drawing(NamedTuple):
-    """A kind of figure.
+    """A kind of figure."""
 
-    Attributes:
-        name: Part of the names of its files.
-        draw: Makes the figure; None if there is nothing to show.
-        title: Its title.
-        caption: What is to be seen.
-    """
-
-    name: str
-    draw: Callable[[Experiment], Figure | None]
+    name: str  # part of the names of its files
+    draw: Callable[[Experiment], Figure | None]  # None if there is nothing to show
     title: str
-    caption: str
+    caption: str  # what is to be seen
 
 
 DRAWINGS = (

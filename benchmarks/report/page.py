@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from benchmarks.files import replace_file
-from benchmarks.report.figures import DRAWINGS, Drawing
+from benchmarks.report.figures import DRAWINGS
 from benchmarks.report.style import DOTS_PER_INCH
 from benchmarks.report.tables import COLUMNS, NOTES, rows_of, setting_lines
 from benchmarks.suite.outcome import Experiment
@@ -28,15 +28,7 @@ SALT = "rotate_ewc.benchmarks"
 
 
 def write_report(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
-    """Write a page that needs nothing but a browser, and Markdown with figures next to it.
-
-    Args:
-        experiments: What to report, at least one; any records may be missing from them.
-        folder: Folder of the report; older files of the same names are replaced.
-
-    Returns:
-        The files: ``report.html``, ``report.md`` and the figures.
-    """
+    """Write a page that needs nothing but a browser, and Markdown with figures next to it."""
     # The templates are ours, and everything put into them is not.
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -48,12 +40,10 @@ def write_report(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
     environment.filters["markdown"] = markdown_escape
     names = unique_names([experiment.scenario for experiment in experiments])
     context = {
-        **{
-            "title": TITLE,
-            "about": ABOUT,
-            "notes": NOTES,
-            "headings": ["method", *(column.heading for column in COLUMNS)],
-        },
+        "title": TITLE,
+        "about": ABOUT,
+        "notes": NOTES,
+        "headings": ["method", *(column.heading for column in COLUMNS)],
         "sections": [_section(*pair) for pair in zip(names, experiments, strict=True)],
     }
     written = [
@@ -64,16 +54,7 @@ def write_report(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
 
 
 def write_figures(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
-    """Write all figures as PNG.
-
-    Args:
-        experiments: What to draw; figures for which records are missing are left out.
-        folder: Folder of the files.
-
-    Returns:
-        The files: ``<scenario>-<name>.png`` with the names of
-        :data:`benchmarks.report.figures.DRAWINGS`, the scenarios numbered where they are the same.
-    """
+    """Write all figures that there are records for as ``<scenario>-<drawing>.png``."""
     names = unique_names([experiment.scenario for experiment in experiments])
     return [
         replace_file(folder / f"{name}-{drawing.name}.png", _image_of(figure, "png"))
@@ -84,15 +65,7 @@ def write_figures(experiments: Sequence[Experiment], folder: Path) -> list[Path]
 
 
 def unique_names(scenarios: Sequence[str]) -> list[str]:
-    """Make names for files and anchors, one for each experiment.
-
-    Args:
-        scenarios: Names of the experiments' scenarios, any of them several times.
-
-    Returns:
-        In the same order, names of letters, digits, ``_``, ``-`` and ``.`` alone, which no two
-        experiments share, not even where upper and lower case are the same.
-    """
+    """Make a name of plain characters for each experiment, different in any case of letters."""
     names: list[str] = []
     for scenario in scenarios:
         plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", scenario).strip("-.") or "experiment"
@@ -111,36 +84,30 @@ def markdown_escape(text: str) -> str:
 
 
 def _section(name: str, experiment: Experiment) -> dict[str, Any]:
-    """What the templates need to know of an experiment; figures without records are left out."""
-    drawn = ((drawing, drawing.draw(experiment)) for drawing in DRAWINGS)
+    """What the templates need to know of an experiment; figures without records are left out.
+
+    Each figure is an image of its own rather than part of the page's tree: identifiers that all
+    SVGs of Matplotlib have in common would clash.
+    """
+    methods = ", ".join(result.label for result in experiment.results)
+    figures = [
+        {
+            "title": drawing.title,
+            "caption": drawing.caption,
+            "alternative": f"{drawing.title} on {experiment.scenario}: {methods}. The table has "
+            "the numbers.",
+            "source": f"data:image/svg+xml;base64,{b64encode(_image_of(figure, 'svg')).decode()}",
+            "file": f"{name}-{drawing.name}.png",
+        }
+        for drawing in DRAWINGS
+        if (figure := drawing.draw(experiment)) is not None
+    ]
     return {
         "name": name,
         "scenario": experiment.scenario,
         "setting": setting_lines(experiment),
         "rows": rows_of(experiment),
-        "figures": [
-            _described(name, experiment, drawing, figure) for drawing, figure in drawn if figure
-        ],
-    }
-
-
-def _described(
-    name: str, experiment: Experiment, drawing: Drawing, figure: Figure
-) -> dict[str, str]:
-    """A figure with its texts.
-
-    Each is an image of its own rather than part of the page's tree: identifiers that all SVGs of
-    Matplotlib have in common would clash.
-    """
-    labels = ", ".join(result.label for result in experiment.results)
-    image = b64encode(_image_of(figure, "svg")).decode()
-    return {
-        "title": drawing.title,
-        "caption": drawing.caption,
-        "alternative": f"{drawing.title} on {experiment.scenario}: {labels}. The table has the "
-        "numbers.",
-        "source": f"data:image/svg+xml;base64,{image}",
-        "file": f"{name}-{drawing.name}.png",
+        "figures": figures,
     }
 
 

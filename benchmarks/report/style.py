@@ -64,16 +64,7 @@ OTHER_STYLES = (
 
 
 def styles_of(labels: Iterable[str]) -> dict[str, Style]:
-    """Choose how methods look.
-
-    Args:
-        labels: Labels of all methods in a figure.
-
-    Returns:
-        For known methods the same in every figure. A method with replay (``ewc + replay 500``) has
-        the colour and the marker of the same method without, the marker being hollow rather than
-        filled or the other way round. Anything else takes the next of :data:`OTHER_STYLES`.
-    """
+    """Choose how methods look: known ones alike in every figure, the same with replay inverted."""
     others = cycle(OTHER_STYLES)
     found: dict[str, Style] = {}
     for label in labels:
@@ -125,15 +116,7 @@ def name_rows(axes: Axes, labels: list[str]) -> None:
 
 
 def task_ticks(tasks: int, most: int) -> list[int]:
-    """Choose round task numbers to label on an axis from 1 to the number of tasks.
-
-    Args:
-        tasks: Number of tasks.
-        most: Largest number of labels.
-
-    Returns:
-        The multiples of the smallest of 1, 2, 5, 10, 20, ... of which there are few enough.
-    """
+    """Multiples of the smallest of 1, 2, 5, 10, 20, ... of which there are few enough."""
     steps = (factor * 10**power for power in count() for factor in (1, 2, 5))
     step = next(step for step in steps if tasks // step <= most)
     return list(range(step, tasks + 1, step))

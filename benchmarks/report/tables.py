@@ -50,9 +50,15 @@ MACHINE = {
 }
 
 
-def empty_table(title: str | None) -> Table:
-    """A table with few lines and little padding, so that much fits a terminal of 80 columns."""
-    return Table(
+def make_table(
+    title: str | None,
+    names: Sequence[str],
+    numbers: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    remarks: Sequence[str] = (),
+) -> Table:
+    """A table with few lines and little padding, its headings of one word a line at the bottom."""
+    table = Table(
         title=None if title is None else escape(title),
         title_justify="left",
         title_style="bold",
@@ -61,13 +67,19 @@ def empty_table(title: str | None) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-
-
-def add_number_columns(table: Table, *headings: str) -> None:
-    """Add columns of numbers, whose headings are not broken into more lines than they have."""
-    for heading in headings:
-        widest = max(len(line) for line in heading.splitlines())
-        table.add_column(escape(heading), justify="right", min_width=widest)
+    lines = [heading.split() for heading in (*names, *numbers, *remarks)]
+    tallest = max(map(len, lines))
+    for place, words in enumerate(lines):
+        heading = escape("\n" * (tallest - len(words)) + "\n".join(words))
+        if place < len(names):
+            table.add_column(heading, overflow="fold", min_width=8)
+        elif place < len(names) + len(numbers):
+            table.add_column(heading, justify="right", no_wrap=True)
+        else:
+            table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return table
 
 
 def mean(values: Iterable[float | None], decimals: int = 2, factor: float = 1.0) -> str:
@@ -93,17 +105,11 @@ CellMaker = Callable[[MethodResult, Experiment], str]
 
 
 class Column(NamedTuple):
-    """A column of the table of an experiment.
-
-    Attributes:
-        heading: Its heading.
-        cell: Makes the text of a cell.
-        in_terminal: Whether it is important enough for a terminal, where space is scarce.
-    """
+    """A column of the table of an experiment."""
 
     heading: str
     cell: CellMaker
-    in_terminal: bool = True
+    in_terminal: bool = True  # where space is scarce
 
 
 def _mean(field: str, decimals: int, factor: float = 1.0) -> CellMaker:
@@ -175,17 +181,11 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the table of an experiment.
+    """A row of the table of an experiment."""
 
-    Attributes:
-        own: Whether it is about one of this package's methods.
-        jointly: Whether it is about the upper bound.
-        cells: The method's name, and a cell for each column.
-    """
-
-    own: bool
-    jointly: bool
-    cells: list[Cell]
+    own: bool  # one of this package's methods
+    jointly: bool  # the upper bound
+    cells: list[Cell]  # the method's name, and a cell for each column
 
 
 def rows_of(experiment: Experiment, columns: Sequence[Column] = COLUMNS) -> list[Row]:
@@ -234,17 +234,11 @@ def terminal_table(experiment: Experiment) -> Group:
 
 
 def _table(experiment: Experiment, columns: Sequence[Column], title: str | None) -> Table:
-    """A table with headings of one word a line, aligned at the bottom."""
-    table = empty_table(title)
-    lines = [column.heading.split() for column in columns]
-    tallest = max(map(len, lines))
-    table.add_column("\n" * (tallest - 1) + "method", overflow="fold", min_width=8)
-    for heading in lines:
-        text = "\n" * (tallest - len(heading)) + "\n".join(heading)
-        table.add_column(escape(text), justify="right", no_wrap=True)
-    for row in rows_of(experiment, columns):
-        table.add_row(*(Text(cell.text, style="bold" * cell.bold) for cell in row.cells))
-    return table
+    rows = (
+        [Text(cell.text, style="bold" * cell.bold) for cell in row.cells]
+        for row in rows_of(experiment, columns)
+    )
+    return make_table(title, ["method"], [column.heading for column in columns], rows)
 
 
 def terminal_notes() -> Group:
@@ -253,15 +247,7 @@ def terminal_notes() -> Group:
 
 
 def setting_lines(experiment: Experiment) -> list[str]:
-    """Say what an experiment's numbers were measured with.
-
-    Args:
-        experiment: Records sorted by the protocol.
-
-    Returns:
-        Sentences without markup: the options, the seeds, machine and versions, and a warning where
-        times are not comparable. What differs between records is said to differ.
-    """
+    """Say options, seeds, machine and versions, and where they differ between the records."""
     records = experiment.records
     options = [
         f"{name.replace('_', ' ')} {_in_words(value)}"

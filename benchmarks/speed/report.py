@@ -1,13 +1,12 @@
 """The tables on the terminal, for ``rich``, and the targets of what was timed in training."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.report.tables import ABSENT, MEBIBYTE, empty_table
+from benchmarks.report.tables import ABSENT, MEBIBYTE, make_table
 from benchmarks.speed import names
 from benchmarks.speed.contenders import Kind
 from benchmarks.speed.outside import Duration
@@ -15,19 +14,6 @@ from benchmarks.speed.results import MEASURED, REFUSED, Estimation, Result, Trai
 
 WIDEST_MESSAGE = 100
 Relation = Literal["≤", "≥"]
-
-
-def make_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table whose first and last columns hold words, and the others numbers."""
-    table = empty_table(title)
-    for place, heading in enumerate(headings):
-        if place in (0, len(headings) - 1):
-            table.add_column(heading, no_wrap=place == 0, overflow="fold")
-        else:
-            table.add_column(heading, justify="right", no_wrap=True)
-    for cells in rows:
-        table.add_row(*map(escape, cells))
-    return table
 
 
 def number(value: float | None, form: str) -> str:
@@ -42,7 +28,7 @@ def estimation_table(record: Estimation, threads: int) -> Table:
         f"{record.case}: {names.CASES[record.case]}, {record.fisher}, {record.examples} examples"
         f"{part} in batches of {record.batch}; {_medians(record.rounds, threads)}"
     )
-    headings = ("\ncontender", "median\n[s]", f"× {names.OURS}\n", "× floor\n", "peak\n[MiB]")
+    numbers = ("median [s]", f"× {names.OURS}", "× floor", "peak [MiB]", "trace")
     leanest = _leanest(record)
     rows = []
     for one in record.results:
@@ -59,7 +45,7 @@ def estimation_table(record: Estimation, threads: int) -> Table:
                 "; ".join(filter(None, [_remark(one), "leanest" * (one.name == leanest)])),
             )
         )
-    return make_table(title, (*headings, "\ntrace", "\nremarks"), rows)
+    return make_table(title, ["contender"], numbers, rows, ["remarks"])
 
 
 def floor_line(record: Estimation) -> str:
@@ -79,7 +65,7 @@ def training_table(record: Training, threads: int) -> Table:
         middle, *_ = one.range_over(record.scale) or (None,)
         milliseconds = one.median and 1_000 * one.median
         rows.append((one.name, number(milliseconds, ".3f"), number(middle, ".3f"), _remark(one)))
-    return make_table(title, ("\ncontender", "median\n[ms]", "× plain\nstep", "\nremarks"), rows)
+    return make_table(title, ["contender"], ["median [ms]", "× plain step"], rows, ["remarks"])
 
 
 @dataclass(frozen=True)
@@ -148,7 +134,7 @@ def comparisons_table(record: Training) -> Table:
         target = "" if one.target is None else f"{one.relation} {one.target:{form}}{unit}"
         rows.append((one.label, value, target, verdict(one.met)))
     title = f"{record.case}: ratios within a round, medians over rounds"
-    return make_table(title, ("comparison", "value", "target", ""), rows)
+    return make_table(title, ["comparison"], ["value", "target"], rows, [""])
 
 
 def durations_table(durations: Sequence[Duration]) -> Table:
@@ -158,8 +144,8 @@ def durations_table(durations: Sequence[Duration]) -> Table:
         (own, other), limit = one.medians, one.limit
         beside = f"{one.other_label}: {other:.4f}"
         rows.append((one.label, f"{own:.4f}", beside, f"< {limit:.3g}", verdict(own < limit)))
-    headings = ("what", "seconds", "beside it", "target", "")
-    return make_table("Outside training: medians", headings, rows)
+    numbers = ["seconds", "compared with", "target"]
+    return make_table("Outside training: medians", ["what"], numbers, rows, [""])
 
 
 def verdict(met: bool | None) -> str:

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
-from benchmarks.command import keep, print_table, start, title_of
+from benchmarks.command import keep, print_table, start
 from benchmarks.configuration import Configuration, StreamOptions
 from benchmarks.methods import Variant
-from benchmarks.option_types import PositiveOrZero, described, one_of, several
+from benchmarks.option_types import PositiveOrZero, described, one_of, several, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from benchmarks.data import ImageData
     from benchmarks.results import Record
     from benchmarks.scenarios import Scenario
+    from rotate_ewc import EKFACPenalty
 
 NAME = "calibrate"
 FORMAT = "rotate_ewc.benchmarks.calibrate/2"
@@ -45,34 +45,33 @@ class Options(StreamOptions):
         ewc_lambda: Strength with which the second task is trained.
     """
 
-    tasks: Annotated[int, one_of(["2"])] = 2
+    tasks: Annotated[int, whole_number(2, 2)] = 2
     methods: RotatedNames = METHODS[:1]
     ewc_lambda: PositiveOrZero = 1.0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The results of one method at one seed.
+    """The results of one method at one seed."""
 
-    Attributes:
-        strength: The calibrated λ.
-        old_images: Training images of the first task that it was measured on.
-        record: The run; its own ``"strength"`` is the λ with which the second task was trained.
-    """
-
-    strength: float
-    old_images: int
-    record: "Record"
+    strength: float  # the calibrated λ
+    old_images: int  # training images of the first task that it was measured on
+    record: "Record"  # its own ``"strength"`` is the λ of the second task's training
 
 
 def run(options: Options) -> int:
     """Calibrate every method at every seed, and present the results."""
-    configuration, data = start(options)
+    configuration, images, streams = start(options)
     results = options.output / f"{NAME}.json"
-    calibrations = keep(_calibrations(options, configuration, data), results, {"format": FORMAT})
-    title = f"{title_of(data)}: two tasks, the second with λ = {options.ewc_lambda:g}"
-    headings = ("\nseed", "calibrated\nλ", "first task\n[%]", "second task\n[%]")
-    print_table(title, ["\nmethod"], headings, rows_of(calibrations))
+    runs = (
+        calibrate(Variant(name, options.ewc_lambda), stream, configuration, seed=seed)
+        for seed, stream in streams
+        for name in options.methods
+    )
+    calibrations = keep(runs, results, {"format": FORMAT})
+    title = f"{images}: two tasks, the second with λ = {options.ewc_lambda:g}"
+    headings = ("seed", "calibrated λ", "first task [%]", "second task [%]")
+    print_table(title, ["method"], headings, rows_of(calibrations))
     print(f"Wrote {results}.")
     return 0
 
@@ -93,45 +92,16 @@ def rows_of(calibrations: Iterable[Calibration]) -> Iterator[tuple[str, ...]]:
             yield method, seed, f"{median(one.strength for one in some):.2f}", *accuracies
 
 
-def _calibrations(
-    options: Options, configuration: Configuration, data: "ImageData"
-) -> Iterator[Calibration]:
-    """Calibrate all methods at one seed before the next."""
-    from benchmarks.scenarios import PermutedImages
-
-    for seed in options.seeds:
-        scenario = PermutedImages(data, 2, seed)
-        for name in options.methods:
-            variant = Variant(name, options.ewc_lambda)
-            yield calibrate(variant, scenario, configuration, seed=seed, data_source=data.source)
-
-
 def calibrate(
-    variant: Variant,
-    scenario: "Scenario",
-    configuration: Configuration,
-    *,
-    seed: int,
-    data_source: str,
+    variant: Variant, scenario: "Scenario", configuration: Configuration, *, seed: int
 ) -> Calibration:
     """Train two tasks and measure λ at the end of the second, before it is consolidated.
 
     What is left of proximal steps, where their interval does not divide the number of steps, is
     taken when the second task is consolidated, and so after the measurement.
-
-    Args:
-        variant: A rotated method, and the λ to train the second task with.
-        scenario: Two tasks, made with the same seed.
-        configuration: The options.
-        seed: Seed of PyTorch's global random state, which is set.
-        data_source: Where the images are from, for the record.
-
-    Returns:
-        The results.
     """
     from benchmarks import experiment
     from benchmarks.avalanche_names import SupervisedPlugin
-    from benchmarks.inspection import penalty_of
     from rotate_ewc import calibrated_strength
 
     old_data = first_images(scenario)
@@ -144,15 +114,18 @@ def calibrate(
                 loss_fn = strategy._criterion
                 strengths.append(calibrated_strength(penalty, strategy.model, loss_fn, old_data))
 
-    record = experiment.run(
-        variant,
-        scenario,
-        configuration,
-        seed=seed,
-        data_source=data_source,
-        extra_plugins=[Measurement()],
-    )
+    plugins = [Measurement()]
+    record = experiment.run(variant, scenario, configuration, seed=seed, extra_plugins=plugins)
     return Calibration(strengths[0], sum(len(labels) for _, labels in old_data), record)
+
+
+def penalty_of(strategy: Any) -> "EKFACPenalty":
+    """The penalty of the rotated method among a strategy's plugins."""
+    from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
+
+    (plugin,) = (found for found in strategy.plugins if isinstance(found, RotatedEWCPlugin))
+    penalty: EKFACPenalty = plugin.penalty
+    return penalty
 
 
 def first_images(scenario: "Scenario") -> "list[tuple[Tensor, Tensor]]":

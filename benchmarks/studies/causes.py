@@ -83,19 +83,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of one combination at one seed.
+    """The results of one combination at one seed."""
 
-    Attributes:
-        optimizer: One of :data:`OPTIMIZERS`.
-        curvature: One of :data:`CURVATURES`.
-        seed: Seed of the run.
-        accuracies: On all tasks, after the last.
-    """
-
-    optimizer: str
-    curvature: str
+    optimizer: str  # one of :data:`OPTIMIZERS`
+    curvature: str  # one of :data:`CURVATURES`
     seed: int
-    accuracies: list[float]
+    accuracies: list[float]  # on all tasks, after the last
 
 
 def run(options: Options) -> int:
@@ -137,8 +130,10 @@ def rows_of(outcomes: Iterable[Outcome]) -> Iterator[tuple[str, ...]]:
 
 def _outcomes(options: Options, data: "ImageData") -> Iterator[Outcome]:
     """Run all combinations at one seed before the next."""
+    import torch
     from tqdm import tqdm
 
+    from benchmarks.experiment import accuracies
     from benchmarks.scenarios import PermutedImages
     from benchmarks.studies.oracles import OldTasks, Run
 
@@ -154,6 +149,6 @@ def _outcomes(options: Options, data: "ImageData") -> Iterator[Outcome]:
                 with tqdm(total=steps, desc=title, disable=not sys.stderr.isatty()) as bar:
                     for task in range(options.tasks):
                         one.learn(task, bar.update)
-                accuracies = one.accuracies()
-                print(f"{title}: {100 * fmean(accuracies):.2f} %", flush=True)
-                yield Outcome(optimizer, curvature, seed, accuracies)
+                reached = accuracies(one.model, scenario, torch.device("cpu"))
+                print(f"{title}: {100 * fmean(reached):.2f} %", flush=True)
+                yield Outcome(optimizer, curvature, seed, reached)

@@ -5,7 +5,7 @@ method for continual learning may, to show what is lost by not having them.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.optim import Adam, Optimizer
 
-from benchmarks.experiment import accuracies
 from benchmarks.models import multilayer_perceptron
 from benchmarks.scenarios import PermutedImages
 from benchmarks.studies.causes import Options
@@ -24,17 +23,11 @@ SNAPSHOT_BATCH = 500
 
 @dataclass(frozen=True)
 class OldTasks:
-    """The images of tasks that are over.
+    """The images of tasks that are over."""
 
-    Attributes:
-        scenario: The stream.
-        images: Training images before permutation ``[N, D]``.
-        labels: Their classes ``[N]``.
-    """
-
-    scenario: PermutedImages
-    images: Tensor
-    labels: Tensor
+    scenario: PermutedImages  # the stream
+    images: Tensor  # training images before permutation ``[N, D]``
+    labels: Tensor  # their classes ``[N]``
 
     def batches(self, task: int, examples: int) -> list[tuple[Tensor, Tensor]]:
         """Random examples of one task, in batches."""
@@ -48,16 +41,6 @@ class OldTasks:
         return self.images[torch.randint(len(self.images), (examples, 1)), orders]
 
 
-def snapshot_penalty(
-    strength: float, seed: int, model: nn.Module, batches: Sequence[list[tuple[Tensor, Tensor]]]
-) -> EKFACPenalty:
-    """A penalty that has consolidated tasks at the parameters which the model has now."""
-    penalty = EKFACPenalty(strength, seed=seed)
-    for of_one_task in batches:
-        penalty.consolidate(model, nn.CrossEntropyLoss(), of_one_task)
-    return penalty
-
-
 def exact_penalty(
     model: nn.Module, anchor: Mapping[str, Tensor], images: Tensor, tasks: int
 ) -> Tensor:
@@ -65,15 +48,6 @@ def exact_penalty(
 
     With J the derivative of the logits at the anchor and H = diag(p) - ppᵀ, that is
     ``½ · tasks · mean of (J Δ)ᵀ H (J Δ)`` over images of all tasks, differentiable in Δ.
-
-    Args:
-        model: The network.
-        anchor: Its parameters after the last task, by name.
-        images: Images of old tasks ``[n, D]``.
-        tasks: Number of old tasks.
-
-    Returns:
-        A scalar.
     """
     displacement = {name: p - anchor[name] for name, p in model.named_parameters()}
 
@@ -98,15 +72,7 @@ class Run:
     def __init__(
         self, old: OldTasks, options: Options, *, optimizer: str, curvature: str, seed: int
     ) -> None:
-        """Start with an untrained network.
-
-        Args:
-            old: The stream and its images.
-            options: What all runs have in common.
-            optimizer: One of :data:`benchmarks.studies.causes.OPTIMIZERS`.
-            curvature: One of :data:`benchmarks.studies.causes.CURVATURES`.
-            seed: Seed of PyTorch's global random state, which is set.
-        """
+        """Start with an untrained network; PyTorch's global random state is set."""
         torch.manual_seed(seed)
         self._old, self._options, self._seed = old, options, seed
         self._rotates, self._curvature = optimizer == "rotated-adam", curvature
@@ -119,12 +85,7 @@ class Run:
         self._anchor: dict[str, Tensor] = {}
 
     def learn(self, task: int, tell: Callable[[], object]) -> None:
-        """Train on a task, and look back at it.
-
-        Args:
-            task: Its number, from 0; tasks come in order.
-            tell: Called after every step.
-        """
+        """Train on the next task, calling ``tell`` after every step, and look back at it."""
         options, images = self._options, self._old.images
         permuted = images[:, self._old.scenario.permutations[task]]
         orders = [torch.randperm(len(images)) for _ in range(options.epochs)]
@@ -139,10 +100,6 @@ class Run:
             self._optimizer.step()
             tell()
         self._look_back(task)
-
-    def accuracies(self) -> list[float]:
-        """Accuracy on the held-out images of all tasks."""
-        return accuracies(self.model, self._old.scenario, torch.device("cpu"))
 
     def _make_optimizer(self) -> Optimizer:
         rate = self._options.learning_rate
@@ -168,6 +125,8 @@ class Run:
             self._penalty.consolidate(self.model, nn.CrossEntropyLoss(), batches)
         elif self._curvature == "refreshed" or self._rotates:
             every = [self._old.batches(old, examples) for old in range(task + 1)]
-            self._penalty = snapshot_penalty(self._strength, self._seed, self.model, every)
+            self._penalty = EKFACPenalty(self._strength, seed=self._seed)
+            for batches in every:
+                self._penalty.consolidate(self.model, nn.CrossEntropyLoss(), batches)
             if self._rotates:
                 self._optimizer = self._make_optimizer()

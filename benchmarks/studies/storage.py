@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.command import keep, print_table, start, title_of
+from benchmarks.command import keep, print_table, start
 from benchmarks.configuration import Configuration, StreamOptions
 from benchmarks.methods import Variant
-from benchmarks.studies.calibrate import METHODS, RotatedNames
+from benchmarks.studies.calibrate import METHODS, RotatedNames, penalty_of
 
 if TYPE_CHECKING:
-    from benchmarks.data import ImageData
     from benchmarks.results import Record
     from benchmarks.scenarios import Scenario
 
@@ -46,30 +45,28 @@ class Options(StreamOptions):
 
 @dataclass(frozen=True)
 class Stored:
-    """The results of one method at one precision and seed.
+    """The results of one method at one precision and seed."""
 
-    Attributes:
-        precision: One of :data:`PRECISIONS`: what bases and eigenvalues were stored in.
-        file_bytes: Size of the last file.
-        penalty_errors: What storing changed of the penalty's value at the end of each task but the
-            first, relative to the value.
-        record: The run.
-    """
-
-    precision: str
-    file_bytes: int
-    penalty_errors: list[float]
+    precision: str  # one of :data:`PRECISIONS`: what bases and eigenvalues were stored in
+    file_bytes: int  # size of the last file
+    penalty_errors: list[float]  # relative, at the end of each task but the first
     record: "Record"
 
 
 def run(options: Options) -> int:
     """Run every method at every seed and precision, and present the results."""
-    configuration, data = start(options)
+    configuration, images, streams = start(options)
     results = options.output / f"{NAME}.json"
-    found = keep(_all_stored(options, configuration, data), results, {"format": FORMAT})
-    title = f"{title_of(data)}: {configuration.tasks} tasks, the penalty stored after each"
-    headings = ("accuracy\n[%]", "file\n[KiB]", "largest error\nof the penalty")
-    print_table(title, ["\nmethod", "\nstored in"], headings, rows_of(found))
+    runs = (
+        run_stored(Variant(name, options.ewc_lambda), stream, configuration, precision, seed)
+        for seed, stream in streams
+        for name in options.methods
+        for precision in PRECISIONS
+    )
+    found = keep(runs, results, {"format": FORMAT})
+    title = f"{images}: {configuration.tasks} tasks, the penalty stored after each"
+    headings = ("accuracy [%]", "file [KiB]", "largest error of the penalty")
+    print_table(title, ["method", "stored in"], headings, rows_of(found))
     print(f"Wrote {results}.")
     return 0
 
@@ -90,46 +87,18 @@ def rows_of(found: Iterable[Stored]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _all_stored(
-    options: Options, configuration: Configuration, data: "ImageData"
-) -> Iterator[Stored]:
-    """Run all methods and precisions at one seed before the next."""
-    from benchmarks.scenarios import PermutedImages
-
-    for seed in options.seeds:
-        scenario = PermutedImages(data, configuration.tasks, seed)
-        for name in options.methods:
-            variant = Variant(name, options.ewc_lambda)
-            for precision in PRECISIONS:
-                yield run_stored(variant, scenario, configuration, precision, seed, data.source)
-
-
 def run_stored(
     variant: Variant,
     scenario: "Scenario",
     configuration: Configuration,
     precision: str,
     seed: int,
-    data_source: str,
 ) -> Stored:
-    """Learn all tasks, storing the penalty after each.
-
-    Args:
-        variant: A rotated method.
-        scenario: The tasks, made with the same seed.
-        configuration: The options.
-        precision: One of :data:`PRECISIONS`.
-        seed: Seed of PyTorch's global random state, which is set.
-        data_source: Where the images are from, for the record.
-
-    Returns:
-        The results.
-    """
+    """Learn all tasks, storing the penalty after each."""
     import torch
 
     from benchmarks import experiment
     from benchmarks.avalanche_names import SupervisedPlugin
-    from benchmarks.inspection import penalty_of
     from rotate_ewc import EKFACPenalty
 
     dtype = None if precision == "float32" else getattr(torch, precision)
@@ -155,12 +124,6 @@ def run_stored(
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "penalty.safetensors"
-        record = experiment.run(
-            variant,
-            scenario,
-            configuration,
-            seed=seed,
-            data_source=data_source,
-            extra_plugins=[Storage()],
-        )
+        plugins = [Storage()]
+        record = experiment.run(variant, scenario, configuration, seed=seed, extra_plugins=plugins)
     return Stored(precision, sizes[-1], errors, record)

@@ -26,25 +26,14 @@ Search = Mapping[float, Sequence[Record]]
 
 @dataclass(frozen=True)
 class MethodResult:
-    """What a method reached in one experiment.
-
-    Attributes:
-        label: Name for tables and plots.
-        search: Records on held-out training images, by strength in ascending order; empty for
-            methods without a strength, and where nothing was searched.
-        tested: Records on the test images with the chosen strength, by seed.
-        at_default: Records on the test images with the method's default strength, by seed; the same
-            as ``tested`` where there is no strength to choose.
-        strength: The chosen strength; None for methods without.
-        default: The default strength; None for methods without.
-    """
+    """What a method reached in one experiment."""
 
     label: str
-    search: Search
-    tested: Sequence[Record]
-    at_default: Sequence[Record]
-    strength: float | None
-    default: float | None
+    search: Search  # on held-out training images, by ascending strength; empty without a search
+    tested: Sequence[Record]  # on the test images with the chosen strength, by seed
+    at_default: Sequence[Record]  # on the test images with the default strength, by seed
+    strength: float | None  # the chosen strength; None for methods without
+    default: float | None  # the default strength; None for methods without
 
     @property
     def at_edge(self) -> bool:
@@ -70,17 +59,11 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class Experiment:
-    """All methods on one scenario, with the same options.
-
-    Attributes:
-        scenario: Name of the scenario.
-        setting: The options that the runs have in common.
-        results: One for each method, in the order of :data:`benchmarks.methods.METHODS`.
-    """
+    """All methods on one scenario, with the same options."""
 
     scenario: str
-    setting: Mapping[str, Any]
-    results: Sequence[MethodResult]
+    setting: Mapping[str, Any]  # the options that the runs have in common
+    results: Sequence[MethodResult]  # one for each method, in the order of ``METHODS``
 
     @property
     def tested(self) -> dict[str, Sequence[Record]]:
@@ -94,14 +77,7 @@ class Experiment:
 
 
 def experiments(records: Iterable[tuple[str, Record]]) -> list[Experiment]:
-    """Sort records into experiments.
-
-    Args:
-        records: Pairs of a scenario's name and a record, in any order.
-
-    Returns:
-        The experiments, by name and then by setting.
-    """
+    """Sort pairs of a scenario's name and a record into experiments."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for scenario, record in records:
         groups.setdefault((scenario, repr(sorted(_setting(record).items()))), []).append(record)
@@ -168,19 +144,12 @@ def mean_accuracy(records: Sequence[Record]) -> float:
 
 
 class Interval(NamedTuple):
-    """The strengths around the best with which a method is nearly as good: its width.
+    """The strengths around the best with which a method is nearly as good: its width."""
 
-    Attributes:
-        low: Lower end, in decades from the best strength, thus never positive.
-        high: Upper end, in decades from the best strength, thus never negative.
-        open_low: Whether ``low`` is the edge of the search, and the interval goes on.
-        open_high: Whether ``high`` is the edge of the search, and the interval goes on.
-    """
-
-    low: float
-    high: float
-    open_low: bool
-    open_high: bool
+    low: float  # lower end, in decades from the best strength, thus never positive
+    high: float  # upper end, in decades from the best strength, thus never negative
+    open_low: bool  # whether ``low`` is the edge of the search, and the interval goes on
+    open_high: bool  # whether ``high`` is the edge of the search, and the interval goes on
 
     def __str__(self) -> str:
         """The width in decades, as tables show it."""
@@ -188,16 +157,7 @@ class Interval(NamedTuple):
 
 
 def points_from_best(search: Search) -> list[tuple[float, float]]:
-    """Accuracies of a search, relative to its best.
-
-    Args:
-        search: Records by strength. Strengths that are not positive have no place on a logarithmic
-            axis and are left out.
-
-    Returns:
-        Decades from the best strength, and percentage points from the best mean accuracy (zero or
-        negative), by strength in ascending order; empty if nothing was searched.
-    """
+    """Decades and percentage points from the best of a search, by strength above zero."""
     means = {value: mean_accuracy(search[value]) for value in sorted(search) if value > 0}
     if not means:
         return []
@@ -211,13 +171,6 @@ def interval_within(search: Search, points: float = POINTS) -> Interval | None:
     """Find the strengths around the best with which at most some points of accuracy are lost.
 
     Between strengths that were searched, accuracy is taken to be linear in log λ.
-
-    Args:
-        search: Records by strength.
-        points: Percentage points of accuracy that may be lost.
-
-    Returns:
-        The contiguous interval around the best strength; None if nothing was searched.
     """
     curve = points_from_best(search)
     if not curve:

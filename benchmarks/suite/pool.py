@@ -1,19 +1,14 @@
 """Runs many jobs, in this process or in several, and keeps each record when it is there."""
 
 import dataclasses
-import os
-import signal
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from multiprocessing import active_children, get_context, parent_process
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from benchmarks.configuration import Configuration
@@ -25,60 +20,30 @@ if TYPE_CHECKING:
 
 @dataclass
 class Pool:
-    """Workers that do jobs; a context, at the end of which they are gone.
+    """Workers that do jobs."""
 
-    Attributes:
-        output: Folder of the results.
-        data_root: Folder of the data sets.
-        workers: Number of processes; with 1, this one does the work.
-        threads: CPU threads of PyTorch for each; None shares out those that one process would use.
-        failures: What went wrong, by job.
-    """
-
-    output: Path
-    data_root: Path
-    workers: int = 1
-    threads: int | None = None
-    failures: dict[str, str] = field(default_factory=dict)
+    output: Path  # folder of the results
+    data_root: Path  # folder of the data sets
+    workers: int = 1  # number of processes; with 1, this one does the work
+    threads: int | None = None  # of PyTorch, for each; None shares out its choice
+    failures: dict[str, str] = field(default_factory=dict)  # what went wrong, by job
 
     def __post_init__(self) -> None:
-        """Start no worker yet."""
-        self._executor: ProcessPoolExecutor | None = None
+        """Share out the threads."""
+        import torch
 
-    def __enter__(self) -> "Pool":
-        """Start the workers, if there are several."""
-        if self.workers > 1:
-            # A fork of a process in which PyTorch has threads may hang.
-            context = get_context("spawn")
-            self._executor = ProcessPoolExecutor(
-                self.workers, mp_context=context, initializer=_begin_worker
-            )
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Stop: runs that have not begun are dropped, those under way are ended."""
-        if self._executor is None:
-            return
-        if error[0] is not None:
-            for worker in active_children():
-                worker.terminate()
-                worker.join()
-        self._executor.shutdown(cancel_futures=True)
+        self.threads = self.threads or max(1, torch.get_num_threads() // self.workers)
 
     def execute(self, jobs: Sequence[Job]) -> list[Record]:
-        """Do those jobs that have no record yet.
-
-        Args:
-            jobs: The jobs.
-
-        Returns:
-            The records of all jobs, in their order, but for those that failed, which are in
-            ``failures`` from then on.
-        """
+        """Do the jobs that have no record yet; return all records but of those that failed."""
         waiting = [job for job in jobs if load(job, self.output) is None]
+        outcomes = Parallel(self.workers, return_as="generator_unordered")(
+            delayed(_work)(job, self.output, self.data_root, self.threads, self.workers)
+            for job in waiting
+        )
         # disable=None: no bar unless standard error is a terminal
         with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), disable=None) as bar:
-            for job, outcome in self._outcomes(waiting):
+            for job, outcome in outcomes:
                 if isinstance(outcome, str):
                     self.failures[str(job)] = outcome
                     print(f"{job}: failed: {outcome.strip().splitlines()[-1]}", flush=True)
@@ -89,52 +54,18 @@ class Pool:
         records = [load(job, self.output) for job in jobs]
         return [record for record in records if record is not None]
 
-    def _outcomes(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, float | str]]:
-        """Do jobs, and yield each with its accuracy or with what went wrong."""
-        settings = (self.output, self.data_root, self.threads, self.workers)
-        if self._executor is None:
-            for job in jobs:
-                yield job, work(job, *settings)
-            return
-        futures = {self._executor.submit(work, job, *settings): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
 
-
-def _begin_worker() -> None:
-    """Leave interruptions to the parent, and end with it, even if it was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    """Wait for a process to end, and end this one at once: nobody waits for its result."""
-    wait([sentinel])
-    os._exit(1)
-
-
-def work(job: Job, output: Path, data_root: Path, threads: int | None, workers: int) -> float | str:
-    """Do a job and keep its record.
-
-    Args:
-        job: The job.
-        output: Folder of the results.
-        data_root: Folder of the data sets.
-        threads: CPU threads of PyTorch; None shares out those that one process would use.
-        workers: Number of processes that work at the same time, for the record.
-
-    Returns:
-        The average accuracy; or, if it failed, the traceback, so that others can go on.
-    """
+def _work(
+    job: Job, output: Path, data_root: Path, threads: int, workers: int
+) -> tuple[Job, float | str]:
+    """Do a job and keep its record; return the accuracy, or the traceback if it failed."""
     try:
-        record = _run(job, data_root, threads or _share(workers))
-    except Exception:
-        return traceback.format_exc()
+        record = _run(job, data_root, threads)
+    except Exception:  # others go on
+        return job, traceback.format_exc()
     configuration = {**record.configuration, "jobs": workers}
     save(dataclasses.replace(record, configuration=configuration), job, output)
-    return record.average_accuracy
+    return job, record.average_accuracy
 
 
 def _run(job: Job, data_root: Path, threads: int) -> Record:
@@ -150,22 +81,7 @@ def _run(job: Job, data_root: Path, threads: int) -> Record:
     options = {name: getattr(job.configuration, name) for name in kept}
     data = _images(Configuration(**options), data_root)
     scenario = make_scenario(job.configuration, data, job.seed)
-    return experiment.run(
-        job.variant,
-        scenario,
-        job.configuration,
-        seed=job.seed,
-        data_source=data.source,
-        quiet=True,
-    )
-
-
-@lru_cache(maxsize=1)
-def _share(workers: int) -> int:
-    """How many threads of PyTorch's own choice, when this process began, one of several gets."""
-    import torch
-
-    return max(1, torch.get_num_threads() // workers)
+    return experiment.run(job.variant, scenario, job.configuration, seed=job.seed, quiet=True)
 
 
 @lru_cache(maxsize=1)

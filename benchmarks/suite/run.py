@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from benchmarks.command import CommandError, announced, make_console, make_folder
+from benchmarks.command import CommandError, load, make_console, make_folder
 from benchmarks.configuration import (
     INCREMENTS,
     SCENARIO_DEFAULTS,
@@ -18,7 +18,6 @@ from benchmarks.configuration import (
     MethodNames,
     Training,
     default_data_root,
-    settle,
 )
 from benchmarks.methods import METHODS
 from benchmarks.option_types import (
@@ -126,17 +125,17 @@ def run(options: Options) -> int:
     make_folder(options.output)
     names = list(SCENARIO_DEFAULTS) if options.scenario == ALL else [options.scenario]
     found: list[Experiment] = []
-    with Pool(options.output, options.data_root, options.jobs, options.threads) as pool:
-        for name in names:
-            for increment in options.increments(name):
-                try:
-                    found += _run_one(options, name, increment, pool)
-                except DataUnavailableError as error:
-                    if len(names) == 1:
-                        raise CommandError(f"{name}: its data set {error}") from error
-                    print(f"Left out {name}: its data set {error}.")
-                except ValueError as error:
-                    raise CommandError(f"{name}: {error}") from error
+    pool = Pool(options.output, options.data_root, options.jobs, options.threads)
+    for name in names:
+        for increment in options.increments(name):
+            try:
+                found += _run_one(options, name, increment, pool)
+            except DataUnavailableError as error:
+                if len(names) == 1:
+                    raise CommandError(f"{name}: its data set {error}") from error
+                print(f"Left out {name}: its data set {error}.")
+            except ValueError as error:
+                raise CommandError(f"{name}: {error}") from error
     console = make_console()
     console.print(*map(terminal_table, found), terminal_notes())
     print(f"Records of all runs are in {options.output}.")
@@ -154,8 +153,7 @@ def _run_one(options: Options, scenario: str, increment: str, pool: "Pool") -> "
     from benchmarks.suite.sweep import Search, Sweep
 
     fitting: dict[str, Any] = {"quick": options.quick, "increment": increment}
-    data = announced(settle(options, scenario, **fitting), options.data_root)
-    configuration = settle(options, scenario, digits=data.source == "digits", **fitting)
+    configuration, data = load(options, scenario, options.data_root, **fitting)
     values = options.search_values
     if values is None:
         values = QUICK_SEARCH_VALUES if options.quick else Search.values
@@ -176,13 +174,6 @@ def orderings(found: "Sequence[Experiment]") -> dict[str, bool]:
     """Check what must hold at any size: ours forget less than EWC, and EWC less than no method.
 
     Absolute accuracies depend on the size of the data and the number of steps; orders do not.
-
-    Args:
-        found: Results at the chosen strengths.
-
-    Returns:
-        A line for each comparison of neighbours in :data:`ORDER`, where both were run, and whether
-        the first is ahead.
     """
     from benchmarks.suite.outcome import mean_accuracy
 

@@ -20,49 +20,26 @@ STRONGER_IN_SPLIT_STREAMS = 100.0
 
 @dataclass(frozen=True)
 class Search:
-    """How strengths are chosen.
+    """How strengths are chosen."""
 
-    Attributes:
-        values: Powers of ten to try first, an odd number; 0 for no search.
-        refine: Whether to try half a power of ten to either side of the best.
-        seeds: Every strength is tried with each.
-    """
-
-    values: int = 5
-    refine: bool = True
-    seeds: tuple[int, ...] = (0,)
+    values: int = 5  # powers of ten to try first, an odd number; 0 for no search
+    refine: bool = True  # whether to try half a power of ten to either side of the best
+    seeds: tuple[int, ...] = (0,)  # every strength is tried with each
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """All runs of one experiment.
-
-    Attributes:
-        configuration: The options.
-        methods: Names of the methods.
-        seeds: Every method is tested with each.
-        search: How strengths are chosen.
-        scenario: Name of the results.
-        data_source: Where the images are from.
-    """
+    """All runs of one experiment."""
 
     configuration: Configuration
     methods: Sequence[str]
-    seeds: Sequence[int]
+    seeds: Sequence[int]  # every method is tested with each
     search: Search
-    scenario: str
-    data_source: str
+    scenario: str  # name of the results
+    data_source: str  # where the images are from
 
     def run(self, execute: Callable[[Sequence[Job]], list[Record]]) -> list[Record]:
-        """Search, refine and test, each stage for all methods at once.
-
-        Args:
-            execute: Does those jobs that are not done already, and returns the records of all but
-                those that failed.
-
-        Returns:
-            All records.
-        """
+        """Search, refine and test, each stage for all methods at once."""
         found = execute(self.first_search()) if self.search.values else []
         if self.search.values and self.search.refine:
             found += execute(self.second_search(found))

@@ -1,5 +1,6 @@
 """Networks, records and small stand-ins that several tests of the benchmarks need."""
 
+import re
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -130,12 +131,11 @@ def make_record(
 
 
 def refused(words: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """The message of a wrong command line: one line, and exit code 2."""
+    """The message of a wrong command line, without tyro's box around it; the exit code is 2."""
     try:
         code: Any = main(words.split())
     except SystemExit as stop:
         code = stop.code
     captured = capsys.readouterr()
     assert (code, captured.out) == (2, "")
-    (line,) = captured.err.splitlines()
-    return line.partition("error: ")[2]
+    return " ".join(re.sub("[│─╭╮╰╯]", " ", captured.err).split())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import PublishedRotatedEWC
 from benchmarks.baselines.plugin import LABELLING, make_generator, sampled_gradients
-from benchmarks.baselines.rotation import is_rotated, trained_weight
+from benchmarks.baselines.rotated_published import is_rotated, trained_weight
 from tests.benchmarks.helpers import DOUBLE, NETWORKS, TwoHeads, fake_strategy, make_network, move
 
 networks = pytest.mark.parametrize("network", NETWORKS)

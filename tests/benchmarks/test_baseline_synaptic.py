@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from benchmarks.avalanche_names import SynapticIntelligencePlugin
 from benchmarks.baselines import SynapticIntelligence
 from benchmarks.baselines.synaptic_intelligence import DAMPING
+from tests.benchmarks.helpers import Rows
 
 RATE = 0.05
 STRENGTH = 0.7
@@ -37,6 +38,7 @@ def by_plugin(
         model=model,
         optimizer=optimizer,
         device=torch.device("cpu"),
+        experience=SimpleNamespace(dataset=Rows(torch.zeros(1, 1))),
         clock=SimpleNamespace(train_exp_counter=0),
     )
     for inputs, targets in tasks:

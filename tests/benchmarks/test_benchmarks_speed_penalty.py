@@ -138,7 +138,7 @@ def test_the_figure_has_a_panel_for_each_case() -> None:
 
 
 def test_the_table_says_what_was_missed() -> None:
-    columns = [list(column.cells) for column in comparisons_table(record()).columns]
+    columns = [[*map(str, column.cells)] for column in comparisons_table(record()).columns]
     row = columns[0].index("10 penalties one by one / separate penalty, 10 tasks")
     assert [column[row] for column in columns[1:]] == ["1.50", "≥ 2.00", "missed"]
     assert columns[1][columns[0].index("penalty, 1 task / nngeometry")] == "–"

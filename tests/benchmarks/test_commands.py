@@ -1,16 +1,15 @@
 """The one command: its options, messages and exit codes; and whole runs on the digits."""
 
-import importlib
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 
-from benchmarks import __main__ as command_line
 from benchmarks import data as data_sets
 from benchmarks import experiment
 from benchmarks.__main__ import COMMANDS, main
@@ -30,8 +29,7 @@ MINE = [name for name in COMMANDS if name not in ELSEWHERE]
 def parsed(words: str) -> Any:
     """The options that a command would get."""
     name, *others = words.split()
-    module = importlib.import_module(COMMANDS[name].module)
-    return command_line._parse(name, getattr(module, COMMANDS[name].options), others)
+    return tyro.cli(COMMANDS[name].load()[0], args=others)
 
 
 # Command lines
@@ -64,8 +62,8 @@ def test_help_of_every_command_imports_neither_torch_nor_avalanche() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("permutd-mnist", "expected one of .*, got 'permutd-mnist'; did you mean permuted-mnist?"),
-        ("permuted-mnist --taks 3", "Unrecognized options: --taks, 3 (did you mean --tasks?)"),
+        ("permutd-mnist", "got 'permutd-mnist'; did you mean permuted-mnist?"),
+        ("permuted-mnist --taks 3", "Unrecognized options: --taks, 3"),
         ("permuted-mnist --tasks x", "--tasks: expected a whole number ≥ 1, got 'x'"),
         ("permuted-mnist --tasks 0", "--tasks: expected a whole number ≥ 1, got '0'"),
         ("permuted-mnist --lr 0", "--lr: expected a finite number > 0, got '0'"),
@@ -78,60 +76,24 @@ def test_help_of_every_command_imports_neither_torch_nor_avalanche() -> None:
             "permuted-mnist --seeds 1 2 1",
             "--seeds: expected every value once, got 1 more than once",
         ),
-        ("permuted-mnist --seeds 0,1", "--seeds: expected a whole number .*, got '0,1'"),
-        ("permuted-mnist --output pyproject.toml", "--output: expected a folder, got the file .*"),
-        ("permuted-mnist --output", "Missing value for argument '--output'.*"),
-        ("permuted-mnist --device here", "--device: expected a device that PyTorch can use .*"),
-        ("run", "Missing from python -m benchmarks run: SCENARIO .*"),
-        ("run mnist", "SCENARIO: expected one of .*, got 'mnist'"),
-        ("run all --search-values 4", "--search-values: expected an odd number or 0, got 4.*"),
-        ("run rotated_mnist --increment task", "--increment: expected a split stream, got .*"),
-        ("study-calibrate --methods ewc", "--methods: expected one of rotated-ewc.*, got 'ewc'"),
-        ("study-calibrate --tasks 3", "--tasks: expected one of 2, got '3'"),
-        ("study-storage --tasks 1", "--tasks: expected at least 2, got 1.*"),
-        ("study-causes --curvatures none", "--curvatures: expected one of stored.*, got 'none'"),
+        ("permuted-mnist --seeds 0,1", "--seeds: expected a whole number ≥ 0"),
+        ("permuted-mnist --output Makefile", "--output: expected a folder, got 'Makefile'"),
+        ("permuted-mnist --output", "Missing value for argument '--output'"),
+        ("permuted-mnist --device here", "--device: expected a device that PyTorch can use "),
+        ("run", "Missing from python -m benchmarks run: SCENARIO "),
+        ("run mnist", "SCENARIO: expected one of "),
+        ("run all --search-values 4", "--search-values: expected an odd number or 0, got 4"),
+        ("run rotated_mnist --increment task", "--increment: expected a split stream, got "),
+        ("study-calibrate --methods ewc", "--methods: expected one of rotated-ewc"),
+        ("study-calibrate --tasks 3", "--tasks: expected a whole number ≥ 2 and ≤ 2, got '3'"),
+        ("study-storage --tasks 1", "--tasks: expected at least 2, got 1"),
+        ("study-causes --curvatures none", "--curvatures: expected one of stored"),
     ],
 )
-def test_wrong_words_are_refused_in_one_line(
+def test_wrong_words_are_refused_with_what_was_expected(
     words: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = refused(words, capsys)
-    before, dots, after = message.partition(".*")
-    assert found.startswith(before)
-    assert found.endswith(after)
-    assert dots or found == message
-
-
-def test_messages_on_a_terminal_are_without_colours() -> None:
-    box = (
-        "\x1b[31m╭─ Value error ─╮\x1b[0m\n\x1b[31m│\x1b[0m \x1b[1mError parsing --a:\x1b[0m b │\n"
-    )
-    assert command_line._one_line(box) == "--a: b"
-
-
-@dataclass(frozen=True)
-class Plain:
-    """Options of types that tyro reads by itself."""
-
-    count: int = 1
-    rate: float = 1.0
-    limit: int | None = None
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--count x", "--count: expected a whole number, got 'x'"),
-        ("--rate x", "--rate: expected a number, got 'x'"),
-        ("--limit x", "--limit: expected a whole number, got 'x'"),
-    ],
-)
-def test_messages_about_plain_types_are_plain(
-    words: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        command_line._parse("speed", Plain, words.split())
-    assert capsys.readouterr().err == f"python -m benchmarks speed: error: {message}\n"
+    assert message in refused(words, capsys)
 
 
 def test_what_is_not_given_depends_on_scenario_and_data() -> None:

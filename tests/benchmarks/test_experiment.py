@@ -14,13 +14,19 @@ from torch import nn
 from benchmarks import experiment
 from benchmarks.configuration import Configuration
 from benchmarks.data import ImageData
-from benchmarks.experiment import EVALUATION_BATCH_SIZE, _train_once, accuracies, accuracy, run
-from benchmarks.inspection import state_bytes
+from benchmarks.experiment import (
+    EVALUATION_BATCH_SIZE,
+    Schedule,
+    _train_once,
+    accuracies,
+    accuracy,
+    run,
+    state_bytes,
+)
 from benchmarks.methods import METHODS, Variant, make_optimizer, make_plugin, make_strategy
 from benchmarks.models import multilayer_perceptron
 from benchmarks.results import Record
 from benchmarks.scenarios import PermutedImages, RotatedImages, SplitImages
-from benchmarks.schedule import Schedule
 from benchmarks.versions import versions
 from rotate_ewc import RotatedAdam
 from rotate_ewc.errors import NotFiniteError
@@ -59,7 +65,6 @@ def watched(
         PermutedImages(images, tasks=2, seed=7),
         replace(CONFIGURATION, **options),
         seed=7,
-        data_source="tiny",
         extra_plugins=[watcher],
         quiet=True,
     )
@@ -105,7 +110,7 @@ def test_logs_tell_the_accuracy_on_tasks_seen(
 ) -> None:
     monkeypatch.setattr(experiment, "accuracies", lambda *_: [0.5, 0.25])
     scenario = PermutedImages(tiny_images, tasks=2, seed=7)
-    run(Variant(name, None), scenario, CONFIGURATION, seed=7, data_source="tiny")
+    run(Variant(name, None), scenario, CONFIGURATION, seed=7)
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [f"{name}, seed 7, {line}" for line in lines]
     assert captured.err == ""
@@ -118,7 +123,7 @@ def test_every_method_learns_tasks_with_heads_of_their_own(
     variant = Variant(name, METHODS[name].default_strength)
     configuration = replace(CONFIGURATION, learning_rate=2e-2, epochs=3)
     scenario = SplitImages(learnable_images, 2, "task")
-    record = run(variant, scenario, configuration, seed=7, data_source="tiny", quiet=True)
+    record = run(variant, scenario, configuration, seed=7, quiet=True)
     assert record.accuracy_matrix[0][0] > 0.7, "the first task is learned"
     assert record.average_accuracy == pytest.approx(np.mean(record.accuracy_matrix[-1]))
     assert 0.55 < record.average_accuracy <= 1
@@ -221,7 +226,6 @@ def test_a_replay_buffer_is_filled_and_used(learnable_images: ImageData, make: A
             make(learnable_images, tasks=2, seed=7),
             configuration,
             seed=7,
-            data_source="tiny",
             extra_plugins=[watcher],
             quiet=True,
         )
@@ -333,7 +337,7 @@ def test_rates_of_every_task(decays: bool, warm_up: float, expected: list[float]
         train_mb_size=4,
         train_epochs=2,
     )
-    schedule = Schedule(decays=decays, warm_up=warm_up)
+    schedule = Schedule(decays, warm_up)
     for _ in range(2):
         schedule.before_training_exp(strategy)
         rates = []

@@ -45,12 +45,3 @@ def test_one_task_is_not_forgotten() -> None:
 def test_accuracy_on_seen_tasks_leaves_out_later_ones() -> None:
     expected = [0.8, (0.9 + 0.7) / 2, (0.5 + 0.6 + 1.0) / 3]
     assert accuracy_on_seen_tasks(THREE_TASKS) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("matrix", [[], [[0.1, 0.2]], [[0.1, 0.2], [0.3]]])
-@pytest.mark.parametrize(
-    "metric", [average_accuracy, forgetting, backward_transfer, accuracy_on_seen_tasks]
-)
-def test_matrices_that_are_not_square_are_refused(metric, matrix) -> None:
-    with pytest.raises(ValueError, match="expected T rows of T accuracies"):
-        metric(matrix)

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks.avalanche_names import avalanche_forward
 from benchmarks.data import ImageData
-from benchmarks.models import CHANNELS, convolutions, make_model
-from benchmarks.multi_headed import MultiHeadedNetwork
+from benchmarks.models import CHANNELS, MultiHeadedNetwork, convolutions, make_model
 from benchmarks.scenarios import PermutedImages, SplitImages, training_experiences
 
 

@@ -60,7 +60,7 @@ def test_the_strength_is_that_of_the_second_solution_before_it_is_consolidated(
 
     monkeypatch.setattr(rotate_ewc, "calibrated_strength", spy)
     variant = Variant(name, 1.0)
-    found = calibrate(variant, scenario, CONFIGURATION, seed=3, data_source="tiny")
+    found = calibrate(variant, scenario, CONFIGURATION, seed=3)
     ((penalty, model),) = seen
     assert (penalty.num_tasks, penalty.strength) == (1, 1.0)
     old = learnable_images.train_inputs[:, scenario.permutations[0]]
@@ -72,7 +72,7 @@ def test_the_strength_is_that_of_the_second_solution_before_it_is_consolidated(
     assert found.old_images == 120
     assert (found.record.method, found.record.seed, found.record.strength) == (name, 3, 1.0)
     # Measuring changes nothing.
-    plain = experiment.run(variant, scenario, CONFIGURATION, seed=3, data_source="tiny", quiet=True)
+    plain = experiment.run(variant, scenario, CONFIGURATION, seed=3, quiet=True)
     assert plain.accuracy_matrix == found.record.accuracy_matrix
 
 

@@ -305,14 +305,14 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 
 def test_nothing_is_run_twice_but_damaged_records(tmp_path: Path, done: list[Job]) -> None:
     jobs = jobs_of("naive", "joint", seeds=(0, 1))
-    with Pool(tmp_path, tmp_path, threads=1) as pool:
-        first = pool.execute(jobs[:2])
-        second = pool.execute(jobs)
+    pool = Pool(tmp_path, tmp_path, threads=1)
+    first = pool.execute(jobs[:2])
+    second = pool.execute(jobs)
     assert done == jobs
     assert second[:2] == first
     jobs[2].path(tmp_path).write_text("{", encoding="utf-8")
-    with Pool(tmp_path, tmp_path, threads=1) as pool:
-        assert pool.execute(jobs) == second
+    pool = Pool(tmp_path, tmp_path, threads=1)
+    assert pool.execute(jobs) == second
     assert done == [*jobs, jobs[2]]
 
 
@@ -320,11 +320,11 @@ def test_a_failing_run_does_not_stop_others(
     tmp_path: Path, done: list[Job], capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = jobs_of("ewc", "naive")
-    with Pool(tmp_path, tmp_path, threads=1) as pool:
-        (record,) = pool.execute(jobs)
-        assert record.method == "naive"
-        assert list(pool.failures) == [str(jobs[0])]
-        assert "RuntimeError: no luck" in pool.failures[str(jobs[0])]
+    pool = Pool(tmp_path, tmp_path, threads=1)
+    (record,) = pool.execute(jobs)
+    assert record.method == "naive"
+    assert list(pool.failures) == [str(jobs[0])]
+    assert "RuntimeError: no luck" in pool.failures[str(jobs[0])]
     assert capsys.readouterr().out.splitlines() == [
         "permuted_mnist, test: ewc, seed 0: failed: RuntimeError: no luck",
         "permuted_mnist, test: naive, seed 0: 50.00%",
@@ -338,9 +338,9 @@ def test_two_processes_get_the_results_of_one(tmp_path: Path) -> None:
     jobs = [replace(job, configuration=configuration) for job in jobs_of("naive", "joint")]
     matrices = []
     for workers in (1, 2):
-        with Pool(tmp_path / str(workers), Path("/dev/null"), workers, 1) as pool:
-            records = pool.execute(jobs)
-            assert pool.failures == {}
+        pool = Pool(tmp_path / str(workers), Path("/dev/null"), workers, 1)
+        records = pool.execute(jobs)
+        assert pool.failures == {}
         assert [record.configuration["jobs"] for record in records] == [workers] * 2
         matrices.append([record.accuracy_matrix for record in records])
     assert matrices[0] == matrices[1]
