@@ -65,7 +65,7 @@ def write_figures(experiments: Sequence[Experiment], folder: Path) -> list[Path]
 
 
 def unique_names(scenarios: Sequence[str]) -> list[str]:
-    """Make a name of plain characters for each experiment, different in any case of letters."""
+    """One name of plain characters for each experiment, unique even where case is ignored."""
     names: list[str] = []
     for scenario in scenarios:
         plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", scenario).strip("-.") or "experiment"

@@ -64,7 +64,7 @@ OTHER_STYLES = (
 
 
 def styles_of(labels: Iterable[str]) -> dict[str, Style]:
-    """Choose how methods look: known ones alike in every figure, the same with replay inverted."""
+    """Known methods have looks of their own; replay hollows a filled marker, or fills a hollow."""
     others = cycle(OTHER_STYLES)
     found: dict[str, Style] = {}
     for label in labels:

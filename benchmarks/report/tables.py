@@ -109,7 +109,7 @@ class Column(NamedTuple):
 
     heading: str
     cell: CellMaker
-    in_terminal: bool = True  # where space is scarce
+    in_terminal: bool = True  # whether it is shown where space is scarce
 
 
 def _mean(field: str, decimals: int, factor: float = 1.0) -> CellMaker:
