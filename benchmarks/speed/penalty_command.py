@@ -22,7 +22,7 @@ class Options(MeasuringOptions):
       c       CNN with four convolutions and two linear layers, batches of 250 images
       e       Transformer of four blocks of width 256, batches of 16 sequences of 128 tokens
 
-    Merged penalties after some numbers of tasks, and, but for e, tasks kept separate beside as many
+    Merged penalties after some numbers of tasks, and, but for e, tasks kept separate and as many
     penalties called one by one. Peers have the matrix of one task, over linear layers and
     convolutions. After the most tasks also steps with the penalty's tangent plane; for the MLPs
     steps with a proximal one now and then, and those of RotatedAdam. Last, how long it takes to

@@ -142,8 +142,8 @@ def durations_table(durations: Sequence[Duration]) -> Table:
     rows = []
     for one in durations:
         (own, other), limit = one.medians, one.limit
-        beside = f"{one.other_label}: {other:.4f}"
-        rows.append((one.label, f"{own:.4f}", beside, f"< {limit:.3g}", verdict(own < limit)))
+        other_time = f"{one.other_label}: {other:.4f}"
+        rows.append((one.label, f"{own:.4f}", other_time, f"< {limit:.3g}", verdict(own < limit)))
     numbers = ["seconds", "compared with", "target"]
     return make_table("Outside training: medians", ["what"], numbers, rows, [""])
 

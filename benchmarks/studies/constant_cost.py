@@ -150,7 +150,7 @@ def contenders(history: "History") -> dict[Contender, Callable[[], object]]:
 
 
 def rows_of(costs: Sequence[Cost]) -> list[list[str]]:
-    """A row for plain training and for each penalty; beside every number is its ratio."""
+    """A row for plain training and for each penalty; every number has its ratio next to it."""
     from benchmarks.report.tables import ABSENT, MEBIBYTE
     from benchmarks.speed.report import number
     from benchmarks.speed.rounds import median_ratio

@@ -1,4 +1,4 @@
-"""Eigenvectors of symmetric matrices, whatever it takes, and of several at the same time.
+"""Eigenvectors of symmetric matrices, with fallbacks if `eigh` fails, and of several at a time.
 
 Matrices are `[groups, d, d]`, as in `rotate_ewc.linalg.kronecker`.
 """

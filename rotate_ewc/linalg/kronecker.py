@@ -1,4 +1,4 @@
-"""Pure functions on tensors: covariances, eigenvalues, rotations, merging.
+"""Rotations into and out of a Kronecker-factored eigenbasis, and the arithmetic of merging.
 
 One layout throughout. Data are `[groups, batch, shared, features]`: `groups` counts independent
 blocks of one parameter (the groups of a convolution, otherwise 1), `shared` the positions that

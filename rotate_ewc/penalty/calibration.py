@@ -40,7 +40,7 @@ def calibrated_strength(
     takes it for, that would be 1. For a network that fits its task well it is usually more: its
     Fisher matrix is small at the solution, and grows on the way from it. No later task is
     looked at; the harm of many tasks adds up to more, so take this as a lower bound for long
-    streams (`docs/results.md` has it beside a grid).
+    streams (`docs/results.md` compares it with a grid).
 
     θ* has the protected parameters as they were consolidated, and all else (buffers such as
     BatchNorm's statistics too) as it is now. The model and the random states are left as they were.

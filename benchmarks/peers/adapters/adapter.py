@@ -55,7 +55,7 @@ class Adapter:
         raise NotImplementedError
 
     def load(self, problem: Problem, folder: Path, model: nn.Module) -> list[Tensor]:
-        """Load what :meth:`save` saved, beside a model with other weights, and return it."""
+        """Load what :meth:`save` saved, for a model with other weights, and return it."""
         raise NotImplementedError
 
     def prepare(self, workload: Workload, fisher: str) -> Estimate:

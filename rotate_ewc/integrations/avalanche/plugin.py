@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 from avalanche.core import SupervisedPlugin
+from avalanche.logging import InteractiveLogger
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, Subset
@@ -21,7 +22,6 @@ from rotate_ewc._utils.parameters import parameters_of
 from rotate_ewc._utils.validation import as_choice, as_non_negative_number, check_positive_integer
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.integrations.avalanche.batches import Batches, forward_batch, whole_task
-from rotate_ewc.integrations.avalanche.verbosity import shows_progress
 from rotate_ewc.options import Choice, Mode, PenaltyOptions
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.rotated_adam import RotatedAdam
@@ -199,7 +199,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
         dataset = whole_task(strategy.experience).dataset
         settings = self.penalty.settings
         if settings.progressbar is None:
-            shown = shows_progress(strategy)
+            shown = _shows_progress(strategy)
             self.penalty.settings = replace(settings, progressbar=shown)
         try:
             self.penalty.consolidate(
@@ -301,3 +301,9 @@ def _plain_rate(group: Mapping[str, Any]) -> float:
     """Return the learning rate that is as stable without momentum; heavy balls roll no worse."""
     rate, momentum = float(group["lr"]), float(group["momentum"])
     return rate * (1 + 2 * momentum) / (1 + momentum) if group["nesterov"] else rate
+
+
+def _shows_progress(strategy: Any) -> bool:
+    """Return whether any of a strategy's loggers is the one that draws progress bars."""
+    loggers = getattr(getattr(strategy, "evaluator", None), "loggers", ())
+    return any(isinstance(logger, InteractiveLogger) for logger in loggers)
