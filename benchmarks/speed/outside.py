@@ -30,7 +30,7 @@ print(middle - start, perf_counter() - middle)
 
 @dataclass(frozen=True)
 class Duration:
-    """Something outside training that is to be short compared with something else, in all rounds."""
+    """Something outside training that should take less time than something else, in all rounds."""
 
     label: str
     seconds: list[float]
