@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,23 @@ def dense_quadratic(
     values = torch.cat([anchor[name].flatten() for name in operator.parameter_shapes])
     centre[where] = values.double()
     return Quadratic(matrix, centre, weight)
+
+
+def consolidated(
+    name: str, tasks: int = 1, strength: float = 2.5, loss: nn.Module = CE, **options: Any
+) -> tuple[nn.Module, EKFACPenalty]:
+    """A model that has moved away from its last anchor, and the penalty."""
+    model, penalty = make(name), EKFACPenalty(strength, seed=3, **options)
+    for t in range(tasks):
+        penalty.consolidate(model, loss, task(name, t, 9 + t))
+        move(model, t)
+    return model, penalty
+
+
+def quadratic(penalty: EKFACPenalty, model: nn.Module, scale: float) -> Quadratic:
+    """What a penalty of one term has to be, `scale` times its quadratic form."""
+    (term,) = penalty.terms
+    return dense_quadratic(term.operator, term.anchor, shapes_of(model), scale)
 
 
 def estimated(

@@ -15,31 +15,16 @@ from tests.helpers.penalties import (
     MODELS,
     SUMMED,
     Quadratic,
-    dense_quadratic,
+    consolidated,
     flat,
     flat_gradient,
     make,
     move,
+    quadratic,
     shapes_of,
     task,
     unflat,
 )
-
-
-def consolidated(
-    name: str, tasks: int = 1, strength: float = 2.5, loss: nn.Module = CE, **options: Any
-) -> tuple[nn.Module, EKFACPenalty]:
-    """A model that has moved away from its last anchor, and the penalty."""
-    model, penalty = make(name), EKFACPenalty(strength, seed=3, **options)
-    for t in range(tasks):
-        penalty.consolidate(model, loss, task(name, t, 9 + t))
-        move(model, t)
-    return model, penalty
-
-
-def quadratic(penalty: EKFACPenalty, model: nn.Module, scale: float) -> Quadratic:
-    (term,) = penalty.terms
-    return dense_quadratic(term.operator, term.anchor, shapes_of(model), scale)
 
 
 def solution(form: Quadratic, theta: Tensor, step_size: float | Tensor) -> Tensor:

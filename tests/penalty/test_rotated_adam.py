@@ -30,6 +30,7 @@ from tests.helpers.penalties import (
     MODELS,
     SUMMED,
     Batches,
+    consolidated,
     dense_quadratic,
     flat,
     flat_gradient,
@@ -41,17 +42,6 @@ from tests.helpers.penalties import (
 from tests.helpers.random_operators import RandomOperator, random_operators
 
 # --------------------------------------------------------------------------- what is optimised
-
-
-def consolidated(
-    name: str, tasks: int = 1, strength: float = 2.5, loss: nn.Module = CE, **options: Any
-) -> tuple[nn.Module, EKFACPenalty]:
-    """A model that has moved away from its last anchor, and the penalty."""
-    model, penalty = make(name), EKFACPenalty(strength, seed=3, **options)
-    for t in range(tasks):
-        penalty.consolidate(model, loss, task(name, t, 9 + t))
-        move(model, t)
-    return model, penalty
 
 
 def draw(model: nn.Module, seed: int, without: Sequence[str] = ()) -> list[Tensor | None]:

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from rotate_ewc import EKFACPenalty, TangentPenalty
 from rotate_ewc.linalg import kronecker
+from tests.helpers import penalties
 from tests.helpers.oracles import assert_close
 from tests.helpers.penalties import (
     CE,
     MODELS,
     SUMMED,
     Quadratic,
-    dense_quadratic,
     flat,
     flat_gradient,
     make,
     move,
+    quadratic,
     shapes_of,
     task,
     unflat,
@@ -34,16 +35,8 @@ def consolidated(
     name: str = "plain", tasks: int = 1, loss: nn.Module = CE, **options: Any
 ) -> tuple[nn.Module, EKFACPenalty, Quadratic]:
     """A model that has moved away from its last anchor, the penalty, and what it must be."""
-    model, penalty = make(name), EKFACPenalty(2.5, seed=3, **options)
-    for t in range(tasks):
-        penalty.consolidate(model, loss, task(name, t, 9 + t))
-        move(model, t)
+    model, penalty = penalties.consolidated(name, tasks, loss=loss, **options)
     return model, penalty, quadratic(penalty, model, 2.5 / (8 + tasks))
-
-
-def quadratic(penalty: EKFACPenalty, model: nn.Module, scale: float) -> Quadratic:
-    (term,) = penalty.terms
-    return dense_quadratic(term.operator, term.anchor, shapes_of(model), scale)
 
 
 def plane(form: Quadratic, contact: Tensor, theta: Tensor) -> Tensor:
