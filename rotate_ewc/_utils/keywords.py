@@ -41,9 +41,11 @@ def forwards_keywords(
                 if by_name and name not in without:
                     parameters.setdefault(name, parameter.replace(kind=Parameter.KEYWORD_ONLY))
 
+        known = [name for name in parameters if name != "self"]
+
         @wraps(function)
         def checked(*args: Arguments.args, **keywords: Arguments.kwargs) -> Result:
-            check_keywords(function, keywords, [name for name in parameters if name != "self"])
+            check_keywords(function, keywords, known)
             return function(*args, **keywords)
 
         signature = own.replace(parameters=list(parameters.values()))

@@ -117,7 +117,7 @@ def fit_blocks(
         fisher_type=settings.fisher_type,
         num_data=num_data or found.num_examples,
         settings={
-            **{name: settings.to_json()[name] for name in _TOLD},
+            **{name: value for name, value in settings.to_json().items() if name in _TOLD},
             "num_data_seen": found.num_examples,
         },
     )

@@ -13,7 +13,7 @@ from torch.autograd.function import BackwardCFunction
 
 from rotate_ewc.layers import SUPPORTED
 from rotate_ewc.options import Unsupported
-from rotate_ewc.tracing.recorder import Refusal
+from rotate_ewc.tracing.recorder import Refusal, listed
 
 
 def reachable_nodes(start: Any, instead: Mapping[Any, Sequence[Any]] | None = None) -> set[Any]:
@@ -99,20 +99,18 @@ def _reached(parameters: Mapping[str, Tensor], nodes: set[Any]) -> set[str]:
 
 
 def _hidden_message(names: frozenset[str]) -> str:
-    listed = ", ".join(repr(name) for name in sorted(names))
     return (
-        f"parameter {listed} is used while gradients are off, perhaps by an autograd.Function that "
-        f"finds its gradient by itself, as torch.utils.checkpoint does with use_reentrant=True; "
-        f"pass use_reentrant=False there, unsupported='skip' to protect only the others, or leave "
-        f"it out (params, or exclude={sorted(names)})"
+        f"parameter {listed(names)} is used while gradients are off, perhaps by an "
+        f"autograd.Function that finds its gradient by itself, as torch.utils.checkpoint does "
+        f"with use_reentrant=True; pass use_reentrant=False there, unsupported='skip' to protect "
+        f"only the others, or leave it out (params, or exclude={sorted(names)})"
     )
 
 
 def _refusal_message(names: frozenset[str], used_by: str) -> str:
-    listed = ", ".join(repr(name) for name in sorted(names))
     return (
-        f"parameter {listed} is used by {used_by}, for which there is no rule; supported are "
-        f"{SUPPORTED}. Pass unsupported='diagonal' for an exact diagonal of such parameters (which "
-        f"is slow), unsupported='skip' to protect only the others, or leave them out (params, or "
-        f"exclude={sorted(names)})"
+        f"parameter {listed(names)} is used by {used_by}, for which there is no rule; supported "
+        f"are {SUPPORTED}. Pass unsupported='diagonal' for an exact diagonal of such parameters "
+        f"(which is slow), unsupported='skip' to protect only the others, or leave them out "
+        f"(params, or exclude={sorted(names)})"
     )

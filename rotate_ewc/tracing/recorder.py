@@ -312,7 +312,7 @@ class Recorder(TorchFunctionMode):
         try:
             call = None if rule is None else rule(self._is_parameter, *args, **kwargs)
         except ValueError as error:
-            raise ValueError(f"parameter {_listed(sources)}: {error}") from error
+            raise ValueError(f"parameter {listed(sources)}: {error}") from error
         except TypeError:  # arguments that the rule does not know
             call = None
         if call is None or self._is_parameter(call.input):
@@ -388,5 +388,6 @@ def _opened(func: FunctionType) -> Callable[..., Any]:
     return copy
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Return the names of parameters as messages show them."""
     return ", ".join(repr(name) for name in sorted(names))
