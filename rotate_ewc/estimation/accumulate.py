@@ -7,7 +7,7 @@ allocates all it takes before it changes the sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
@@ -211,14 +211,48 @@ class Microbatch:
         """Return the block's inputs a, `[groups, n, shared, d_in]`, in float32 or better.
 
         In a joint block the first feature is a one, which stands for the bias. Of an embedding they
-        are the indices, `[1, n, shared, 1]`.
+        are the indices, `[1, n, shared, 1]`. Positions that an example does not have are zero.
         """
+        return self._activations()[0]
+
+    def mean_activations(self) -> Tensor:
+        """Return the means of the block's inputs over shared positions, `[groups, n, 1, d_in]`."""
+        activations, present = self._activations()
+        if present is None:
+            return activations.mean(dim=2, keepdim=True)
+        counts = present.sum(dim=1).clamp(min=1)
+        return activations.sum(dim=2, keepdim=True) / counts[:, None, None]
+
+    def _activations(self) -> tuple[Tensor, Tensor | None]:
+        """Return the block's inputs, and which positions exist, `[n, shared]`; None if all do."""
         parts = [call.activations(self._inputs(index)) for index, call in self._factored_calls()]
+        present = self._present([part.shape[2] for part in parts])
         activations = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
         activations = self._as_statistics(activations)
-        if self.plan.key.bias is None:
-            return activations
-        return torch.cat([torch.ones_like(activations[..., :1]), activations], dim=3)
+        if self.plan.key.bias is not None:
+            activations = torch.cat([torch.ones_like(activations[..., :1]), activations], dim=3)
+        if present is not None and self.plan.form.factors is not Factors.LOOKUP:
+            activations = activations * present[:, :, None]
+        return activations, present
+
+    def _present(self, shared: Sequence[int]) -> Tensor | None:
+        """Return which shared positions exist, given how many each of the block's uses has."""
+        uses = [index for index, _ in self._factored_calls()]
+        masks = [self.captured.present[use] for use in uses]
+        if all(mask is None for mask in masks):
+            return None
+        every = torch.ones(
+            len(self._inputs(uses[0])), 1, dtype=torch.bool, device=self.plan.parameter.device
+        )
+        return torch.cat(
+            [
+                every.expand(-1, size)
+                if mask is None
+                else mask[self.examples].repeat_interleave(size // max(1, mask.shape[1]), dim=1)
+                for mask, size in zip(masks, shared, strict=True)
+            ],
+            dim=1,
+        )
 
     def block_gradients(self) -> Iterator[Tensor]:
         """Yield, for every output vector, the block's gradients g, `[groups, n, shared, d_out]`."""
@@ -323,7 +357,9 @@ def _bytes_per_example(captured: CapturedBatch, plan: BlockPlan) -> int:
     elements, itemsize = 0, torch.float32.itemsize
     for index in plan.uses:
         use = captured.uses[index]
-        elements += use.call.elements(use.output_shape) // captured.num_examples
+        # Where rows are scattered, every example has as many as the one with the most.
+        most = -(-captured.inputs[index].numel() // max(1, use.call.input.numel()))
+        elements += most * use.call.elements(use.output_shape) // captured.num_examples
         itemsize = max(itemsize, captured.gradients[0][index].itemsize)
     if plan.form.factors is Factors.NONE:
         size = plan.parameter.numel()
@@ -335,8 +371,7 @@ def _bytes_per_example(captured: CapturedBatch, plan: BlockPlan) -> int:
 
 def _add_activations(microbatch: Microbatch, total: OuterProducts, reduce: bool) -> None:
     """Add the outer products of inputs, or of their means over shared positions."""
-    inputs = microbatch.block_activations()
-    total.add(inputs.mean(dim=2, keepdim=True) if reduce else inputs)
+    total.add(microbatch.mean_activations() if reduce else microbatch.block_activations())
 
 
 def _add_gradients(microbatch: Microbatch, total: OuterProducts, reduce: bool) -> None:

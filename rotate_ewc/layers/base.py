@@ -92,8 +92,8 @@ class LayerCall(ABC):
     """One use of a layer's parameters.
 
     Tensors come *examples first*, `[n, rows, *rest]`: n examples, the rows that each of them has
-    along the batch axis, and the operation's other axes. Factors leave in the canonical layout
-    `[groups, n, shared, features]`.
+    along the batch axis (or along several leading axes flattened into one), and the operation's
+    other axes. Factors leave in the canonical layout `[groups, n, shared, features]`.
 
     Attributes:
         input: What the gradient of the weight depends on: the layer's input.
@@ -115,6 +115,11 @@ class LayerCall(ABC):
     @abstractmethod
     def batch_axes(self) -> tuple[int, ...]:
         """Axes of the input, and of the output, that can hold the examples, likely ones first."""
+
+    @property
+    def mergeable_axes(self) -> int:
+        """How many leading axes of the input, and of the output, may be flattened into one."""
+        return 1
 
     @property
     @abstractmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import ClassVar
 
 import torch
@@ -40,6 +41,14 @@ class ElementwiseCall(LayerCall):
             if axis < missing or self.view[axis - missing] == 1
         )
 
+    @property
+    def mergeable_axes(self) -> int:
+        """The leading axes along which the parameters do not vary, and nothing is normalized."""
+        missing = self.input.ndim - len(self.view)
+        if self.normalize is not None:
+            return missing
+        return missing + len(list(takewhile(lambda size: size == 1, self.view)))
+
     def weight_gradients(self, inputs: Tensor, output_gradients: Tensor) -> Tensor:
         """Multiply inputs and output gradients, and sum where the weight was broadcast."""
         if self.normalize is not None:
@@ -53,8 +62,9 @@ class ElementwiseCall(LayerCall):
     def _sum(self, products: Tensor, parameter: Tensor | None) -> Tensor:
         """Sum `[n, rows, *rest]` over the axes along which the parameter does not vary."""
         view = (1,) * (self.input.ndim - len(self.view)) + self.view
-        # The batch axis is the first or second, whichever the parameter does not vary along.
-        rest = view[1:] if view[0] == 1 else (view[0], *view[2:])
+        merged = self.input.ndim + 2 - products.ndim
+        # A single batch axis is the first or second, whichever the parameter does not vary along.
+        rest = view[merged:] if merged > 1 or view[0] == 1 else (view[0], *view[2:])
         axes = [1, *(2 + i for i, size in enumerate(rest) if size == 1)]
         shape = () if parameter is None else parameter.shape
         return products.sum(dim=axes).reshape(len(products), *shape)

@@ -31,6 +31,11 @@ class EmbeddingCall(FactoredCall):
         """The first axis, or the second (time-first sequences)."""
         return tuple(range(min(self.input.ndim, 2)))
 
+    @property
+    def mergeable_axes(self) -> int:
+        """All axes of the indices."""
+        return self.input.ndim
+
     def activations(self, inputs: Tensor) -> Tensor:
         """Lay out the indices as `[1, n, shared, 1]`; -1 for padding."""
         indices = inputs.masked_fill(inputs == self.padding_index, -1)

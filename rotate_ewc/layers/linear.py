@@ -21,6 +21,11 @@ class LinearCall(FactoredCall):
         """The first axis, or the second (time-first sequences)."""
         return tuple(range(min(self.input.ndim - 1, 2)))
 
+    @property
+    def mergeable_axes(self) -> int:
+        """All but the last."""
+        return self.input.ndim - 1
+
     def activations(self, inputs: Tensor) -> Tensor:
         """Lay out the input as `[1, n, shared, d_in]`."""
         return rearrange(inputs, "n ... d -> 1 n (...) d")

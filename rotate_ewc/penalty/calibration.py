@@ -19,7 +19,7 @@ from rotate_ewc.losses import Likelihood, likelihood_of
 from rotate_ewc.options import Reduction
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.weighting import kept_examples
-from rotate_ewc.tracing.capture import count_examples
+from rotate_ewc.tracing.counting import ExampleCounter
 from rotate_ewc.tracing.passes import batches, check_reiterable
 
 
@@ -136,6 +136,7 @@ def _mean_losses(
     """
     totals, mass, counting = [0.0 for _ in candidates], 0.0, False
     device = next(iter(candidates[0].values())).device
+    counter = ExampleCounter(model, batch_size_fn)
     for _, inputs, targets in batches(data, device, progressbar=False, description=""):
         losses, terms = [], 0.0
         for parameters in candidates:
@@ -147,7 +148,7 @@ def _mean_losses(
             losses.append(float(loss_func(outputs, targets)))
         counting = counting or terms > 0
         if likelihood.reduction == Reduction.SUM:
-            mass += count_examples(inputs, batch_size_fn)
+            mass += counter.count(inputs, outputs, targets)
             totals = [total + loss for total, loss in zip(totals, losses, strict=True)]
         elif terms > 0:  # or else all labels are ignored, and their mean loss is no number
             mass += terms

@@ -51,7 +51,8 @@ class UseForms:
         weight_form: How the weight becomes a block.
         bias_form: How the bias does.
         joins_bias: Whether the two can have a joint block.
-        output_size: Number of entries of the operation's output.
+        output_size: Number of entries of the operation's output, with as many rows for every
+            example.
     """
 
     weight: str | None

@@ -17,10 +17,16 @@ from rotate_ewc._utils.tree import tensors_in
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.layers import Factors
 from rotate_ewc.losses import Likelihood
-from rotate_ewc.options import EstimationSettings, Unsupported
+from rotate_ewc.options import EstimationSettings, FisherType, Unsupported
 from rotate_ewc.tracing.autograd_graph import reachable_nodes, unsupported_parameters
 from rotate_ewc.tracing.block_plan import BlockPlan, plan_blocks
-from rotate_ewc.tracing.example_axis import ExampleAxis, find_example_axes
+from rotate_ewc.tracing.counting import ExampleCounter
+from rotate_ewc.tracing.example_rows import (
+    ExampleRows,
+    Layout,
+    find_example_rows,
+    mixing_message,
+)
 from rotate_ewc.tracing.per_example import add_squares, squares_like
 from rotate_ewc.tracing.recorder import Computed, ForwardPass, Recorder, Use
 
@@ -35,6 +41,8 @@ class CapturedBatch:
         plans: How the blocks come out of the uses.
         uses: Every use of a parameter.
         inputs: The input of every use with the examples first, `[n, rows, *rest]`.
+        present: For every use, which of these rows exist, `[n, rows]`; None if all do. Where
+            one does not, its gradients are zero.
         gradients: For every output vector, the gradient at the output of every use, likewise.
         computed: The tensors computed from parameters that plans may name.
         first: Whether these are the batch's first output vectors. A batch is captured in several
@@ -47,6 +55,7 @@ class CapturedBatch:
     plans: tuple[BlockPlan, ...]
     uses: tuple[Use, ...]
     inputs: tuple[Tensor, ...]
+    present: tuple[Tensor | None, ...]
     gradients: Sequence[Sequence[Tensor]] = ()
     computed: Mapping[str, Computed] = field(default_factory=dict)
     first: bool = True
@@ -115,7 +124,7 @@ def record_forward(
                 f"used it, so its activations are lost; make that operation out-of-place"
             )
     edges = tuple(recorder.edges[i] for i in kept)
-    return ForwardPass(outputs, uses, edges, recorder.computed, without_rule)
+    return ForwardPass(outputs, uses, edges, recorder.computed, without_rule, recorder.program)
 
 
 @dataclass
@@ -130,7 +139,8 @@ class BatchCapturer:
         constants: The model's tensors that are no parameters, such as buffers.
         unsupported: Names of the parameters for whose uses there is no rule; None before the first
             batch.
-        known_axes: The example axes of every sequence of layers for which they are proved.
+        known_layouts: The examples' rows, by program and number of examples.
+        counter: Counts the examples of batches.
     """
 
     forward: Callable[[Any], Tensor]
@@ -139,7 +149,12 @@ class BatchCapturer:
     settings: EstimationSettings
     constants: Sequence[Tensor] = ()
     unsupported: frozenset[str] | None = None
-    known_axes: dict[tuple[object, ...], list[ExampleAxis]] = field(default_factory=dict)
+    known_layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)
+    counter: ExampleCounter = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin to count examples."""
+        self.counter = ExampleCounter(self.forward, self.settings.batch_size_fn)
 
     @property
     def device(self) -> torch.device:
@@ -161,13 +176,15 @@ class BatchCapturer:
             ValueError: If the batch or a layer cannot be handled; the message names the layer.
             TypeError: If the outputs or the targets have the wrong type.
         """
-        num_examples = count_examples(inputs, self.settings.batch_size_fn)
         recorded = self._record(inputs)
         outputs = recorded.outputs.detach()
         outputs = outputs.to(statistics_dtype(outputs.dtype))
+        num_examples = self.counter.count(inputs, outputs, targets)
         self._check_outputs(outputs, targets, num_examples)
         normalizer = float(self.likelihood.terms(outputs, targets).sum())
-        captured, axes = self._without_gradients(recorded, normalizer, num_examples)
+        vectors = self._vectors(outputs, targets, num_examples, generator)
+        layout, vectors, known = self._layout(recorded, inputs, num_examples, vectors)
+        captured = self._without_gradients(recorded, layout, normalizer, num_examples)
         without_rule = self._per_example_parameters() if with_squares else {}
         if not recorded.uses and not without_rule:
             yield captured
@@ -178,13 +195,14 @@ class BatchCapturer:
         )
         found: list[list[Tensor]] = []
         held = 0
-        for vector, last in _with_last(self._vectors(outputs, targets, num_examples, generator)):
+        for vector, last in _with_last(vectors):
             if without_rule:
                 add(vector)
-            gradients = recorded.gradients(vector, last=last)
+            gradients = known or recorded.gradients(vector, last=last)
+            known = None
             del vector
-            for index, axis in enumerate(axes):
-                gradients[index] = axis.examples_first(gradients[index], num_examples)
+            for index, rows in enumerate(layout.rows):
+                gradients[index] = _gradients_first(rows, gradients[index], num_examples)
             found.append(gradients)
             held += sum(gradient.nbytes for gradient in gradients)
             del gradients
@@ -193,45 +211,94 @@ class BatchCapturer:
                 captured, found, held = replace(captured, first=False), [], 0
 
     def _record(self, inputs: Any) -> ForwardPass:
-        """Run the model, and check that its unsupported parameters are always the same."""
+        """Run the model."""
         given = {id(tensor) for tensor in tensors_in(inputs)}
-        recorded = record_forward(
+        return record_forward(
             lambda: self.forward(inputs),
             self.parameters,
             constants=[tensor for tensor in self.constants if id(tensor) not in given],
             unsupported=self.settings.unsupported,
         )
-        if self.unsupported is None:
-            self.unsupported = recorded.unsupported
-        elif recorded.unsupported - self.unsupported:
-            names = ", ".join(map(repr, sorted(recorded.unsupported - self.unsupported)))
-            raise ValueError(
-                f"parameter {names} is used by an operation without a rule, but was not in the "
-                f"first batch; leave it out (params, or exclude)"
+
+    def _layout(
+        self, recorded: ForwardPass, inputs: Any, num_examples: int, vectors: Iterator[Tensor]
+    ) -> tuple[Layout, Iterator[Tensor], list[Tensor] | None]:
+        """Find the examples' rows: once for every program that does not index by data.
+
+        Returns:
+            The rows, the output vectors, and the gradients of the first of them if they were taken.
+        """
+        program = (recorded.program.key, num_examples)
+        layout = self.known_layouts.get(program)
+        gradients = None
+        if layout is None:
+            settings, vector = self.settings, None
+            if num_examples > 1 and self._has_one_vector and recorded.uses:
+                vector = next(vectors)
+                vectors = iter([vector])
+                gradients = recorded.gradients(vector, last=False)
+            probe = Generator(self.device).manual_seed(settings.seed)
+            done = gradients is not None and settings.unsupported is not Unsupported.DIAGONAL
+            layout = find_example_rows(
+                recorded, num_examples, probe, vector, gradients, free_graph=done
             )
-        return recorded
+            by_data = recorded.program.indexes_by_data or not _aligned(inputs, num_examples)
+            if layout.certain and not by_data:
+                self.known_layouts[program] = layout
+        mixing = [u for u, rows in zip(recorded.uses, layout.rows, strict=True) if rows is None]
+        if mixing and self.settings.unsupported is Unsupported.ERROR:
+            raise ValueError(mixing_message(mixing, num_examples))
+        self._settle_unsupported(recorded.unsupported.union(*map(recorded.sources, mixing)))
+        return layout, vectors, gradients
+
+    @property
+    def _has_one_vector(self) -> bool:
+        """Whether every batch has one output vector."""
+        fisher_type = self.settings.fisher_type
+        sampled_once = fisher_type is FisherType.MC and self.settings.mc_samples == 1
+        return sampled_once or fisher_type is FisherType.EMPIRICAL
+
+    def _settle_unsupported(self, names: frozenset[str]) -> None:
+        """Note the parameters without a rule in the first batch, and check that they stay it."""
+        if self.unsupported is None:
+            self.unsupported = names
+        elif names - self.unsupported:
+            listed = ", ".join(map(repr, sorted(names - self.unsupported)))
+            raise ValueError(
+                f"parameter {listed} is used by an operation without a rule, or for several "
+                f"examples at once, but was not in the first batch; leave it out (params, or "
+                f"exclude)"
+            )
 
     def _without_gradients(
-        self, recorded: ForwardPass, normalizer: float, num_examples: int
-    ) -> tuple[CapturedBatch, list[ExampleAxis]]:
-        """Return what the forward pass shows of a batch, and where every use has the examples."""
+        self, recorded: ForwardPass, layout: Layout, normalizer: float, num_examples: int
+    ) -> CapturedBatch:
+        """Return what the forward pass shows of a batch."""
         without_rule = self.unsupported or frozenset()
         plans = plan_blocks(
-            [use.forms for use in recorded.uses],
+            [
+                use.forms(rows.size_of(use.output_shape) if rows else 0)
+                for use, rows in zip(recorded.uses, layout.rows, strict=True)
+            ],
             {key: computed.sources for key, computed in recorded.computed.items()},
             {name: p for name, p in self.parameters.items() if name not in without_rule},
             num_examples,
             separate=self.settings.separate_weight_and_bias,
         )
-        axes = self._example_axes(recorded, num_examples)
         inputs = tuple(
-            axis.examples_first(use.call.input, num_examples)
-            for use, axis in zip(recorded.uses, axes, strict=True)
+            use.call.input if rows is None else rows.examples_first(use.call.input, num_examples)
+            for use, rows in zip(recorded.uses, layout.rows, strict=True)
         )
-        captured = CapturedBatch(
-            num_examples, normalizer, plans, recorded.uses, inputs, computed=recorded.computed
+        present = tuple(rows.present if rows else None for rows in layout.rows)
+        return CapturedBatch(
+            num_examples,
+            normalizer,
+            plans,
+            recorded.uses,
+            inputs,
+            present,
+            computed=recorded.computed,
         )
-        return captured, axes
 
     def _per_example_parameters(self) -> dict[str, Tensor]:
         """Return the parameters whose gradients are taken for one example after another."""
@@ -254,11 +321,6 @@ class BatchCapturer:
     def _check_outputs(self, outputs: Tensor, targets: Tensor, num_examples: int) -> None:
         if not bool(torch.isfinite(outputs).all()):
             raise NotFiniteError("the model's outputs are not finite (NaN or infinity)")
-        if outputs.ndim == 0 or outputs.shape[0] % num_examples:
-            raise ValueError(
-                f"the model's outputs have shape {list(outputs.shape)} for {num_examples} examples;"
-                f" expected the examples on the first axis"
-            )
         self.likelihood.check(outputs, targets)
         expected = self.settings.num_per_example_loss_terms
         terms = self.likelihood.predictions(outputs) / num_examples
@@ -268,43 +330,15 @@ class BatchCapturer:
                 f"{list(outputs.shape)} for {num_examples} examples have {terms:g} each"
             )
 
-    def _example_axes(self, recorded: ForwardPass, num_examples: int) -> list[ExampleAxis]:
-        """Find the example axes once for every sequence of layers (and shapes of their inputs)."""
-        if not recorded.uses:
-            return []
-        layers = tuple(
-            (use.weight, use.bias, *(size / num_examples for size in use.call.input.shape[:2]))
-            for use in recorded.uses
-        )
-        axes = self.known_axes.get(layers)
-        if axes is None:
-            probe = Generator(self.device).manual_seed(self.settings.seed)
-            axes, certain = find_example_axes(recorded, num_examples, probe)
-            # With a single example every axis passes, so nothing has been learned.
-            if certain and num_examples > 1:
-                self.known_axes[layers] = axes
-        return axes
+
+def _gradients_first(rows: ExampleRows | None, gradients: Tensor, num_examples: int) -> Tensor:
+    """Put the examples first; nothing is left where they are mixed, which no plan makes use of."""
+    return gradients.new_empty(0) if rows is None else rows.gradients_first(gradients, num_examples)
 
 
-def count_examples(inputs: Any, batch_size_fn: Callable[[Any], int] | None) -> int:
-    """Return the number of examples in a batch's inputs.
-
-    Raises:
-        TypeError: If the inputs are not tensors and no `batch_size_fn` was given.
-        ValueError: If there are no examples.
-    """
-    if batch_size_fn is not None:
-        count = batch_size_fn(inputs)
-    elif (first := next(tensors_in(inputs), None)) is not None and first.ndim > 0:
-        count = first.shape[0]
-    else:
-        raise TypeError(
-            f"the number of examples in inputs of type {type(inputs).__name__} is not obvious; "
-            f"pass batch_size_fn, a function from inputs to their number of examples"
-        )
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"a batch has {count!r} examples; expected at least 1")
-    return count
+def _aligned(inputs: Any, num_examples: int) -> bool:
+    """Whether the first axis of every tensor holds the examples."""
+    return all(t.ndim and len(t) == num_examples and not t.is_sparse for t in tensors_in(inputs))
 
 
 def _with_last(vectors: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:

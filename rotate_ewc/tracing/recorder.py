@@ -7,7 +7,6 @@ for which there is no rule is seen too, and refused by name instead of being sil
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -22,6 +21,7 @@ from rotate_ewc._utils.numerics import without_autocast
 from rotate_ewc._utils.tree import tensors_in, version_of
 from rotate_ewc.layers import BROADCASTING, RULES, LayerCall
 from rotate_ewc.tracing.block_plan import UseForms
+from rotate_ewc.tracing.program import Program
 
 # What these make depends on no data. But of the second kind may also be the first state of a
 # recurrent layer, and of the third the positions of every example's tokens: a layer's input.
@@ -58,16 +58,19 @@ class Use:
     input_version: int
     output_shape: tuple[int, ...] = ()
 
-    @property
-    def forms(self) -> UseForms:
-        """What the plan of the blocks depends on."""
+    def forms(self, output_size: int) -> UseForms:
+        """Return what the plan of the blocks depends on.
+
+        Args:
+            output_size: Number of entries of the output, with as many rows for every example.
+        """
         return UseForms(
             self.weight,
             self.bias,
             self.call.weight_form,
             self.call.bias_form,
             self.call.joins_bias,
-            math.prod(self.output_shape),
+            output_size,
         )
 
     @property
@@ -152,6 +155,7 @@ class ForwardPass:
         edges: An edge to the output of every use.
         computed: The tensors computed from parameters that uses may name instead of them.
         unsupported: Parameters that have some use without a rule.
+        program: What was called.
     """
 
     outputs: Tensor
@@ -159,6 +163,13 @@ class ForwardPass:
     edges: tuple[GradientEdge, ...]
     computed: Mapping[str, Computed]
     unsupported: frozenset[str]
+    program: Program
+
+    def sources(self, use: Use) -> frozenset[str]:
+        """Return the names of the parameters in a use, or of those that they are computed from."""
+        names = [name for name in (use.weight, use.bias) if name is not None]
+        found = [self.computed[n].sources if n in self.computed else {n} for n in names]
+        return frozenset[str]().union(*found)
 
     def gradients(self, vector: Tensor, *, last: bool) -> list[Tensor]:
         """Back-propagate one output vector.
@@ -190,6 +201,7 @@ class Recorder(TorchFunctionMode):
         hidden: Names of parameters that were used while gradients were off.
         data_nodes: For the autograd node of every operation that used parameters and data, whether
             it has a rule or not, the nodes that its data came from.
+        program: What was called.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], constants: Iterable[Tensor] = ()) -> None:
@@ -206,6 +218,7 @@ class Recorder(TorchFunctionMode):
         self.refusals: list[Refusal] = []
         self.hidden: set[str] = set()
         self.data_nodes: dict[Any, list[Any]] = {}
+        self.program = Program()
         self._names = {id(tensor): name for name, tensor in parameters.items()}
         self._sources = {id(tensor): frozenset({name}) for name, tensor in parameters.items()}
         # Held, so that no later tensor can get the identity of one of them.
@@ -225,7 +238,9 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = list(tensors_in((args, kwargs)))
         sources = frozenset[str]().union(*(self._sources.get(id(t), ()) for t in tensors))
-        fixed = all(self._is_parameter(t) or self._is_constant(t) for t in tensors)
+        varying = [t for t in tensors if not (self._is_parameter(t) or self._is_constant(t))]
+        fixed = not varying
+        self.program.note(func, args, kwargs, varying)
         if sources and not fixed and func not in RULES and _is_composite(func):
             with self:
                 return _opened(func)(*args, **kwargs)

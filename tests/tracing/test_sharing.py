@@ -296,7 +296,7 @@ def basis_of(block: Block) -> Tensor:
 def captured(inputs: Tensor) -> CapturedBatch:
     """What a batch shows, which is some inputs and nothing else."""
     use = Use("weight", None, LinearCall(inputs, None, None), inputs._version)
-    return CapturedBatch(len(inputs), 1.0, (), (use,), (inputs,))
+    return CapturedBatch(len(inputs), 1.0, (), (use,), (inputs,), (None,))
 
 
 def batch(number: int, inputs: Tensor) -> passes.Batch:

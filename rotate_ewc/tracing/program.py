@@ -1,0 +1,90 @@
+"""What a forward pass did, as far as it decides which rows of its tensors depend on which example.
+
+Two forward passes that call the same functions with the same arguments, on tensors of the same
+shapes, move rows in the same way, unless they index by data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+# Where rows go is told by a tensor of indices or by a mask.
+_INDEXING: Final = frozenset(
+    {"__getitem__", "__setitem__", "embedding", "gather", "masked_select", "repeat_interleave"}
+    | {"take", "take_along_dim", "put", "segment_reduce", "select_scatter", "slice_scatter"}
+    | {"index_add", "index_copy", "index_fill", "index_put", "index_reduce", "index_select"}
+    | {"masked_scatter", "scatter", "scatter_add", "scatter_reduce", "tensor_split"}
+    | {"_pack_padded_sequence", "_pad_packed_sequence"}
+    | {"bmm", "mm", "matmul", "__matmul__", "__rmatmul__"}  # with sparse tensors
+)
+# Where rows go is told by the numbers in them.
+_SORTING: Final = frozenset(
+    {"sort", "msort", "argsort", "topk", "kthvalue", "median", "nanmedian", "mode", "multinomial"}
+    | {"unique", "unique_consecutive", "cummax", "cummin", "nonzero", "argwhere"}
+)
+
+
+class Program:
+    """A digest of the functions that a forward pass calls, with their arguments.
+
+    Attributes:
+        key: The digest; equal for equal programs, in one process.
+        indexes_by_data: Whether rows are moved by what the data are, and not by their shapes alone.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no function called."""
+        self.key = 0
+        self.indexes_by_data = False
+
+    def note(
+        self,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        varying: Sequence[Tensor],
+    ) -> None:
+        """Add a call.
+
+        Args:
+            func: The function of torch.
+            args: Its arguments.
+            kwargs: Its named arguments.
+            varying: The tensors among them that may depend on the data.
+        """
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            return
+        if not name.endswith("__"):
+            name = name.rstrip("_")
+        self.key = hash((self.key, func, _described(args), _described(kwargs)))
+        if name in _SORTING:
+            self.indexes_by_data = self.indexes_by_data or bool(varying)
+        elif name in _INDEXING and len(varying) > 1:
+            by_data = any(
+                not t.dtype.is_floating_point or t.layout != torch.strided for t in varying
+            )
+            self.indexes_by_data = self.indexes_by_data or by_data
+
+
+def _described(value: Any) -> Any:
+    """Return what can be hashed of an argument, with all but the numbers in a tensor."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_described, value))
+    if isinstance(value, Mapping):
+        return tuple((key, _described(item)) for key, item in value.items())
+    if isinstance(value, slice):
+        return _described((value.start, value.stop, value.step))
+    if hasattr(value, "tobytes"):
+        return value.tobytes()
+    try:
+        hash(value)
+    except TypeError:
+        return type(value)
+    return value
