@@ -49,9 +49,11 @@ from tests.helpers.oracles.curvature import (
 )
 from tests.helpers.oracles.terms import (
     Approximation,
+    LayerDerivatives,
     LayerTerms,
     kfac_matrix,
     kronecker_factors,
+    layer_derivatives,
     layer_terms,
     output_hook,
     unfold_input,
@@ -64,6 +66,7 @@ __all__ = [
     "BlockLike",
     "Fisher",
     "Kind",
+    "LayerDerivatives",
     "LayerTerms",
     "Loss",
     "Shapes",
@@ -87,6 +90,7 @@ __all__ = [
     "kfac_matrix",
     "kronecker_basis",
     "kronecker_factors",
+    "layer_derivatives",
     "layer_terms",
     "loss_mass",
     "output_hessian",
