@@ -28,7 +28,6 @@ LOOKS = {
     names.EVERYTHING: (OWN_COLOUR, "o"),
     names.CURVLINOPS: ("#0072B2", "s"),
     names.NNGEOMETRY: ("#009E73", "^"),
-    names.KRONFLUENCE: ("#CC79A7", "D"),
     names.LAPLACE: ("#56B4E9", "v"),
     names.AVALANCHE: ("#882255", "p"),
     names.PLAIN: ("#777777", "h"),
