@@ -114,22 +114,29 @@ DIVISORS = {
 }
 
 
+@pytest.mark.parametrize("num_data", [None, 100])
 @pytest.mark.parametrize("fisher", ["type2", "empirical", "mc"])
 @pytest.mark.parametrize("kind", DIVISORS)
-def test_sum_is_mean_times_the_number_of_loss_terms(kind: str, fisher: str) -> None:
+def test_sum_is_mean_times_the_number_of_loss_terms(
+    kind: str, fisher: str, num_data: int | None
+) -> None:
     """Labels that count, their class weights, or elements: not examples."""
     loss, options, y, divisor = DIVISORS[kind]
     torch.manual_seed(0)
     model, x = nn.Conv1d(2, 3, 1).double(), torch.randn(3, 2, 4).double()
     y = y.double() if y.is_floating_point() else y
-    traces = {
+    found = {
         reduction: EKFACLinearOperator(
             model,
             loss(reduction=reduction, **options).double(),
             list(model.parameters()),
             [(x[:2], y[:2]), (x[2:], y[2:])],
             fisher_type=fisher,
-        ).trace
+            num_data=num_data,
+        )
         for reduction in REDUCTIONS
     }
-    assert_close(traces["sum"], divisor * traces["mean"])
+    stands_for = divisor * (num_data or 3) / 3
+    assert_close(found["sum"].trace, stands_for * found["mean"].trace)
+    for operator in found.values():
+        assert operator.provenance.num_loss_terms == pytest.approx(stands_for, rel=1e-12)
