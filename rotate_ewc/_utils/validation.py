@@ -11,13 +11,13 @@ EnumType = TypeVar("EnumType", bound=Enum)
 
 
 def as_choice(name: str, value: object, choices: type[EnumType]) -> EnumType:
-    """Turn a member of `choices`, or its string value, into the member.
+    """Turn a member of `choices`, or what stands for it, into the member.
 
     Raises:
         ValueError: If `value` is neither, naming the argument and the accepted values.
     """
     try:
-        return choices(value.lower() if type(value) is str else value)
+        return choices(value)
     except ValueError:
         accepted = ", ".join(repr(choice.value) for choice in choices)
         raise ValueError(f"{name} is {value!r}; expected one of {accepted}") from None

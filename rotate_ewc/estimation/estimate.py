@@ -40,6 +40,7 @@ class Estimate:
     Attributes:
         blocks: One for every parameter, or pair of weight and bias.
         num_examples: Examples seen.
+        num_loss_terms: Terms of their loss, which the reduction `mean` divides by.
         used: The blocks of the parameters on which an output depended.
         underflowed: Those that get gradients whose squares are too small for their dtype.
         unused: Names of the parameters on which no output depended.
@@ -48,6 +49,7 @@ class Estimate:
 
     blocks: tuple[Block, ...]
     num_examples: int
+    num_loss_terms: float
     used: tuple[Block, ...]
     underflowed: tuple[Block, ...]
     unused: tuple[str, ...]
@@ -116,6 +118,8 @@ def fit_blocks(
         reduction=Reduction(likelihood.reduction),
         fisher_type=settings.fisher_type,
         num_data=num_data or found.num_examples,
+        num_loss_terms=(num_data or found.num_examples)
+        * (found.num_loss_terms / max(1, found.num_examples)),
         settings={
             **{name: value for name, value in settings.to_json().items() if name in _TOLD},
             "num_data_seen": found.num_examples,
@@ -186,7 +190,9 @@ def estimate(
     unused = tuple(name for name in wanted if name not in by_name)
     by_name.update({name: _diagonal(name, torch.zeros_like(parameters[name])) for name in unused})
     blocks = tuple(dict.fromkeys(by_name[name] for name in wanted))
-    return Estimate(blocks, first.num_examples, used, vanished, unused, unsupported)
+    return Estimate(
+        blocks, first.num_examples, first.normalizer, used, vanished, unused, unsupported
+    )
 
 
 def _scale(first: FirstPass, likelihood: Likelihood, num_data: int | None) -> float:

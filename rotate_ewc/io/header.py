@@ -152,6 +152,7 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
         weighting: How the tasks were weighted.
         num_tasks: Number of consolidated tasks.
         last_examples: Number of examples of the last one.
+        last_loss_terms: Number of its loss terms.
         terms: Its terms.
     """
 
@@ -161,6 +162,7 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
     weighting: str
     num_tasks: Annotated[int, Meta(ge=0, le=LARGEST_COUNT)]
     last_examples: Annotated[int, Meta(ge=1, le=LARGEST_COUNT)]
+    last_loss_terms: Annotated[float, Meta(gt=0, le=float(LARGEST_COUNT))]
     terms: tuple[TermLayout, ...]
 
     def __post_init__(self) -> None:

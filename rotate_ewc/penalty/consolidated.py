@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc._utils.parameters import fits, protected_slice
+from rotate_ewc._utils.validation import as_non_negative_number, check_positive_integer
 from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.options import Mode, Weighting
 from rotate_ewc.penalty.state import PenaltyState
@@ -38,7 +39,9 @@ class ConsolidatedTasks(nn.Module):
         self._terms: list[Term] = []
         self._stacks: tuple[Stack, ...] = ()
         self._num_tasks = 0
-        self._last_examples = 1
+        self._last_examples, self._last_loss_terms = 1, 1.0
+        self._current_num_data: int | None = None
+        self._current_num_loss_terms: float | None = None
         self._left_out: set[str] = set()
 
     @property
@@ -55,6 +58,42 @@ class ConsolidatedTasks(nn.Module):
     def stacks(self) -> tuple[Stack, ...]:
         """The blocks of all terms with their weights, those of the same form in one."""
         return self._stacks
+
+    @property
+    def current_num_data(self) -> int | None:
+        """Number of examples of the task being trained; None takes the last consolidated task's.
+
+        They are taken to have as many loss terms each as those of the last consolidated task;
+        where they have not (sequences of other lengths), set `current_num_loss_terms` afterwards.
+        """
+        return self._current_num_data
+
+    @current_num_data.setter
+    def current_num_data(self, value: int | None) -> None:
+        check_positive_integer("current_num_data", value, optional=True)
+        self._current_num_data, self._current_num_loss_terms = value, None
+
+    @property
+    def current_num_loss_terms(self) -> float:
+        """M_now, what the mean loss over all data of the task being trained divides by.
+
+        Examples, tokens that count, elements of the outputs (squared errors, binary cross-entropy),
+        or the sum of their class weights. What is set holds until `current_num_data` is set again;
+        None goes back to following from that.
+        """
+        if self._current_num_loss_terms is not None:
+            return self._current_num_loss_terms
+        if self.current_num_data is None:
+            return self._last_loss_terms
+        return self.current_num_data * (self._last_loss_terms / self._last_examples)
+
+    @current_num_loss_terms.setter
+    def current_num_loss_terms(self, value: float | None) -> None:
+        if value is not None:
+            value = as_non_negative_number("current_num_loss_terms", value)
+            if value == 0:
+                raise ValueError("current_num_loss_terms is 0; expected more than 0")
+        self._current_num_loss_terms = value
 
     @property
     def nbytes(self) -> int:
@@ -114,18 +153,24 @@ class ConsolidatedTasks(nn.Module):
             )
         return None
 
-    def _replace_terms(self, terms: Sequence[Term], num_tasks: int, last_examples: int) -> None:
+    def _replace_terms(
+        self, terms: Sequence[Term], num_tasks: int, last_examples: int, last_loss_terms: float
+    ) -> None:
         terms, stacks = stack_terms(terms)
         # In one step, so that not even an interrupt can leave a part of it.
         vars(self).update(
-            _terms=terms, _stacks=stacks, _num_tasks=num_tasks, _last_examples=last_examples
+            _terms=terms,
+            _stacks=stacks,
+            _num_tasks=num_tasks,
+            _last_examples=last_examples,
+            _last_loss_terms=last_loss_terms,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConsolidatedTasks:
         """Move or cast the state, as `nn.Module.to` and its relatives ask for."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         terms = [term.map(fn) for term in self._terms]
-        self._replace_terms(terms, self._num_tasks, self._last_examples)
+        self._replace_terms(terms, self._num_tasks, self._last_examples, self._last_loss_terms)
         return self
 
     def _save_to_state_dict(
@@ -162,7 +207,10 @@ class ConsolidatedTasks(nn.Module):
             tuple(self._terms),
             self._num_tasks,
             self._last_examples,
+            self._last_loss_terms,
         )
 
     def _restore(self, state: PenaltyState) -> None:
-        self._replace_terms(state.terms, state.num_tasks, state.last_examples)
+        self._replace_terms(
+            state.terms, state.num_tasks, state.last_examples, state.last_loss_terms
+        )

@@ -35,6 +35,7 @@ class PenaltyState:
         terms: The quadratic terms.
         num_tasks: Number of consolidated tasks.
         last_examples: Number of examples of the last one.
+        last_loss_terms: Number of its loss terms, which the reduction `mean` divides by.
     """
 
     options: Mapping[str, Any]
@@ -43,6 +44,7 @@ class PenaltyState:
     terms: tuple[Term, ...]
     num_tasks: int
     last_examples: int
+    last_loss_terms: float
 
     def to_dict(self, prefix: str = "", dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Return the snapshot: tensors and a JSON header, under keys that begin with `prefix`.
@@ -59,6 +61,7 @@ class PenaltyState:
             weighting=self.weighting,
             num_tasks=self.num_tasks,
             last_examples=self.last_examples,
+            last_loss_terms=self.last_loss_terms,
             terms=tuple(map(_layout, self.terms)),
         )
         state: dict[str, Any] = {prefix + HEADER: write_header(header)}
@@ -112,6 +115,7 @@ class PenaltyState:
             ),
             header.num_tasks,
             header.last_examples,
+            header.last_loss_terms,
         )
 
     def check(self, *, mode: str, weighting: str) -> None:

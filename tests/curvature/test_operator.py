@@ -150,9 +150,9 @@ def test_unknown_parameter_has_no_block(operator: EKFACLinearOperator) -> None:
 
 def test_what_is_too_large_is_not_written_out() -> None:
     numbers = torch.ones(1).expand(1, 3000, 4000)
-    large = EKFACLinearOperator.from_blocks(
-        [Block(("w",), None, None, numbers)], {"w": (3000, 4000)}, Provenance("L", "sum", "mc", 1)
-    )
+    provenance = Provenance("L", "sum", "mc", 1, 1.0)
+    blocks = [Block(("w",), None, None, numbers)]
+    large = EKFACLinearOperator.from_blocks(blocks, {"w": (3000, 4000)}, provenance)
     with pytest.raises(ValueError, match=r"12000000 × 12000000"):
         large.to_dense()
 

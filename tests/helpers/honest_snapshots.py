@@ -79,7 +79,8 @@ def operator(seed: int = 0, dtype: torch.dtype = torch.float32) -> EKFACLinearOp
         ),
         random_block(("scale",), (1, 1, 1), seed=seed + 4, bases="", dtype=dtype),
     ]
-    provenance = Provenance("CrossEntropyLoss", "mean", "mc", 50, {"mc_samples": 1, "seed": 3})
+    settings = {"mc_samples": 1, "seed": 3}
+    provenance = Provenance("CrossEntropyLoss", "mean", "mc", 50, 75.0, settings)
     return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
 
 

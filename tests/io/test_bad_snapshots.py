@@ -171,6 +171,10 @@ BAD_OPERATORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
         in_header("h['provenance']['num_data'] = 0"),
         "has 0 at 'provenance.num_data': Expected `int` >= 1",
     ),
+    "num_loss_terms": (
+        in_header("h['provenance']['num_loss_terms'] = -1"),
+        "has -1 at 'provenance.num_loss_terms': Expected `float` >= 0",
+    ),
     "reduction": (
         in_header("h['provenance']['reduction'] = 'mean\\n'"),
         "at 'provenance.reduction': Expected one of mean, sum",
@@ -250,6 +254,7 @@ BAD_PENALTIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
         f"has 1000.* at 'last_examples': Expected `int` <= {2**63 - 1}",
     ),
     "no examples": (in_header("h['last_examples'] = 0"), "has 0 at 'last_examples'"),
+    "no loss terms": (in_header("h['last_loss_terms'] = 0"), "has 0 at 'last_loss_terms'"),
     "nested options": (
         in_header("h['options']['mode'] = [[]]"),
         r"has \[\] at \"options\['mode'\]\[0\]\": Expected `str`",

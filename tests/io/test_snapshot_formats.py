@@ -22,6 +22,7 @@ def test_operators_of_every_format(version: int) -> None:
     assert loaded.parameter_shapes == golden.SHAPES
     assert loaded.provenance.loss == "CrossEntropyLoss"
     assert loaded.provenance.num_data == 1000
+    assert loaded.provenance.num_loss_terms == 2500.5
     assert loaded.provenance.settings == {"mc_samples": 1, "seed": 7}
 
 
@@ -95,6 +96,7 @@ def test_headers_tell_everything() -> None:
         "reduction": "mean",
         "fisher_type": "mc",
         "num_data": 1000,
+        "num_loss_terms": 2500.5,
         "settings": {"mc_samples": 1, "seed": 7},
     }
 

@@ -75,7 +75,7 @@ def test_defaults() -> None:
 
 def test_settings_are_handed_on() -> None:
     options: dict[str, Any] = {
-        "mc_samples": 3,
+        "num_per_example_loss_terms": 3,
         "separate_weight_and_bias": False,
         "seed": 5,
         "memory_budget": 1000,

@@ -1353,7 +1353,7 @@ def penalty_on(random: RandomOperator, model: nn.Module, strength: float) -> EKF
     penalty = EKFACPenalty(strength)
     anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
     term = Term(random.operator(), anchor, 1.0)
-    state = PenaltyState({}, penalty.mode, penalty.weighting, (term,), 1, 1)
+    state = PenaltyState({}, penalty.mode, penalty.weighting, (term,), 1, 1, 1.0)
     penalty.load_state_dict(state.to_dict())
     return penalty
 

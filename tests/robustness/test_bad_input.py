@@ -408,7 +408,11 @@ def test_random_model_or_data_is_noticed() -> None:
 @pytest.mark.parametrize(
     ("options", "message", "error"),
     [
-        ({"fisher_type": "exact"}, "fisher_type is 'exact'; expected one of 'type2'", ValueError),
+        (
+            {"fisher_type": "full"},
+            "fisher_type is 'full'; expected one of 'type2'",
+            ValueError,
+        ),
         ({"kfac_approx": 3}, "kfac_approx is 3; expected one of 'expand'", ValueError),
         ({"mc_samples": 0}, "mc_samples is 0; expected a positive", ValueError),
         ({"mc_samples": 1.5}, "mc_samples is 1.5; expected a positive", TypeError),

@@ -27,7 +27,7 @@ from tests.helpers.honest_snapshots import (
 from tests.helpers.memory import peak_bytes
 from tests.helpers.mutated_bytes import Executed, header_end, with_header
 
-PROVENANCE = Provenance("MSELoss", "mean", "type2", 10)
+PROVENANCE = Provenance("MSELoss", "mean", "type2", 10, 20.0)
 VALUES, ANCHOR = "0.weight/eigenvalues", "0/anchor/0.weight"
 
 # --------------------------------------------------------------------------- other files

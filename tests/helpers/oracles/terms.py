@@ -18,6 +18,7 @@ from tests.helpers.oracles.curvature import (
     evaluation_copy,
     loss_mass,
     output_hessian,
+    with_reduction,
 )
 
 Approximation = Literal["expand", "reduce"]
@@ -324,7 +325,7 @@ def label_vectors(
 
     Returns:
         ``[V, M]``: for ``"type2"`` a square root of the summed loss's Hessian, for ``"empirical"``
-        the gradient of the loss of this example alone.
+        its gradient; both over the root of what ``mean`` divides by.
     """
     mass = loss_mass(loss_func, outputs, targets) if loss_func.reduction == "mean" else 1.0
     if fisher == "type2":
@@ -333,12 +334,11 @@ def label_vectors(
         return root.T
 
     def loss_of(flat_output: Tensor) -> Tensor:
-        loss: Tensor = loss_func(flat_output.reshape(output.shape), target)
+        loss: Tensor = with_reduction(loss_func, "sum")(flat_output.reshape(output.shape), target)
         return loss
 
-    share = loss_mass(loss_func, output, target) / mass if loss_func.reduction == "mean" else 1.0
     gradient: Tensor = grad(loss_of)(output.reshape(-1))
-    return share**0.5 * gradient[None] if share > 0 else torch.zeros_like(gradient[None])
+    return gradient[None] / mass**0.5
 
 
 # --------------------------------------------------------------------------- Kronecker factors
