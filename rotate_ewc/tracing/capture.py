@@ -21,8 +21,9 @@ from rotate_ewc.options import EstimationSettings, Unsupported
 from rotate_ewc.tracing.autograd_graph import reachable_nodes, unsupported_parameters
 from rotate_ewc.tracing.block_plan import BlockPlan, plan_blocks
 from rotate_ewc.tracing.example_axis import ExampleAxis, find_example_axes
+from rotate_ewc.tracing.origins import Computed
 from rotate_ewc.tracing.per_example import add_squares, squares_like
-from rotate_ewc.tracing.recorder import Computed, ForwardPass, Recorder, Use
+from rotate_ewc.tracing.recorder import ForwardPass, Recorder, Use
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,10 @@ def record_forward(
             observed, and `unsupported` says so; or if a layer's input was modified after its use.
     """
     recorder = Recorder(parameters, constants)
-    with torch.enable_grad(), recorder:
-        outputs = forward()
+    with torch.enable_grad():
+        with recorder:
+            outputs = forward()
+        outputs = recorder.note_outputs(outputs)
     if not isinstance(outputs, Tensor):
         raise TypeError(f"model returned {type(outputs).__name__}; expected a tensor")
     if not outputs.is_floating_point():

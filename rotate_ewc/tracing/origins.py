@@ -1,0 +1,177 @@
+"""Where the tensors of a forward pass come from: parameters, constants, or data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotate_ewc._utils.tree import version_of
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A tensor computed from parameters and constants alone, such as a reparametrised weight.
+
+    Attributes:
+        tensor: The tensor, attached to the autograd graph.
+        sources: Names of the parameters that it was computed from.
+        version: How often it had been modified in place when it was computed.
+        repeated: Whether something was expanded or repeated on the way: it may vary with the
+            examples.
+    """
+
+    tensor: Tensor
+    sources: frozenset[str]
+    version: int = 0
+    repeated: bool = False
+
+    def pull_back(self, gradients: Tensor, parameter: Tensor) -> Tensor:
+        """Turn per-example gradients of the tensor into those of a parameter it comes from.
+
+        Args:
+            gradients: `[n, *tensor.shape]`.
+            parameter: One of the sources.
+
+        Returns:
+            `[n, *parameter.shape]`, in the gradients' dtype.
+        """
+        # One by one, because not every operation can be vectorised over examples.
+        pulled = [
+            torch.autograd.grad(
+                self.tensor,
+                parameter,
+                gradient.to(self.tensor.dtype),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )[0]
+            for gradient in gradients
+        ]
+        return torch.stack(pulled).detach().to(gradients.dtype)
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A tensor that does not depend on the data, as it was at one time."""
+
+    tensor: Tensor
+    version: int
+    blank: bool
+
+
+class Origins:
+    """What is known of tensors, by identity. Each is held, so that no other can get its identity.
+
+    Attributes:
+        computed: Tensors computed from parameters and constants alone, by key.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], constants: Iterable[Tensor] = ()) -> None:
+        """Begin with the tensors that are known beforehand.
+
+        Args:
+            parameters: The tensors to look for, by name.
+            constants: Tensors that do not depend on the data, such as buffers.
+        """
+        self.computed: dict[str, Computed] = {}
+        self._names = {id(tensor): name for name, tensor in parameters.items()}
+        self._constants: dict[int, _Constant] = {}
+        self._expanded: dict[int, Tensor] = {}
+        for tensor in constants:
+            self.hold_constant(tensor)
+
+    def name(self, value: object) -> str | None:
+        """Return the name of a parameter, or the key of a tensor computed from some."""
+        name = self._names.get(id(value))
+        if name is not None and (computed := self.computed.get(name)) is not None:
+            # Written into since, it may hold data.
+            return name if computed.version == version_of(computed.tensor) else None
+        return name
+
+    def sources(self, value: object) -> frozenset[str]:
+        """Return the names of the parameters that a tensor is or was computed from."""
+        name = self.name(value)
+        if name is None:
+            return frozenset()
+        computed = self.computed.get(name)
+        return frozenset({name}) if computed is None else computed.sources
+
+    def is_parameter(self, value: object) -> bool:
+        """Whether a value is a tracked parameter, or computed from some."""
+        return self.name(value) is not None
+
+    def is_repeated(self, value: object) -> bool:
+        """Whether a value is computed from parameters, and may vary with the examples."""
+        computed = self.computed.get(self._names.get(id(value), ""))
+        return computed is not None and computed.repeated and self.is_parameter(value)
+
+    def is_shared(self, value: object) -> bool:
+        """Whether a value is a parameter, or computed from some, and the same for all examples."""
+        return self.is_parameter(value) and not self.is_repeated(value)
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether a tensor does not depend on the data."""
+        if isinstance(tensor, nn.Parameter):
+            return True
+        constant = self._constants.get(id(tensor))
+        return constant is not None and constant.version == version_of(tensor)
+
+    def is_blank(self, tensor: Tensor) -> bool:
+        """Whether a constant holds examples where a layer takes it as its input."""
+        constant = self._constants.get(id(tensor))
+        return constant is not None and constant.blank
+
+    def hold_constant(self, tensor: Tensor, *, blank: bool = False) -> None:
+        """Note that a tensor does not depend on the data."""
+        self._constants[id(tensor)] = _Constant(tensor, version_of(tensor), blank)
+
+    def hold_computed(
+        self, tensor: Tensor, sources: frozenset[str], *, repeated: bool = False
+    ) -> None:
+        """Note that a tensor comes from parameters and constants alone."""
+        if not self.is_parameter(tensor):
+            key = f"{' and '.join(sorted(sources))} (computed, {len(self.computed)})"
+            self.computed[key] = Computed(tensor, sources, version_of(tensor), repeated)
+            self._names[id(tensor)] = key
+
+    def hold_expanded(self, tensor: Tensor, parameter: Tensor) -> None:
+        """Note that a tensor, computed from a parameter, is that parameter broadcast."""
+        if tensor is not parameter and _broadcasts(parameter.shape, tensor.shape):
+            self._expanded[id(tensor)] = self._expanded.get(id(parameter), parameter)
+
+    def unexpanded(self, value: Any, *, kept: int | None) -> Any:
+        """Return the parameter that was broadcast to a tensor, or else the tensor itself.
+
+        Args:
+            value: The tensor; anything else is returned as it is.
+            kept: How many of the last axes must be the same; None for all.
+        """
+        parameter = self._expanded.get(id(value))
+        if parameter is None or kept is None or not self.is_parameter(value):
+            return value
+        own, original = value.shape, parameter.shape
+        return parameter if own[len(own) - kept :] == original[-kept or len(original) :] else value
+
+    def one_copy(self, tensor: Tensor) -> Tensor:
+        """Return what was broadcast to a computed tensor, if anything was."""
+        parameter: Tensor = self.unexpanded(tensor, kept=0)
+        if parameter is not tensor or not self.is_repeated(tensor):
+            return parameter
+        # Views of what was expanded show it by their strides.
+        places = zip(tensor.stride(), tensor.shape, strict=True)
+        copied = [stride == 0 and size > 1 for stride, size in places]
+        if not any(copied):
+            return tensor
+        one = tensor[tuple(slice(0, 1) if axis else slice(None) for axis in copied)]
+        self.hold_computed(one, self.sources(tensor))
+        return one
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    """Whether a shape can be broadcast to another one."""
+    own = (1,) * (len(to) - len(shape)) + tuple(shape)
+    return len(own) == len(to) and all(a in (1, b) for a, b in zip(own, to, strict=True))
