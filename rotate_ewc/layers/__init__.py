@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rotate_ewc.layers.base import FactoredCall, Factors, Form, LayerCall, Rule
+from rotate_ewc.layers.base import FactoredCall, Factors, Form, LayerCall, Rule, form_within_reach
 from rotate_ewc.layers.broadcasting import broadcast_shape
 from rotate_ewc.layers.compositions import COMPOSITIONS
 from rotate_ewc.layers.contraction import einsum, inner, matmul, tensordot
@@ -106,6 +106,7 @@ __all__ = [
     "Rule",
     "broadcast",
     "broadcast_shape",
+    "form_within_reach",
     "spellings",
     "stretched",
     "token",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc._utils.tree import version_of
+from rotate_ewc._utils.tree import tensors_in, version_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,46 @@ class Computed:
 
 
 @dataclass(frozen=True)
+class Constants:
+    """A model's tensors that do not depend on the data.
+
+    Attributes:
+        shared: Those that are the same for all examples.
+        blank: Those that hold examples all the same where a layer takes them as its input, as the
+            state of a recurrent layer that the model has kept.
+    """
+
+    shared: Sequence[Tensor] = ()
+    blank: Sequence[Tensor] = ()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Constants:
+        """Return a model's buffers, parameters, and tensors that are attributes of its modules."""
+        owned = [vars(module) for module in model.modules()]
+        plain = [
+            tensor
+            for attributes in owned
+            for name, value in attributes.items()
+            if name not in ("_parameters", "_buffers")
+            for tensor in tensors_in(value)
+            if not tensor.requires_grad
+        ]
+        return cls(
+            [*model.buffers(), *model.parameters(), *(t for t in plain if not _is_real(t))],
+            [tensor for tensor in plain if _is_real(tensor)],
+        )
+
+    def without(self, value: Any) -> Constants:
+        """Return those that are not among the tensors in a nested value."""
+        given = {id(tensor) for tensor in tensors_in(value)}
+        kept = ([t for t in some if id(t) not in given] for some in (self.shared, self.blank))
+        return Constants(*kept)
+
+
+NO_CONSTANTS: Final = Constants()
+
+
+@dataclass(frozen=True)
 class _Constant:
     """A tensor that does not depend on the data, as it was at one time."""
 
@@ -70,18 +110,20 @@ class Origins:
         computed: Tensors computed from parameters and constants alone, by key.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], constants: Iterable[Tensor] = ()) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], constants: Constants) -> None:
         """Begin with the tensors that are known beforehand.
 
         Args:
             parameters: The tensors to look for, by name.
-            constants: Tensors that do not depend on the data, such as buffers.
+            constants: Tensors that do not depend on the data.
         """
         self.computed: dict[str, Computed] = {}
         self._names = {id(tensor): name for name, tensor in parameters.items()}
         self._constants: dict[int, _Constant] = {}
         self._expanded: dict[int, Tensor] = {}
-        for tensor in constants:
+        for tensor in constants.blank:
+            self.hold_constant(tensor, blank=True)
+        for tensor in constants.shared:
             self.hold_constant(tensor)
 
     def name(self, value: object) -> str | None:
@@ -169,6 +211,10 @@ class Origins:
         one = tensor[tuple(slice(0, 1) if axis else slice(None) for axis in copied)]
         self.hold_computed(one, self.sources(tensor))
         return one
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import FunctionType
-from typing import Any, Final, TypeGuard
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 
@@ -28,35 +27,22 @@ from rotate_ewc.layers import (
     LayerCall,
     broadcast,
     broadcast_shape,
-    spellings,
     stretched,
     token,
 )
 from rotate_ewc.tracing.block_plan import UseForms
-from rotate_ewc.tracing.origins import Computed, Origins
-
-# What these make depends on no data. But of the second kind may also be the first state of a
-# recurrent layer, or examples that came as lists, and of the third the positions of every example's
-# tokens: a layer's input.
-_CONSTANT: Final = frozenset({torch.arange, torch.eye, torch.linspace})
-_BLANK: Final = frozenset(
-    spellings("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
-    + spellings("tensor", "as_tensor", "from_numpy")
+from rotate_ewc.tracing.operations import (
+    BLANK,
+    CONSTANT,
+    COPYING,
+    LIKE,
+    can_broadcast,
+    is_composite,
+    is_in_place,
+    opened,
+    written,
 )
-_COPYING: Final = frozenset(
-    spellings("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave")
-)
-# What these make of a parameter has the shape or type of data, but does not depend on their values.
-_LIKE: Final = frozenset(
-    spellings("expand", "expand_as", "broadcast_to", "view_as", "reshape_as", "type_as", "to")
-)
-
-# How functions of torch.nn.functional ask whether somebody wants to see them called.
-_DISPATCH_CHECKS: Final = (
-    "has_torch_function",
-    "has_torch_function_unary",
-    "has_torch_function_variadic",
-)
+from rotate_ewc.tracing.origins import Computed, Constants, Origins
 
 
 @dataclass(frozen=True)
@@ -164,12 +150,12 @@ class Recorder(TorchFunctionMode):
             it has a rule or not, the nodes that its data came from.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], constants: Iterable[Tensor] = ()) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], constants: Constants) -> None:
         """Look for parameters.
 
         Args:
             parameters: The tensors to look for, by name.
-            constants: Tensors that do not depend on the data, such as buffers.
+            constants: Tensors that do not depend on the data.
         """
         super().__init__()
         self.uses: list[Use] = []
@@ -193,19 +179,20 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Run an operation, and note what it did with parameters."""
         kwargs, known = kwargs or {}, self._origins
-        tensors = list(tensors_in((args, kwargs)))
+        tensors = list(tensors_in(args[:1] if func in LIKE else (args, kwargs)))
         sources = frozenset[str]().union(*(known.sources(tensor) for tensor in tensors))
         fixed = all(known.is_parameter(t) or known.is_constant(t) for t in tensors)
         if not sources:
             result = func(*args, **kwargs)
-            if fixed and (tensors or func in _CONSTANT or func in _BLANK):
+            if fixed and (tensors or func in CONSTANT or func in BLANK):
                 self._note_constants(func, tensors, result)
             return result
-        if func not in RULES and not fixed and _is_composite(func):
+        seen = fixed and not any(map(known.is_repeated, tensors))
+        if func not in RULES and not seen and is_composite(func):
             with self:
-                return _opened(func)(*args, **kwargs)
+                return opened(func)(*args, **kwargs)
         call = None if fixed and func not in LAYERS else self._call(func, args, kwargs, fixed)
-        if (fixed and call is None) or (func in _LIKE and known.is_parameter(args[0])):
+        if fixed and call is None:
             result = func(*args, **kwargs)
             self._note_computed(func, args, tensors, sources, result)
         elif call is None and func in COMPOSITIONS and "out" not in kwargs:
@@ -278,7 +265,7 @@ class Recorder(TorchFunctionMode):
         if copies:
             args, kwargs = map_tensors(lambda t: copies.get(id(t), t), (args, kwargs))
         result = func(*args, **kwargs)
-        outputs = [t for t in _written(func, args, result) if t.requires_grad and not t.is_leaf]
+        outputs = [t for t in written(func, args, result) if t.requires_grad and not t.is_leaf]
         if not outputs or (copies and use is None):
             return result
         edge = _output_edge(func, outputs[0])
@@ -308,11 +295,11 @@ class Recorder(TorchFunctionMode):
         """
         if not parameters or not torch.is_grad_enabled():
             return {}
-        if _is_in_place(func) and self._origins.is_parameter(args[0]):
+        if is_in_place(func) and self._origins.is_parameter(args[0]):
             return None
         shape, copies = broadcast_shape(func, args, kwargs), {}
         for parameter in parameters:
-            broadcasts = shape is not None and _can_broadcast(parameter, shape, args)
+            broadcasts = shape is not None and can_broadcast(parameter, shape, args)
             if not broadcasts and not self._origins.is_repeated(parameter):
                 return None
             to = shape if broadcasts and shape is not None else parameter.shape
@@ -349,23 +336,23 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         """Note what an operation on parameters and constants alone has computed."""
         known = self._origins
-        blank, copying = any(map(known.is_blank, tensors)), func in _COPYING
+        blank, copying = any(map(known.is_blank, tensors)), func in COPYING
         repeated = blank or copying or any(map(known.is_repeated, tensors))
-        for tensor in _written(func, args, result):
+        for tensor in written(func, args, result):
             if tensor.requires_grad and not tensor.is_leaf:
                 known.hold_computed(tensor, sources, repeated=repeated)
-                if copying:
+                if copying and args:
                     known.hold_expanded(tensor, args[0])
-            elif not tensor.requires_grad and func not in _LIKE:
+            elif not tensor.requires_grad:
                 known.hold_constant(tensor, blank=blank)
 
     def _note_constants(
         self, func: Callable[..., Any], tensors: Sequence[Tensor], result: Any
     ) -> None:
         """Note what an operation on constants alone has computed."""
-        blank = func in _BLANK or any(map(self._origins.is_blank, tensors))
+        blank = func in BLANK or any(map(self._origins.is_blank, tensors))
         for tensor in tensors_in(result):
-            repeated = func in _COPYING and not tensor.is_floating_point()
+            repeated = func in COPYING and not tensor.is_floating_point()
             self._origins.hold_constant(tensor, blank=blank or repeated)
 
 
@@ -411,51 +398,6 @@ def _output_edge(func: Callable[..., Any], output: Tensor) -> GradientEdge:
         return get_gradient_edge(output)
     whole = base.is_contiguous() and output.is_contiguous()
     return get_gradient_edge(base if whole else output)
-
-
-def _written(func: Callable[..., Any], args: Sequence[Any], result: Any) -> list[Tensor]:
-    """Return the tensors that an operation has made, or written into."""
-    return list(tensors_in(args[0] if func is Tensor.__setitem__ else result))
-
-
-def _is_in_place(func: Callable[..., Any]) -> bool:
-    """Whether an operation writes into its first argument."""
-    name = func.__name__
-    own = name.endswith("_") and not name.endswith("__")
-    return own or name == "__setitem__" or name.startswith("__i")
-
-
-def _can_broadcast(parameter: Tensor, shape: torch.Size, args: Sequence[Any]) -> bool:
-    """Whether a parameter can be broadcast to a shape without changing what comes out."""
-    try:
-        stretched(parameter.detach(), shape)
-    except RuntimeError:
-        return False
-    # A single number adapts to the dtype and the device of what it meets.
-    return parameter.ndim > 0 or all(
-        t.dtype == parameter.dtype and t.device == parameter.device
-        for t in tensors_in(args)
-        if t.is_floating_point()
-    )
-
-
-def _is_composite(func: Callable[..., Any]) -> TypeGuard[FunctionType]:
-    """Whether a function is written in Python, of operations that can be seen themselves."""
-    return isinstance(func, FunctionType) and func.__module__ == nn.functional.__name__
-
-
-def _opened(func: FunctionType) -> Callable[..., Any]:
-    """Return a function of torch that does not show itself as a whole, but what it is made of."""
-    unseen = dict.fromkeys(_DISPATCH_CHECKS, lambda *_: False)
-    copy = FunctionType(
-        func.__code__,
-        {**func.__globals__, **unseen},
-        func.__name__,
-        func.__defaults__,
-        func.__closure__,
-    )
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
 
 
 def listed(names: Iterable[str]) -> str:
