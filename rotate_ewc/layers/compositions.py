@@ -21,6 +21,11 @@ def _plus_product(
     return product + (input if beta == 1 else input * beta)
 
 
+def _product_of_other(second: Tensor, first: Tensor) -> Tensor:
+    """`second.__rmatmul__(first)`."""
+    return torch.matmul(first, second)
+
+
 def _prelu(input: Tensor, weight: Tensor) -> Tensor:
     """The slope of negative numbers is one for each channel, or one for all."""
     if weight.numel() > 1:
@@ -46,6 +51,7 @@ def _broadcast_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 COMPOSITIONS: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
     **named(_plus_product, "addmm", "addmv", "baddbmm"),
+    **named(_product_of_other, "__rmatmul__"),
     **named(_prelu, "prelu"),
     **named(_masked_fill, "masked_fill"),
     **named(_bilinear, "bilinear"),

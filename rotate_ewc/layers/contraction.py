@@ -40,6 +40,11 @@ class ContractionCall(FactoredCall):
         return tuple(i for i, (x, y) in enumerate(pairs) if x == y and x not in self.weight_axes)
 
     @property
+    def mergeable_axes(self) -> int:
+        """Both, if both can hold examples."""
+        return max(1, len(self.batch_axes))
+
+    @property
     def weight_form(self) -> Form:
         """Both sides get a basis, where the weight's first axis is one side and the rest another.
 
@@ -67,21 +72,26 @@ class ContractionCall(FactoredCall):
 
     def weight_gradients(self, inputs: Tensor, output_gradients: Tensor) -> Tensor:
         """Contract inputs and output gradients over all axes but the weight's."""
-        x, y = self._without_examples(self.axes), self._without_examples(self.output_axes)
+        x = self._without_examples(inputs, self.axes)
+        y = self._without_examples(output_gradients, self.output_axes)
         summed = torch.einsum(f"NR{x},NR{y}->N{self.weight_axes}", inputs, output_gradients)
         shape = () if self.weight is None else self.weight.shape
         return summed.reshape(len(inputs), *shape)
 
     def _laid_out(self, tensor: Tensor, axes: str) -> Tensor:
         """Bring the axes that the weight has to the end, in its order."""
-        rest = self._without_examples(axes)
+        rest = self._without_examples(tensor, axes)
         features = " ".join(axis for axis in self.weight_axes if axis in rest)
         shared = sorted(axis for axis in rest if axis not in self.weight_axes)
         pattern = f"N R {' '.join(rest)} -> 1 N (R {' '.join(shared)}) ({features})"
         return rearrange(tensor, pattern)
 
-    def _without_examples(self, axes: str) -> str:
-        # Where both axes could be the examples', the other one is shared, whatever its name.
+    def _without_examples(self, tensor: Tensor, axes: str) -> str:
+        """Return the axes of `[n, rows, *rest]` behind the first two."""
+        merged = len(axes) + 2 - tensor.ndim
+        if merged > 1:
+            return axes[merged:]
+        # Where both could be the examples', the other one is shared, whatever its name.
         axis = self.batch_axes[0]
         return axes[:axis] + axes[axis + 1 :]
 

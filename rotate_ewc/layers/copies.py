@@ -36,6 +36,11 @@ class GatherCall(LayerCall):
         return tuple(range(min(self.input.ndim, 2)))
 
     @property
+    def mergeable_axes(self) -> int:
+        """All axes of the positions."""
+        return self.input.ndim
+
+    @property
     def weight_form(self) -> Form:
         """Both sides get a basis, where that is within reach."""
         return form_within_reach(torch.Size() if self.weight is None else self.weight.shape)

@@ -23,7 +23,7 @@ from rotate_ewc.tracing.block_plan import BlockPlan, plan_blocks
 from rotate_ewc.tracing.example_axis import ExampleAxis, find_example_axes
 from rotate_ewc.tracing.origins import NO_CONSTANTS, Computed, Constants
 from rotate_ewc.tracing.per_example import add_squares, squares_like
-from rotate_ewc.tracing.recorder import ForwardPass, Recorder, Use
+from rotate_ewc.tracing.recorder import ForwardPass, Recorder, Use, listed
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,12 @@ def record_forward(
     )
     kept = [i for i, edge in enumerate(recorder.edges) if edge.node in nodes]
     uses = tuple(recorder.uses[i] for i in kept)
+    changed = sorted({name for use in uses for name in recorder.changed(use)})
+    if changed:
+        raise ValueError(
+            f"what was computed from {listed(changed)} was modified in place after it was used, so "
+            f"its gradient is lost; make that operation out-of-place"
+        )
     for use in uses:
         if not use.unmodified:
             raise ValueError(

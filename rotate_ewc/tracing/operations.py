@@ -23,6 +23,9 @@ BLANK: Final = frozenset(
 COPYING: Final = frozenset(
     spellings("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave")
 )
+JOINING: Final = frozenset(
+    spellings("cat", "concat", "concatenate", "stack", "hstack", "vstack", "row_stack")
+)
 # What these make of a parameter has the shape or type of data, but does not depend on their values.
 LIKE: Final = frozenset(
     spellings("expand", "expand_as", "broadcast_to", "view_as", "reshape_as", "type_as", "to")
@@ -60,6 +63,12 @@ def can_broadcast(parameter: Tensor, shape: torch.Size, args: Sequence[Any]) -> 
         for t in tensors_in(args)
         if t.is_floating_point()
     )
+
+
+def is_checkpointed() -> bool:
+    """Whether an operation will run again in the backward pass, and must save what it saves now."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is not None and hooks(False) is not None
 
 
 def is_composite(func: Callable[..., Any]) -> TypeGuard[FunctionType]:

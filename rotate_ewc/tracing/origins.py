@@ -180,6 +180,12 @@ class Origins:
             self.computed[key] = Computed(tensor, sources, version_of(tensor), repeated)
             self._names[id(tensor)] = key
 
+    def hold_changed(self, base: Tensor, sources: frozenset[str]) -> None:
+        """Note that parameters and constants were written into a view of a computed tensor."""
+        before = self.computed.get(self._names.get(id(base), ""))
+        if before is not None:
+            self.hold_computed(base, before.sources | sources, repeated=before.repeated)
+
     def hold_expanded(self, tensor: Tensor, parameter: Tensor) -> None:
         """Note that a tensor, computed from a parameter, is that parameter broadcast."""
         if tensor is not parameter and _broadcasts(parameter.shape, tensor.shape):

@@ -35,8 +35,10 @@ from rotate_ewc.tracing.operations import (
     BLANK,
     CONSTANT,
     COPYING,
+    JOINING,
     LIKE,
     can_broadcast,
+    is_checkpointed,
     is_composite,
     is_in_place,
     opened,
@@ -195,7 +197,7 @@ class Recorder(TorchFunctionMode):
         if fixed and call is None:
             result = func(*args, **kwargs)
             self._note_computed(func, args, tensors, sources, result)
-        elif call is None and func in COMPOSITIONS and "out" not in kwargs:
+        elif call is None and func in COMPOSITIONS and not is_checkpointed():
             with self:
                 return COMPOSITIONS[func](*args, **kwargs)
         else:
@@ -203,6 +205,11 @@ class Recorder(TorchFunctionMode):
         if not torch.is_grad_enabled() and any(True for _ in tensors_in(result)):
             self.hidden |= sources
         return result
+
+    def changed(self, use: Use) -> Iterable[str]:
+        """Return what a use's parameters were computed from, where they have changed since."""
+        used = [self.computed.get(name or "") for name in (use.weight, use.bias)]
+        return {n for c in used if c and version_of(c.tensor) != c.version for n in c.sources}
 
     def note_outputs(self, outputs: Any) -> Any:
         """Return the model's outputs, and note the use of parameters of which they are copies."""
@@ -297,7 +304,8 @@ class Recorder(TorchFunctionMode):
             return {}
         if is_in_place(func) and self._origins.is_parameter(args[0]):
             return None
-        shape, copies = broadcast_shape(func, args, kwargs), {}
+        shape = None if is_checkpointed() else broadcast_shape(func, args, kwargs)
+        copies = {}
         for parameter in parameters:
             broadcasts = shape is not None and can_broadcast(parameter, shape, args)
             if not broadcasts and not self._origins.is_repeated(parameter):
@@ -337,9 +345,12 @@ class Recorder(TorchFunctionMode):
         """Note what an operation on parameters and constants alone has computed."""
         known = self._origins
         blank, copying = any(map(known.is_blank, tensors)), func in COPYING
-        repeated = blank or copying or any(map(known.is_repeated, tensors))
+        again = func in JOINING and len({*map(id, tensors)}) < len(tensors)
+        repeated = blank or copying or again or any(map(known.is_repeated, tensors))
         for tensor in written(func, args, result):
             if tensor.requires_grad and not tensor.is_leaf:
+                if is_in_place(func) and tensor._base is not None:
+                    known.hold_changed(tensor._base, sources)
                 known.hold_computed(tensor, sources, repeated=repeated)
                 if copying and args:
                     known.hold_expanded(tensor, args[0])
