@@ -130,7 +130,7 @@ def tensordot(
     letters = iter(ascii_lowercase)
     first, second = ([next(letters) for _ in range(tensor.ndim)] for tensor in (a, b))
     summed = set()
-    for i, j in zip(*dims, strict=True):
+    for i, j in zip(*dims, strict=False):
         second[j] = first[i]
         summed.add(first[i])
     output = "".join(axis for axis in first + second if axis not in summed)
@@ -176,6 +176,8 @@ def _contraction(
     if is_parameter(a):
         axes, weight_axes, data, weight = second, first, b, a
     if any(len({*term}) < len(term) for term in (axes, weight_axes, output)):
+        return None
+    if (len(axes), len(weight_axes)) != (data.ndim, weight.ndim):  # as the function itself will say
         return None
     data = data.detach()
     sizes = dict(zip(axes, data.shape, strict=True))

@@ -134,13 +134,14 @@ class Origins:
             return name if computed.version == version_of(computed.tensor) else None
         return name
 
-    def sources(self, value: object) -> frozenset[str]:
-        """Return the names of the parameters that a tensor is or was computed from."""
-        name = self.name(value)
-        if name is None:
-            return frozenset()
-        computed = self.computed.get(name)
-        return frozenset({name}) if computed is None else computed.sources
+    def sources(self, *values: object) -> frozenset[str]:
+        """Return the names of the parameters that some values are, or were computed from."""
+        found: set[str] = set()
+        for name in map(self.name, values):
+            if name is not None:
+                computed = self.computed.get(name)
+                found |= {name} if computed is None else computed.sources
+        return frozenset(found)
 
     def is_parameter(self, value: object) -> bool:
         """Whether a value is a tracked parameter, or computed from some."""

@@ -181,14 +181,16 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Run an operation, and note what it did with parameters."""
         kwargs, known = kwargs or {}, self._origins
-        tensors = list(tensors_in(args[:1] if func in LIKE else (args, kwargs)))
-        sources = frozenset[str]().union(*(known.sources(tensor) for tensor in tensors))
-        fixed = all(known.is_parameter(t) or known.is_constant(t) for t in tensors)
-        if not sources:
+        tensors = list(tensors_in((args[:1] or kwargs) if func in LIKE else (args, kwargs)))
+        parameters = {id(t): t for t in tensors if known.is_parameter(t)}
+        fixed = all(id(t) in parameters or known.is_constant(t) for t in tensors)
+        if not parameters:
             result = func(*args, **kwargs)
             if fixed and (tensors or func in CONSTANT or func in BLANK):
                 self._note_constants(func, tensors, result)
             return result
+        # Before it runs: what is written into is no parameter any more.
+        sources = known.sources(*parameters.values())
         seen = fixed and not any(map(known.is_repeated, tensors))
         if func not in RULES and not seen and is_composite(func):
             with self:
@@ -197,11 +199,14 @@ class Recorder(TorchFunctionMode):
         if fixed and call is None:
             result = func(*args, **kwargs)
             self._note_computed(func, args, tensors, sources, result)
-        elif call is None and func in COMPOSITIONS and not is_checkpointed():
+        elif call is None and func in COMPOSITIONS and not (is_checkpointed() or "out" in kwargs):
             with self:
                 return COMPOSITIONS[func](*args, **kwargs)
         else:
-            result = self._run(func, args, kwargs, tensors, call)
+            edge, result = self._run(func, args, kwargs, tensors, parameters, call)
+            if edge is not None:
+                operation = resolve_name(func) or getattr(func, "__name__", repr(func))
+                self.refusals.append(Refusal(sources, f"the operation {operation}", edge))
         if not torch.is_grad_enabled() and any(True for _ in tensors_in(result)):
             self.hidden |= sources
         return result
@@ -230,10 +235,8 @@ class Recorder(TorchFunctionMode):
         try:
             call = rule(is_parameter, *plain, **kwargs)
         except ValueError as error:
-            names = (known.sources(tensor) for tensor in tensors_in((args, kwargs)))
-            raise ValueError(
-                f"parameter {listed(frozenset[str]().union(*names))}: {error}"
-            ) from error
+            names = known.sources(*tensors_in((args, kwargs)))
+            raise ValueError(f"parameter {listed(names)}: {error}") from error
         except TypeError:  # arguments that the rule does not know
             return None
         if call is None or is_parameter(call.input):
@@ -242,7 +245,7 @@ class Recorder(TorchFunctionMode):
             return None
         own = [t for t in (call.weight, call.bias) if known.is_parameter(t)]
         # What was expanded may vary along the axis of the examples.
-        if not own or (any(map(known.is_repeated, own)) and 0 not in call.batch_axes):
+        if not own or (0 not in call.batch_axes and any(map(known.is_repeated, own))):
             return None
         return call
 
@@ -252,21 +255,21 @@ class Recorder(TorchFunctionMode):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         tensors: Sequence[Tensor],
+        parameters: Mapping[int, Tensor],
         call: LayerCall | None,
-    ) -> Any:
-        """Run an operation on parameters and data, and note how it uses the parameters."""
-        known = self._origins
-        parameters = {id(t): t for t in tensors if known.is_parameter(t)}
+    ) -> tuple[GradientEdge | None, Any]:
+        """Run an operation on parameters and data, and note how it uses the parameters.
+
+        Returns:
+            An edge to its output if there is no rule for it, and its result.
+        """
         nodes = [t.grad_fn for t in tensors if id(t) not in parameters and t.grad_fn is not None]
-        names = frozenset[str]().union(*map(known.sources, parameters.values()))
         own = () if call is None else (id(call.weight), id(call.bias))
-        kept = BROADCASTING.get(func)
-        others = [
-            t
-            for t in parameters.values()
-            if not {id(t), id(known.unexpanded(t, kept=kept))} & {*own}
-        ]
-        copies = self._copies(func, args, kwargs, others)
+        others = [t for key, t in parameters.items() if key not in own]
+        if others:
+            kept, known = BROADCASTING.get(func), self._origins
+            others = [t for t in others if id(known.unexpanded(t, kept=kept)) not in own]
+        copies = self._copies(func, args, kwargs, others) if others else {}
         # Before it runs, since what is refused may change what it uses.
         use = None if call is None or copies is None else self._as_use(call)
         if copies:
@@ -274,16 +277,14 @@ class Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         outputs = [t for t in written(func, args, result) if t.requires_grad and not t.is_leaf]
         if not outputs or (copies and use is None):
-            return result
+            return None, result
         edge = _output_edge(func, outputs[0])
         self.data_nodes[edge.node] = nodes
         if use is None:
-            operation = resolve_name(func) or getattr(func, "__name__", repr(func))
-            self.refusals.append(Refusal(names, f"the operation {operation}", edge))
-        else:
-            self.uses.append(replace(use, output_shape=outputs[0].shape))
-            self.edges.append(edge)
-        return result
+            return edge, result
+        self.uses.append(replace(use, output_shape=outputs[0].shape))
+        self.edges.append(edge)
+        return None, result
 
     def _copies(
         self,
@@ -300,7 +301,7 @@ class Recorder(TorchFunctionMode):
         Returns:
             The copies by the identity of the parameters; None if there are none of some.
         """
-        if not parameters or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return {}
         if is_in_place(func) and self._origins.is_parameter(args[0]):
             return None

@@ -325,7 +325,7 @@ def test_tokens_inside_checkpoints(use: str) -> None:
     whole = check_trace(Tokens(again=False), x, y)
     if use == "divided":
         with pytest.raises(
-            ValueError, match="'token' is used by .*div, for which there is no rule"
+            ValueError, match=r"'token' is used by .*div, for which there is no rule"
         ):
             estimate(Tokens(again=True), [(x, y)])
         with pytest.warns(UserWarning, match="no rule .*'token'"):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from rotate_ewc import EKFACLinearOperator
 from rotate_ewc.layers import RULES
 from tests.helpers.exactness import assert_exact_diagonal, seeded
-from tests.helpers.oracles import dense_ggn, parameter_shapes
+from tests.helpers.oracles import parameter_shapes, squared_error_ggn
 
 MSE = nn.MSELoss()
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -42,7 +42,7 @@ def check(function: Function, w: Tensor, x: Tensor) -> EKFACLinearOperator:
     data = [(x[:4], y[:4]), (x[4:], y[4:])]
     params = dict(model.named_parameters())
     operator = EKFACLinearOperator(model, MSE, params, data, fisher_type="type2")
-    dense = dense_ggn(model, MSE, names, x, y)
+    dense = squared_error_ggn(model, x)
     assert_exact_diagonal(operator, dense, parameter_shapes(model, names))
     return operator
 
