@@ -19,6 +19,7 @@ from tests.helpers.cases.modules import (
 from tests.helpers.cases.token_models import (
     ActorCritic,
     BiasedAttention,
+    ContinuousBias,
     GPT2Block,
     LearnedQueries,
     MaskedAutoencoder,
@@ -65,6 +66,14 @@ COPIES: tuple[Case, ...] = (
         (4, 4, 4),
         shared=True,
         layouts=derived("table"),
+    ),
+    Case(
+        "continuous-position-bias",
+        sequential(ContinuousBias, nn.Tanh, linear(4, 3), ChannelsFirst),
+        (3, 4),
+        (3, 3),
+        shared=True,
+        layouts=derived(*(f"0.network.{i}.{p}" for i in (0, 2) for p in ("weight", "bias"))),
     ),
     Case(
         "t5-attention",

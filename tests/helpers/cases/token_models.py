@@ -94,6 +94,23 @@ class BiasedAttention(nn.Module):
         return mixed.transpose(1, 2).flatten(2)
 
 
+class ContinuousBias(nn.Module):
+    """The second Swin: adds what a small network, with a ReLU in place, makes of places."""
+
+    places: Tensor
+
+    def __init__(self) -> None:
+        """Make the network, and the places as a buffer."""
+        super().__init__()
+        self.register_buffer("places", torch.tensor([[-1.0, 0.5], [0.0, 1.0], [1.0, -0.7]]))
+        self.network = nn.Sequential(nn.Linear(2, 5), nn.ReLU(inplace=True), nn.Linear(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add."""
+        shifted: Tensor = x + 2 * torch.sigmoid(self.network(self.places))
+        return shifted
+
+
 class Conv1D(nn.Module):
     """The linear layer of GPT-2, whose weight comes the other way round."""
 
