@@ -176,7 +176,7 @@ def _plan(
     elif direct and any(form.factors is Factors.LOOKUP for form in forms):
         # An embedding tied to an output layer: no basis for the vocabulary.
         form = Form(transposed=True)
-    elif any(form.activation_basis or form.factors is not Factors.NONE for form in forms):
+    elif any(uses[c.use].weight_form.factors is not Factors.NONE for c in contributions):
         form = Form(activation_basis=parameter.ndim > 1)
     else:
         # Positional embeddings, say, may have more entries than a basis can have.

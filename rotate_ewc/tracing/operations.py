@@ -26,6 +26,8 @@ COPYING: Final = frozenset(
 JOINING: Final = frozenset(
     spellings("cat", "concat", "concatenate", "stack", "hstack", "vstack", "row_stack")
 )
+# These return the same numbers, and sometimes the same tensor.
+SAME: Final = frozenset(spellings("clone", "contiguous"))
 # What these make of a parameter has the shape or type of data, but does not depend on their values.
 LIKE: Final = frozenset(
     spellings("expand", "expand_as", "broadcast_to", "view_as", "reshape_as", "type_as", "to")

@@ -192,6 +192,10 @@ class Origins:
         if tensor is not parameter and _broadcasts(parameter.shape, tensor.shape):
             self._expanded[id(tensor)] = self._expanded.get(id(parameter), parameter)
 
+    def is_expanded(self, value: object) -> bool:
+        """Whether a value is a parameter broadcast to another shape."""
+        return id(value) in self._expanded and self.is_parameter(value)
+
     def unexpanded(self, value: Any, *, kept: int | None) -> Any:
         """Return the parameter that was broadcast to a tensor, or else the tensor itself.
 

@@ -37,6 +37,7 @@ from rotate_ewc.tracing.operations import (
     COPYING,
     JOINING,
     LIKE,
+    SAME,
     can_broadcast,
     is_checkpointed,
     is_composite,
@@ -197,8 +198,7 @@ class Recorder(TorchFunctionMode):
                 return opened(func)(*args, **kwargs)
         call = None if fixed and func not in LAYERS else self._call(func, args, kwargs, fixed)
         if fixed and call is None:
-            result = func(*args, **kwargs)
-            self._note_computed(func, args, tensors, sources, result)
+            result = self._compute(func, args, kwargs, tensors, sources)
         elif call is None and func in COMPOSITIONS and not (is_checkpointed() or "out" in kwargs):
             with self:
                 return COMPOSITIONS[func](*args, **kwargs)
@@ -335,19 +335,21 @@ class Recorder(TorchFunctionMode):
         detached = replace(call, input=call.input.detach())
         return Use(name(call.weight), name(call.bias), detached, version_of(call.input))
 
-    def _note_computed(
+    def _compute(
         self,
         func: Callable[..., Any],
         args: Sequence[Any],
+        kwargs: Mapping[str, Any],
         tensors: Sequence[Tensor],
         sources: frozenset[str],
-        result: Any,
-    ) -> None:
-        """Note what an operation on parameters and constants alone has computed."""
+    ) -> Any:
+        """Run an operation on parameters and constants alone, and note what it computes."""
         known = self._origins
-        blank, copying = any(map(known.is_blank, tensors)), func in COPYING
-        again = func in JOINING and len({*map(id, tensors)}) < len(tensors)
-        repeated = blank or copying or again or any(map(known.is_repeated, tensors))
+        copying = func in COPYING or (func in SAME and known.is_expanded(args[0]))
+        again = func in JOINING and len({*map(id, tensors)}) < max(2, len(tensors))
+        blank = any(map(known.is_blank, tensors))
+        repeated = copying or again or blank or any(map(known.is_repeated, tensors))
+        result = func(*args, **kwargs)
         for tensor in written(func, args, result):
             if tensor.requires_grad and not tensor.is_leaf:
                 if is_in_place(func) and tensor._base is not None:
@@ -357,6 +359,7 @@ class Recorder(TorchFunctionMode):
                     known.hold_expanded(tensor, args[0])
             elif not tensor.requires_grad:
                 known.hold_constant(tensor, blank=blank)
+        return result
 
     def _note_constants(
         self, func: Callable[..., Any], tensors: Sequence[Tensor], result: Any
