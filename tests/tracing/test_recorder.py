@@ -334,3 +334,63 @@ def test_tokens_inside_checkpoints(use: str) -> None:
         again = estimate(Tokens(again=True), [(x, y)])
     for name in whole.parameter_shapes:
         assert again.block(name).trace.item() == pytest.approx(whole.block(name).trace.item())
+
+
+class Attributes(nn.Module):
+    """Has a table, a layer, and a tensor that is a plain attribute."""
+
+    def __init__(self, kept: Tensor, use: Callable[[Attributes, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.layer = nn.Embedding(5, 4).double(), nn.Linear(4, 2).double()
+        self.kept, self.use = kept, use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.use(self, x)).tanh().sum(1)
+
+
+def test_a_state_that_a_model_keeps_is_the_input_of_a_layer() -> None:
+    """A real-valued attribute holds examples where a layer takes it as its input."""
+    model = Attributes(seeded(6, 3, 4, seed=5), lambda m, x: x + m.layer(m.kept).repeat(1, 1, 2))
+    x, y = seeded(6, 3, 4), seeded(6, 2, seed=1)
+    operator = estimate(model, [(x, y)])
+    assert operator.block("layer.weight").activation_basis is not None
+    total = 0.0
+    for n in range(6):
+        model.kept = seeded(6, 3, 4, seed=5)[n : n + 1]
+        for output in model(x[n : n + 1]).flatten():
+            found = torch.autograd.grad(output, model.layer.parameters(), retain_graph=True)
+            total += sum(g.square().sum().item() for g in found) / 6
+    assert operator.trace.item() == pytest.approx(total, rel=1e-10)
+
+
+@pytest.mark.parametrize("sizes", [(6,), (3, 3), (4, 2), (5, 1)])
+def test_ids_made_of_numbers_are_refused_or_exact(sizes: tuple[int, ...]) -> None:
+    """They may have come with the batch, so that a layer's input may hold examples."""
+    model = Attributes(torch.arange(3), lambda m, x: x + m.table(torch.tensor([4, 0, 2])))
+    x, y = seeded(6, 3, 4), seeded(6, 2, seed=1)
+    data = list(zip(x.split(list(sizes)), y.split(list(sizes)), strict=True))
+    with pytest.raises(ValueError, match=r"the layer of 'table\.weight'"):
+        estimate(model, data)
+    by_index = Attributes(torch.arange(3), lambda m, x: x + m.table.weight[torch.tensor([4, 0, 2])])
+    check_trace(by_index, x, y)
+    assert estimate(by_index, data).trace.item() > 0
+
+
+def test_large_positions_have_no_basis() -> None:
+    """A basis for all entries of positional embeddings would not fit into memory."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(seeded(1, 1, 4, seed=3))
+            self.positions = nn.Parameter(seeded(1, 60000, 4, seed=4))
+            self.layer = nn.Linear(4, 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
+            return self.layer((tokens + self.positions[:, :4]).tanh()).sum(1)
+
+    operator = estimate(Positions(), [(seeded(6, 3, 4), seeded(6, 2, seed=1))])
+    assert operator.block("positions").activation_basis is None
+    assert operator.block("token").activation_basis is not None
