@@ -263,7 +263,7 @@ class Recorder(TorchFunctionMode):
         Returns:
             An edge to its output if there is no rule for it, and its result.
         """
-        nodes = [t.grad_fn for t in tensors if id(t) not in parameters and t.grad_fn is not None]
+        nodes = [t.grad_fn for t in tensors if not self._origins.is_parameter(t)]
         own = () if call is None else (id(call.weight), id(call.bias))
         others = [t for key, t in parameters.items() if key not in own]
         if others:
@@ -279,7 +279,7 @@ class Recorder(TorchFunctionMode):
         if not outputs or (copies and use is None):
             return None, result
         edge = _output_edge(func, outputs[0])
-        self.data_nodes[edge.node] = nodes
+        self.data_nodes[edge.node] = [node for node in nodes if node is not None]
         if use is None:
             return edge, result
         self.uses.append(replace(use, output_shape=outputs[0].shape))
