@@ -27,6 +27,7 @@ from rotate_ewc.losses import Likelihood, likelihood_of
 from rotate_ewc.options import EstimationSettings, KFACType, Reduction, Unsupported
 from rotate_ewc.provenance import Provenance
 from rotate_ewc.tracing.capture import BatchCapturer
+from rotate_ewc.tracing.origins import NO_CONSTANTS, Constants
 from rotate_ewc.tracing.passes import Passes, check_reiterable
 
 # The settings that matter to what is found.
@@ -87,7 +88,7 @@ def fit_blocks(
         TypeError: If a part of a batch, or the outputs, have the wrong type.
     """
     likelihood = likelihood_of(loss_func)
-    constants = [] if model is None else [*model.buffers(), *model.parameters()]
+    constants = NO_CONSTANTS if model is None else Constants.of(model)
     with undisturbed(model, parameters.values()), torch.inference_mode(False):
         found = estimate(forward, likelihood, parameters, data, settings, constants, num_data)
         if check_deterministic:
@@ -136,7 +137,7 @@ def estimate(
     parameters: Mapping[str, Tensor],
     data: Iterable[Any],
     settings: EstimationSettings,
-    constants: Sequence[Tensor] = (),
+    constants: Constants = NO_CONSTANTS,
     num_data: int | None = None,
 ) -> Estimate:
     """Estimate the Fisher matrix of a loss over a data set, block by block.
@@ -150,7 +151,7 @@ def estimate(
         parameters: What the matrix is over, by name; all must require gradients.
         data: Re-iterable batches (inputs, targets).
         settings: How to estimate.
-        constants: The model's tensors that are no parameters, such as buffers.
+        constants: The model's tensors that do not depend on the data.
         num_data: Examples that the data stand for, where they are a sample of a larger set.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Linear maps: `linear` with any number of leading axes, `matmul`, `mm` and `addmm`."""
+"""Linear maps: `linear` with any number of leading axes, and `addmm`."""
 
 from __future__ import annotations
 
@@ -46,15 +46,6 @@ def linear(
     return LinearCall(input, weight, bias)
 
 
-def matmul(
-    is_parameter: Callable[[object], bool], input: Tensor, other: Tensor
-) -> MatmulCall | None:
-    """Read the arguments of `torch.matmul`, where the second factor is a matrix of parameters."""
-    if is_parameter(input) or other.ndim != 2:
-        return None
-    return MatmulCall(input, other, None)
-
-
 def addmm(
     is_parameter: Callable[[object], bool],
     input: Tensor,
@@ -65,6 +56,6 @@ def addmm(
     alpha: float = 1,
 ) -> MatmulCall | None:
     """Read the arguments of `torch.addmm`, where `input` is a bias and `mat2` a weight."""
-    if is_parameter(mat1) or not is_parameter(input) or input.ndim != 1 or (alpha, beta) != (1, 1):
+    if is_parameter(mat1) or input.ndim != 1 or (alpha, beta) != (1, 1):
         return None
     return MatmulCall(mat1, mat2, input)

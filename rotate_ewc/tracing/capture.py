@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -21,8 +21,9 @@ from rotate_ewc.options import EstimationSettings, Unsupported
 from rotate_ewc.tracing.autograd_graph import reachable_nodes, unsupported_parameters
 from rotate_ewc.tracing.block_plan import BlockPlan, plan_blocks
 from rotate_ewc.tracing.example_axis import ExampleAxis, find_example_axes
+from rotate_ewc.tracing.origins import NO_CONSTANTS, Computed, Constants
 from rotate_ewc.tracing.per_example import add_squares, squares_like
-from rotate_ewc.tracing.recorder import Computed, ForwardPass, Recorder, Use
+from rotate_ewc.tracing.recorder import ForwardPass, Recorder, Use, listed
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def record_forward(
     forward: Callable[[], Tensor],
     parameters: Mapping[str, Tensor],
     *,
-    constants: Iterable[Tensor] = (),
+    constants: Constants = NO_CONSTANTS,
     unsupported: Unsupported = Unsupported.ERROR,
 ) -> ForwardPass:
     """Run a forward pass and record every use of the given parameters.
@@ -81,7 +82,7 @@ def record_forward(
     Args:
         forward: Runs the model and returns its outputs.
         parameters: The tensors to look for, by name; they must require gradients.
-        constants: Tensors that do not depend on the data, such as buffers.
+        constants: Tensors that do not depend on the data.
         unsupported: What to do about uses that have no rule.
 
     Raises:
@@ -90,8 +91,10 @@ def record_forward(
             observed, and `unsupported` says so; or if a layer's input was modified after its use.
     """
     recorder = Recorder(parameters, constants)
-    with torch.enable_grad(), recorder:
-        outputs = forward()
+    with torch.enable_grad():
+        with recorder:
+            outputs = forward()
+        outputs = recorder.note_outputs(outputs)
     if not isinstance(outputs, Tensor):
         raise TypeError(f"model returned {type(outputs).__name__}; expected a tensor")
     if not outputs.is_floating_point():
@@ -108,6 +111,12 @@ def record_forward(
     )
     kept = [i for i, edge in enumerate(recorder.edges) if edge.node in nodes]
     uses = tuple(recorder.uses[i] for i in kept)
+    changed = sorted({name for use in uses for name in recorder.changed(use)})
+    if changed:
+        raise ValueError(
+            f"what was computed from {listed(changed)} was modified in place after it was used, so "
+            f"its gradient is lost; make that operation out-of-place"
+        )
     for use in uses:
         if not use.unmodified:
             raise ValueError(
@@ -127,7 +136,7 @@ class BatchCapturer:
         likelihood: The distribution behind the loss.
         parameters: The parameters to look for, by name; all must require gradients.
         settings: How to estimate.
-        constants: The model's tensors that are no parameters, such as buffers.
+        constants: The model's tensors that do not depend on the data.
         unsupported: Names of the parameters for whose uses there is no rule; None before the first
             batch.
         known_axes: The example axes of every sequence of layers for which they are proved.
@@ -137,7 +146,7 @@ class BatchCapturer:
     likelihood: Likelihood
     parameters: Mapping[str, Tensor]
     settings: EstimationSettings
-    constants: Sequence[Tensor] = ()
+    constants: Constants = NO_CONSTANTS
     unsupported: frozenset[str] | None = None
     known_axes: dict[tuple[object, ...], list[ExampleAxis]] = field(default_factory=dict)
 
@@ -194,11 +203,10 @@ class BatchCapturer:
 
     def _record(self, inputs: Any) -> ForwardPass:
         """Run the model, and check that its unsupported parameters are always the same."""
-        given = {id(tensor) for tensor in tensors_in(inputs)}
         recorded = record_forward(
             lambda: self.forward(inputs),
             self.parameters,
-            constants=[tensor for tensor in self.constants if id(tensor) not in given],
+            constants=self.constants.without(inputs),
             unsupported=self.settings.unsupported,
         )
         if self.unsupported is None:

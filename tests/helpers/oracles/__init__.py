@@ -45,6 +45,7 @@ from tests.helpers.oracles.curvature import (
     loss_mass,
     output_hessian,
     parameter_shapes,
+    squared_error_ggn,
     with_reduction,
 )
 from tests.helpers.oracles.terms import (
@@ -97,6 +98,7 @@ __all__ = [
     "output_hook",
     "parameter_shapes",
     "partial_traces",
+    "squared_error_ggn",
     "unfold_input",
     "unfold_output",
     "with_reduction",

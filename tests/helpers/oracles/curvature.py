@@ -287,3 +287,18 @@ def dense_fisher(
     """
     build = dense_ggn if fisher == "type2" else dense_empirical_fisher
     return build(model, loss_func, names, x, y)
+
+
+def squared_error_ggn(model: nn.Module, x: Tensor) -> Tensor:
+    """Assemble the matrix of the mean squared error, with nothing but ordinary backward passes."""
+    parameters = list(model.parameters())
+    rows = []
+    for example in x.split(1):
+        for output in model(example).flatten():
+            found = torch.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
+            pairs = zip(found, parameters, strict=True)
+            rows.append(
+                torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+            )
+    jacobian = torch.stack(rows)
+    return 2 * jacobian.T @ jacobian / len(rows)
