@@ -15,6 +15,7 @@ from rotate_ewc._utils.keywords import forwards_keywords
 from rotate_ewc._utils.parameters import Parameters, name_parameters
 from rotate_ewc._utils.validation import as_non_negative_number, check_positive_integer
 from rotate_ewc.curvature import vectors
+from rotate_ewc.errors import SnapshotError
 from rotate_ewc.estimation.estimate import fit_blocks
 from rotate_ewc.io import files, snapshot
 from rotate_ewc.io.storage_dtype import check_storage_dtype
@@ -348,7 +349,7 @@ class EKFACLinearOperator:
         return self._with(function(block) for block in self._blocks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the snapshot: a flat dictionary of tensors and one JSON string, `"header"`.
+        """Return the snapshot: a flat dictionary of tensors, one of which is the `"header"`.
 
         It can be written with `torch.save` and read with `torch.load(..., weights_only=True)`.
         """
@@ -364,8 +365,22 @@ class EKFACLinearOperator:
         return cls.from_blocks(*snapshot.unpack(state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace this operator's contents by a snapshot's; unchanged if the snapshot is bad."""
+        """Replace this operator's contents by those of a snapshot of the same model and loss.
+
+        The number of examples, dtype and device may be others. `from_state_dict` makes a new
+        operator of any snapshot.
+
+        Raises:
+            SnapshotError: If the snapshot is bad, or of other parameters, shapes, loss, reduction,
+                Fisher type or temperature, naming them; the operator is then left as it was.
+        """
         loaded = self.from_state_dict(state)
+        ours, theirs = ((o._shapes, o._provenance) for o in (self, loaded))
+        if differences := snapshot.differences(*theirs, *ours):
+            raise SnapshotError(
+                f"snapshot is of another operator: {'; '.join(differences)}; expected a snapshot "
+                f"of the same model and loss (from_state_dict makes a new operator of this one)"
+            )
         self._blocks, self._shapes = loaded._blocks, loaded._shapes
         self._provenance = loaded._provenance
 

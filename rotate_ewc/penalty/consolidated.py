@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rotate_ewc._utils.parameters import fits, protected_slice
 from rotate_ewc._utils.warnings import warn_user
+from rotate_ewc.io.header import HEADER
 from rotate_ewc.options import Mode, Weighting
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.terms import Stack, Term, stack_terms
@@ -18,8 +19,11 @@ from rotate_ewc.penalty.terms import Stack, Term, stack_terms
 class ConsolidatedTasks(nn.Module):
     """The quadratic terms of the tasks of the past, and where they are anchored.
 
-    The state is moved and cast with the module, and is in its `state_dict`. Nothing is registered
-    as a parameter or buffer: what there is changes in number with every task.
+    The state is moved and cast with the module, and is in its `state_dict`, as tensors alone.
+    Nothing is registered as a parameter or buffer: what there is changes in number with every task,
+    which wrappers that broadcast or average buffers do not expect, and an average of eigenvectors
+    means nothing. The keys in the `state_dict` have no dots, since torch takes these for paths of
+    submodules: a parameter's `layer.weight` is `layer%2Eweight` there.
     """
 
     def __init__(self, mode: Mode, weighting: Weighting, *, strict: bool) -> None:
@@ -59,7 +63,7 @@ class ConsolidatedTasks(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that are kept: bases, eigenvalues and anchors."""
-        return sum(t.nbytes for t in self.state_dict().values() if isinstance(t, Tensor))
+        return sum(tensor.nbytes for tensor in self._state.tensors.values())
 
     def check_merged(self) -> None:
         """Raise `ValueError` unless there is one eigenbasis for all tasks."""
@@ -131,7 +135,10 @@ class ConsolidatedTasks(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        destination.update(self._state.to_dict(prefix))
+        # Copies: the state of an averaged model may be written to, and bases are shared by terms
+        # and stacks.
+        state = self._state.to_dict()
+        destination.update({prefix + _without_dots(k): t.clone() for k, t in state.items()})
 
     def _load_from_state_dict(
         self,
@@ -143,9 +150,20 @@ class ConsolidatedTasks(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Check the whole state before anything is replaced."""
-        state = PenaltyState.from_dict(state_dict, prefix)
+        """Check the whole state before anything is replaced; without any, report it missing."""
+        given = {
+            _with_dots(key[len(prefix) :]) if isinstance(key, str) else key: value
+            for key, value in state_dict.items()
+            if not isinstance(key, str) or key.startswith(prefix)
+        }
+        if not given:
+            missing_keys.append(prefix + HEADER)
+            return
+        state = PenaltyState.from_dict(given)
         state.check(mode=self.mode, weighting=self.weighting)
+        state.check_continues(self._state)
+        if not local_metadata.get("assign_to_params_buffers", False):
+            state = state.map(torch.clone)
         self._restore(state)
 
     @property
@@ -166,3 +184,11 @@ class ConsolidatedTasks(nn.Module):
 
     def _restore(self, state: PenaltyState) -> None:
         self._replace_terms(state.terms, state.num_tasks, state.last_examples)
+
+
+def _without_dots(key: str) -> str:
+    return key.replace("%", "%25").replace(".", "%2E")
+
+
+def _with_dots(key: str) -> str:
+    return key.replace("%2E", ".").replace("%25", "%")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import rotate_ewc
 from rotate_ewc import EKFACLinearOperator, SnapshotError
+from rotate_ewc.io.header import header_text
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.provenance import Provenance
 from tests.helpers.oracles import dense_operator
@@ -235,7 +236,7 @@ def test_load_state_dict_replaces_or_leaves_alone(operator: EKFACLinearOperator)
 
 
 def with_header(state: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {**state, "header": json.dumps({**json.loads(state["header"]), **changes})}
+    return {**state, "header": json.dumps({**json.loads(header_text(state)), **changes})}
 
 
 def test_bad_snapshots_are_refused(operator: EKFACLinearOperator) -> None:

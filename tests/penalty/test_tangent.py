@@ -436,8 +436,8 @@ def change(state: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("header", None, "'header' is NoneType; expected a JSON string"),
-        ("header", 3, "'header' is int; expected a JSON string"),
+        ("header", None, "'header' is NoneType; expected a uint8 tensor"),
+        ("header", 3, "'header' is int; expected a uint8 tensor"),
         ("header", "{", "'header' is not JSON"),
         ("header", '{"format": "rotate_ewc.tangent/1"}', "missing required field `tasks`"),
         ("header", '{"format": "x", "tasks": 1}', 'format is "x"; expected'),

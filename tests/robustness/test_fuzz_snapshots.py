@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError
 from rotate_ewc.io import files
+from rotate_ewc.io.header import header_text
 from tests.helpers.honest_snapshots import (
     Honest,
     check_consistent,
@@ -90,7 +91,8 @@ class Composed(RuleBasedStateMachine):
     def begin(self, name: str) -> None:
         self.honest = honest_snapshots(os.environ["FUZZ_FOLDER"])[name]
         self.tensors = dict(self.honest.state)
-        self.header = json.loads(self.tensors.pop("header"))
+        self.header = json.loads(header_text(self.tensors))
+        del self.tensors["header"]
 
     @rule(mutation=st.sampled_from(MUTATIONS), seed=st.integers(0, 2**16))
     def change(self, mutation: Callable[..., None], seed: int) -> None:
@@ -189,7 +191,7 @@ def header_places(state: dict[str, Any]) -> list[tuple[str, ...]]:
             if isinstance(node[key], (dict, list)):
                 walk(node[key], (*path, key))
 
-    walk(json.loads(state["header"]), ())
+    walk(json.loads(header_text(state)), ())
     return found
 
 
@@ -203,7 +205,7 @@ def test_every_field_of_the_header(honest: dict[str, Honest], name: str, wrong: 
     """No field may be missing or of another kind, save those that say nothing about numbers."""
     state, kind = honest[name].state, honest[name].kind
     for path in header_places(state):
-        header = json.loads(state["header"])
+        header = json.loads(header_text(state))
         node = header
         for key in path[:-1]:
             node = node[key]
