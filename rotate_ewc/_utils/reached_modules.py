@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from types import CodeType, FunctionType, MethodType
 from typing import Any, Final
 
@@ -30,9 +33,9 @@ def reached_modules(function: Callable[..., Any]) -> list[nn.Module]:
     """
     found: dict[nn.Module, None] = {}
     seen: dict[int, Any] = {}
-    steps: list[tuple[Any, int]] = [(function, 0)]
+    steps: deque[tuple[Any, int]] = deque([(function, 0)])
     while steps:
-        value, depth = steps.pop()
+        value, depth = steps.popleft()
         if id(value) in seen or depth > _MOST_STEPS:
             continue
         seen[id(value)] = value
@@ -64,24 +67,21 @@ def _inside(value: Any) -> Iterator[Any]:
 
 def _inside_object(value: Any) -> Iterator[Any]:
     kind = type(value)
-    wrapped = getattr(value, "__wrapped__", None) if callable(value) else None
-    if wrapped is not None and not isinstance(value, nn.Module):
-        yield wrapped
     if isinstance(value, nn.Module):
         yield from value._modules.values()
     if kind.__module__.partition(".")[0] in _NOT_OPENED:
         return
-    yield from list(getattr(value, "__dict__", {}).values())
-    call = kind.forward if isinstance(value, nn.Module) else getattr(kind, "__call__", None)
-    if isinstance(call, FunctionType):
-        yield call
+    with suppress(AttributeError):
+        yield from list(object.__getattribute__(value, "__dict__").values())
+    if callable(value):
+        yield inspect.getattr_static(
+            kind, "forward" if isinstance(value, nn.Module) else "__call__"
+        )
 
 
 def _inside_function(function: FunctionType) -> Iterator[Any]:
-    if function.__module__ is not None:
-        package = function.__module__.partition(".")[0]
-        if package in _NOT_OPENED and package != "rotate_ewc" and not function.__dict__:
-            return
+    if (function.__module__ or "").partition(".")[0] == "torch":
+        return
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
@@ -98,7 +98,8 @@ def _inside_function(function: FunctionType) -> Iterator[Any]:
 @functools.lru_cache(maxsize=256)
 def _global_names(code: CodeType) -> frozenset[str]:
     """Return the names of the globals that a code, or one inside it, reads."""
-    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    reading = ("LOAD_GLOBAL", "LOAD_NAME")
+    names = {step.argval for step in dis.get_instructions(code) if step.opname in reading}
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             names |= _global_names(constant)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from rotate_ewc._utils.tree import map_tensors
 from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.block import Block
+
+# How much more than traces products may differ, where nearly equal eigenvectors turn by rounding.
+_TURNING: Final = 10
+
+_REMEDY: Final = (
+    "the model or the data loader is random (shuffling, augmentation, dropout in a function). Make "
+    "it deterministic, or pass check_deterministic=False"
+)
 
 
 class WatchedForward:
@@ -40,12 +48,12 @@ class WatchedForward:
         if self._called:
             return self._forward(inputs)
         self._called = True
-        with torch._C.DisableTorchFunction():
-            before = self._random_states()
-            kept = map_tensors(torch.clone, inputs) if before is not None else None
+        before = self._random_states()
         outputs = self._forward(inputs)
         if isinstance(outputs, Tensor) and self._random_states() != before:
-            self._first = (kept, outputs.detach().clone())
+            # The data may fill the same tensors for the next batch. No recorder is to see this.
+            with torch._C.DisableTorchFunction():
+                self._first = map_tensors(torch.clone, inputs), outputs.detach().clone()
         return outputs
 
     def warn_if_random(self) -> None:
@@ -66,3 +74,65 @@ class WatchedForward:
             "eval mode",
             RuntimeWarning,
         )
+
+    def _random_states(self) -> list[object]:
+        states = [torch.get_rng_state()]
+        states += [getattr(torch, d.type).get_rng_state(d) for d in self._devices]
+        with torch._C.DisableTorchFunction():
+            found: list[object] = [bytes(state.cpu().numpy()) for state in states]
+        found.append(random.getstate())
+        if (numpy := sys.modules.get("numpy")) is not None:
+            found.append(repr(numpy.random.get_state()[1:3]))
+        return found
+
+
+def check_equal(blocks: Sequence[Block], others: Sequence[Block]) -> None:
+    """Raise if two estimates differ by more than rounding, naming the first block that does.
+
+    Compared are the traces and the products with a random matrix. Eigenvectors of equal eigenvalues
+    may turn, by which neither changes.
+
+    Raises:
+        ValueError: If they do.
+    """
+    if [block.label for block in blocks] != [block.label for block in others]:
+        raise ValueError(
+            f"two estimates have blocks {[block.label for block in blocks]} and "
+            f"{[block.label for block in others]}; {_REMEDY}"
+        )
+    for block, other in zip(blocks, others, strict=True):
+        first, second = block.trace.item(), other.trace.item()
+        tolerance = _tolerance(block.eigenvalues.dtype)
+        if abs(first - second) > tolerance * max(abs(first), abs(second)):
+            raise ValueError(
+                f"two estimates of the block of {block.label!r} have traces {first:.6g} and "
+                f"{second:.6g}; {_REMEDY}"
+            )
+        distance = _distance(_random_product(block), _random_product(other))
+        if distance > _TURNING * tolerance:
+            raise ValueError(
+                f"two estimates of the block of {block.label!r} have products with the same vector "
+                f"that differ by {100 * distance:.2g} %; {_REMEDY}"
+            )
+
+
+def _random_product(block: Block) -> Tensor:
+    """Return the product of a block with a matrix of random numbers, always the same."""
+    values = block.eigenvalues
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(values.shape, generator=generator, dtype=values.dtype).to(values.device)
+    bases = block.gradient_basis, block.activation_basis
+    rotated = kronecker.to_eigenbasis(matrix, *bases)
+    return kronecker.from_eigenbasis(values * rotated, *bases)
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Return how far tensors of one shape are from each other, relative to the larger."""
+    norms = [
+        torch.linalg.vector_norm(t.detach().double()).item() for t in (one - other, one, other)
+    ]
+    return norms[0] / max(norms[1], norms[2]) if norms[0] else 0.0
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 1e-8 if dtype is torch.float64 else 1e-3

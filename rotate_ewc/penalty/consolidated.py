@@ -44,6 +44,7 @@ class ConsolidatedTasks(nn.Module):
         self._num_tasks = 0
         self._last_examples = 1
         self._left_out: set[str] = set()
+        self._grown: set[tuple[str, torch.Size]] = set()
 
     @property
     def num_tasks(self) -> int:
@@ -97,11 +98,17 @@ class ConsolidatedTasks(nn.Module):
             ValueError: If one is missing, or smaller than it was.
         """
         found: dict[str, Tensor] = {}
+        grown: dict[str, tuple[Tensor, Tensor]] = {}
         for stack in self._stacks:
             for key, name, anchor in stack.members:
-                whole = self._protected(name, parameters, anchor[0])
-                if whole is not None:
-                    found[key] = whole
+                part = self._protected(name, parameters, anchor[0])
+                if part is not None:
+                    found[key] = part
+                    whole = parameters[name]
+                    if part is not whole and (name, whole.shape) not in self._grown:
+                        grown[name] = part, anchor[-1]
+        if grown:
+            self._warn_of_replaced(parameters, grown)
         return found
 
     def _protected(
@@ -117,6 +124,35 @@ class ConsolidatedTasks(nn.Module):
                 f"consolidated, and is not protected any more (strict=False)"
             )
         return None
+
+    def _warn_of_replaced(
+        self, parameters: Mapping[str, Tensor], grown: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        """Warn, once for each size, of larger layers that do not begin with their anchors.
+
+        Two unrelated tensors are at a squared distance of the sum of their squared norms. One that
+        was copied, and trained for a while, is much nearer.
+
+        Args:
+            parameters: The model's parameters.
+            grown: What is protected of each one that has grown, and its latest anchor.
+        """
+        self._grown.update((name, parameters[name].shape) for name in grown)
+        layers: dict[str, list[str]] = {}
+        for name, (found, _) in grown.items():
+            if not torch._C._functorch.is_batchedtensor(found):  # which has no single value
+                layers.setdefault(name.rpartition(".")[0], []).append(name)
+        for names in layers.values():
+            pairs = [[t.detach().double() for t in grown[name]] for name in names]
+            size = sum(float(f.square().sum() + a.square().sum()) for f, a in pairs)
+            if sum(float((f - a).square().sum()) for f, a in pairs) > 0.5 * size:
+                warn_user(
+                    f"{', '.join(map(repr, names))} has grown, but does not begin with what it was "
+                    f"when it was consolidated, as if a new layer had taken its name; the penalty "
+                    f"pulls that part to the old values. Copy these into it, as Avalanche's "
+                    f"IncrementalClassifier does, or give the new layer another name (and "
+                    f"strict=False, which leaves out the old one)"
+                )
 
     def _replace_terms(self, terms: Sequence[Term], num_tasks: int, last_examples: int) -> None:
         terms, stacks = stack_terms(terms)
