@@ -77,16 +77,18 @@ class EKFACLinearOperator:
         """Estimate the operator.
 
         Args:
-            model_func: The model, or a function from a batch's inputs to outputs. A function is
-                used as it is; only a module can be put into eval mode.
+            model_func: The model, or a function from a batch's inputs to outputs. Modules that it
+                reaches (through closures, `partial`, methods, globals) are put into eval mode.
             loss_func: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with reduction `mean` or
                 `sum` and any of their options, or a loss known through `register_likelihood`.
             params: Parameters the matrix is over: a list, or a dictionary by name. A list's names
                 are those in the model.
             data: Re-iterable batches (inputs, targets), such as a `DataLoader`.
             num_data: Examples the data stand for, where they are a sample of a larger set.
-            check_deterministic: Estimate twice and raise if the results differ, as they do when the
-                model or the order of the data is random. Doubles the time.
+            check_deterministic: Estimate twice and raise if traces, or products with a vector,
+                differ, as they do when the model or the data are random. Doubles the time.
+                Without it, a model that draws random numbers runs once more on the first batch,
+                and if its outputs differ, there is a warning.
             settings: How to estimate; None is all defaults.
             **options: Single fields of `EstimationSettings`, such as `fisher_type="type2"`, which
                 replace those of `settings`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,27 @@ from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.terms import Stack, Term, stack_terms
 
 
+class _Places:
+    """Has a place for every key of a penalty's state.
+
+    `torch.distributed.checkpoint.state_dict` follows the keys of states through attributes, and
+    asks a module of another form (`_fqn_modifiers`) through which attribute a key goes on.
+    """
+
+    def get(self, key: str) -> str | None:
+        """Return the name of the attribute that has a place for a key of the state."""
+        return "_places" if key == HEADER or "/" in key else None
+
+    def values(self) -> tuple[str, ...]:
+        """Return the names of sub-modules that keys leave out: none."""
+        return ()
+
+    def __getattr__(self, name: str) -> None:
+        """Have a place."""
+        if name != HEADER and "/" not in name:
+            raise AttributeError(name)
+
+
 class ConsolidatedTasks(nn.Module):
     """The quadratic terms of the tasks of the past, and where they are anchored.
 
@@ -25,6 +46,8 @@ class ConsolidatedTasks(nn.Module):
     means nothing. The keys in the `state_dict` have no dots, since torch takes these for paths of
     submodules: a parameter's `layer.weight` is `layer%2Eweight` there.
     """
+
+    _places: Final = _Places()
 
     def __init__(self, mode: Mode, weighting: Weighting, *, strict: bool) -> None:
         """Begin without a task.
@@ -201,6 +224,10 @@ class ConsolidatedTasks(nn.Module):
         if not local_metadata.get("assign_to_params_buffers", False):
             state = state.map(torch.clone)
         self._restore(state)
+
+    def _fqn_modifiers(self) -> _Places:
+        """Tell torch's distributed checkpoints where to look for the keys of the state."""
+        return self._places
 
     @property
     def options(self) -> dict[str, Any]:

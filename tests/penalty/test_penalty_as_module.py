@@ -14,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rotate_ewc import EKFACPenalty, SnapshotError
@@ -164,6 +165,15 @@ def test_distributed_checkpoints(learner: Learner, tmp_path: Path) -> None:
     dcp_to_torch_save(tmp_path / "folder", tmp_path / "model")
     other = Learner(learner.penalty.mode, seed=1)
     other.load_state_dict(torch.load(tmp_path / "model", weights_only=True))
+    check(other, learner)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_states_of_distributed_models(learner: Learner) -> None:
+    state = get_model_state_dict(learner)
+    assert set(state) == set(learner.state_dict())
+    other = Learner(learner.penalty.mode, seed=1)
+    set_model_state_dict(other, state)
     check(other, learner)
 
 
