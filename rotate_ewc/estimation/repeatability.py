@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from rotate_ewc._utils.tree import map_tensors
+from rotate_ewc._utils.tree import map_tensors, same
 from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.block import Block
@@ -50,9 +50,10 @@ class WatchedForward:
         self._called = True
         before = self._random_states()
         outputs = self._forward(inputs)
-        if isinstance(outputs, Tensor) and self._random_states() != before:
-            # The data may fill the same tensors for the next batch. No recorder is to see this.
-            with torch._C.DisableTorchFunction():
+        # No recorder is to see this.
+        with torch._C.DisableTorchFunction():
+            if isinstance(outputs, Tensor) and not same(self._random_states(), before):
+                # The data may fill the same tensors for the next batch.
                 self._first = map_tensors(torch.clone, inputs), outputs.detach().clone()
         return outputs
 
@@ -75,15 +76,13 @@ class WatchedForward:
             RuntimeWarning,
         )
 
-    def _random_states(self) -> list[object]:
-        states = [torch.get_rng_state()]
-        states += [getattr(torch, d.type).get_rng_state(d) for d in self._devices]
-        with torch._C.DisableTorchFunction():
-            found: list[object] = [bytes(state.cpu().numpy()) for state in states]
-        found.append(random.getstate())
-        if (numpy := sys.modules.get("numpy")) is not None:
-            found.append(repr(numpy.random.get_state()[1:3]))
-        return found
+    def _random_states(self) -> tuple[list[Tensor], object, object]:
+        """Return the random states of torch, Python and NumPy."""
+        torchs = [torch.get_rng_state()]
+        torchs += [getattr(torch, d.type).get_rng_state(d) for d in self._devices]
+        numpy = sys.modules.get("numpy")
+        numpys = None if numpy is None else repr(numpy.random.get_state()[1:3])
+        return torchs, random.getstate(), numpys
 
 
 def check_equal(blocks: Sequence[Block], others: Sequence[Block]) -> None:
