@@ -53,12 +53,12 @@ _LOCK: Final = Lock()
 
 
 def undisturbed(
-    model: nn.Module | None, parameters: Iterable[Tensor]
+    modules: Iterable[nn.Module], parameters: Iterable[Tensor]
 ) -> AbstractContextManager[None]:
     """Evaluate a model without leaving a trace.
 
-    Inside, every submodule is in eval mode and the given parameters require gradients. On the way
-    out each submodule's mode, each parameter's `requires_grad`, the values of buffers, and the
+    Inside, every module is in eval mode and the given parameters require gradients. On the way out
+    each module's mode, each parameter's `requires_grad`, the values of buffers, and the
     random states of torch (CPU and the parameters' devices), Python and NumPy are restored, also
     after an exception. A buffer in whose place the model has put another one stays replaced.
 
@@ -66,18 +66,20 @@ def undisturbed(
     restored when the last one leaves; what other threads draw at random meanwhile is drawn again.
 
     Args:
-        model: The model, or None if only its forward function is known.
+        modules: All modules of the model, and others that it calls; their submodules are not
+            looked for.
         parameters: Leaf tensors whose uses will be captured.
     """
     tensors = list(parameters)
-    modules = [] if model is None else list(model.modules())
+    each = list(dict.fromkeys(modules))
+    buffers = {id(buffer): buffer for module in each for buffer in module.buffers(recurse=False)}
     devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
     return kept(
         [
             *_random_states(devices),
-            *map(_eval_mode, modules),
+            *map(_eval_mode, each),
             *map(_requiring_gradients, tensors),
-            *([] if model is None else map(_buffer, model.buffers())),
+            *map(_buffer, buffers.values()),
         ]
     )
 

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from rotate_ewc._utils.numerics import check_trace, statistics_dtype, underflowed
 from rotate_ewc._utils.preserve_state import undisturbed
+from rotate_ewc._utils.reached_modules import reached_modules
 from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.estimation.accumulate import FirstPass, SecondPass
 from rotate_ewc.estimation.factors import decompose
+from rotate_ewc.estimation.repeatability import WatchedForward, check_equal
 from rotate_ewc.linalg.block import Block, matrix_shape
 from rotate_ewc.losses import Likelihood, likelihood_of
 from rotate_ewc.options import EstimationSettings, KFACType, Reduction, Unsupported
@@ -76,7 +78,8 @@ def fit_blocks(
         parameters: What the matrix is over, by name.
         data: Re-iterable batches (inputs, targets).
         settings: How to estimate.
-        model: The module to put into eval mode; None if it is not known.
+        model: The model; None if it is not known. It is put into eval mode, and so are the modules
+            that can be reached from `forward`.
         num_data: Examples that the data stand for, where they are a sample of a larger set.
         check_deterministic: Whether to estimate twice and raise if the results differ.
 
@@ -89,11 +92,14 @@ def fit_blocks(
     """
     likelihood = likelihood_of(loss_func)
     constants = NO_CONSTANTS if model is None else Constants.of(model)
-    with undisturbed(model, parameters.values()), torch.inference_mode(False):
-        found = estimate(forward, likelihood, parameters, data, settings, constants, num_data)
+    modules = [*([] if model is None else model.modules()), *reached_modules(forward)]
+    watched = WatchedForward(forward, {parameter.device for parameter in parameters.values()})
+    with undisturbed(modules, parameters.values()), torch.inference_mode(False):
+        found = estimate(watched, likelihood, parameters, data, settings, constants, num_data)
         if check_deterministic:
             again = estimate(forward, likelihood, parameters, data, settings, constants, num_data)
-            _check_equal(found.blocks, again.blocks)
+            check_equal(found.blocks, again.blocks)
+        watched.warn_if_random()
     if len(found.unused) == len(parameters):
         raise ValueError(
             f"the outputs depend on none of the parameters ({', '.join(map(repr, found.unused))}), "
@@ -255,16 +261,3 @@ def _warn_of_unsupported(names: Sequence[str], settings: EstimationSettings) -> 
         f"there is no rule for the way in which these parameters are used: "
         f"{', '.join(map(repr, names))}; {treated}"
     )
-
-
-def _check_equal(blocks: Sequence[Block], others: Sequence[Block]) -> None:
-    """Raise if two estimates differ by more than rounding, naming the first block that does."""
-    for block, other in zip(blocks, others, strict=True):
-        first, second = block.trace.item(), other.trace.item()
-        tolerance = 1e-3 if block.eigenvalues.dtype is torch.float32 else 1e-8
-        if abs(first - second) > tolerance * max(abs(first), abs(second)):
-            raise ValueError(
-                f"two estimates of the block of {block.label!r} have traces {first:.6g} and "
-                f"{second:.6g}: the model or the data loader is random (shuffling, augmentation, "
-                f"dropout in a function). Make it deterministic, or pass check_deterministic=False"
-            )

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc._utils.parameters import parameters_of, unwrapped
 from rotate_ewc._utils.preserve_state import undisturbed
+from rotate_ewc._utils.reached_modules import reached_modules
 from rotate_ewc.linalg.quadratic import quadratic_form
 from rotate_ewc.losses import Likelihood, likelihood_of
 from rotate_ewc.options import Reduction
@@ -73,7 +74,7 @@ def calibrated_strength(
     parameters = parameters_of(model)
     predicted = _predicted_increase(penalty, parameters)
     anchor = {**parameters, **penalty.terms[0].anchor}
-    with undisturbed(model, parameters.values()), torch.no_grad():
+    with undisturbed(reached_modules(model), parameters.values()), torch.no_grad():
         check_reiterable(old_data)
         before, now = _mean_losses(
             model,

@@ -182,7 +182,8 @@ class EKFACPenalty(ConsolidatedTasks):
                 are enough for most models.
             params: The parameters to protect, which keep the names they have in the model; None is
                 all that require gradients and that `include` and `exclude` choose.
-            forward: From a batch's inputs to outputs, where that is not `model(inputs)`.
+            forward: From a batch's inputs to outputs, where that is not `model(inputs)`. Modules
+                that it reaches are put into eval mode, as the model is.
             num_data: The task's number of examples, where `data` is only a sample of them.
             weight: w_t, what this task weighs in comparison with the others, at least 0.
 

@@ -12,7 +12,9 @@ import torch
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError
 from rotate_ewc.io import files
+from rotate_ewc.io.header import header_text
 from tests.helpers.honest_snapshots import (
+    contents_of,
     digest_of,
     operator,
     penalty,
@@ -21,8 +23,9 @@ from tests.helpers.honest_snapshots import (
 
 def edited(change: Callable[[dict[str, Any], dict[str, Any]], None], made: Any) -> dict[str, Any]:
     """Return a snapshot of which header and tensors were changed."""
-    tensors = dict(made.state_dict())
-    header = json.loads(tensors.pop("header"))
+    tensors = contents_of(made)
+    header = json.loads(header_text(tensors))
+    del tensors["header"]
     change(header, tensors)
     return {"header": json.dumps(header), **tensors}
 
@@ -272,7 +275,7 @@ BAD_PENALTIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
         "'header' is not JSON",
     ),
     "kind": (
-        lambda header, tensors: header.update(json.loads(operator().state_dict()["header"])),
+        lambda header, tensors: header.update(json.loads(header_text(operator().state_dict()))),
         "unknown field|format is",
     ),
     "reductions": (

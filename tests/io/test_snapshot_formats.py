@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError, __version__
-from rotate_ewc.io.header import OPERATOR, PENALTY, TANGENT
+from rotate_ewc.io.header import OPERATOR, PENALTY, TANGENT, header_text
 from tests.helpers import golden
 
 FORMATS = range(1, golden.VERSION + 1)
@@ -61,7 +61,7 @@ def test_all_kinds_have_the_same_version() -> None:
 
 
 def header_of(state: dict[str, Any]) -> dict[str, Any]:
-    return dict(json.loads(state["header"]))
+    return dict(json.loads(header_text(state)))
 
 
 @pytest.mark.parametrize("kind", ["operator", "penalty"])

@@ -237,7 +237,7 @@ def test_state_as_part_of_a_larger_module() -> None:
 
 
 def spoil(state: dict[str, Any], how: str) -> dict[str, Any]:
-    state = dict(state)
+    state = {key.replace("%2E", "."): value for key, value in state.items()}
     key = "0/operator/3.weight/eigenvalues"
     if how == "missing":
         del state["0/operator/3.weight/gradient_basis"], state[key]
@@ -268,7 +268,7 @@ def spoil(state: dict[str, Any], how: str) -> dict[str, Any]:
         ("negative", "'0/operator/3.weight/eigenvalues' has negative values"),
         ("extra", "unexpected key '7/anchor/3.weight'"),
         ("header", "'header' is not JSON"),
-        ("no header", "'header' is NoneType; expected a JSON string"),
+        ("no header", "'header' is NoneType; expected a uint8 tensor"),
     ],
 )
 def test_bad_state_is_refused_and_changes_nothing(how: str, message: str) -> None:

@@ -231,7 +231,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self.consolidation_seconds = time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the snapshot of the penalty: a flat dictionary of tensors and JSON strings.
+        """Return the snapshot of the penalty: a flat dictionary of tensors and a JSON string.
 
         To be saved between experiences, or between the parts into which an online stream cuts them.
         """
