@@ -299,6 +299,8 @@ def test_parameters_converted_in_the_forward_pass(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("use", ["concatenated", "divided"])
 def test_tokens_inside_checkpoints(use: str) -> None:
     """Activations that are computed again in the backward pass."""
+    if use == "divided" and not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        pytest.skip("this PyTorch does not tell that it is inside a checkpoint")
 
     class Tokens(nn.Module):
         def __init__(self, *, again: bool) -> None:
