@@ -317,6 +317,7 @@ def state_of_other(what: str) -> dict[str, Any]:
         "reduction": "mean",
         "fisher_type": "mc",
         "num_data": 7,
+        "num_loss_terms": 7.0,
         "settings": {"seed": 1},
     }
     if what == "names":
