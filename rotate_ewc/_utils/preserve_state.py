@@ -73,10 +73,9 @@ def undisturbed(
     tensors = list(parameters)
     each = list(dict.fromkeys(modules))
     buffers = {id(buffer): buffer for module in each for buffer in module.buffers(recurse=False)}
-    devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
     return kept(
         [
-            *_random_states(devices),
+            *random_states(tensor.device for tensor in tensors),
             *map(_eval_mode, each),
             *map(_requiring_gradients, tensors),
             *map(_buffer, buffers.values()),
@@ -189,13 +188,14 @@ def _buffer(buffer: Tensor) -> Setting:
     return Setting(("buffer", id(buffer)), read, write)
 
 
-def _random_states(devices: Iterable[torch.device]) -> Iterator[Setting]:
+def random_states(devices: Iterable[torch.device]) -> Iterator[Setting]:
+    """Yield the random states of Python, torch, NumPy, and the devices that have their own."""
     yield Setting("random", random.getstate, random.setstate)
     yield Setting("torch", torch.get_rng_state, torch.set_rng_state)
     # NumPy is not a dependency, but data transforms may draw from it.
     if (numpy := sys.modules.get("numpy")) is not None:
         yield Setting("numpy", numpy.random.get_state, numpy.random.set_state)
-    for device in devices:
+    for device in {device for device in devices if device.type not in ("cpu", "meta")}:
         backend = getattr(torch, device.type)
         yield Setting(
             device,

@@ -53,12 +53,12 @@ def as_non_negative_number(name: str, value: object) -> float:
     return number
 
 
-def as_temperature(value: object) -> float:
-    """Return a temperature as a float, or raise unless it is a finite number of more than zero."""
-    temperature = as_non_negative_number("temperature", value)
-    if temperature == 0:
-        raise ValueError(f"temperature is {value}; expected more than 0")
-    return temperature
+def as_positive_number(name: str, value: object) -> float:
+    """Return `value` as a float, or raise unless it is a finite number of more than zero."""
+    number = as_non_negative_number(name, value)
+    if number == 0:
+        raise ValueError(f"{name} is {value}; expected more than 0")
+    return number
 
 
 def as_patterns(name: str, value: object) -> tuple[str, ...]:

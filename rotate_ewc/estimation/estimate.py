@@ -120,13 +120,13 @@ def fit_blocks(
             f"no parameter is left: unsupported='skip' leaves out {list(found.unsupported)}, and "
             f"there are no others"
         )
+    stands_for = num_data or found.num_examples
     provenance = Provenance(
         loss=likelihood.name,
         reduction=Reduction(likelihood.reduction),
         fisher_type=settings.fisher_type,
-        num_data=num_data or found.num_examples,
-        num_loss_terms=(num_data or found.num_examples)
-        * (found.num_loss_terms / max(1, found.num_examples)),
+        num_data=stands_for,
+        num_loss_terms=stands_for * (found.num_loss_terms / max(1, found.num_examples)),
         settings={
             **{name: value for name, value in settings.to_json().items() if name in _TOLD},
             "num_data_seen": found.num_examples,

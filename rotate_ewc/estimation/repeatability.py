@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from rotate_ewc._utils.tree import map_tensors, same
+from rotate_ewc._utils.preserve_state import random_states
+from rotate_ewc._utils.tree import map_tensors
 from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.block import Block
@@ -36,10 +35,10 @@ class WatchedForward:
 
         Args:
             forward: From a batch's inputs to outputs.
-            devices: Whose random states it may use, beside the CPU's.
+            devices: Whose random states it may use, besides the CPU's.
         """
         self._forward = forward
-        self._devices = sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str)
+        self._devices = set(devices)
         self._called = False
         self._first: tuple[Any, Tensor] | None = None
 
@@ -48,11 +47,12 @@ class WatchedForward:
         if self._called:
             return self._forward(inputs)
         self._called = True
-        before = self._random_states()
+        with torch._C.DisableTorchFunction():
+            before = self._random_states()
         outputs = self._forward(inputs)
         # No recorder is to see this.
         with torch._C.DisableTorchFunction():
-            if isinstance(outputs, Tensor) and not same(self._random_states(), before):
+            if isinstance(outputs, Tensor) and self._random_states() != before:
                 # The data may fill the same tensors for the next batch.
                 self._first = map_tensors(torch.clone, inputs), outputs.detach().clone()
         return outputs
@@ -76,13 +76,9 @@ class WatchedForward:
             RuntimeWarning,
         )
 
-    def _random_states(self) -> tuple[list[Tensor], object, object]:
-        """Return the random states of torch, Python and NumPy."""
-        torchs = [torch.get_rng_state()]
-        torchs += [getattr(torch, d.type).get_rng_state(d) for d in self._devices]
-        numpy = sys.modules.get("numpy")
-        numpys = None if numpy is None else repr(numpy.random.get_state()[1:3])
-        return torchs, random.getstate(), numpys
+    def _random_states(self) -> dict[Any, Any]:
+        """Return all random states, as values that can be compared."""
+        return {state.key: _plain(state.read()) for state in random_states(self._devices)}
 
 
 def check_equal(blocks: Sequence[Block], others: Sequence[Block]) -> None:
@@ -113,6 +109,13 @@ def check_equal(blocks: Sequence[Block], others: Sequence[Block]) -> None:
                 f"two estimates of the block of {block.label!r} have products with the same vector "
                 f"that differ by {100 * distance:.2g} %; {_REMEDY}"
             )
+
+
+def _plain(state: Any) -> Any:
+    """Return a random state with lists instead of tensors and arrays."""
+    if isinstance(state, tuple):
+        return tuple(map(_plain, state))
+    return state.tolist() if hasattr(state, "tolist") else state
 
 
 def _random_product(block: Block) -> Tensor:

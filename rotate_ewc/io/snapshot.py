@@ -97,8 +97,8 @@ def differences(
         found.append(f"it lacks parameters {missing}")
     if more := [name for name in got if name not in expected]:
         found.append(f"it has parameters {more}")
-    for name in got.keys() & expected.keys():
-        if got[name] != expected[name]:
+    for name in expected:
+        if name in got and got[name] != expected[name]:
             shapes = f"{list(got[name])} instead of {list(expected[name])}"
             found.append(f"parameter {name!r} has shape {shapes}")
     if not found and list(got) != list(expected):

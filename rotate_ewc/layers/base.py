@@ -194,6 +194,9 @@ class FactoredCall(LayerCall):
         return rearrange(summed, "g n o -> n (g o)")
 
 
+IsParameter = Callable[[object], bool]
+"""Whether a tensor comes from parameters alone."""
+
 Rule = Callable[..., LayerCall | None]
-"""From `is_parameter` (does a tensor come from parameters alone?) and the arguments of a torch
-function to what it is a call of; None if these arguments are not what the rule is for."""
+"""From an `IsParameter` and the arguments of a torch function to what it is a call of; None if
+these arguments are not what the rule is for."""

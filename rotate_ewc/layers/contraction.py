@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from string import ascii_lowercase
 from typing import Any
@@ -11,10 +10,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from rotate_ewc.layers.base import FactoredCall, Factors, Form, form_within_reach
+from rotate_ewc.layers.base import FactoredCall, Factors, Form, IsParameter, form_within_reach
 from rotate_ewc.layers.linear import LinearCall, MatmulCall
-
-IsParameter = Callable[[object], bool]
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotate_ewc.layers.base import DIAGONAL, Form, LayerCall, Rule, form_within_reach
+from rotate_ewc.layers.base import DIAGONAL, Form, IsParameter, LayerCall, Rule, form_within_reach
 from rotate_ewc.layers.elementwise import ElementwiseCall
 from rotate_ewc.layers.embedding import EmbeddingCall
-
-IsParameter = Callable[[object], bool]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from rotate_ewc.layers.base import FactoredCall, Factors, Form
+from rotate_ewc.layers.base import FactoredCall, Factors, Form, IsParameter
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class EmbeddingCall(FactoredCall):
 
 
 def embedding(
-    _: Callable[[object], bool],
+    _: IsParameter,
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,

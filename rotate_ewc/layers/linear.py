@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from einops import rearrange
 from torch import Tensor
 
-from rotate_ewc.layers.base import FactoredCall, Factors, Form
+from rotate_ewc.layers.base import FactoredCall, Factors, Form, IsParameter
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,13 @@ class MatmulCall(LinearCall):
     )
 
 
-def linear(
-    _: Callable[[object], bool], input: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> LinearCall:
+def linear(_: IsParameter, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearCall:
     """Read the arguments of `torch.nn.functional.linear`."""
     return LinearCall(input, weight, bias)
 
 
 def addmm(
-    is_parameter: Callable[[object], bool],
+    is_parameter: IsParameter,
     input: Tensor,
     mat1: Tensor,
     mat2: Tensor,

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rotate_ewc.layers.base import IsParameter
 from rotate_ewc.layers.elementwise import ElementwiseCall
-
-IsParameter = Callable[[object], bool]
 
 
 def layer_norm(

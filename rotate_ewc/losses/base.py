@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc.options import FisherType
 
 
@@ -90,6 +91,11 @@ class Likelihood(ABC):
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return what each row adds to the number that `mean` divides by, `[len(outputs)]`."""
         return torch.ones_like(outputs.reshape(len(outputs), -1)[:, 0])
+
+    def num_terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return what a batch adds to the number that `mean` divides by, a scalar."""
+        # Counted in float32 or better: half precision does not know 257.
+        return self.terms(outputs.to(statistics_dtype(outputs.dtype)), targets).sum()
 
     def predictions(self, outputs: Tensor) -> int:
         """Number of predictions (such as tokens) in a batch of outputs."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc._utils.parameters import parameters_of, unwrapped
 from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.reached_modules import reached_modules
@@ -139,9 +138,7 @@ def _mean_losses(
         for parameters in candidates:
             outputs = functional_call(model, dict(parameters), (inputs,))
             likelihood.check(outputs, targets)
-            # Counted in float32 or better: half precision does not know 257.
-            counted = outputs.to(statistics_dtype(outputs.dtype))
-            terms = float(likelihood.terms(counted, targets).sum())
+            terms = float(likelihood.num_terms(outputs, targets))
             losses.append(float(loss_func(outputs, targets)))
         if terms > 0:  # or else all labels are ignored, and their mean loss is no number
             factor = 1.0 if likelihood.reduction == Reduction.SUM else terms

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc._utils.parameters import fits, protected_slice
-from rotate_ewc._utils.validation import as_non_negative_number, check_positive_integer
+from rotate_ewc._utils.validation import as_positive_number, check_positive_integer
 from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.io.header import HEADER
 from rotate_ewc.options import Mode, Weighting
@@ -118,9 +118,7 @@ class ConsolidatedTasks(nn.Module):
     @current_num_loss_terms.setter
     def current_num_loss_terms(self, value: float | None) -> None:
         if value is not None:
-            value = as_non_negative_number("current_num_loss_terms", value)
-            if value == 0:
-                raise ValueError("current_num_loss_terms is 0; expected more than 0")
+            value = as_positive_number("current_num_loss_terms", value)
         self._current_num_loss_terms = value
 
     @property
@@ -199,10 +197,10 @@ class ConsolidatedTasks(nn.Module):
             parameters: The model's parameters.
             grown: What is protected of each one that has grown, and its latest anchor.
         """
-        self._grown.update((name, parameters[name].shape) for name in grown)
         layers: dict[str, list[str]] = {}
         for name, (found, _) in grown.items():
             if not torch._C._functorch.is_batchedtensor(found):  # which has no single value
+                self._grown.add((name, parameters[name].shape))
                 layers.setdefault(name.rpartition(".")[0], []).append(name)
         for names in layers.values():
             pairs = [[t.detach().double() for t in grown[name]] for name in names]

@@ -26,7 +26,7 @@ from rotate_ewc._utils.validation import (
     as_choice,
     as_non_negative_number,
     as_patterns,
-    as_temperature,
+    as_positive_number,
     check_boolean,
     check_positive_integer,
 )
@@ -136,7 +136,7 @@ class EKFACPenalty(ConsolidatedTasks):
         self.decay = as_non_negative_number("decay", decay)
         if self.decay > 1:
             raise ValueError(f"decay is {decay}; expected a number from 0 to 1")
-        self.temperature = as_temperature(temperature)
+        self.temperature = as_positive_number("temperature", temperature)
         self.include = as_patterns("include", include)
         self.exclude = as_patterns("exclude", exclude)
         self.settings = EstimationSettings.gather(settings, options)

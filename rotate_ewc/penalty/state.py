@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotate_ewc._utils.parameters import fits
 from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.io.header import (
@@ -144,22 +145,23 @@ class PenaltyState:
                 f"snapshot is of losses with reduction {got!r}, but the tasks that this penalty "
                 f"holds have {expected!r}; {advice}"
             )
-        shapes, own = (
-            {n: a.shape for t in s.terms for n, a in t.anchor.items()} for s in (self, other)
+        anchors, own = (
+            {name: anchor for term in s.terms for name, anchor in term.anchor.items()}
+            for s in (self, other)
         )
-        shared = shapes.keys() & own.keys()
+        shared = [name for name in anchors if name in own]
         if not shared:
             raise SnapshotError(
-                f"snapshot has parameters {list(shapes)}, but this penalty {list(own)}; {advice}"
+                f"snapshot has parameters {list(anchors)}, but this penalty {list(own)}; {advice}"
             )
-        for name in shared:
-            grown = [size >= known for size, known in zip(shapes[name], own[name], strict=False)]
-            shrunk = [size <= known for size, known in zip(shapes[name], own[name], strict=False)]
-            if len(shapes[name]) != len(own[name]) or not (all(grown) or all(shrunk)):
-                raise SnapshotError(
-                    f"snapshot has parameter {name!r} with shape {list(shapes[name])}, but this "
-                    f"penalty with {list(own[name])}, of which none contains the other; {advice}"
-                )
+        misfits = [
+            f"parameter {name!r} with shape {list(anchors[name].shape)}, but this penalty with "
+            f"{list(own[name].shape)}, of which none contains the other"
+            for name in shared
+            if not (fits(name, own, anchors[name]) or fits(name, anchors, own[name]))
+        ]
+        if misfits:
+            raise SnapshotError(f"snapshot has {'; '.join(misfits)}; {advice}")
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PenaltyState:
         """Return the state with every tensor replaced by `function` of it."""

@@ -175,7 +175,7 @@ class BatchCapturer:
         outputs = recorded.outputs.detach()
         outputs = outputs.to(statistics_dtype(outputs.dtype))
         self._check_outputs(outputs, targets, num_examples)
-        normalizer = float(self.likelihood.terms(outputs, targets).sum())
+        normalizer = float(self.likelihood.num_terms(outputs, targets))
         captured, axes = self._without_gradients(recorded, normalizer, num_examples)
         without_rule = self._per_example_parameters() if with_squares else {}
         if not recorded.uses and not without_rule:
@@ -211,11 +211,10 @@ class BatchCapturer:
         )
         if self.unsupported is None:
             self.unsupported = recorded.unsupported
-        elif recorded.unsupported - self.unsupported:
-            names = ", ".join(map(repr, sorted(recorded.unsupported - self.unsupported)))
+        elif new := recorded.unsupported - self.unsupported:
             raise ValueError(
-                f"parameter {names} is used by an operation without a rule, but was not in the "
-                f"first batch; leave it out (params, or exclude)"
+                f"parameter {listed(new)} is used by an operation without a rule, but was not in "
+                f"the first batch; leave it out (params, or exclude)"
             )
         return recorded
 

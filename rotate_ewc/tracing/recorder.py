@@ -279,11 +279,10 @@ class Recorder(TorchFunctionMode):
         if not outputs or (copies and use is None):
             return None, result
         edge = _output_edge(func, outputs[0])
-        self.data_nodes[edge.node] = [node for node in nodes if node is not None]
         if use is None:
+            self._note_data(edge, nodes)
             return edge, result
-        self.uses.append(replace(use, output_shape=outputs[0].shape))
-        self.edges.append(edge)
+        self._note_use(use, outputs[0].shape, edge, nodes)
         return None, result
 
     def _copies(
@@ -324,11 +323,19 @@ class Recorder(TorchFunctionMode):
         else:
             call = token(one, shape)
         copy = stretched(parameter, shape)
-        edge = get_gradient_edge(copy)
-        self.uses.append(replace(self._as_use(call), output_shape=copy.shape))
-        self.edges.append(edge)
-        self.data_nodes[edge.node] = []
+        self._note_use(self._as_use(call), copy.shape, get_gradient_edge(copy), ())
         return copy
+
+    def _note_use(
+        self, use: Use, output_shape: torch.Size, edge: GradientEdge, nodes: Sequence[Any]
+    ) -> None:
+        """Note a use, an edge to its output, and the autograd nodes that its data came from."""
+        self.uses.append(replace(use, output_shape=output_shape))
+        self.edges.append(edge)
+        self._note_data(edge, nodes)
+
+    def _note_data(self, edge: GradientEdge, nodes: Sequence[Any]) -> None:
+        self.data_nodes[edge.node] = [node for node in nodes if node is not None]
 
     def _as_use(self, call: LayerCall) -> Use:
         name = self._origins.name

@@ -104,7 +104,11 @@ def test_degenerate_eigenvalues_pass() -> None:
     x = torch.eye(4).double().repeat_interleave(3, 0)
     data = [(x, torch.arange(3).repeat(4))]
     for fisher_type in ("type2", "empirical"):
-        EKFACLinearOperator(model, CE, list(model.parameters()), data, fisher_type=fisher_type)
+        operator = EKFACLinearOperator(
+            model, CE, list(model.parameters()), data, fisher_type=fisher_type
+        )
+        # Of equal probabilities: |(x, 1)|² times the trace of diag(p) - ppᵀ.
+        assert operator.trace.item() == pytest.approx(2 * 2 / 3)
 
 
 # --------------------------------------------------------------------------- modules in eval mode

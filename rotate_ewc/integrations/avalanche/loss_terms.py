@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc.losses import Likelihood
 
 
@@ -35,9 +34,7 @@ class LossTerms:
             targets: Their targets.
             num_examples: Number of examples.
         """
-        # Half precision does not know 257.
-        counted = outputs.to(statistics_dtype(outputs.dtype))
-        terms = self._likelihood.terms(counted, targets).sum()
+        terms = self._likelihood.num_terms(outputs, targets)
         self._terms = terms if not self._minibatches else self._terms + terms
         self._examples += num_examples
         self._minibatches += 1
