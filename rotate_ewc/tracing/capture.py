@@ -208,7 +208,14 @@ class BatchCapturer:
             return
         squares = squares_like(without_rule)
         add = partial(
-            add_squares, squares, without_rule, self.forward, inputs, recorded.outputs, num_examples
+            add_squares,
+            squares,
+            without_rule,
+            self.forward,
+            inputs,
+            recorded.outputs,
+            num_examples,
+            mixed=None in layout.rows,
         )
         found: list[list[Tensor]] = []
         held = 0

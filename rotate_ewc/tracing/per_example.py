@@ -26,6 +26,8 @@ def add_squares(
     outputs: Tensor,
     num_examples: int,
     vector: Tensor,
+    *,
+    mixed: bool,
 ) -> None:
     """Back-propagate one output vector for every example by itself, and add the squared gradients.
 
@@ -37,8 +39,11 @@ def add_squares(
         outputs: The model's outputs for the batch, attached to the autograd graph.
         num_examples: Number of examples in the batch.
         vector: Of the outputs' shape.
+        mixed: Whether examples are known to depend on each other.
     """
-    for own_outputs, part in _by_example(forward, inputs, outputs, vector, num_examples):
+    cut = not mixed and _can_be_cut(inputs, num_examples)
+    of_examples = _by_example(forward, inputs, outputs, vector, num_examples, cut=cut)
+    for own_outputs, part in of_examples:
         gradients = back_propagate(own_outputs, list(parameters.values()), part, retain_graph=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
@@ -67,22 +72,21 @@ def _by_example(
     outputs: Tensor,
     vector: Tensor,
     num_examples: int,
+    *,
+    cut: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield, for every example, outputs and the vector by which its gradient comes from them.
 
-    The model is run again on the example by itself, which is far less work than the whole batch,
-    where the inputs can be cut into examples; else the example's part of the batch's outputs is
+    Where the inputs can be cut into examples, the model is run again on the example by itself,
+    which is far less work than the whole batch; else the example's part of the batch's outputs is
     taken.
     """
     rows = len(vector) // num_examples
-    tensors = list(tensors_in(inputs))
-    can_be_cut = bool(tensors) and all(t.ndim and len(t) == num_examples for t in tensors)
     for example in range(num_examples):
         own = slice(example * rows, (example + 1) * rows)
-        if can_be_cut:
-            with torch.enable_grad():
-                own_outputs = forward(_cut(inputs, example))
-            if _same(own_outputs.detach(), outputs.detach()[own]):
+        if cut:
+            own_outputs = _run_alone(forward, inputs, example)
+            if own_outputs is not None and _same(own_outputs.detach(), outputs.detach()[own]):
                 yield own_outputs, vector[own]
                 continue
             if isinstance(inputs, Tensor):
@@ -96,5 +100,16 @@ def _by_example(
         yield outputs, of_example
 
 
-def _cut(inputs: Any, example: int) -> Any:
-    return map_tensors(lambda tensor: tensor[example : example + 1], inputs)
+def _can_be_cut(inputs: Any, num_examples: int) -> bool:
+    tensors = list(tensors_in(inputs))
+    return bool(tensors) and all(t.ndim and len(t) == num_examples for t in tensors)
+
+
+def _run_alone(forward: Callable[[Any], Tensor], inputs: Any, example: int) -> Tensor | None:
+    """Return the outputs of an example by itself; None where a model does not take it."""
+    try:
+        with torch.enable_grad():
+            return forward(map_tensors(lambda tensor: tensor[example : example + 1], inputs))
+    except (IndexError, RuntimeError, ValueError):
+        # It may have as many rows of something else as there are examples, with indices to them.
+        return None

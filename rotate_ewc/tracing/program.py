@@ -18,7 +18,6 @@ _INDEXING: Final = frozenset(
     | {"index_add", "index_copy", "index_fill", "index_put", "index_reduce", "index_select"}
     | {"scatter", "scatter_add", "scatter_reduce", "segment_reduce", "tensor_split", "where"}
     | {"select_scatter", "slice_scatter", "embedding_bag"}
-    | {"bmm", "mm", "matmul", "__matmul__", "__rmatmul__", "addmm"}  # with sparse tensors
 )
 # Where rows go, and how many there are, is told by a single tensor.
 _SELECTING: Final = frozenset(
@@ -30,6 +29,16 @@ _SORTING: Final = frozenset(
     {"sort", "msort", "argsort", "topk", "kthvalue", "median", "nanmedian", "mode", "multinomial"}
     | {"unique", "unique_consecutive", "cummax", "cummin", "nonzero", "argwhere", "bernoulli"}
     | {"randperm", "randint", "histc", "bincount", "bucketize", "searchsorted"}
+)
+# Where rows go is told by numbers, each of which may be a tensor.
+_SHAPING: Final = frozenset(
+    {"split", "tensor_split", "narrow", "select", "roll", "flip", "repeat", "tile", "unfold"}
+    | {"view", "reshape", "expand", "movedim", "transpose", "permute", "chunk", "unflatten"}
+)
+# Where rows go is told by a matrix of data, such as the ones and zeros that send tokens to experts.
+_MULTIPLYING: Final = frozenset(
+    {"bmm", "mm", "mv", "matmul", "__matmul__", "__rmatmul__", "addmm", "addbmm", "baddbmm"}
+    | {"einsum", "tensordot"}
 )
 
 
@@ -69,19 +78,34 @@ class Program:
         self.key = hash((self.key, func, _described(args), _described(kwargs)))
         if varying and not self.indexes_by_data:
             self.indexes_by_data = _indexes(name, varying)
+        if not self.indexes_by_data and name in ("__getitem__", "__setitem__"):
+            self.indexes_by_data = _slices_by_tensors(args[1])
 
 
 def _indexes(name: str, varying: Sequence[Tensor]) -> bool:
     """Whether a function moves rows by what is in tensors that depend on the data."""
-    if name in _SORTING or name in _SELECTING:
+    if name in _SORTING or name in _SELECTING or any(t.layout != torch.strided for t in varying):
+        return True
+    if name in _MULTIPLYING:
+        return any(t.requires_grad for t in varying) and not all(t.requires_grad for t in varying)
+    if name in _SHAPING and any(t.ndim == 0 and not t.dtype.is_floating_point for t in varying):
         return True
     if name not in _INDEXING:
         return False
     if any(t.dtype in (torch.bool, torch.uint8) for t in varying):
         # Rows of a parameter too; but a mask that selects from one tensor moves nothing.
         return name != "where" or len(varying) > 2
-    return len(varying) > 1 and any(
-        not t.dtype.is_floating_point or t.layout != torch.strided for t in varying
+    return len(varying) > 1 and not all(t.dtype.is_floating_point for t in varying)
+
+
+def _slices_by_tensors(index: Any) -> bool:
+    """Whether a slice begins or ends where a tensor says."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(
+        isinstance(end, Tensor)
+        for part in parts
+        if isinstance(part, slice)
+        for end in (part.start, part.stop, part.step)
     )
 
 
