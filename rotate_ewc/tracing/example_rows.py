@@ -34,9 +34,11 @@ _EXPONENTS: Final = {
 _ROUNDINGS: Final = 64
 # Whatever is wrong by more than this may come from any weight.
 _TELLING: Final = 0.2
-# Rows whose gradient is zero, and rows on which several examples depend.
+# Rows whose gradient is zero; rows whose gradient is too faint to tell; and rows on which several
+# examples depend.
 _UNKNOWN: Final = -1
-_MIXED: Final = -2
+_FAINT: Final = -2
+_MIXED: Final = -3
 
 
 class ExampleRows(Protocol):
@@ -142,6 +144,21 @@ class ScatteredRows:
 
 
 @dataclass(frozen=True)
+class Signatures:
+    """What is kept of the gradient at a use: a number for each cell of the leading axes.
+
+    Attributes:
+        sums: A fixed random combination of the cell's entries, the same for each cell.
+        sizes: The sum of the entries' sizes; 0 if and only if they are all zero.
+        dtype: The gradient's dtype.
+    """
+
+    sums: Tensor
+    sizes: Tensor
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where the examples are in all uses of a batch.
 
@@ -177,7 +194,7 @@ def find_example_rows(
     recorded: ForwardPass,
     num_examples: int,
     vector: Tensor,
-    gradients: Sequence[Tensor],
+    before: Sequence[Signatures],
     *,
     free_graph: bool = False,
 ) -> Layout:
@@ -189,17 +206,15 @@ def find_example_rows(
             one as of another.
         vector: The output vector to try. A row that gets no gradient from it may be given to any
             example.
-        gradients: The gradients of this vector at every use.
+        before: The signatures of this vector's gradients.
         free_graph: Whether nothing else will be back-propagated.
 
     Returns:
         The rows. If those of a use lie on an axis, evenly spaced, they come as an `ExampleAxis`.
 
-    Raises:
-        ValueError: If a gradient is not finite, naming the layer.
     """
     with without_autocast(vector.device):
-        owners = _owners(recorded, num_examples, vector, gradients, free_graph=free_graph)
+        owners = _owners(recorded, num_examples, vector, before, free_graph=free_graph)
     rows, certain = [], True
     for use, cells in zip(recorded.uses, owners, strict=True):
         found, is_only = _rows_of(use, cells, num_examples)
@@ -209,6 +224,24 @@ def find_example_rows(
     return Layout(
         tuple(rows), certain, tuple(cells if bool(cells.any()) else None for cells in unseen)
     )
+
+
+def signatures(uses: Sequence[Use], gradients: Sequence[Tensor]) -> list[Signatures]:
+    """Return the signatures of gradients, which need not be kept.
+
+    Raises:
+        ValueError: If one is not finite, naming the layer.
+    """
+    found = []
+    for use, gradient in zip(uses, gradients, strict=True):
+        with without_autocast(gradient.device):
+            of_use = _signatures(use, gradient)
+        if not bool(torch.isfinite(of_use.sizes).all()):
+            raise NotFiniteError(
+                f"the output gradients of {use.name!r} are not finite (NaN or infinity)"
+            )
+        found.append(of_use)
+    return found
 
 
 def of_one_example(uses: Sequence[Use]) -> Layout:
@@ -246,15 +279,14 @@ def _owners(
     recorded: ForwardPass,
     num_examples: int,
     vector: Tensor,
-    gradients: Sequence[Tensor],
+    before: Sequence[Signatures],
     *,
     free_graph: bool,
 ) -> list[Tensor]:
     """Return, for every use, the example of each cell of its leading axes; or what else it is."""
-    lowest, exponents = min((_EXPONENTS[g.dtype] for g in gradients), key=lambda w: w[1])
+    lowest, exponents = min((_EXPONENTS[b.dtype] for b in before), key=lambda w: w[1])
     base = 2 * exponents
-    before = [_signatures(*of_use) for of_use in zip(recorded.uses, gradients, strict=True)]
-    owners = [torch.zeros_like(cells, dtype=torch.long) for cells, _ in before]
+    owners = [torch.zeros_like(of_use.sums, dtype=torch.long) for of_use in before]
     examples = torch.arange(num_examples)
     places = max(1, math.ceil(math.log(num_examples, base) - 1e-9))
     for place in range(places):
@@ -263,8 +295,8 @@ def _owners(
         weighted = _by_example(vector, torch.where(digits < exponents, sizes, -sizes))
         last = free_graph and place == places - 1
         for index, gradient in enumerate(recorded.gradients(weighted, last=last)):
-            after, _ = _signatures(recorded.uses[index], gradient)
-            digit = _digit(*before[index], after, lowest, exponents)
+            after = _signatures(recorded.uses[index], gradient)
+            digit = _digit(before[index], after.sums, lowest, exponents)
             known = (owners[index] >= 0) & (digit >= 0)
             owners[index] = torch.where(
                 known, owners[index] + digit * base**place, torch.minimum(owners[index], digit)
@@ -283,55 +315,51 @@ def _leading(use: Use) -> int:
     return max(use.call.mergeable_axes, *(axis + 1 for axis in use.call.batch_axes), 1)
 
 
-def _signatures(use: Use, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a number for each cell of the leading axes, which is 0 if and only if its gradient is.
-
-    It is a fixed random combination of the entries, the same for each cell.
-
-    Returns:
-        The numbers, and the sums of the sizes of what was added to get them.
-    """
+def _signatures(use: Use, gradient: Tensor) -> Signatures:
+    """Return the signatures of the gradient at a use."""
     # Their sum may be too large for half precision where each of them is not.
-    dtype = statistics_dtype(gradient.dtype)
-    if not bool(torch.isfinite(gradient.sum(dtype=dtype))):
-        raise NotFiniteError(
-            f"the output gradients of {use.name!r} are not finite (NaN or infinity)"
-        )
-    leading = _leading(use)
+    dtype, leading = statistics_dtype(gradient.dtype), _leading(use)
     if gradient.ndim <= leading:
         cells = gradient.to(dtype)
-        return cells, cells.abs()
+        return Signatures(cells, cells.abs(), gradient.dtype)
     cells = gradient.to(dtype).flatten(leading)
     coefficients = torch.rand(
         cells.shape[-1], generator=Generator().manual_seed(cells.shape[-1]), dtype=torch.float64
     )
-    coefficients = (coefficients + 0.5).to(cells)
-    return cells @ coefficients, cells.abs() @ coefficients
+    # Not the sum of what `abs` returns, which would be a copy of the whole gradient.
+    sizes = torch.linalg.vector_norm(cells, ord=1, dim=-1)
+    return Signatures(cells @ (coefficients + 0.5).to(cells), sizes, gradient.dtype)
 
 
-def _digit(before: Tensor, sizes: Tensor, after: Tensor, lowest: int, exponents: int) -> Tensor:
+def _digit(before: Signatures, after: Tensor, lowest: int, exponents: int) -> Tensor:
     """Return the digit by whose weight each signature was multiplied; or what else it is.
 
     Args:
         before: The signatures.
-        sizes: The sums of the sizes of what was added to get them.
-        after: The signatures of the weighted vector.
+        after: The sums of the weighted vector's gradient.
         lowest: The smallest exponent of the weights.
         exponents: How many exponents there are.
     """
     # In double precision, where no quotient of two finite numbers of a narrower dtype overflows.
-    quotients = after.double() / before.double()
+    quotients = after.double() / before.sums.double()
     mantissas, powers = torch.frexp(quotients.abs())
     # A mantissa is from ½ to 1, and that of a power of two is ½; roundings may take it to 1.
     below = mantissas > 0.75
     digits = powers - 1 + below - lowest
     error = torch.where(below, 1 - mantissas, 2 * mantissas - 1)
-    tolerance = _ROUNDINGS * torch.finfo(before.dtype).eps * sizes.double() / before.double().abs()
-    pure = error <= tolerance.clamp(max=_TELLING)
-    pure &= (digits >= 0) & (digits < exponents)
+    # Half precision has so few exponents that products may lose bits.
+    half = before.dtype == torch.float16
+    rounding = torch.finfo(before.dtype if half else before.sums.dtype).eps
+    sizes = before.sizes.double()
+    tolerance = _ROUNDINGS * rounding * sizes / before.sums.double().abs()
+    pure = (error <= tolerance.clamp(max=_TELLING)) & (digits >= 0) & (digits < exponents)
     digits = torch.where(quotients < 0, digits + exponents, digits)
-    nothing = (sizes == 0) & (after == 0) | ~pure & (tolerance > _TELLING) & (sizes > 0)
-    return torch.where(pure, digits, torch.where(nothing, _UNKNOWN, _MIXED)).long()
+    nothing = (sizes == 0) & (after == 0)
+    span = torch.finfo(before.dtype)
+    faint = (sizes < span.tiny * 2.0**-lowest) | (sizes > span.max * 2.0 ** -(exponents + lowest))
+    faint = (sizes > 0) & (faint | (tolerance > _TELLING))
+    other = torch.where(nothing, _UNKNOWN, torch.where(faint, _FAINT, _MIXED))
+    return torch.where(pure, digits, other).long()
 
 
 def _even(use: Use, num_examples: int) -> Iterator[ExampleAxis]:
@@ -357,7 +385,7 @@ def _rows_of(use: Use, owners: Tensor, num_examples: int) -> tuple[ExampleRows |
     """
     if bool((owners == _MIXED).any()):
         return None, True
-    unseen = owners == _UNKNOWN
+    unseen = (owners == _UNKNOWN) | (owners == _FAINT)
     certain = not bool(unseen.any())
     passing = []
     for even in _even(use, num_examples):
@@ -366,6 +394,8 @@ def _rows_of(use: Use, owners: Tensor, num_examples: int) -> tuple[ExampleRows |
             passing.append(even)
     if passing:
         return passing[0], certain or len(passing) == 1
+    if bool((owners == _FAINT).any()):
+        return None, certain
     ways = [(axis, 1) for axis in use.call.batch_axes]
     ways += [(0, axes) for axes in range(2, use.call.mergeable_axes + 1)]
     for axis, merged in ways:

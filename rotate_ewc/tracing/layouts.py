@@ -16,6 +16,7 @@ from rotate_ewc.tracing.example_rows import (
     find_example_rows,
     of_one_example,
     random_vector,
+    signatures,
 )
 from rotate_ewc.tracing.recorder import ForwardPass
 
@@ -79,7 +80,11 @@ class Layouts:
         first = next(vectors)
         gradients = recorded.gradients(first, last=False)
         layout = find_example_rows(
-            recorded, num_examples, first, gradients, free_graph=one_vector and free_graph
+            recorded,
+            num_examples,
+            first,
+            signatures(recorded.uses, gradients),
+            free_graph=one_vector and free_graph,
         )
         return layout, chain([first], vectors), gradients
 
@@ -87,8 +92,9 @@ class Layouts:
         """Measure the examples' rows, by two backward passes, for all output vectors at once."""
         outputs = recorded.outputs.detach()
         vector = random_vector(outputs, Generator(outputs.device).manual_seed(self.seed))
-        gradients = recorded.gradients(vector, last=False)
-        return replace(find_example_rows(recorded, num_examples, vector, gradients), unseen=())
+        # Not kept, or two sets of gradients would live at once.
+        before = signatures(recorded.uses, recorded.gradients(vector, last=False))
+        return replace(find_example_rows(recorded, num_examples, vector, before), unseen=())
 
 
 def _aligned(inputs: Any, num_examples: int) -> bool:
