@@ -204,8 +204,8 @@ def find_example_rows(
         recorded: The forward pass.
         num_examples: Number of examples in the batch; the outputs' first axis holds as many rows of
             one as of another.
-        vector: The output vector to try. A row that gets no gradient from it may be given to any
-            example.
+        vector: The output vector to try, which is written over. A row that gets no gradient from it
+            may be given to any example.
         before: The signatures of this vector's gradients.
         free_graph: Whether nothing else will be back-propagated.
 
@@ -287,27 +287,29 @@ def _owners(
     lowest, exponents = min((_EXPONENTS[b.dtype] for b in before), key=lambda w: w[1])
     base = 2 * exponents
     owners = [torch.zeros_like(of_use.sums, dtype=torch.long) for of_use in before]
-    examples = torch.arange(num_examples)
+    examples, weights = torch.arange(num_examples), torch.ones(num_examples, dtype=torch.float64)
     places = max(1, math.ceil(math.log(num_examples, base) - 1e-9))
     for place in range(places):
         digits = examples // base**place % base
         sizes = torch.exp2((digits % exponents + lowest).double())
-        weighted = _by_example(vector, torch.where(digits < exponents, sizes, -sizes))
+        # In place, from one weight to the next: outputs may be the largest tensor of all.
+        before_it, weights = weights, torch.where(digits < exponents, sizes, -sizes)
+        parts = vector.view(num_examples, -1)
+        parts.mul_((weights / before_it).to(parts)[:, None])
         last = free_graph and place == places - 1
-        for index, gradient in enumerate(recorded.gradients(weighted, last=last)):
-            after = _signatures(recorded.uses[index], gradient)
-            digit = _digit(before[index], after.sums, lowest, exponents)
+        after = [
+            _signatures(use, gradient).sums
+            for use, gradient in zip(
+                recorded.uses, recorded.gradients(vector, last=last), strict=True
+            )
+        ]
+        for index, sums in enumerate(after):
+            digit = _digit(before[index], sums, lowest, exponents)
             known = (owners[index] >= 0) & (digit >= 0)
             owners[index] = torch.where(
                 known, owners[index] + digit * base**place, torch.minimum(owners[index], digit)
             )
     return owners
-
-
-def _by_example(vector: Tensor, weights: Tensor) -> Tensor:
-    """Multiply each example's part of an output vector by its weight."""
-    parts = vector.reshape(len(weights), -1)
-    return (parts * weights.to(parts)[:, None]).view_as(vector)
 
 
 def _leading(use: Use) -> int:

@@ -82,7 +82,7 @@ class Layouts:
         layout = find_example_rows(
             recorded,
             num_examples,
-            first,
+            first.clone(memory_format=torch.contiguous_format),
             signatures(recorded.uses, gradients),
             free_graph=one_vector and free_graph,
         )
