@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from rotate_ewc._utils.tree import same
+
 AS_FOUND: Final = object()
 
 
@@ -60,7 +62,8 @@ def undisturbed(
     Inside, every submodule is in eval mode and the given parameters require gradients. On the way
     out each submodule's mode, each parameter's `requires_grad`, the values of buffers, and the
     random states of torch (CPU and the parameters' devices), Python and NumPy are restored, also
-    after an exception. A buffer in whose place the model has put another one stays replaced.
+    after an exception. What `torch.compile` has compiled runs as it was written meanwhile (torch
+    2.6 or later), and need not be compiled again, neither for the evaluation nor after it. A buffer in whose place the model has put another one stays replaced.
 
     All of these are shared by the threads of a process. Where several are inside at once, they are
     restored when the last one leaves; what other threads draw at random meanwhile is drawn again.
@@ -75,6 +78,7 @@ def undisturbed(
     return kept(
         [
             *_random_states(devices),
+            *_compilation(),
             *map(_eval_mode, modules),
             *map(_requiring_gradients, tensors),
             *([] if model is None else map(_buffer, model.buffers())),
@@ -156,6 +160,22 @@ def _forget(setting: Setting, visit: _Visit) -> None:
         _VISITS.pop(setting.key, None)
 
 
+def _compilation() -> Iterator[Setting]:
+    """Whether compiled code is run; without torch's compiler in memory there is none."""
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        yield Setting("compilation", *map(torch.compiler.disable, (_run_eagerly, _leave_stance)))
+
+
+def _run_eagerly() -> AbstractContextManager[None]:
+    # To make it is to enter it already.
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _leave_stance(stance: AbstractContextManager[None]) -> None:
+    stance.__exit__(None, None, None)
+
+
 def _eval_mode(module: nn.Module) -> Setting:
     def write(training: bool) -> None:
         module.training = training
@@ -176,15 +196,21 @@ def _buffer(buffer: Tensor) -> Setting:
     """A few buffers change in eval mode too, such as counters of calls."""
 
     def read() -> Tensor | None:
-        return None if is_lazy(buffer) else buffer.detach().clone()
+        without_numbers = is_lazy(buffer) or buffer.is_meta
+        return None if without_numbers else buffer.detach().clone()
 
     @torch.no_grad()
     def write(value: Tensor | None) -> None:
         # Only where it is needed: a graph that the buffer is part of would notice.
-        if value is not None and buffer.shape == value.shape and not torch.equal(buffer, value):
+        if value is not None and not same(buffer, value) and _fits(buffer, value):
             buffer.copy_(value)
 
     return Setting(("buffer", id(buffer)), read, write)
+
+
+def _fits(buffer: Tensor, value: Tensor) -> bool:
+    """Whether a buffer has the shape that it had; nested ones cannot change theirs."""
+    return buffer.is_nested or buffer.shape == value.shape
 
 
 def _random_states(devices: Iterable[torch.device]) -> Iterator[Setting]:

@@ -35,6 +35,7 @@ RULES: Final[Mapping[Callable[..., Any], Rule]] = {
     Tensor.matmul: matmul,
     torch.mm: matmul,
     Tensor.mm: matmul,
+    torch.sparse.mm: matmul,
     torch.addmm: addmm,
     torch.conv1d: convolution(1),
     torch.conv2d: convolution(2),

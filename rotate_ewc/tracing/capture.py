@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from rotate_ewc._utils.messages import left_out, parameters_are, quoted
 from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc._utils.tree import tensors_in
 from rotate_ewc.errors import NotFiniteError
@@ -92,6 +93,12 @@ def record_forward(
     recorder = Recorder(parameters, constants)
     with torch.enable_grad(), recorder:
         outputs = forward()
+    if recorder.impossible:
+        told = [
+            f"parameter {quoted(sorted(names))}: {reason}"
+            for reason, names in recorder.impossible.items()
+        ]
+        raise ValueError("; ".join(told))
     if not isinstance(outputs, Tensor):
         raise TypeError(f"model returned {type(outputs).__name__}; expected a tensor")
     if not outputs.is_floating_point():
@@ -108,12 +115,12 @@ def record_forward(
     )
     kept = [i for i, edge in enumerate(recorder.edges) if edge.node in nodes]
     uses = tuple(recorder.uses[i] for i in kept)
-    for use in uses:
-        if not use.unmodified:
-            raise ValueError(
-                f"the input of the layer of {use.name!r} was modified in place after the layer "
-                f"used it, so its activations are lost; make that operation out-of-place"
-            )
+    modified = list(dict.fromkeys(use.name for use in uses if not use.unmodified))
+    if modified:
+        raise ValueError(
+            f"the input of the layer of {quoted(modified)} was modified in place after the layer "
+            f"used it, so its activations are lost; make that operation out-of-place"
+        )
     edges = tuple(recorder.edges[i] for i in kept)
     return ForwardPass(outputs, uses, edges, recorder.computed, without_rule)
 
@@ -204,10 +211,10 @@ class BatchCapturer:
         if self.unsupported is None:
             self.unsupported = recorded.unsupported
         elif recorded.unsupported - self.unsupported:
-            names = ", ".join(map(repr, sorted(recorded.unsupported - self.unsupported)))
+            names = sorted(recorded.unsupported - self.unsupported)
             raise ValueError(
-                f"parameter {names} is used by an operation without a rule, but was not in the "
-                f"first batch; leave it out (params, or exclude)"
+                f"{parameters_are(names)} used by an operation without a rule, but not so in the "
+                f"first batch; {left_out(names)}"
             )
         return recorded
 
@@ -296,7 +303,7 @@ def count_examples(inputs: Any, batch_size_fn: Callable[[Any], int] | None) -> i
     if batch_size_fn is not None:
         count = batch_size_fn(inputs)
     elif (first := next(tensors_in(inputs), None)) is not None and first.ndim > 0:
-        count = first.shape[0]
+        count = len(first)
     else:
         raise TypeError(
             f"the number of examples in inputs of type {type(inputs).__name__} is not obvious; "

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from rotate_ewc._utils.out_of_memory import is_out_of_memory
-from rotate_ewc._utils.tree import same, tensors_in, to_device, version_of
+from rotate_ewc._utils.tree import parts_of, same, tensors_in, to_device, version_of
 from rotate_ewc._utils.warnings import add_note
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.tracing.capture import BatchCapturer, CapturedBatch
@@ -286,7 +286,7 @@ def _storages(batch: Batch, captured: CapturedBatch) -> dict[int, int]:
     tensors += [use.call.input for use in captured.uses]
     tensors += captured.inputs
     tensors += tensors_in((batch.inputs, batch.targets))
-    return dict(map(_memory, tensors))
+    return dict(_memory(part) for tensor in tensors for part in parts_of(tensor))
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:

@@ -76,7 +76,9 @@ def _by_example(
     """
     rows = len(vector) // num_examples
     tensors = list(tensors_in(inputs))
-    can_be_cut = bool(tensors) and all(t.ndim and len(t) == num_examples for t in tensors)
+    can_be_cut = bool(tensors) and all(
+        t.layout is torch.strided and t.ndim and len(t) == num_examples for t in tensors
+    )
     for example in range(num_examples):
         own = slice(example * rows, (example + 1) * rows)
         if can_be_cut:

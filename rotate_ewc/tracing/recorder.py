@@ -32,6 +32,11 @@ _BLANK: Final = frozenset(
 _EXPANDING: Final = frozenset({Tensor.expand, Tensor.expand_as, torch.broadcast_to})
 _REPEATING: Final = frozenset({Tensor.expand, Tensor.repeat, torch.broadcast_to})
 
+_NESTED: Final = (
+    "the layer's input is a nested tensor; pad it, with torch.nested.to_padded_tensor(x, 0.0), and "
+    "mask what was added"
+)
+
 # How functions of torch.nn.functional ask whether somebody wants to see them called.
 _DISPATCH_CHECKS: Final = (
     "has_torch_function",
@@ -187,6 +192,7 @@ class Recorder(TorchFunctionMode):
         edges: An edge to the output of every use.
         computed: Tensors computed from tracked parameters and constants alone, by key.
         refusals: Uses by operations that have no rule.
+        impossible: Parameters that were used in a way that no setting allows, by the reason.
         hidden: Names of parameters that were used while gradients were off.
         data_nodes: For the autograd node of every operation that used parameters and data, whether
             it has a rule or not, the nodes that its data came from.
@@ -204,6 +210,7 @@ class Recorder(TorchFunctionMode):
         self.edges: list[GradientEdge] = []
         self.computed: dict[str, Computed] = {}
         self.refusals: list[Refusal] = []
+        self.impossible: dict[str, set[str]] = {}
         self.hidden: set[str] = set()
         self.data_nodes: dict[Any, list[Any]] = {}
         self._names = {id(tensor): name for name, tensor in parameters.items()}
@@ -250,6 +257,8 @@ class Recorder(TorchFunctionMode):
         if computing:
             self._note_computed(outputs, sources)
             return result
+        if use is not None and not _is_regular(outputs[0], use.call.input):
+            use = None
         edge = _output_edge(func, outputs[0])
         self.data_nodes[edge.node] = [node for node in data_nodes if node is not None]
         if use is None:
@@ -312,7 +321,9 @@ class Recorder(TorchFunctionMode):
         try:
             call = None if rule is None else rule(self._is_parameter, *args, **kwargs)
         except ValueError as error:
-            raise ValueError(f"parameter {listed(sources)}: {error}") from error
+            # Others may follow that are refused for the same reason.
+            self.impossible.setdefault(str(error), set()).update(sources)
+            call = None
         except TypeError:  # arguments that the rule does not know
             call = None
         if call is None or self._is_parameter(call.input):
@@ -321,8 +332,13 @@ class Recorder(TorchFunctionMode):
         known = [self._sources[id(t)] for t in (call.weight, call.bias) if id(t) in self._sources]
         if frozenset[str]().union(*known) != sources:
             return None
-        detached = replace(call, input=call.input.detach())
-        return Use(weight, bias, detached, version_of(call.input))
+        layer_input = call.input.detach()
+        if layer_input.is_nested:
+            self.impossible.setdefault(_NESTED, set()).update(sources)
+            return None
+        if layer_input.layout is not torch.strided:
+            layer_input = layer_input.to_dense()
+        return Use(weight, bias, replace(call, input=layer_input), version_of(layer_input))
 
 
 def back_propagate(
@@ -352,6 +368,12 @@ def back_propagate(
             allow_unused=True,
         )
     return [None if gradient is None else gradient.detach() for gradient in gradients]
+
+
+def _is_regular(output: Tensor, layer_input: Tensor) -> bool:
+    """Whether rules know such tensors; those of complex numbers would need conjugates."""
+    is_complex = output.is_complex() or layer_input.is_complex()
+    return output.layout is torch.strided and not is_complex
 
 
 def _output_edge(func: Callable[..., Any], output: Tensor) -> GradientEdge:
@@ -386,8 +408,3 @@ def _opened(func: FunctionType) -> Callable[..., Any]:
     )
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy
-
-
-def listed(names: Iterable[str]) -> str:
-    """Return the names of parameters as messages show them."""
-    return ", ".join(repr(name) for name in sorted(names))
