@@ -62,7 +62,7 @@ def _check_tensors(named: Mapping[str, Any]) -> None:
     }
     if kinds:
         got = [f"{name!r} is {kind}" for name, kind in kinds.items()]
-        raise TypeError(f"params {listed(got)}; expected floating-point tensors")
+        raise TypeError(f"params {listed(got)}; expected a floating-point tensor")
     if inference := [name for name, tensor in named.items() if tensor.is_inference()]:
         raise ValueError(
             f"{parameters_are(inference)} made in inference mode, and can have no gradients; "

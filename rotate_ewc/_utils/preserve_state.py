@@ -62,8 +62,10 @@ def undisturbed(
     Inside, every submodule is in eval mode and the given parameters require gradients. On the way
     out each submodule's mode, each parameter's `requires_grad`, the values of buffers, and the
     random states of torch (CPU and the parameters' devices), Python and NumPy are restored, also
-    after an exception. What `torch.compile` has compiled runs as it was written meanwhile (torch
-    2.6 or later), and need not be compiled again, neither for the evaluation nor after it. A buffer in whose place the model has put another one stays replaced.
+    after an exception. A buffer in whose place the model has put another one stays replaced.
+
+    What `torch.compile` has compiled runs as it was written meanwhile (with torch 2.6 or later), so
+    that nothing is compiled for the evaluation, or again after it.
 
     All of these are shared by the threads of a process. Where several are inside at once, they are
     restored when the last one leaves; what other threads draw at random meanwhile is drawn again.

@@ -9,7 +9,9 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
+from rotate_ewc._utils.messages import left_out
 from rotate_ewc._utils.numerics import check_trace
+from rotate_ewc._utils.out_of_memory import advising
 from rotate_ewc._utils.validation import as_non_negative_number
 from rotate_ewc.curvature.matching import common_shapes, matching_blocks
 from rotate_ewc.curvature.operator import EKFACLinearOperator
@@ -42,6 +44,7 @@ def merge(
     Raises:
         ValueError: If shapes or blocks of a parameter do not fit together, or a sum is not finite,
             naming it.
+        MemoryError: If there is not enough memory, naming the factor.
         TypeError: If something is not an operator, or a weight not a number.
     """
     operators = list(operators)
@@ -56,7 +59,11 @@ def merge(
     checked = [as_non_negative_number(f"weights[{i}]", w) for i, w in enumerate(checked)]
     groups = matching_blocks(operators, checked)
     shapes = common_shapes(operators, groups)
-    blocks = [_merge_blocks(group, shapes[group[0].parameters[0]]) for group in groups]
+    blocks = []
+    for group in groups:
+        names = group[0].parameters
+        with advising(left_out(names)):
+            blocks.append(_merge_blocks(group, shapes[names[0]]))
     num_data = sum(operator.num_data for operator in operators)
     provenance = structs.replace(operators[-1].provenance, num_data=num_data)
     return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)

@@ -15,6 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from rotate_ewc._utils.messages import left_out
 from rotate_ewc._utils.numerics import check_finite, statistics_dtype, without_autocast
 from rotate_ewc._utils.out_of_memory import is_out_of_memory
 from rotate_ewc.estimation.factors import KroneckerFactors
@@ -193,6 +194,12 @@ class Microbatch:
         """The block's name."""
         return self.plan.key.label
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters of the block, and of the one that follows it."""
+        follower = self.plan.follower
+        return (*self.plan.key.parameters, *(follower.parameters if follower else ()))
+
     def by_vector(self) -> Iterator[Microbatch]:
         """Yield the same examples with every output vector by itself."""
         for vector in self.vectors:
@@ -312,7 +319,7 @@ def in_halves(microbatch: Microbatch, add: Callable[[Microbatch], None]) -> None
         raise MemoryError(
             f"out of memory in the work on a single example for the block of {microbatch.label!r} "
             f"({reason}); pass a smaller memory_budget, so that less is kept meanwhile, use "
-            f"smaller batches, or leave the parameter out (exclude, or params)"
+            f"smaller batches, or {left_out(microbatch.names)}"
         )
     for half in halves:
         in_halves(half, add)

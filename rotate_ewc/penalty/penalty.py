@@ -334,7 +334,13 @@ class EKFACPenalty(ConsolidatedTasks):
         """Divide outputs by the temperature."""
         if self.temperature == 1.0:
             return forward
-        return lambda inputs: forward(inputs) / self.temperature
+
+        def softened(inputs: Any) -> Any:
+            outputs = forward(inputs)
+            # Others are refused where it is said how to make them tensors.
+            return outputs / self.temperature if isinstance(outputs, Tensor) else outputs
+
+        return softened
 
     def _fold_in(
         self,

@@ -10,11 +10,12 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from rotate_ewc._utils.messages import left_out, parameters_are, quoted
 from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc._utils.tree import tensors_in
+from rotate_ewc._utils.warnings import add_note
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.layers import Factors
 from rotate_ewc.losses import Likelihood
@@ -22,6 +23,7 @@ from rotate_ewc.options import EstimationSettings, Unsupported
 from rotate_ewc.tracing.autograd_graph import reachable_nodes, unsupported_parameters
 from rotate_ewc.tracing.block_plan import BlockPlan, plan_blocks
 from rotate_ewc.tracing.example_axis import ExampleAxis, find_example_axes
+from rotate_ewc.tracing.forward_advice import advice_for_inputs, advice_for_outputs
 from rotate_ewc.tracing.per_example import add_squares, squares_like
 from rotate_ewc.tracing.recorder import Computed, ForwardPass, Recorder, Use
 
@@ -71,7 +73,8 @@ class CapturedBatch:
 
 
 def record_forward(
-    forward: Callable[[], Tensor],
+    forward: Callable[[Any], Tensor],
+    inputs: Any,
     parameters: Mapping[str, Tensor],
     *,
     constants: Iterable[Tensor] = (),
@@ -80,7 +83,8 @@ def record_forward(
     """Run a forward pass and record every use of the given parameters.
 
     Args:
-        forward: Runs the model and returns its outputs.
+        forward: From a batch's inputs to the model's outputs.
+        inputs: The batch's inputs.
         parameters: The tensors to look for, by name; they must require gradients.
         constants: Tensors that do not depend on the data, such as buffers.
         unsupported: What to do about uses that have no rule.
@@ -92,7 +96,7 @@ def record_forward(
     """
     recorder = Recorder(parameters, constants)
     with torch.enable_grad(), recorder:
-        outputs = forward()
+        outputs = _outputs(forward, inputs)
     if recorder.impossible:
         told = [
             f"parameter {quoted(sorted(names))}: {reason}"
@@ -100,7 +104,8 @@ def record_forward(
         ]
         raise ValueError("; ".join(told))
     if not isinstance(outputs, Tensor):
-        raise TypeError(f"model returned {type(outputs).__name__}; expected a tensor")
+        advice = advice_for_outputs(outputs, inputs, forward)
+        raise TypeError(f"model returned {type(outputs).__name__}; expected a tensor: {advice}")
     if not outputs.is_floating_point():
         raise TypeError(f"model returned dtype {outputs.dtype}; expected floating-point")
     nodes = reachable_nodes(outputs.grad_fn)
@@ -123,6 +128,16 @@ def record_forward(
         )
     edges = tuple(recorder.edges[i] for i in kept)
     return ForwardPass(outputs, uses, edges, recorder.computed, without_rule)
+
+
+def _outputs(forward: Callable[[Any], Any], inputs: Any) -> Any:
+    """Run a model, and note on its errors that it may not take a dictionary."""
+    try:
+        return forward(inputs)
+    except Exception as error:
+        if isinstance(forward, nn.Module) and (advice := advice_for_inputs(inputs)):
+            add_note(error, advice)
+        raise
 
 
 @dataclass
@@ -203,7 +218,8 @@ class BatchCapturer:
         """Run the model, and check that its unsupported parameters are always the same."""
         given = {id(tensor) for tensor in tensors_in(inputs)}
         recorded = record_forward(
-            lambda: self.forward(inputs),
+            self.forward,
+            inputs,
             self.parameters,
             constants=[tensor for tensor in self.constants if id(tensor) not in given],
             unsupported=self.settings.unsupported,
@@ -303,7 +319,7 @@ def count_examples(inputs: Any, batch_size_fn: Callable[[Any], int] | None) -> i
     if batch_size_fn is not None:
         count = batch_size_fn(inputs)
     elif (first := next(tensors_in(inputs), None)) is not None and first.ndim > 0:
-        count = len(first)
+        count = first.size(0)
     else:
         raise TypeError(
             f"the number of examples in inputs of type {type(inputs).__name__} is not obvious; "

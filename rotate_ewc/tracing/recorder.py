@@ -243,6 +243,9 @@ class Recorder(TorchFunctionMode):
         data_nodes = [t.grad_fn for t in tensors if not self._is_parameter(t)]
         # Before it runs, since what is refused may change what it uses.
         use = None if computing or not sources else self._read(func, args, kwargs, sources)
+        if self.impossible and kwargs.get("max_norm") is not None:
+            # What has been refused is not to rescale its weights any more.
+            kwargs = {**kwargs, "max_norm": None}
         result = func(*args, **kwargs)
         if expanding:
             self._expanded[id(result)] = (result, args[0])

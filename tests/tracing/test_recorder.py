@@ -180,7 +180,7 @@ def test_added_keys_of_attention_are_refused_by_name() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x, x, x)[0]
 
-    with pytest.raises(ValueError, match=r"'inner.bias_[kv]' is used by the operation torch.cat"):
+    with pytest.raises(ValueError, match=r"'inner.bias_[kv]'.* used by the operation torch.cat"):
         estimate(Attention(), [(seeded(3, 2, 4), seeded(3, 2, 4))])
 
 
@@ -209,7 +209,7 @@ def test_uses_that_change_between_batches() -> None:
         return F.linear(x, layer.weight)
 
     data = [(seeded(4, 4), seeded(4, 2)), (seeded(2, 4), seeded(2, 2))]
-    with pytest.raises(ValueError, match=r"batch 1 .*'weight' is used by .* not in the first"):
+    with pytest.raises(ValueError, match=r"batch 1 .*'weight' is used by .* not so in the first"):
         estimate(Layer(use, 5, 4), data, unsupported="diagonal")
 
     def other(layer: Layer, x: Tensor) -> Tensor:
