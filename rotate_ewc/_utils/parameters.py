@@ -206,23 +206,39 @@ def fits(name: str, parameters: Mapping[str, Tensor], anchor: Tensor) -> bool:
 def protected_slice(name: str, parameters: Mapping[str, Tensor], anchor: Tensor) -> Tensor:
     """Return the leading slice of a parameter that existed when its anchor was set."""
     parameter = parameters.get(name)
-    if parameter is None:
-        raise ValueError(
-            f"parameter {name!r} is protected by the penalty, but the model has no such parameter; "
-            f"expected the model that was consolidated, or one grown from it (strict=False leaves "
-            f"such parameters out)"
-        )
-    if parameter.device != anchor.device:
-        raise ValueError(
-            f"parameter {name!r} is on {parameter.device}, but the penalty on {anchor.device}; "
-            f"call penalty.to({str(parameter.device)!r})"
-        )
+    if parameter is None or parameter.device != anchor.device:
+        raise ValueError(misfits({name: anchor}, parameters))
     if parameter.shape == anchor.shape:
         return parameter
     if not fits(name, parameters, anchor):
-        raise ValueError(
-            f"parameter {name!r} has shape {list(parameter.shape)}, but the penalty protects "
-            f"{list(anchor.shape)}; expected at least that size along every axis (strict=False "
-            f"leaves such parameters out)"
-        )
+        raise ValueError(misfits({name: anchor}, parameters))
     return parameter[tuple(slice(size) for size in anchor.shape)]
+
+
+def misfits(anchors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> str:
+    """Say which parameters a penalty protects that the model has not, or not as they were."""
+    told = []
+    if missing := [name for name in anchors if name not in parameters]:
+        told.append(
+            f"{parameters_are(missing)} protected by the penalty, but the model has no such "
+            f"parameter; expected the model that was consolidated, or one grown from it "
+            f"(strict=False leaves such parameters out)"
+        )
+    present = {name: (parameters[name], a) for name, a in anchors.items() if name in parameters}
+    if elsewhere := [name for name, (p, anchor) in present.items() if p.device != anchor.device]:
+        parameter, anchor = present[elsewhere[0]]
+        told.append(
+            f"{parameters_are(elsewhere)} on {parameter.device}, but the penalty on "
+            f"{anchor.device}; call penalty.to({str(parameter.device)!r})"
+        )
+    smaller = [
+        f"parameter {name!r} has shape {list(p.shape)}, but the penalty protects {list(a.shape)}"
+        for name, (p, a) in present.items()
+        if not fits(name, parameters, a)
+    ]
+    if smaller:
+        told.append(
+            f"{listed(smaller)}; expected at least that size along every axis (strict=False leaves "
+            f"such parameters out)"
+        )
+    return "; ".join(told)

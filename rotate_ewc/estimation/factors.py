@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotate_ewc._utils.messages import left_out
+from rotate_ewc._utils.messages import left_out, listed
 from rotate_ewc._utils.numerics import statistics_dtype, underflowed
 from rotate_ewc._utils.out_of_memory import advising, naming_matrix
 from rotate_ewc.layers import Form
@@ -115,14 +115,18 @@ def _empty_block(
 
 
 def _check_partition(keys: Iterable[BlockKey]) -> None:
-    """Raise if a joint block would claim a parameter that another block claims too."""
-    owners: dict[str, BlockKey] = {}
+    """Raise if joint blocks would claim parameters that other blocks claim too."""
+    owners: dict[str, list[BlockKey]] = {}
     for key in keys:
         for name in key.parameters:
-            if name in owners:
-                raise ValueError(
-                    f"parameter {name!r} is used in different pairs of weight and bias "
-                    f"({owners[name].label!r} and {key.label!r}), which have no joint block; "
-                    f"pass separate_weight_and_bias=True"
-                )
-            owners[name] = key
+            owners.setdefault(name, []).append(key)
+    told = [
+        f"parameter {name!r} is used in different pairs of weight and bias "
+        f"({' and '.join(repr(key.label) for key in several)})"
+        for name, several in owners.items()
+        if len(several) > 1
+    ]
+    if told:
+        raise ValueError(
+            f"{listed(told)}, which have no joint block; pass separate_weight_and_bias=True"
+        )

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc._utils.parameters import fits, protected_slice
+from rotate_ewc._utils.messages import parameters_are
+from rotate_ewc._utils.parameters import fits, misfits, protected_slice
 from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.options import Mode, Weighting
 from rotate_ewc.penalty.state import PenaltyState
@@ -93,26 +94,32 @@ class ConsolidatedTasks(nn.Module):
             ValueError: If one is missing, or smaller than it was.
         """
         found: dict[str, Tensor] = {}
-        for stack in self._stacks:
-            for key, name, anchor in stack.members:
-                whole = self._protected(name, parameters, anchor[0])
-                if whole is not None:
-                    found[key] = whole
+        left_out: dict[str, None] = {}
+        try:
+            for stack in self._stacks:
+                for key, name, anchor in stack.members:
+                    if self.strict or fits(name, parameters, anchor[0]):
+                        found[key] = protected_slice(name, parameters, anchor[0])
+                    else:
+                        left_out[name] = None
+        except ValueError:
+            raise ValueError(misfits(self._wanted(parameters), parameters)) from None
+        if not self._left_out.issuperset(left_out):
+            self._left_out.update(left_out)
+            warn_user(
+                f"{parameters_are(left_out)} missing in the model, or smaller than when "
+                f"consolidated, and not protected any more (strict=False)"
+            )
         return found
 
-    def _protected(
-        self, name: str, parameters: Mapping[str, Tensor], anchor: Tensor
-    ) -> Tensor | None:
-        """Return the protected slice of a parameter; None for one that is left out."""
-        if self.strict or fits(name, parameters, anchor):
-            return protected_slice(name, parameters, anchor)
-        if name not in self._left_out:
-            self._left_out.add(name)
-            warn_user(
-                f"parameter {name!r} is missing in the model, or smaller than when it was "
-                f"consolidated, and is not protected any more (strict=False)"
-            )
-        return None
+    def _wanted(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the anchors of the parameters that must be there."""
+        return {
+            name: anchor[0]
+            for stack in self._stacks
+            for _, name, anchor in stack.members
+            if self.strict or fits(name, parameters, anchor[0])
+        }
 
     def _replace_terms(self, terms: Sequence[Term], num_tasks: int, last_examples: int) -> None:
         terms, stacks = stack_terms(terms)

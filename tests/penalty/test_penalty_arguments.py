@@ -351,8 +351,8 @@ def test_missing_parameters_are_left_out_with_one_warning() -> None:
     expected = learned(linear(bias=True), include=["weight"])
     with pytest.warns(
         UserWarning,
-        match=r"^parameter 'bias' is missing in the model, or smaller than when it was "
-        r"consolidated, and is not protected any more \(strict=False\)$",
+        match=r"^parameter 'bias' is missing in the model, or smaller than when "
+        r"consolidated, and not protected any more \(strict=False\)$",
     ):
         value = penalty(without(model, "bias"))
     assert_close(value, expected(model))

@@ -468,7 +468,9 @@ def test_data_that_were_made_in_inference_mode() -> None:
 def test_parameters_that_were_made_in_inference_mode() -> None:
     with torch.inference_mode():
         model = net()
-    message = r"parameters '0\.weight', .* are made in inference mode.* outside of torch\.inference_mode"
+    message = (
+        r"parameters '0\.weight', .* are made in inference mode.* outside of torch\.inference_mode"
+    )
     with pytest.raises(ValueError, match=message):
         estimate(model, batches())
     with pytest.raises(ValueError, match=message):
