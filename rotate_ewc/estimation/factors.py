@@ -92,15 +92,19 @@ def _advice(
     factors: Mapping[BlockKey, KroneckerFactors], leaders: Mapping[BlockKey, BlockKey]
 ) -> str:
     """Return what to do where memory runs out: without the largest sides there is more."""
-    sides = {key: _largest_side(factors[leaders.get(key, key)]) for key in factors}
+    # A bias that follows a weight has the same gradient factor.
+    shared = {key: factors[leader].gradient_covariance for key, leader in leaders.items()}
+    sides = {
+        key: _largest(t.activation_covariance, shared.get(key, t.gradient_covariance))
+        for key, t in factors.items()
+    }
     largest = max(sides.values(), default=0)
     names = [name for key, side in sides.items() if side == largest for name in key.parameters]
     lower = any(total.template.dtype is torch.float64 for total in factors.values())
     return left_out(names) + (", or use a model in float32 (model.float())" if lower else "")
 
 
-def _largest_side(total: KroneckerFactors) -> int:
-    sides = (total.gradient_covariance, total.activation_covariance)
+def _largest(*sides: OuterProducts | None) -> int:
     return max((side.diagonal.shape[1] for side in sides if side is not None), default=0)
 
 

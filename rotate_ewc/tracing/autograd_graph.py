@@ -103,8 +103,9 @@ def _hidden_message(names: frozenset[str]) -> str:
     return (
         f"{parameters_are(sorted(names))} used while gradients are off, perhaps by an "
         f"autograd.Function that finds its gradient by itself, as torch.utils.checkpoint does "
-        f"with use_reentrant=True; pass use_reentrant=False there, unsupported='skip' to protect "
-        f"only the others, or {left_out(sorted(names))}"
+        f"with use_reentrant=True; pass use_reentrant=False there. Where no other parameter comes "
+        f"before them, pass unsupported='skip' to protect only the others, or "
+        f"{left_out(sorted(names))}"
     )
 
 
