@@ -220,3 +220,19 @@ def test_a_bias_with_few_examples() -> None:
     basis = block.gradient_basis[0]
     assert_close_and_not_zero(basis @ torch.diag(block.eigenvalues[0, :, 0]) @ basis.T, exact)
     assert int((block.eigenvalues > 1e-12 * block.eigenvalues.max()).sum()) == 4
+
+
+def test_no_room_for_the_sum_names_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves the vectors that were collected."""
+    total = collected([vectors(1, 2, 1)])
+    before = total.diagonal.clone()
+
+    def fails(tensor: Tensor, *size: int) -> Tensor:
+        raise RuntimeError("can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_zeros", fails)
+        message = r"^out of memory in the sum of outer products, a matrix \[6, 6\] of 288 bytes \("
+        with pytest.raises(MemoryError, match=message):
+            total.add(vectors(1, 4, 1))
+    assert torch.equal(total.diagonal, before)
