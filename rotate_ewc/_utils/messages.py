@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 _MOST: Final = 10
@@ -22,10 +22,17 @@ def quoted(names: Iterable[str]) -> str:
 
 def parameters_are(names: Iterable[str]) -> str:
     """Return the subject of a sentence on parameters, and its verb."""
-    named = list(names)
-    if len(named) == 1:
-        return f"parameter {named[0]!r} is"
-    return f"parameters {quoted(named)} are"
+    return _about(list(names), "is", "are")
+
+
+def parameters_have(names: Iterable[str]) -> str:
+    """Return the subject of another sentence on parameters, and its verb."""
+    return _about(list(names), "has", "have")
+
+
+def _about(names: Sequence[str], verb: str, plural: str) -> str:
+    one = len(names) == 1
+    return f"parameter{'' if one else 's'} {quoted(names)} {verb if one else plural}"
 
 
 def left_out(names: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from rotate_ewc._utils.messages import listed, quoted
+from rotate_ewc._utils.messages import listed, parameters_have
 from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.linalg.block import Block
 
@@ -101,7 +101,7 @@ def _check_kinds(blocks: Iterable[Block], kinds: Mapping[str, BlockKind]) -> Non
                 )
     if joint:
         raise ValueError(
-            f"parameter {quoted(joint)} has a block of its own in one operator and a joint block "
+            f"{parameters_have(joint)} a block of its own in one operator and a joint block "
             f"in another; estimate both with the same separate_weight_and_bias"
         )
     if others:

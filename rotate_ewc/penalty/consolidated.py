@@ -94,20 +94,20 @@ class ConsolidatedTasks(nn.Module):
             ValueError: If one is missing, or smaller than it was.
         """
         found: dict[str, Tensor] = {}
-        left_out: dict[str, None] = {}
+        left_out: set[str] = set()
         try:
             for stack in self._stacks:
                 for key, name, anchor in stack.members:
                     if self.strict or fits(name, parameters, anchor[0]):
                         found[key] = protected_slice(name, parameters, anchor[0])
                     else:
-                        left_out[name] = None
+                        left_out.add(name)
         except ValueError:
             raise ValueError(misfits(self._wanted(parameters), parameters)) from None
-        if not self._left_out.issuperset(left_out):
-            self._left_out.update(left_out)
+        if new := sorted(left_out - self._left_out):
+            self._left_out.update(new)
             warn_user(
-                f"{parameters_are(left_out)} missing in the model, or smaller than when "
+                f"{parameters_are(new)} missing in the model, or smaller than when "
                 f"consolidated, and not protected any more (strict=False)"
             )
         return found

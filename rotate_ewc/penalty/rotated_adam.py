@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rotate_ewc._utils.messages import listed, quoted
+from rotate_ewc._utils.messages import listed, parameters_have
 from rotate_ewc._utils.parameters import parameters_of
 from rotate_ewc._utils.validation import as_non_negative_number
 from rotate_ewc.penalty.penalty import EKFACPenalty
@@ -170,19 +170,19 @@ class RotatedAdam(Optimizer):
                     continue
                 name = names.get(id(parameter))
                 if name is None:
-                    strangers.append(f"a parameter of shape {list(parameter.shape)}")
+                    strangers.append(str(list(parameter.shape)))
                     continue
                 if parameter.grad.is_sparse:
                     sparse.append(name)
                 found[name] = group
         if strangers:
             raise ValueError(
-                f"{listed(strangers)} is the optimizer's but not the model's; expected an "
-                f"optimizer of the model that it was given"
+                f"{len(strangers)} of the optimizer's parameters, of shape {listed(strangers)}, "
+                f"are none of the model's; expected an optimizer of the model that it was given"
             )
         if sparse:
             raise ValueError(
-                f"parameter {quoted(sparse)} has a sparse gradient; expected a dense one, as of "
+                f"{parameters_have(sparse)} a sparse gradient; expected a dense one, as of "
                 f"torch.nn.Embedding(..., sparse=False)"
             )
         return found

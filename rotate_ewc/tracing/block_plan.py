@@ -206,12 +206,13 @@ def _have_one_use(weight: BlockPlan, bias: BlockPlan) -> bool:
 def _check_pairs(pairs: Iterable[tuple[BlockPlan, BlockPlan]]) -> None:
     """Raise if one of a pair is also used without the other, naming all such pairs."""
     told = [
-        f"parameters {weight.key.weight!r} and {bias.key.weight!r}"
+        f"{weight.key.weight!r} and {bias.key.weight!r}"
         for weight, bias in pairs
         if weight.uses != bias.uses
     ]
     if told:
         raise ValueError(
-            f"{listed(told)} are used in different pairs of weight and bias (one of them also "
-            f"without the other), which have no joint block; pass separate_weight_and_bias=True"
+            f"parameters {listed(told)} are used in different pairs of weight and bias (one of "
+            f"them also without the other), which have no joint block; pass "
+            f"separate_weight_and_bias=True"
         )

@@ -477,7 +477,7 @@ def test_zeros_in_different_forms_are_zero() -> None:
 def test_only_zeros_fit_every_form() -> None:
     joint, separate = of_weight_and_bias(["joint"], 1), of_weight_and_bias(["plain", "bias"], 2)
     zeros = of_weight_and_bias(["plain", "bias"], None)
-    with pytest.raises(ValueError, match="'w' has a block of its own in one operator"):
+    with pytest.raises(ValueError, match="'w', 'b' have a block of its own in one operator"):
         merge([zeros, joint, separate])
 
 
