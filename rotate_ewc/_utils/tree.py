@@ -28,14 +28,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def parts_of(tensor: Tensor) -> list[Tensor]:
     """Return the dense tensors that hold a tensor's numbers: several, if it is sparse or nested."""
     layout = tensor.layout
+    if tensor.is_nested:
+        return list(tensor.unbind())
+    if layout is torch.strided:
+        return [tensor]
     if layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if layout in (torch.sparse_csr, torch.sparse_bsr):
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     if layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    if tensor.is_nested:
-        return list(tensor.unbind())
     return [tensor]
 
 

@@ -98,11 +98,10 @@ def record_forward(
     with torch.enable_grad(), recorder:
         outputs = _outputs(forward, inputs)
     if recorder.impossible:
-        told = [
-            f"parameter {quoted(sorted(names))}: {reason}"
-            for reason, names in recorder.impossible.items()
-        ]
-        raise ValueError("; ".join(told))
+        reasons = recorder.impossible.items()
+        raise ValueError(
+            "; ".join(f"parameter {quoted(sorted(names))}: {why}" for why, names in reasons)
+        )
     if not isinstance(outputs, Tensor):
         advice = advice_for_outputs(outputs, inputs, forward)
         raise TypeError(f"model returned {type(outputs).__name__}; expected a tensor: {advice}")
