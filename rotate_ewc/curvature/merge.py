@@ -65,7 +65,10 @@ def merge(
         with advising(left_out(names)):
             blocks.append(_merge_blocks(group, shapes[names[0]]))
     num_data = sum(operator.num_data for operator in operators)
-    provenance = structs.replace(operators[-1].provenance, num_data=num_data)
+    num_loss_terms = sum(operator.provenance.num_loss_terms for operator in operators)
+    provenance = structs.replace(
+        operators[-1].provenance, num_data=num_data, num_loss_terms=num_loss_terms
+    )
     return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import unwrap
 from itertools import islice
 from typing import Any
 
@@ -24,8 +25,9 @@ from rotate_ewc.tracing.autograd_graph import reachable_nodes, unsupported_param
 from rotate_ewc.tracing.block_plan import BlockPlan, plan_blocks
 from rotate_ewc.tracing.example_axis import ExampleAxis, find_example_axes
 from rotate_ewc.tracing.forward_advice import advice_for_inputs, advice_for_outputs
+from rotate_ewc.tracing.origins import NO_CONSTANTS, Computed, Constants
 from rotate_ewc.tracing.per_example import add_squares, squares_like
-from rotate_ewc.tracing.recorder import Computed, ForwardPass, Recorder, Use
+from rotate_ewc.tracing.recorder import ForwardPass, Recorder, Use
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def record_forward(
     inputs: Any,
     parameters: Mapping[str, Tensor],
     *,
-    constants: Iterable[Tensor] = (),
+    constants: Constants = NO_CONSTANTS,
     unsupported: Unsupported = Unsupported.ERROR,
 ) -> ForwardPass:
     """Run a forward pass and record every use of the given parameters.
@@ -86,7 +88,7 @@ def record_forward(
         forward: From a batch's inputs to the model's outputs.
         inputs: The batch's inputs.
         parameters: The tensors to look for, by name; they must require gradients.
-        constants: Tensors that do not depend on the data, such as buffers.
+        constants: Tensors that do not depend on the data.
         unsupported: What to do about uses that have no rule.
 
     Raises:
@@ -95,8 +97,10 @@ def record_forward(
             observed, and `unsupported` says so; or if a layer's input was modified after its use.
     """
     recorder = Recorder(parameters, constants)
-    with torch.enable_grad(), recorder:
-        outputs = _outputs(forward, inputs)
+    with torch.enable_grad():
+        with recorder:
+            outputs = _outputs(forward, inputs)
+        outputs = recorder.note_outputs(outputs)
     if recorder.impossible:
         reasons = recorder.impossible.items()
         raise ValueError(
@@ -119,6 +123,12 @@ def record_forward(
     )
     kept = [i for i, edge in enumerate(recorder.edges) if edge.node in nodes]
     uses = tuple(recorder.uses[i] for i in kept)
+    changed = sorted({name for use in uses for name in recorder.changed(use)})
+    if changed:
+        raise ValueError(
+            f"what was computed from {quoted(changed)} was modified in place after it was used, so "
+            f"its gradient is lost; make that operation out-of-place"
+        )
     modified = list(dict.fromkeys(use.name for use in uses if not use.unmodified))
     if modified:
         raise ValueError(
@@ -134,7 +144,7 @@ def _outputs(forward: Callable[[Any], Any], inputs: Any) -> Any:
     try:
         return forward(inputs)
     except Exception as error:
-        if isinstance(forward, nn.Module) and (advice := advice_for_inputs(inputs)):
+        if isinstance(unwrap(forward), nn.Module) and (advice := advice_for_inputs(inputs)):
             add_note(error, advice)
         raise
 
@@ -148,7 +158,7 @@ class BatchCapturer:
         likelihood: The distribution behind the loss.
         parameters: The parameters to look for, by name; all must require gradients.
         settings: How to estimate.
-        constants: The model's tensors that are no parameters, such as buffers.
+        constants: The model's tensors that do not depend on the data.
         unsupported: Names of the parameters for whose uses there is no rule; None before the first
             batch.
         known_axes: The example axes of every sequence of layers for which they are proved.
@@ -158,7 +168,7 @@ class BatchCapturer:
     likelihood: Likelihood
     parameters: Mapping[str, Tensor]
     settings: EstimationSettings
-    constants: Sequence[Tensor] = ()
+    constants: Constants = NO_CONSTANTS
     unsupported: frozenset[str] | None = None
     known_axes: dict[tuple[object, ...], list[ExampleAxis]] = field(default_factory=dict)
 
@@ -187,7 +197,7 @@ class BatchCapturer:
         outputs = recorded.outputs.detach()
         outputs = outputs.to(statistics_dtype(outputs.dtype))
         self._check_outputs(outputs, targets, num_examples)
-        normalizer = float(self.likelihood.terms(outputs, targets).sum())
+        normalizer = float(self.likelihood.num_terms(outputs, targets))
         captured, axes = self._without_gradients(recorded, normalizer, num_examples)
         without_rule = self._per_example_parameters() if with_squares else {}
         if not recorded.uses and not without_rule:
@@ -215,21 +225,19 @@ class BatchCapturer:
 
     def _record(self, inputs: Any) -> ForwardPass:
         """Run the model, and check that its unsupported parameters are always the same."""
-        given = {id(tensor) for tensor in tensors_in(inputs)}
         recorded = record_forward(
             self.forward,
             inputs,
             self.parameters,
-            constants=[tensor for tensor in self.constants if id(tensor) not in given],
+            constants=self.constants.without(inputs),
             unsupported=self.settings.unsupported,
         )
         if self.unsupported is None:
             self.unsupported = recorded.unsupported
-        elif recorded.unsupported - self.unsupported:
-            names = sorted(recorded.unsupported - self.unsupported)
+        elif new := sorted(recorded.unsupported - self.unsupported):
             raise ValueError(
-                f"{parameters_are(names)} used by an operation without a rule, but not so in the "
-                f"first batch; {left_out(names)}"
+                f"{parameters_are(new)} used by an operation without a rule, but not so in the "
+                f"first batch; {left_out(new)}"
             )
         return recorded
 

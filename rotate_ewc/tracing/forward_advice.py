@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from inspect import unwrap
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ _FUNCTION: Final = "(for an operator, as model_func)"
 _USUAL_TARGETS: Final = ("labels", "label", "targets", "target", "y")
 
 
-def advice_for_outputs(outputs: Any, inputs: Any, forward: object) -> str:
+def advice_for_outputs(outputs: Any, inputs: Any, forward: Callable[[Any], Any]) -> str:
     """Return what to do about outputs that are no tensor, with a line that takes one of them.
 
     Args:
@@ -22,7 +23,7 @@ def advice_for_outputs(outputs: Any, inputs: Any, forward: object) -> str:
     accessor = _accessor(outputs)
     if accessor is None:
         return f"pass forward=, a function from a batch's inputs to a tensor {_FUNCTION}"
-    unpacked = isinstance(inputs, Mapping) and not isinstance(forward, nn.Module)
+    unpacked = isinstance(inputs, Mapping) and not isinstance(unwrap(forward), nn.Module)
     call = "model(**batch)" if unpacked else "model(batch)"
     return f"pass forward=lambda batch: {call}{accessor} {_FUNCTION}"
 

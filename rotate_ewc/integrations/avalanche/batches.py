@@ -47,14 +47,14 @@ class Minibatches:
         # It may make targets of outputs, such as those of the positions that are no padding.
         with torch.no_grad():
             self._strategy.mb_output = self._strategy.forward()
-            return _loss_arguments(self._strategy)[1]
+            return loss_arguments(self._strategy)[1]
 
 
 def outputs_for(strategy: Any, minibatch: Any) -> Any:
     """Return the outputs that a strategy gives to its loss for an unpacked minibatch."""
     strategy.mbatch = minibatch
     strategy.mb_output = strategy.forward()
-    return _loss_arguments(strategy)[0]
+    return loss_arguments(strategy)[0]
 
 
 def preserved(strategy: Any) -> AbstractContextManager[None]:
@@ -111,7 +111,7 @@ def _has_own(strategy: Any, names: tuple[str, ...]) -> bool:
     )
 
 
-def _loss_arguments(strategy: Any) -> tuple[Any, Any]:
+def loss_arguments(strategy: Any) -> tuple[Any, Any]:
     """Return the outputs and targets that a strategy's `criterion()` gives to its loss."""
     calls: list[tuple[Any, Any]] = []
     loss = torch.zeros(())

@@ -24,15 +24,19 @@ from rotate_ewc.errors import SnapshotError
 from rotate_ewc.integrations.avalanche.batches import (
     Minibatches,
     check_steps,
+    loss_arguments,
     outputs_for,
     preserved,
     whole_task,
 )
+from rotate_ewc.integrations.avalanche.loss_terms import LossTerms
+from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import Choice, Mode, PenaltyOptions
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.rotated_adam import RotatedAdam
 from rotate_ewc.penalty.step_size import StepSizes, check_optimizer, learning_rate_of, step_sizes_of
 from rotate_ewc.penalty.tangent import TangentPenalty
+from rotate_ewc.tracing.capture import count_examples
 
 PROGRESS: Final = "progress"
 
@@ -65,9 +69,11 @@ class RotatedEWCPlugin(SupervisedPlugin):
     evaluation transforms, through the strategy's own `_unpack_minibatch`, `forward` and
     `criterion`. Later experiences are trained under the penalty
 
-        ½ · ewc_lambda · Σ_t (N_t / N_now) (θ - θ*)ᵀ F_t (θ - θ*)
+        ½ · ewc_lambda · Σ_t (M_t / M_now) (θ - θ*)ᵀ F_t (θ - θ*)
 
-    (Avalanche's `EWCPlugin` has no ½ and no example counts: for the same Fisher matrix its
+    with M the numbers of loss terms, such as examples or tokens. Where examples have several, or
+    none, M_now is known after the first epoch; until then it is that of the minibatches so far.
+    (Avalanche's `EWCPlugin` has no ½ and no such numbers: for the same Fisher matrix its
     `ewc_lambda` is half of this one.) Nothing is registered on the model or the optimizer.
 
     Attributes:
@@ -147,6 +153,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self._sub_experiences = 0
         self._waiting, self._waiting_updates = 0.0, 0
         self._learning_rate_checked = False
+        self._loss_terms: LossTerms | None = None
 
     @property
     def ewc_lambda(self) -> float:
@@ -158,6 +165,9 @@ class RotatedEWCPlugin(SupervisedPlugin):
         dataset = whole_task(strategy.experience).dataset
         self.penalty.current_num_data = len(dataset)
         self._learning_rate_checked = False
+        self._loss_terms = None
+        if self.penalty.num_tasks > 0:
+            self._loss_terms = LossTerms(likelihood_of(strategy._criterion))
         if self.update.implicit and self.step_size is None:
             check_optimizer(strategy.optimizer)
         if self._tangent is not None:
@@ -170,6 +180,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Add the penalty to the loss."""
+        self._count_loss_terms(strategy)
         if self.update is Update.PENALTY and self.penalty.num_tasks > 0:
             self._check_learning_rate(strategy.optimizer)
             penalty = self.penalty(strategy.model)
@@ -198,6 +209,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
         or are looking at them, before this one or after it.
         """
         self._implicit_step(strategy)
+        self._tell_loss_terms()
+        self._loss_terms = None
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Consolidate, at the end of a task."""
@@ -224,7 +237,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self.consolidation_seconds = time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the snapshot of the penalty: a flat dictionary of tensors and JSON strings.
+        """Return the snapshot of the penalty: a flat dictionary of tensors and a JSON string.
 
         To be saved between experiences, or between the parts into which an online stream cuts them.
         """
@@ -259,6 +272,20 @@ class RotatedEWCPlugin(SupervisedPlugin):
             )
         if isinstance(optimizer, RotatedAdam):
             optimizer.penalty = self.penalty
+
+    def _count_loss_terms(self, strategy: Any) -> None:
+        """Count the loss terms of a minibatch of the first epoch."""
+        if self._loss_terms is None:
+            return
+        count = count_examples(strategy.mbatch, self.penalty.settings.batch_size_fn)
+        if self._loss_terms.add(*loss_arguments(strategy), count):
+            self._tell_loss_terms()
+
+    def _tell_loss_terms(self) -> None:
+        """Tell the penalty how many loss terms the task has, as far as is known."""
+        mean = 0.0 if self._loss_terms is None else self._loss_terms.per_example()
+        if mean > 0 and self.penalty.current_num_data is not None:
+            self.penalty.current_num_loss_terms = self.penalty.current_num_data * mean
 
     def _implicit_step(self, strategy: Any) -> None:
         """Take the step for all updates since the last one."""
