@@ -146,6 +146,22 @@ def test_what_is_prepared_is_added_without_memory(
     assert_close(found.diagonal, before + given.square().sum(dim=(1, 2)))
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_many_positions_are_added_without_memory(groups: int) -> None:
+    """Where they lie in order, no matrix of each example is made."""
+    given = vectors(groups, 20, 70, size=60)
+    found = collected([given], size=60)
+    assert peak_bytes(lambda: found.add(given)) == 0
+    assert_close(found.diagonal, 2 * given.square().sum(dim=(1, 2)))
+
+
+def test_every_sum_has_a_label() -> None:
+    sums = [collected([vectors(1, 2, 1, seed)]) for seed in range(2)]
+    for labels in (["first"], ["first", "second", "third"]):
+        with pytest.raises(ValueError, match="zip"):
+            eigenvectors(sums, labels)
+
+
 def test_vectors_are_added_to_all_sums_or_to_none(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (OuterProducts(1, SIZE, vectors(1, 1, 1)) for _ in range(2))
     given = vectors(1, 9, 1)

@@ -338,6 +338,13 @@ def test_nothing_learned_yet() -> None:
     assert penalty.protected({}) == {}
 
 
+def test_examples_have_one_loss_term_each_until_a_task_says_otherwise() -> None:
+    penalty = EKFACPenalty(3.0)
+    assert penalty.current_num_loss_terms == 1
+    penalty.current_num_data = 12
+    assert penalty.current_num_loss_terms == 12
+
+
 # --- parameters that are left out ---
 
 
