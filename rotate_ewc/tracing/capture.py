@@ -136,7 +136,7 @@ def record_forward(
             f"used it, so its activations are lost; make that operation out-of-place"
         )
     edges = tuple(recorder.edges[i] for i in kept)
-    return ForwardPass(outputs, uses, edges, recorder.computed, without_rule)
+    return ForwardPass(outputs, uses, edges, recorder.computed, without_rule, recorder.took_blank)
 
 
 def _outputs(forward: Callable[[Any], Any], inputs: Any) -> Any:
@@ -198,7 +198,12 @@ class BatchCapturer:
         outputs = outputs.to(statistics_dtype(outputs.dtype))
         self._check_outputs(outputs, targets, num_examples)
         normalizer = float(self.likelihood.num_terms(outputs, targets))
-        captured, axes = self._without_gradients(recorded, normalizer, num_examples)
+        try:
+            captured, axes = self._without_gradients(recorded, normalizer, num_examples)
+        except ValueError as error:
+            if not recorded.took_blank or self.constants.made_are_shared:
+                raise
+            recorded, captured, axes = self._with_shared(inputs, normalizer, num_examples, error)
         without_rule = self._per_example_parameters() if with_squares else {}
         if not recorded.uses and not without_rule:
             yield captured
@@ -240,6 +245,23 @@ class BatchCapturer:
                 f"first batch; {left_out(new)}"
             )
         return recorded
+
+    def _with_shared(
+        self, inputs: Any, normalizer: float, num_examples: int, error: ValueError
+    ) -> tuple[ForwardPass, CapturedBatch, list[ExampleAxis]]:
+        """Run the model again, where tensors that it makes of plain numbers cannot be examples.
+
+        Raises:
+            ValueError: The error that there was before, if they cannot be the same for all either.
+        """
+        before = self.constants
+        self.constants = replace(before, made_are_shared=True)
+        try:
+            recorded = self._record(inputs)
+            return recorded, *self._without_gradients(recorded, normalizer, num_examples)
+        except ValueError:
+            self.constants = before
+            raise error from None
 
     def _without_gradients(
         self, recorded: ForwardPass, normalizer: float, num_examples: int

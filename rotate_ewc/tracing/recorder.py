@@ -119,6 +119,7 @@ class ForwardPass:
         edges: An edge to the output of every use.
         computed: The tensors computed from parameters that uses may name instead of them.
         unsupported: Parameters that have some use without a rule.
+        took_blank: Whether a layer's input, taken for examples, was made of plain numbers.
     """
 
     outputs: Tensor
@@ -126,6 +127,7 @@ class ForwardPass:
     edges: tuple[GradientEdge, ...]
     computed: Mapping[str, Computed]
     unsupported: frozenset[str]
+    took_blank: bool = False
 
     def gradients(self, vector: Tensor, *, last: bool) -> list[Tensor]:
         """Back-propagate one output vector.
@@ -157,6 +159,7 @@ class Recorder(TorchFunctionMode):
         hidden: Names of parameters that were used while gradients were off.
         data_nodes: For the autograd node of every operation that used parameters and data, whether
             it has a rule or not, the nodes that its data came from.
+        took_blank: Whether a layer's input, taken for examples, was made of plain numbers.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], constants: Constants) -> None:
@@ -173,6 +176,7 @@ class Recorder(TorchFunctionMode):
         self.impossible: dict[str, set[str]] = {}
         self.hidden: set[str] = set()
         self.data_nodes: dict[Any, list[Any]] = {}
+        self.took_blank = False
         self._origins = Origins(parameters, constants)
 
     @property
@@ -237,7 +241,8 @@ class Recorder(TorchFunctionMode):
     ) -> LayerCall | None:
         """Return what a rule tells of an operation; None if no rule knows what it is."""
         rule, known = RULES.get(func), self._origins
-        if rule is None:
+        # What is written into a view gets a new history, in which the view's own is not.
+        if rule is None or (is_in_place(func) and args[0]._base is not None):
             return None
         # A layer's input that was expanded holds examples, also where it is all parameters.
         is_parameter = known.is_shared if fixed else known.is_parameter
@@ -257,6 +262,7 @@ class Recorder(TorchFunctionMode):
             return None
         if fixed and not (known.is_blank(call.input) or known.is_repeated(call.input)):
             return None
+        self.took_blank |= fixed and known.is_blank(call.input)
         own = [t for t in (call.weight, call.bias) if known.is_parameter(t)]
         # What was expanded may vary along the axis of the examples.
         if not own or (0 not in call.batch_axes and any(map(known.is_repeated, own))):
@@ -396,7 +402,8 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], tensors: Sequence[Tensor], result: Any
     ) -> None:
         """Note what an operation on constants alone has computed."""
-        blank = func in BLANK or any(map(self._origins.is_blank, tensors))
+        made = func in BLANK and not self._origins.made_are_shared
+        blank = made or any(map(self._origins.is_blank, tensors))
         for tensor in tensors_in(result):
             repeated = func in COPYING and not tensor.is_floating_point()
             self._origins.hold_constant(tensor, blank=blank or repeated)
