@@ -6,7 +6,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.resnet import BasicBlock
 
 CLASSES = 10
 
@@ -30,6 +29,8 @@ def convolutional() -> nn.Sequential:
 
 def residual(norm: Callable[[int], nn.Module], width: int = 16) -> nn.Sequential:
     """A ResNet-18 for images of 32 x 32 pixels, with a quarter of its channels."""
+    from torchvision.models.resnet import BasicBlock  # takes a second, in every process that times
+
     stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
     layers: list[nn.Module] = [stem, norm(width), nn.ReLU()]
     d_in = width

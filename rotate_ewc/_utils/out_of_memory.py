@@ -1,7 +1,9 @@
-"""Tell whether an error says that memory has run out, on whatever device."""
+"""Tell whether an error says that memory has run out, on whatever device, and say what for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -21,3 +23,32 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(message in text for message in _MESSAGES)
+
+
+@contextmanager
+def naming_matrix(doing: str, size: int, dtype: torch.dtype) -> Iterator[None]:
+    """Say for which square matrix, and how large it is, where memory runs out.
+
+    Args:
+        doing: What is done with it, such as `"the decomposition of the thing"`.
+        size: Its rows.
+        dtype: Its dtype.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"out of memory in {doing}, a matrix {[size, size]} of {size**2 * dtype.itemsize:,} "
+            f"bytes ({error})"
+        ) from None
+
+
+@contextmanager
+def advising(advice: str) -> Iterator[None]:
+    """Say what to do where memory runs out."""
+    try:
+        yield
+    except MemoryError as error:
+        raise MemoryError(f"{error}; {advice}") from None

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from rotate_ewc._utils.tree import same
+
 AS_FOUND: Final = object()
 
 
@@ -62,6 +64,9 @@ def undisturbed(
     random states of torch (CPU and the parameters' devices), Python and NumPy are restored, also
     after an exception. A buffer in whose place the model has put another one stays replaced.
 
+    What `torch.compile` has compiled runs as it was written meanwhile (with torch 2.6 or later), so
+    that nothing is compiled for the evaluation, or again after it.
+
     All of these are shared by the threads of a process. Where several are inside at once, they are
     restored when the last one leaves; what other threads draw at random meanwhile is drawn again.
 
@@ -76,6 +81,7 @@ def undisturbed(
     return kept(
         [
             *random_states(tensor.device for tensor in tensors),
+            *_compilation(),
             *map(_eval_mode, each),
             *map(_requiring_gradients, tensors),
             *map(_buffer, buffers.values()),
@@ -157,6 +163,22 @@ def _forget(setting: Setting, visit: _Visit) -> None:
         _VISITS.pop(setting.key, None)
 
 
+def _compilation() -> Iterator[Setting]:
+    """Whether compiled code is run; without torch's compiler in memory there is none."""
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        yield Setting("compilation", *map(torch.compiler.disable, (_run_eagerly, _leave_stance)))
+
+
+def _run_eagerly() -> AbstractContextManager[None]:
+    # To make it is to enter it already.
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _leave_stance(stance: AbstractContextManager[None]) -> None:
+    stance.__exit__(None, None, None)
+
+
 def _eval_mode(module: nn.Module) -> Setting:
     def write(training: bool) -> None:
         module.training = training
@@ -177,15 +199,21 @@ def _buffer(buffer: Tensor) -> Setting:
     """A few buffers change in eval mode too, such as counters of calls."""
 
     def read() -> Tensor | None:
-        return None if is_lazy(buffer) else buffer.detach().clone()
+        without_numbers = is_lazy(buffer) or buffer.is_meta
+        return None if without_numbers else buffer.detach().clone()
 
     @torch.no_grad()
     def write(value: Tensor | None) -> None:
         # Only where it is needed: a graph that the buffer is part of would notice.
-        if value is not None and buffer.shape == value.shape and not torch.equal(buffer, value):
+        if value is not None and not same(buffer, value) and _fits(buffer, value):
             buffer.copy_(value)
 
     return Setting(("buffer", id(buffer)), read, write)
+
+
+def _fits(buffer: Tensor, value: Tensor) -> bool:
+    """Whether a buffer has the shape that it had; nested ones cannot change theirs."""
+    return buffer.is_nested or buffer.shape == value.shape
 
 
 def random_states(devices: Iterable[torch.device]) -> Iterator[Setting]:

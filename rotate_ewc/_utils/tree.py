@@ -25,6 +25,22 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """Return the dense tensors that hold a tensor's numbers: several, if it is sparse or nested."""
+    layout = tensor.layout
+    if tensor.is_nested:
+        return list(tensor.unbind())
+    if layout is torch.strided:
+        return [tensor]
+    if layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was modified in place; those of inference mode cannot be."""
     return 0 if tensor.is_inference() else tensor._version
@@ -46,10 +62,19 @@ def same(one: Any, other: Any) -> bool:
     try:
         if not isinstance(one, Tensor):
             return bool(one == other)
-        alike = (one.dtype, one.device) == (other.dtype, other.device)
-        return alike and torch.equal(one, other)
+        return _same_tensors(one, other)
     except (TypeError, ValueError, RuntimeError):
         return False
+
+
+def _same_tensors(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.device, one.layout) != (other.dtype, other.device, other.layout):
+        return False
+    if not one.is_nested and one.shape != other.shape:
+        return False
+    return len(parts_of(one)) == len(parts_of(other)) and all(
+        map(torch.equal, parts_of(one), parts_of(other))
+    )
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

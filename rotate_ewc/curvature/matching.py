@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from rotate_ewc._utils.messages import listed, parameters_have
 from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.linalg.block import Block
 
@@ -35,10 +36,7 @@ def matching_blocks(
     for block in (*nonzero, *blocks):
         for name in block.parameters:
             kinds.setdefault(name, _kind(block))
-    for block in nonzero:
-        for name in block.parameters:
-            if kinds[name] != _kind(block):
-                _refuse(block, name, kinds[name])
+    _check_kinds(nonzero, kinds)
     groups: dict[tuple[str, ...], list[Block]] = {}
     for block in blocks:
         if all(kinds[name] == _kind(block) for name in block.parameters):
@@ -67,18 +65,21 @@ def common_shapes(
     firsts = [blocks[0] for blocks in matching]
     groups = {name: len(block.eigenvalues) for block in firsts for name in block.parameters}
     shapes: dict[str, torch.Size] = {}
+    refused = []
     for operator in operators:
         for name, shape in operator.parameter_shapes.items():
             known = shapes.setdefault(name, shape)
             if shape == known:
                 continue
             if len(shape) != len(known) or shape[2:] != known[2:] or groups[name] > 1:
-                raise ValueError(
-                    f"parameter {name!r} has shapes {list(known)} and {list(shape)}, which do not "
-                    f"fit together; only more outputs or inputs of a layer without groups can be "
-                    f"merged"
-                )
+                refused.append(f"parameter {name!r} has shapes {list(known)} and {list(shape)}")
+                continue
             shapes[name] = torch.Size(map(max, known, shape))
+    if refused:
+        raise ValueError(
+            f"{listed(refused)}, which do not fit together; only more outputs or inputs of a layer "
+            f"without groups can be merged"
+        )
     return shapes
 
 
@@ -86,14 +87,26 @@ def _kind(block: Block) -> BlockKind:
     return block.parameters, block.eigenvalues.shape[0], block.transposed
 
 
-def _refuse(block: Block, name: str, other: BlockKind) -> None:
-    """Raise for two blocks of a parameter that are not zero and of different kinds."""
-    if block.parameters != other[0]:
+def _check_kinds(blocks: Iterable[Block], kinds: Mapping[str, BlockKind]) -> None:
+    """Raise if blocks of a parameter that are not zero are of different kinds, naming all."""
+    joint: dict[str, None] = {}
+    others = {}
+    for block in blocks:
+        for name in block.parameters:
+            if block.parameters != kinds[name][0]:
+                joint[name] = None
+            elif _kind(block) != kinds[name]:
+                others[name] = (
+                    f"{kinds[name][1:]} in one operator and {_kind(block)[1:]} in another"
+                )
+    if joint:
         raise ValueError(
-            f"parameter {name!r} has a block of its own in one operator and a joint block in "
-            f"another; estimate both with the same separate_weight_and_bias"
+            f"{parameters_have(joint)} a block of its own in one operator and a joint block "
+            f"in another; estimate both with the same separate_weight_and_bias"
         )
-    raise ValueError(
-        f"parameter {name!r} has blocks that do not fit together: (groups, transposed) is "
-        f"{other[1:]} in one operator and {_kind(block)[1:]} in another"
-    )
+    if others:
+        told = [
+            f"parameter {name!r} has blocks that do not fit together: (groups, transposed) is {how}"
+            for name, how in others.items()
+        ]
+        raise ValueError(listed(told))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from msgspec import structs
 from torch import Tensor
 
+from rotate_ewc._utils.messages import left_out
 from rotate_ewc._utils.numerics import check_trace
+from rotate_ewc._utils.out_of_memory import advising
 from rotate_ewc._utils.validation import as_non_negative_number
 from rotate_ewc.curvature.matching import common_shapes, matching_blocks
 from rotate_ewc.curvature.operator import EKFACLinearOperator
@@ -42,6 +45,7 @@ def merge(
     Raises:
         ValueError: If shapes or blocks of a parameter do not fit together, or a sum is not finite,
             naming it.
+        MemoryError: If there is not enough memory, naming the factor.
         TypeError: If something is not an operator, or a weight not a number.
     """
     operators = list(operators)
@@ -56,7 +60,11 @@ def merge(
     checked = [as_non_negative_number(f"weights[{i}]", w) for i, w in enumerate(checked)]
     groups = matching_blocks(operators, checked)
     shapes = common_shapes(operators, groups)
-    blocks = [_merge_blocks(group, shapes[group[0].parameters[0]]) for group in groups]
+    blocks = []
+    for group in groups:
+        names = group[0].parameters
+        with advising(left_out(names)):
+            blocks.append(_merge_blocks(group, shapes[names[0]]))
     num_data = sum(operator.num_data for operator in operators)
     num_loss_terms = sum(operator.provenance.num_loss_terms for operator in operators)
     provenance = structs.replace(
@@ -101,34 +109,25 @@ def _merge_blocks(blocks: Sequence[Block], shape: torch.Size) -> Block:
 
 def _grown(blocks: Sequence[Block], d_out: int, d_in: int) -> list[Block]:
     """Bring blocks to the size of a parameter that has grown; their bases may be rectangular."""
-    gradient_bases, eigenvalues = _common_side(
-        [block.gradient_basis for block in blocks],
-        [block.eigenvalues for block in blocks],
-        d_out,
-        axis=1,
-    )
-    activation_bases, eigenvalues = _common_side(
-        [block.activation_basis for block in blocks], eigenvalues, d_in, axis=2
-    )
-    parts = zip(blocks, gradient_bases, activation_bases, eigenvalues, strict=True)
-    return [
-        replace(block, gradient_basis=gradient, activation_basis=activation, eigenvalues=values)
-        for block, gradient, activation, values in parts
-    ]
+    grown = _grown_along(blocks, "gradient_basis", d_out, axis=1)
+    return _grown_along(grown, "activation_basis", d_in, axis=2)
 
 
-def _common_side(
-    bases: Sequence[Basis], eigenvalues: Sequence[Tensor], size: int, axis: int
-) -> tuple[list[Basis], list[Tensor]]:
-    """Bring one side of the blocks to the size of a grown parameter.
+def _grown_along(blocks: Sequence[Block], side: str, size: int, axis: int) -> list[Block]:
+    """Bring one side of blocks to the size of a grown parameter.
 
     A basis is extended by rows of zeros and keeps its rank. Where all are the identity, they stay
     so, and the eigenvalues are extended instead.
+
+    Args:
+        blocks: The blocks.
+        side: The attribute with the side's basis.
+        size: What the side has grown to.
+        axis: That of the side in the eigenvalues.
     """
-    if all(basis is None for basis in bases):
-        return list(bases), [_with_zeros(values, size, axis) for values in eigenvalues]
-    pairs = zip(bases, eigenvalues, strict=True)
-    return [_padded(basis, size, values, axis) for basis, values in pairs], list(eigenvalues)
+    if all(getattr(block, side) is None for block in blocks):
+        return [b.with_eigenvalues(_with_zeros(b.eigenvalues, size, axis)) for b in blocks]
+    return [_padded(block, side, size, axis) for block in blocks]
 
 
 def _with_zeros(tensor: Tensor, size: int, axis: int) -> Tensor:
@@ -138,11 +137,16 @@ def _with_zeros(tensor: Tensor, size: int, axis: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
 
 
-def _padded(basis: Basis, size: int, eigenvalues: Tensor, axis: int) -> Basis:
-    groups, rank = eigenvalues.shape[0], eigenvalues.shape[axis]
+def _padded(block: Block, side: str, size: int, axis: int) -> Block:
+    basis: Basis = getattr(block, side)
+    values = block.eigenvalues
+    groups, rank = values.shape[0], values.shape[axis]
     if rank == size:
-        return basis
+        return block
     if basis is None:
-        eye = torch.eye(size, rank, device=eigenvalues.device, dtype=eigenvalues.dtype)
-        return eye.expand(groups, size, rank)
-    return _with_zeros(basis, size, axis=1)
+        eye = torch.eye(size, rank, device=values.device, dtype=values.dtype)
+        padded = eye.expand(groups, size, rank)
+    else:
+        padded = _with_zeros(basis, size, axis=1)
+    changed: dict[str, Any] = {side: padded}
+    return replace(block, **changed)

@@ -15,6 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from rotate_ewc._utils.messages import left_out, quoted
 from rotate_ewc._utils.numerics import check_finite, statistics_dtype, without_autocast
 from rotate_ewc._utils.out_of_memory import is_out_of_memory
 from rotate_ewc.estimation.factors import KroneckerFactors
@@ -67,6 +68,7 @@ class FirstPass:
         for name, squares in captured.squares.items():
             before = self.squares.get(name)
             self.squares[name] = squares if before is None else before + squares
+        self._check_forms(captured.plans)
         self._settle_leaders(captured)
         for plan in captured.plans:
             # Looked at until it is so, which for most blocks is in the first batch.
@@ -97,17 +99,20 @@ class FirstPass:
                     in_halves(one, partial(_add_gradients, total=gradient, reduce=self.reduce))
                     check_finite(gradient.diagonal.sum(), f"output gradients of {label!r}")
 
+    def _check_forms(self, plans: Sequence[BlockPlan]) -> None:
+        known = ((plan, self.factors.get(plan.key)) for plan in plans)
+        changed = [plan.key.label for plan, total in known if total and total.form != plan.form]
+        if changed:
+            raise ValueError(
+                f"{quoted(changed)} was used in different ways in different batches; expected the "
+                f"same layers in all"
+            )
+
     def _factors(self, plan: BlockPlan) -> KroneckerFactors:
         """Return the factors of a block so far, which begin with its first batch."""
         if plan.key not in self.factors:
             self.factors[plan.key] = KroneckerFactors.of(plan)
-        total = self.factors[plan.key]
-        if total.form != plan.form:
-            raise ValueError(
-                f"{plan.key.label!r} was used in different ways in different batches; "
-                f"expected the same layers in all"
-            )
-        return total
+        return self.factors[plan.key]
 
     def _settle_leaders(self, captured: CapturedBatch) -> None:
         """Let biases go on from a copy as soon as their factor is no longer that of a weight."""
@@ -145,6 +150,12 @@ class SecondPass:
             ValueError: If a number is not finite, or a parameter was not used in the first pass.
             MemoryError: If the work on a single example takes more memory than there is.
         """
+        new = [plan.key.label for plan in captured.plans if plan.key not in self.blocks]
+        if new:
+            raise ValueError(
+                f"{quoted(new)} was used in the second pass over the data but not in the first; "
+                f"the model and the data must be the same in both"
+            )
         following = {
             plan.follower
             for plan in captured.plans
@@ -153,11 +164,6 @@ class SecondPass:
         for plan in captured.plans:
             if plan.key in following:
                 continue
-            if plan.key not in self.blocks:
-                raise ValueError(
-                    f"{plan.key.label!r} was used in the second pass over the data but not in the "
-                    f"first; the model and the data must be the same in both"
-                )
             block = self.blocks[plan.key]
             follower = self.blocks[plan.follower] if plan.follower in following else None
             for microbatch in microbatches(captured, plan, self.max_bytes):
@@ -192,6 +198,12 @@ class Microbatch:
     def label(self) -> str:
         """The block's name."""
         return self.plan.key.label
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters of the block, and of the one that follows it."""
+        follower = self.plan.follower
+        return (*self.plan.key.parameters, *(follower.parameters if follower else ()))
 
     def by_vector(self) -> Iterator[Microbatch]:
         """Yield the same examples with every output vector by itself."""
@@ -348,7 +360,7 @@ def in_halves(microbatch: Microbatch, add: Callable[[Microbatch], None]) -> None
         raise MemoryError(
             f"out of memory in the work on a single example for the block of {microbatch.label!r} "
             f"({reason}); pass a smaller memory_budget, so that less is kept meanwhile, use "
-            f"smaller batches, or leave the parameter out (exclude, or params)"
+            f"smaller batches, or {left_out(microbatch.names)}"
         )
     for half in halves:
         in_halves(half, add)

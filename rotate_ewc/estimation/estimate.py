@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from rotate_ewc._utils.messages import left_out, parameters_are, quoted
 from rotate_ewc._utils.numerics import check_trace, statistics_dtype, underflowed
 from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.reached_modules import reached_modules
@@ -91,6 +92,8 @@ def fit_blocks(
         TypeError: If a part of a batch, or the outputs, have the wrong type.
     """
     likelihood = likelihood_of(loss_func)
+    given, parameters = parameters, _without_complex(parameters, settings.unsupported)
+    complex_names = tuple(name for name in given if name not in parameters)
     constants = NO_CONSTANTS if model is None else Constants.of(model)
     modules = [*([] if model is None else model.modules()), *reached_modules(forward)]
     watched = WatchedForward(forward, {parameter.device for parameter in parameters.values()})
@@ -102,24 +105,22 @@ def fit_blocks(
         watched.warn_if_random()
     if len(found.unused) == len(parameters):
         raise ValueError(
-            f"the outputs depend on none of the parameters ({', '.join(map(repr, found.unused))}), "
+            f"the outputs depend on none of the parameters ({quoted(found.unused)}), "
             f"as far as autograd knows; expected a model that is not run inside torch.no_grad or "
             f"torch.inference_mode, whose outputs are not detached, and an estimation that is not "
             f"inside a transform of torch.func"
         )
     if model is None and found.unused:
         raise ValueError(
-            f"parameter {found.unused[0]!r} is not used by model_func; expected parameters that "
-            f"the outputs depend on"
+            f"{parameters_are(found.unused)} not used by model_func; expected parameters that the "
+            f"outputs depend on: {left_out(found.unused)}"
         )
     _warn_of_vanished(found.used, found.underflowed, found.num_examples)
-    if found.unsupported:
-        _warn_of_unsupported(found.unsupported, settings)
+    unsupported = (*found.unsupported, *complex_names)
+    if unsupported:
+        _warn_of_unsupported(unsupported, settings)
     if not found.blocks:
-        raise ValueError(
-            f"no parameter is left: unsupported='skip' leaves out {list(found.unsupported)}, and "
-            f"there are no others"
-        )
+        raise ValueError(_nothing_left(unsupported))
     stands_for = num_data or found.num_examples
     provenance = Provenance(
         loss=likelihood.name,
@@ -221,6 +222,35 @@ def _diagonal(name: str, values: Tensor) -> Block:
     return Block((name,), None, None, values.detach().reshape(shape).to(dtype))
 
 
+def _without_complex(
+    parameters: Mapping[str, Tensor], unsupported: Unsupported
+) -> dict[str, Tensor]:
+    """Return the real parameters, and raise if others are not to be left out.
+
+    The Fisher matrix over a complex parameter has two rows for each entry, of its real and its
+    imaginary part, and no diagonal of the parameter's own shape.
+    """
+    names = [name for name, parameter in parameters.items() if parameter.is_complex()]
+    if names and unsupported is not Unsupported.SKIP:
+        raise ValueError(
+            f"{parameters_are(names)} complex, with a Fisher matrix over real and imaginary parts "
+            f"that has no diagonal of the parameter's shape. Pass unsupported='skip' to protect "
+            f"only the others, {left_out(names)}, or make a real parameter with a last axis of two "
+            f"(torch.view_as_real), which the model uses through torch.view_as_complex, and pass "
+            f"unsupported='diagonal'"
+        )
+    if len(names) == len(parameters):
+        raise ValueError(_nothing_left(names))
+    return {name: tensor for name, tensor in parameters.items() if name not in names}
+
+
+def _nothing_left(names: Sequence[str]) -> str:
+    return (
+        f"no parameter is left: unsupported='skip' leaves out {quoted(names)}, and there are no "
+        f"others; expected some in linear layers, convolutions and the like"
+    )
+
+
 def _warn_of_vanished(used: Sequence[Block], vanished: Sequence[Block], num_examples: int) -> None:
     """Warn, once, if the Fisher matrix or a part of it is zero only for want of a wider range.
 
@@ -241,7 +271,7 @@ def _warn_of_vanished(used: Sequence[Block], vanished: Sequence[Block], num_exam
             RuntimeWarning,
         )
     elif vanished:
-        labels = ", ".join(repr(block.label) for block in vanished)
+        labels = quoted(block.label for block in vanished)
         warn_user(
             f"the Fisher matrix of {labels} has vanished, or lost its precision: gradients do "
             f"reach these parameters, but squares of them, or of layer inputs, are too small for "
@@ -259,5 +289,5 @@ def _warn_of_unsupported(names: Sequence[str], settings: EstimationSettings) -> 
     }[settings.unsupported]
     warn_user(
         f"there is no rule for the way in which these parameters are used: "
-        f"{', '.join(map(repr, names))}; {treated}"
+        f"{quoted(names)}; {treated}"
     )

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from rotate_ewc._utils.messages import left_out, listed
 from rotate_ewc._utils.numerics import statistics_dtype, underflowed
+from rotate_ewc._utils.out_of_memory import advising, naming_matrix
 from rotate_ewc.layers import Form
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.linalg.outer_products import OuterProducts, eigenvectors
@@ -70,16 +73,39 @@ def decompose(
     sides += [(key, "activation", total.activation_covariance) for key, total in own.items()]
     present = [(key, side, total) for key, side, total in sides if total is not None]
     labels = [f"{side} factor of {key.label!r}" for key, side, _ in present]
-    bases = eigenvectors([total for *_, total in present], labels)
-    found = {place[:2]: basis for place, basis in zip(present, bases, strict=True)}
-    for key, leader in leaders.items():
-        if (leader, "gradient") in found:
-            # A copy, since snapshots are files of tensors that share nothing.
-            found[key, "gradient"] = found[leader, "gradient"].clone()
+    with advising(_advice(factors, leaders)):
+        bases = eigenvectors([total for *_, total in present], labels)
+        found = {place[:2]: basis for place, basis in zip(present, bases, strict=True)}
+        for key, leader in leaders.items():
+            if (leader, "gradient") in found:
+                # A copy, since snapshots are files of tensors that share nothing.
+                basis = found[leader, "gradient"]
+                with naming_matrix(f"the basis of {key.label!r}", basis.shape[-1], basis.dtype):
+                    found[key, "gradient"] = basis.clone()
     return {
         key: _empty_block(key, total, found.get((key, "gradient")), found.get((key, "activation")))
         for key, total in factors.items()
     }
+
+
+def _advice(
+    factors: Mapping[BlockKey, KroneckerFactors], leaders: Mapping[BlockKey, BlockKey]
+) -> str:
+    """Return what to do where memory runs out: without the largest sides there is more."""
+    # A bias that follows a weight has the same gradient factor.
+    shared = {key: factors[leader].gradient_covariance for key, leader in leaders.items()}
+    sides = {
+        key: _largest(t.activation_covariance, shared.get(key, t.gradient_covariance))
+        for key, t in factors.items()
+    }
+    largest = max(sides.values(), default=0)
+    names = [name for key, side in sides.items() if side == largest for name in key.parameters]
+    lower = any(total.template.dtype is torch.float64 for total in factors.values())
+    return left_out(names) + (", or use a model in float32 (model.float())" if lower else "")
+
+
+def _largest(*sides: OuterProducts | None) -> int:
+    return max((side.diagonal.shape[1] for side in sides if side is not None), default=0)
 
 
 def _empty_block(
@@ -93,14 +119,18 @@ def _empty_block(
 
 
 def _check_partition(keys: Iterable[BlockKey]) -> None:
-    """Raise if a joint block would claim a parameter that another block claims too."""
-    owners: dict[str, BlockKey] = {}
+    """Raise if joint blocks would claim parameters that other blocks claim too."""
+    owners: dict[str, list[BlockKey]] = {}
     for key in keys:
         for name in key.parameters:
-            if name in owners:
-                raise ValueError(
-                    f"parameter {name!r} is used in different pairs of weight and bias "
-                    f"({owners[name].label!r} and {key.label!r}), which have no joint block; "
-                    f"pass separate_weight_and_bias=True"
-                )
-            owners[name] = key
+            owners.setdefault(name, []).append(key)
+    told = [
+        f"parameter {name!r} is used in different pairs of weight and bias "
+        f"({' and '.join(repr(key.label) for key in several)})"
+        for name, several in owners.items()
+        if len(several) > 1
+    ]
+    if told:
+        raise ValueError(
+            f"{listed(told)}, which have no joint block; pass separate_weight_and_bias=True"
+        )

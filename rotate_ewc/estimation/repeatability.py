@@ -37,7 +37,7 @@ class WatchedForward:
             forward: From a batch's inputs to outputs.
             devices: Whose random states it may use, besides the CPU's.
         """
-        self._forward = forward
+        self.__wrapped__ = self._forward = forward
         self._devices = set(devices)
         self._called = False
         self._first: tuple[Any, Tensor] | None = None

@@ -63,6 +63,7 @@ LAYERS: Final[Mapping[Callable[..., Any], Rule]] = {
     **named(inner, "inner"),
     **named(tensordot, "tensordot"),
     **named(einsum, "einsum"),
+    torch.sparse.mm: matmul,
     **named(convolution(1), "conv1d"),
     **named(convolution(2), "conv2d"),
     **named(convolution(3), "conv3d"),

@@ -13,9 +13,10 @@ from rotate_ewc.layers.spellings import named
 
 
 def _plus_product(
-    input: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1
+    input: Tensor, *factors: Tensor, beta: float = 1, alpha: float = 1, **named_factors: Tensor
 ) -> Tensor:
-    """`addmm`, `addmv` and `baddbmm`."""
+    """`addmm`, `addmv` and `baddbmm`, whose factors have names in alphabetical order."""
+    first, second = *factors, *(named_factors[name] for name in sorted(named_factors))
     product = torch.matmul(first, second)
     product = product if alpha == 1 else product * alpha
     return product + (input if beta == 1 else input * beta)
@@ -44,6 +45,10 @@ def _masked_fill(input: Tensor, mask: Tensor, value: Tensor) -> Tensor:
     return torch.where(mask, value, input)
 
 
+def _masked_fill_in_place(input: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    return input.copy_(_masked_fill(input, mask, value))
+
+
 def _broadcast_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
     shape = shape_of_all(*tensors)
     return tuple(tensor.expand(shape) for tensor in tensors)
@@ -54,6 +59,7 @@ COMPOSITIONS: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
     **named(_product_of_other, "__rmatmul__"),
     **named(_prelu, "prelu"),
     **named(_masked_fill, "masked_fill"),
+    **named(_masked_fill_in_place, "masked_fill_"),
     **named(_bilinear, "bilinear"),
     **named(_broadcast_tensors, "broadcast_tensors"),
 }

@@ -64,7 +64,8 @@ def token(parameter: Tensor, shape: Sequence[int]) -> LayerCall:
     """Return the call that broadcasts a parameter over examples, as a token that all have."""
     call = BroadcastCall(_like(parameter, shape), None, parameter, view=_view(parameter, shape))
     # It may itself vary with the examples: then, copies of some of its entries are theirs.
-    return call if call.batch_axes else _gathered(parameter, shape)
+    copied = any(shape[axis] > 1 for axis in call.batch_axes)
+    return call if copied else _gathered(parameter, shape)
 
 
 def broadcast(parameter: Tensor, shape: Sequence[int], *, shared: bool) -> LayerCall:

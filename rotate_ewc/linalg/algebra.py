@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Generator, Tensor
 
+from rotate_ewc._utils.messages import quoted
 from rotate_ewc.linalg.block import Block
 
 Shapes = Mapping[str, torch.Size]
@@ -45,12 +46,12 @@ def apply(function: Callable[[Tensor], Tensor], blocks: Sequence[Block]) -> list
 
 def check_positive(blocks: Sequence[Block], damping: float) -> None:
     """Raise if a block is singular in spite of the damping that was added."""
-    for block in blocks:
-        if not bool((block.eigenvalues > 0).all()):
-            raise ValueError(
-                f"damping is {damping}, but the block of {block.label!r} is singular; expected "
-                f"damping greater than 0"
-            )
+    singular = [block.label for block in blocks if not bool((block.eigenvalues > 0).all())]
+    if singular:
+        raise ValueError(
+            f"damping is {damping}, but the block of {quoted(singular)} is singular; expected "
+            f"damping greater than 0"
+        )
 
 
 def sample(

@@ -136,10 +136,10 @@ class Block:
         Returns:
             `[groups, d_out, d_in]` or `[K, groups, d_out, d_in]`.
         """
-        weight = self._matrix(tensors[self.parameters[0]], columns, self.transposed)
+        weight = self._matrix(tensors[self.parameters[0]], columns)
         if len(self.parameters) == 1:
             return weight
-        bias = self._matrix(tensors[self.parameters[1]], columns, transposed=False)
+        bias = self._matrix(tensors[self.parameters[1]], columns)
         return torch.cat([bias, weight], dim=-1)
 
     def split(self, matrix: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -152,18 +152,18 @@ class Block:
         Returns:
             By name, `[*shape]` or `[K, *shape]`.
         """
-        joint = len(self.parameters) > 1
-        weight = matrix[..., 1:] if joint else matrix
-        parts = [weight.mT if self.transposed else weight]
-        if joint:
-            parts.append(matrix[..., :1])
+        first, *others = self.parameters
+        weight = matrix[..., len(others) :]
+        parts = {first: weight.mT if self.transposed else weight}
+        for name in others:
+            parts[name] = matrix[..., :1]
         count = matrix.shape[:-3]
-        named = zip(self.parameters, parts, strict=True)
-        return {name: part.reshape((*count, *shapes[name])) for name, part in named}
+        return {name: part.reshape((*count, *shapes[name])) for name, part in parts.items()}
 
-    def _matrix(self, tensor: Tensor, columns: bool, transposed: bool) -> Tensor:
+    def _matrix(self, tensor: Tensor, columns: bool) -> Tensor:
         groups, d_out, _ = self.eigenvalues.shape
         count = tensor.shape[:1] if columns else ()
-        if transposed:
+        # A bias, one column, is the same either way.
+        if self.transposed:
             return tensor.reshape(*count, groups, -1, d_out).mT
         return tensor.reshape(*count, groups, d_out, -1)

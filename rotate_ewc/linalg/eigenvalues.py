@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import product
+from math import comb
 from typing import Final
 
 import torch
@@ -83,7 +84,7 @@ def cheapest_route(shared: int, d_out: int, d_in: int, num_vectors: int) -> Rout
     entries, moved = d_out * d_in, _OPERATIONS_PER_ELEMENT
     of_activations = 2 * shared * d_in**2 / num_vectors
     of_gradients = 2 * shared * d_out**2
-    pairs = shared * (shared + 1) // 2
+    pairs = comb(shared + 1, 2)
     costs = {
         Route(Kernel.PAIRS): of_activations
         + of_gradients
@@ -172,7 +173,7 @@ def squared_rotations(gradients: Iterable[Tensor], basis: Basis) -> Tensor:
 
 def single_position_product(gradient_squares: Tensor, activation_squares: Tensor) -> Tensor:
     """Return `(g²)ᵀ (a²)`: with one shared position, no per-example gradient is needed."""
-    return gradient_squares.flatten(1, 2).mT @ activation_squares.flatten(1, 2)
+    return gradient_squares[:, :, 0].mT @ activation_squares[:, :, 0]
 
 
 def pair_products(gradients: Tensor, activations: Tensor, max_bytes: int | None = None) -> Tensor:
@@ -183,10 +184,13 @@ def pair_products(gradients: Tensor, activations: Tensor, max_bytes: int | None 
     pair_elements = len(first) * (gradients.shape[3] + activations.shape[3]) * gradients.shape[0]
     total = gradients.new_zeros(gradients.shape[0], gradients.shape[3], activations.shape[3])
     size = _examples_at_once(gradients, 2 * pair_elements, max_bytes)
+
+    def of_pairs(vectors: Tensor) -> Tensor:
+        return vectors[:, :, first].mul_(vectors[:, :, second])
+
     for g, a in _chunks(gradients, activations, size):
-        g_pairs = g[:, :, first].mul_(g[:, :, second]).mul_(multiplicity).flatten(1, 2)
-        a_pairs = a[:, :, first].mul_(a[:, :, second]).flatten(1, 2)
-        total.baddbmm_(g_pairs.mT, a_pairs)
+        # Without names, so that they are freed before those of the next chunk are made.
+        total.baddbmm_(of_pairs(g).mul_(multiplicity).flatten(1, 2).mT, of_pairs(a).flatten(1, 2))
     return total
 
 

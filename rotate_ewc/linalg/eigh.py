@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from threading import Lock, Thread
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from rotate_ewc._utils.out_of_memory import is_out_of_memory
+from rotate_ewc._utils.out_of_memory import naming_matrix
 from rotate_ewc._utils.warnings import warn_user
 
 # What is added to a diagonal, relative to its mean, where nothing else makes `eigh` converge. The
@@ -50,7 +49,7 @@ def decomposed(covariance: Tensor, label: str) -> tuple[Tensor, str]:
     remark = ""
     for changed, attempt in _attempts(covariance):
         try:
-            with naming_decomposition(size, label):
+            with naming_matrix(f"the decomposition of the {label}", size, dtype):
                 basis = torch.linalg.eigh(attempt, UPLO="U")[1].to(dtype)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             pass
@@ -63,20 +62,6 @@ def decomposed(covariance: Tensor, label: str) -> tuple[Tensor, str]:
         f"nor with its diagonal changed by up to {_JITTER:g} of its mean; leave the parameter out "
         f"(exclude, or params)"
     )
-
-
-@contextmanager
-def naming_decomposition(size: int, label: str) -> Iterator[None]:
-    """Say which matrix it was, and what to do, where memory runs out in its decomposition."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MemoryError(
-            f"out of memory in the decomposition of the {size} × {size} {label} ({error}); "
-            f"leave the parameter out (exclude, or params)"
-        ) from None
 
 
 def _attempts(covariance: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rotate_ewc._utils.numerics import full_precision
+from rotate_ewc._utils.out_of_memory import naming_matrix
 from rotate_ewc.linalg import eigh
 
 # With fewer vectors per entry, decomposing them is the faster way. With 512 to 2048 entries it took
@@ -75,7 +76,8 @@ class OuterProducts:
             rows = vectors.flatten(1, 2).clone()
             return partial(self._keep, rows, self._diagonal + rows.square().sum(dim=1), count)
         if self._matrix is None:
-            matrix = self._diagonal.new_zeros(groups, size, size)
+            with naming_matrix("the sum of outer products", size, vectors.dtype):
+                matrix = self._diagonal.new_zeros(groups, size, size)
             for rows in self._vectors:
                 add_covariance_(matrix, rows[:, None])
             self._matrix, self._vectors = matrix, []
@@ -104,7 +106,8 @@ class OuterProducts:
         """
         if self._matrix is not None:
             return None, self._matrix
-        with eigh.naming_decomposition(self._diagonal.shape[1], label):
+        size, dtype = self._diagonal.shape[1], self._diagonal.dtype
+        with naming_matrix(f"the decomposition of the {label}", size, dtype):
             return _triangular(torch.cat(self._vectors, dim=1))
 
 
@@ -157,10 +160,19 @@ def eigenvectors(sums: Sequence[OuterProducts], labels: Sequence[str]) -> list[T
     Args:
         sums: Of at least one vector each.
         labels: What to call them in messages.
+
+    Raises:
+        ValueError: If one cannot be decomposed, naming it.
+        MemoryError: If there is not enough memory, likewise.
     """
     reduced = [one.reduced(label) for one, label in zip(sums, labels, strict=True)]
     bases = eigh.eigenbases([matrix for _, matrix in reduced], labels)
-    return [_within(q, basis) for (q, _), basis in zip(reduced, bases, strict=True)]
+    found = []
+    for label, total, (q, _), basis in zip(labels, sums, reduced, bases, strict=True):
+        size, dtype = total.diagonal.shape[1], basis.dtype
+        with naming_matrix(f"the decomposition of the {label}", size, dtype):
+            found.append(_within(q, basis))
+    return found
 
 
 @full_precision

@@ -84,8 +84,9 @@ class _QuadraticForm(torch.autograd.Function):
             if torch.is_grad_enabled():
                 # A second derivative is wanted: start again from the tensors, differentiably.
                 weighted = block.eigenvalues * block.rotate(by_name)
-            for name, product in block.unrotate(weighted, shapes).items():
-                gradients.append((product * factor).to(by_name[name].dtype))
+            # Autograd casts them to the tensors' dtypes.
+            products = block.unrotate(weighted, shapes).values()
+            gradients.extend(product * factor for product in products)
         return None, *gradients
 
 

@@ -18,7 +18,7 @@ from rotate_ewc.linalg.quadratic import quadratic_form
 from rotate_ewc.losses import Likelihood, likelihood_of
 from rotate_ewc.options import Reduction
 from rotate_ewc.penalty.penalty import EKFACPenalty
-from rotate_ewc.penalty.weighting import kept_terms
+from rotate_ewc.penalty.weighting import kept_weight
 from rotate_ewc.tracing.passes import batches, check_reiterable
 
 
@@ -117,7 +117,9 @@ def _predicted_increase(penalty: EKFACPenalty, parameters: Mapping[str, Tensor])
             "the model is where it was when the task was consolidated, as far as the penalty can "
             "tell; expected one that has been trained on a second task"
         )
-    return value / kept_terms(term.operator.provenance.num_loss_terms, penalty.weighting)
+    num_loss_terms = term.operator.provenance.num_loss_terms
+    # Whatever the loss's reduction, this is how often the matrix of the mean loss is kept.
+    return value / kept_weight(1.0, num_loss_terms, penalty.weighting, Reduction.MEAN)
 
 
 def _mean_losses(

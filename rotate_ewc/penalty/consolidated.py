@@ -8,7 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc._utils.parameters import fits, protected_slice
+from rotate_ewc._utils.messages import parameters_are
+from rotate_ewc._utils.parameters import fits, misfits, protected_slice
 from rotate_ewc._utils.validation import as_positive_number, check_positive_integer
 from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.io.header import HEADER
@@ -159,31 +160,37 @@ class ConsolidatedTasks(nn.Module):
         """
         found: dict[str, Tensor] = {}
         grown: dict[str, tuple[Tensor, Tensor]] = {}
-        for stack in self._stacks:
-            for key, name, anchor in stack.members:
-                part = self._protected(name, parameters, anchor[0])
-                if part is not None:
-                    found[key] = part
+        left_out: set[str] = set()
+        try:
+            for stack in self._stacks:
+                for key, name, anchor in stack.members:
+                    if not self.strict and not fits(name, parameters, anchor[0]):
+                        left_out.add(name)
+                        continue
+                    found[key] = part = protected_slice(name, parameters, anchor[0])
                     whole = parameters[name]
                     if part is not whole and (name, whole.shape) not in self._grown:
                         grown[name] = part, anchor[-1]
+        except ValueError:
+            raise ValueError(misfits(self._wanted(parameters), parameters)) from None
+        if new := sorted(left_out - self._left_out):
+            self._left_out.update(new)
+            warn_user(
+                f"{parameters_are(new)} missing in the model, or smaller than when "
+                f"consolidated, and not protected any more (strict=False)"
+            )
         if grown:
             self._warn_of_replaced(parameters, grown)
         return found
 
-    def _protected(
-        self, name: str, parameters: Mapping[str, Tensor], anchor: Tensor
-    ) -> Tensor | None:
-        """Return the protected slice of a parameter; None for one that is left out."""
-        if self.strict or fits(name, parameters, anchor):
-            return protected_slice(name, parameters, anchor)
-        if name not in self._left_out:
-            self._left_out.add(name)
-            warn_user(
-                f"parameter {name!r} is missing in the model, or smaller than when it was "
-                f"consolidated, and is not protected any more (strict=False)"
-            )
-        return None
+    def _wanted(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the anchors of the parameters that must be there."""
+        return {
+            name: anchor[0]
+            for stack in self._stacks
+            for _, name, anchor in stack.members
+            if self.strict or fits(name, parameters, anchor[0])
+        }
 
     def _warn_of_replaced(
         self, parameters: Mapping[str, Tensor], grown: Mapping[str, tuple[Tensor, Tensor]]

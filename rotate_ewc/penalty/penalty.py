@@ -273,7 +273,7 @@ class EKFACPenalty(ConsolidatedTasks):
 
         Gradient descent on the penalty diverges when the learning rate is more than two over this.
         """
-        return self.scale * largest_curvature(self._stacks) if self._stacks else 0.0
+        return self.scale * largest_curvature(self._stacks)
 
     def check_learning_rate(self, learning_rate: float) -> bool:
         """Warn if gradient descent on the penalty diverges at a learning rate; say whether not."""
@@ -317,7 +317,7 @@ class EKFACPenalty(ConsolidatedTasks):
             except (TypeError, ValueError) as error:
                 raise SnapshotError(f"snapshot's 'options' cannot be used: {error}") from None
             found.check(mode=saved.mode, weighting=saved.weighting)
-            penalty = cls(**_overridden(found.options, options)) if options else saved
+            penalty = cls(**_overridden(found.options, options))
             found.check(mode=penalty.mode, weighting=penalty.weighting)
         penalty._restore(found)
         return penalty
@@ -326,7 +326,13 @@ class EKFACPenalty(ConsolidatedTasks):
         """Divide outputs by the temperature."""
         if self.temperature == 1.0:
             return forward
-        return lambda inputs: forward(inputs) / self.temperature
+
+        def softened(inputs: Any) -> Any:
+            outputs = forward(inputs)
+            # Others are refused where it is said how to make them tensors.
+            return outputs / self.temperature if isinstance(outputs, Tensor) else outputs
+
+        return softened
 
     def _fold_in(
         self,
@@ -350,8 +356,7 @@ class EKFACPenalty(ConsolidatedTasks):
         terms.append(Term(operator, anchor, weight))
         if self.mode is Mode.MERGED:
             merged = merge([term.operator for term in terms], [term.weight for term in terms])
-            older = terms[0].anchor if len(terms) > 1 else {}
-            terms = [Term(merged, {**older, **anchor}, 1.0)]
+            terms = [Term(merged, {**terms[0].anchor, **anchor}, 1.0)]
         for term in terms:
             for block in term.operator.blocks:
                 check_trace(block.trace * term.weight, block.label)

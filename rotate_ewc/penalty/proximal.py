@@ -8,6 +8,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from rotate_ewc._utils.messages import quoted
 from rotate_ewc._utils.parameters import fits, protected_slice
 from rotate_ewc._utils.validation import as_non_negative_number
 from rotate_ewc.linalg.block import shapes_of
@@ -33,8 +34,7 @@ def shrink_towards_anchors_(
         scale: What the eigenvalues are multiplied with.
     """
     shapes = shapes_of(deltas)
-    sizes = {stack: step_size_of(step_size, stack.names) for stack in stacks}
-    for stack, size in sizes.items():
+    for stack, size in step_sizes_by_stack(step_size, stacks).items():
         block = stack.block
         rotated = block.rotate(deltas)
         # Finite, because infinity times an eigenvalue of zero would not be a number.
@@ -55,15 +55,17 @@ def check_step_size(step_size: StepSize) -> None:
         as_non_negative_number("step_size", step_size)
 
 
-def step_size_of(step_size: StepSize, names: Sequence[str]) -> float:
-    """Return the step size of a block's parameters, the mean where they have several.
+def step_sizes_by_stack(step_size: StepSize, stacks: Sequence[Stack]) -> dict[Stack, float]:
+    """Return the step size of every stack, the mean where its parameters have several.
 
     Raises:
-        ValueError: If a parameter has none, naming it.
+        ValueError: If parameters have none, naming them.
     """
     if not isinstance(step_size, Mapping):
-        return float(step_size)
-    for name in names:
-        if name not in step_size:
-            raise ValueError(f"step_size has no entry for the parameter {name!r}; expected one")
-    return fmean(float(step_size[name]) for name in names)
+        return dict.fromkeys(stacks, float(step_size))
+    names = dict.fromkeys(name for stack in stacks for name in stack.names)
+    if without := [name for name in names if name not in step_size]:
+        raise ValueError(
+            f"step_size has no entry for the parameter {quoted(without)}; expected one for each"
+        )
+    return {stack: fmean(float(step_size[name]) for name in stack.names) for stack in stacks}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rotate_ewc._utils.messages import listed, parameters_have
 from rotate_ewc._utils.parameters import parameters_of
 from rotate_ewc._utils.validation import as_non_negative_number
 from rotate_ewc.penalty.penalty import EKFACPenalty
@@ -162,22 +163,28 @@ class RotatedAdam(Optimizer):
         """Find the option groups of the parameters that have a gradient, by name."""
         names = {id(parameter): name for name, parameter in parameters.items()}
         found: dict[str, dict[str, Any]] = {}
+        strangers, sparse = [], []
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 name = names.get(id(parameter))
                 if name is None:
-                    raise ValueError(
-                        f"a parameter of shape {list(parameter.shape)} is the optimizer's but not "
-                        f"the model's; expected an optimizer of the model that it was given"
-                    )
+                    strangers.append(str(list(parameter.shape)))
+                    continue
                 if parameter.grad.is_sparse:
-                    raise ValueError(
-                        f"parameter {name!r} has a sparse gradient; expected a dense one, as of "
-                        f"torch.nn.Embedding(..., sparse=False)"
-                    )
+                    sparse.append(name)
                 found[name] = group
+        if strangers:
+            raise ValueError(
+                f"{len(strangers)} of the optimizer's parameters, of shape {listed(strangers)}, "
+                f"are none of the model's; expected an optimizer of the model that it was given"
+            )
+        if sparse:
+            raise ValueError(
+                f"{parameters_have(sparse)} a sparse gradient; expected a dense one, as of "
+                f"torch.nn.Embedding(..., sparse=False)"
+            )
         return found
 
     def _rotation(

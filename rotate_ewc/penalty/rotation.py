@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rotate_ewc._utils.messages import parameters_have
 from rotate_ewc._utils.parameters import fits, protected_slice
 from rotate_ewc.linalg.block import shapes_of
 from rotate_ewc.penalty.terms import Stack
@@ -93,7 +94,7 @@ class Rotation:
         without = [name for name in stack.names if name not in self.gradients]
         if 0 < len(without) < len(stack.names):
             raise ValueError(
-                f"parameter {without[0]!r} has no gradient, but shares a block with others that "
+                f"{parameters_have(without)} no gradient, but shares a block with others that "
                 f"have, {list(stack.names)}: no step of these alone is right. Train all of them, "
                 f"or consolidate with separate_weight_and_bias=True"
             )

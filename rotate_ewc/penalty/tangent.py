@@ -15,7 +15,7 @@ from rotate_ewc.io.snapshot import checked_tensor
 from rotate_ewc.linalg.block import shapes_of
 from rotate_ewc.linalg.quadratic import quadratic_gradient
 from rotate_ewc.penalty.penalty import EKFACPenalty
-from rotate_ewc.penalty.proximal import StepSize, check_step_size, step_size_of
+from rotate_ewc.penalty.proximal import StepSize, check_step_size, step_sizes_by_stack
 from rotate_ewc.penalty.terms import Stack
 
 # Beyond this a step is as good as infinite; with it, products with eigenvalues are still finite.
@@ -203,8 +203,7 @@ class TangentPenalty:
         deltas = self.penalty.deltas(parameters)
         if self._stacks is not self.penalty.stacks:
             self._begin(deltas)
-        factors = {stack: step_size_of(step_size, stack.names) for stack in self._stacks}
-        for stack, size in factors.items():
+        for stack, size in step_sizes_by_stack(step_size, self._stacks).items():
             self._move(stack, parameters, deltas, min(size * self.penalty.scale, LARGEST_FACTOR))
         self._touch()
         if len(self.penalty.protected(parameters)) < len(self._gradients):

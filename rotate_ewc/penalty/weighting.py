@@ -56,13 +56,3 @@ def scale_of_penalty(
     if weighting is Weighting.EXAMPLES:
         return strength if reduction is Reduction.SUM else strength / current_num_loss_terms
     return strength * current_num_loss_terms if reduction is Reduction.SUM else strength
-
-
-def kept_terms(num_loss_terms: float, weighting: Weighting) -> float:
-    """Return how many times a penalty keeps the Fisher matrix F̄_t of a task's mean loss.
-
-    Args:
-        num_loss_terms: M_t.
-        weighting: How tasks are weighted.
-    """
-    return num_loss_terms if weighting is Weighting.EXAMPLES else 1.0

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from rotate_ewc._utils.messages import left_out, listed, parameters_are
 from rotate_ewc.layers import SUPPORTED
 from rotate_ewc.options import Unsupported
-from rotate_ewc.tracing.recorder import Refusal, listed
+from rotate_ewc.tracing.recorder import Refusal
 
 
 def reachable_nodes(start: Any, instead: Mapping[Any, Sequence[Any]] | None = None) -> set[Any]:
@@ -75,7 +76,7 @@ def unsupported_parameters(
             "of its own"
         )
     if refused and unsupported is Unsupported.ERROR:
-        raise ValueError(_refusal_message(*next(iter(refused.items()))))
+        raise ValueError(_refusal_message(refused))
     return frozenset(name for names in refused for name in names) | hidden
 
 
@@ -100,17 +101,23 @@ def _reached(parameters: Mapping[str, Tensor], nodes: set[Any]) -> set[str]:
 
 def _hidden_message(names: frozenset[str]) -> str:
     return (
-        f"parameter {listed(names)} is used while gradients are off, perhaps by an "
+        f"{parameters_are(sorted(names))} used while gradients are off, perhaps by an "
         f"autograd.Function that finds its gradient by itself, as torch.utils.checkpoint does "
-        f"with use_reentrant=True; pass use_reentrant=False there, unsupported='skip' to protect "
-        f"only the others, or leave it out (params, or exclude={sorted(names)})"
+        f"with use_reentrant=True; pass use_reentrant=False there. Where no other parameter comes "
+        f"before them, pass unsupported='skip' to protect only the others, or "
+        f"{left_out(sorted(names))}"
     )
 
 
-def _refusal_message(names: frozenset[str], used_by: str) -> str:
+def _refusal_message(refused: Mapping[frozenset[str], str]) -> str:
+    """Say of all parameters without a rule what uses them."""
+    users: dict[str, set[str]] = {}
+    for names, operation in refused.items():
+        users.setdefault(operation, set()).update(names)
+    told = [f"{parameters_are(sorted(names))} used by {user}" for user, names in users.items()]
+    every = sorted(set().union(*refused))
     return (
-        f"parameter {listed(names)} is used by {used_by}, for which there is no rule; supported "
-        f"are {SUPPORTED}. Pass unsupported='diagonal' for an exact diagonal of such parameters "
-        f"(which is slow), unsupported='skip' to protect only the others, or leave them out "
-        f"(params, or exclude={sorted(names)})"
+        f"{listed(told)}, for which there is no rule; supported are {SUPPORTED}. Pass "
+        f"unsupported='diagonal' for an exact diagonal of such parameters (which is slow), "
+        f"unsupported='skip' to protect only the others, or {left_out(every)}"
     )

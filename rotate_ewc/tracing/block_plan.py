@@ -5,11 +5,12 @@ A plan is made of names, shapes and forms alone, and knows nothing of a batch's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from rotate_ewc._utils.messages import listed
 from rotate_ewc.layers import Factors, Form, form_within_reach
 
 
@@ -134,9 +135,11 @@ def plan_blocks(
         for name, found in contributions.items()
         if name in parameters
     }
-    for weight, bias in _pairs(uses, plans):
+    pairs = _pairs(uses, plans)
+    if not separate:
+        _check_pairs([(plans[weight], plans[bias]) for weight, bias in pairs])
+    for weight, bias in pairs:
         if not separate:
-            _check_pair(plans[weight], plans[bias])
             plans[weight] = replace(plans[weight], key=BlockKey(weight, bias))
         elif plans[weight].one_position and _have_one_use(plans[weight], plans[bias]):
             plans[weight] = replace(plans[weight], follower=BlockKey(bias))
@@ -204,11 +207,16 @@ def _have_one_use(weight: BlockPlan, bias: BlockPlan) -> bool:
     return weight.uses == bias.uses and len(weight.uses) == 1
 
 
-def _check_pair(weight: BlockPlan, bias: BlockPlan) -> None:
-    """Raise if one of a pair is also used without the other."""
-    if weight.uses != bias.uses:
+def _check_pairs(pairs: Iterable[tuple[BlockPlan, BlockPlan]]) -> None:
+    """Raise if one of a pair is also used without the other, naming all such pairs."""
+    told = [
+        f"{weight.key.weight!r} and {bias.key.weight!r}"
+        for weight, bias in pairs
+        if weight.uses != bias.uses
+    ]
+    if told:
         raise ValueError(
-            f"parameters {weight.key.weight!r} and {bias.key.weight!r} are used in different pairs "
-            f"of weight and bias (one of them also without the other), which have no joint block; "
-            f"pass separate_weight_and_bias=True"
+            f"parameters {listed(told)} are used in different pairs of weight and bias (one of "
+            f"them also without the other), which have no joint block; pass "
+            f"separate_weight_and_bias=True"
         )

@@ -6,14 +6,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import unwrap
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
+from rotate_ewc._utils.messages import left_out, parameters_are, quoted
 from rotate_ewc._utils.numerics import statistics_dtype
-from rotate_ewc._utils.tree import tensors_in
+from rotate_ewc._utils.warnings import add_note
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.layers import Factors
 from rotate_ewc.losses import Likelihood
@@ -22,10 +24,11 @@ from rotate_ewc.tracing.autograd_graph import reachable_nodes, unsupported_param
 from rotate_ewc.tracing.block_plan import BlockPlan, plan_blocks
 from rotate_ewc.tracing.counting import ExampleCounter
 from rotate_ewc.tracing.example_rows import ExampleRows, Layout, mixing_message
-from rotate_ewc.tracing.layouts import Layouts
+from rotate_ewc.tracing.forward_advice import advice_for_inputs, advice_for_outputs
+from rotate_ewc.tracing.layouts import FoundLayout, Layouts
 from rotate_ewc.tracing.origins import NO_CONSTANTS, Computed, Constants
 from rotate_ewc.tracing.per_example import add_squares, squares_like
-from rotate_ewc.tracing.recorder import ForwardPass, Recorder, Use, listed
+from rotate_ewc.tracing.recorder import ForwardPass, Recorder, Use
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class CapturedBatch:
 
 
 def record_forward(
-    forward: Callable[[], Tensor],
+    forward: Callable[[Any], Tensor],
+    inputs: Any,
     parameters: Mapping[str, Tensor],
     *,
     constants: Constants = NO_CONSTANTS,
@@ -85,7 +89,8 @@ def record_forward(
     """Run a forward pass and record every use of the given parameters.
 
     Args:
-        forward: Runs the model and returns its outputs.
+        forward: From a batch's inputs to the model's outputs.
+        inputs: The batch's inputs.
         parameters: The tensors to look for, by name; they must require gradients.
         constants: Tensors that do not depend on the data.
         unsupported: What to do about uses that have no rule.
@@ -98,10 +103,16 @@ def record_forward(
     recorder = Recorder(parameters, constants)
     with torch.enable_grad():
         with recorder:
-            outputs = forward()
+            outputs = _outputs(forward, inputs)
         outputs = recorder.note_outputs(outputs)
+    if recorder.impossible:
+        reasons = recorder.impossible.items()
+        raise ValueError(
+            "; ".join(f"parameter {quoted(sorted(names))}: {why}" for why, names in reasons)
+        )
     if not isinstance(outputs, Tensor):
-        raise TypeError(f"model returned {type(outputs).__name__}; expected a tensor")
+        advice = advice_for_outputs(outputs, inputs, forward)
+        raise TypeError(f"model returned {type(outputs).__name__}; expected a tensor: {advice}")
     if not outputs.is_floating_point():
         raise TypeError(f"model returned dtype {outputs.dtype}; expected floating-point")
     nodes = reachable_nodes(outputs.grad_fn)
@@ -119,17 +130,35 @@ def record_forward(
     changed = sorted({name for use in uses for name in recorder.changed(use)})
     if changed:
         raise ValueError(
-            f"what was computed from {listed(changed)} was modified in place after it was used, so "
+            f"what was computed from {quoted(changed)} was modified in place after it was used, so "
             f"its gradient is lost; make that operation out-of-place"
         )
-    for use in uses:
-        if not use.unmodified:
-            raise ValueError(
-                f"the input of the layer of {use.name!r} was modified in place after the layer "
-                f"used it, so its activations are lost; make that operation out-of-place"
-            )
+    modified = list(dict.fromkeys(use.name for use in uses if not use.unmodified))
+    if modified:
+        raise ValueError(
+            f"the input of the layer of {quoted(modified)} was modified in place after the layer "
+            f"used it, so its activations are lost; make that operation out-of-place"
+        )
     edges = tuple(recorder.edges[i] for i in kept)
-    return ForwardPass(outputs, uses, edges, recorder.computed, without_rule, recorder.program)
+    return ForwardPass(
+        outputs,
+        uses,
+        edges,
+        recorder.computed,
+        without_rule,
+        recorder.program,
+        recorder.took_blank,
+    )
+
+
+def _outputs(forward: Callable[[Any], Any], inputs: Any) -> Any:
+    """Run a model, and note on its errors that it may not take a dictionary."""
+    try:
+        return forward(inputs)
+    except Exception as error:
+        if isinstance(unwrap(forward), nn.Module) and (advice := advice_for_inputs(inputs)):
+            add_note(error, advice)
+        raise
 
 
 @dataclass
@@ -191,15 +220,11 @@ class BatchCapturer:
         self._check_terms(outputs, num_examples)
         normalizer = float(self.likelihood.num_terms(outputs, targets))
         vectors = self._vectors(outputs, targets, num_examples, generator)
-        diagonal = self.settings.unsupported is Unsupported.DIAGONAL
-        layout, vectors, known = self.layouts.find(
-            recorded,
-            inputs,
-            num_examples,
-            vectors,
-            one_vector=self._has_one_vector,
-            free_graph=not diagonal,
-        )
+        layout, vectors, known = self._layout(recorded, inputs, num_examples, vectors)
+        if None in layout.rows and recorded.took_blank and not self.constants.made_are_shared:
+            shared = self._with_shared(inputs, num_examples, vectors)
+            if shared is not None:
+                recorded, (layout, vectors, known) = shared
         self._check_layout(recorded, layout, num_examples)
         captured = self._without_gradients(recorded, layout, normalizer, num_examples)
         without_rule = self._per_example_parameters() if with_squares else {}
@@ -215,7 +240,7 @@ class BatchCapturer:
             inputs,
             recorded.outputs,
             num_examples,
-            mixed=None in layout.rows,
+            in_batch=self._needs_batch(recorded, layout),
         )
         found: list[list[Tensor]] = []
         held = 0
@@ -245,11 +270,46 @@ class BatchCapturer:
     def _record(self, inputs: Any) -> ForwardPass:
         """Run the model."""
         return record_forward(
-            lambda: self.forward(inputs),
+            self.forward,
+            inputs,
             self.parameters,
             constants=self.constants.without(inputs),
             unsupported=self.settings.unsupported,
         )
+
+    def _layout(
+        self, recorded: ForwardPass, inputs: Any, num_examples: int, vectors: Iterator[Tensor]
+    ) -> FoundLayout:
+        """Find the examples' rows, by the output vectors of the batch or by another one."""
+        return self.layouts.find(
+            recorded,
+            inputs,
+            num_examples,
+            vectors,
+            one_vector=self._has_one_vector,
+            free_graph=self.settings.unsupported is not Unsupported.DIAGONAL,
+        )
+
+    def _with_shared(
+        self, inputs: Any, num_examples: int, vectors: Iterator[Tensor]
+    ) -> tuple[ForwardPass, FoundLayout] | None:
+        """Run the model again, where tensors that it makes of plain numbers cannot be examples.
+
+        Returns:
+            The forward pass and the examples' rows; None if they cannot be the same for all either.
+        """
+        before = self.constants
+        self.constants = replace(before, made_are_shared=True)
+        try:
+            recorded = self._record(inputs)
+        except ValueError:
+            self.constants = before
+            return None
+        found = self._layout(recorded, inputs, num_examples, vectors)
+        if None not in found[0].rows:
+            return recorded, found
+        self.constants = before
+        return None
 
     def _check_layout(self, recorded: ForwardPass, layout: Layout, num_examples: int) -> None:
         """Check that every use has its examples' rows, or that those without are unsupported."""
@@ -257,6 +317,13 @@ class BatchCapturer:
         if mixing and self.settings.unsupported is Unsupported.ERROR:
             raise ValueError(mixing_message(mixing, num_examples))
         self._settle_unsupported(recorded.unsupported.union(*map(recorded.sources, mixing)))
+
+    def _needs_batch(self, recorded: ForwardPass, layout: Layout) -> bool:
+        """Whether it may not be asked what an example is by itself."""
+        moved = recorded.program.indexes_by_data or any(
+            rows is None or rows.present is not None for rows in layout.rows
+        )
+        return moved or self.settings.batch_size_fn is not None
 
     @property
     def _has_one_vector(self) -> bool:
@@ -269,11 +336,10 @@ class BatchCapturer:
         """Note the parameters without a rule in the first batch, and check that they stay it."""
         if self.unsupported is None:
             self.unsupported = names
-        elif new := names - self.unsupported:
+        elif new := sorted(names - self.unsupported):
             raise ValueError(
-                f"parameter {listed(new)} is used by an operation without a rule, or for several "
-                f"examples at once, but was not in the first batch; leave it out (params, or "
-                f"exclude)"
+                f"{parameters_are(new)} used by an operation without a rule, or for several "
+                f"examples at once, but not so in the first batch; {left_out(new)}"
             )
 
     def _without_gradients(
@@ -342,11 +408,6 @@ class BatchCapturer:
 def _gradients_first(rows: ExampleRows | None, gradients: Tensor, num_examples: int) -> Tensor:
     """Put the examples first; nothing is left where they are mixed, which no plan makes use of."""
     return gradients.new_empty(0) if rows is None else rows.gradients_first(gradients, num_examples)
-
-
-def _aligned(inputs: Any, num_examples: int) -> bool:
-    """Whether the first axis of every tensor holds the examples."""
-    return all(t.ndim and len(t) == num_examples and not t.is_sparse for t in tensors_in(inputs))
 
 
 def _with_last(vectors: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:

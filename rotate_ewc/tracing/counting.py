@@ -54,12 +54,12 @@ class ExampleCounter:
         agreed = _first_axes(tensors, rows, labels)
         if len(agreed) == 1:
             (counts[0],) = agreed
-        second = {t.shape[1] if t.ndim > 1 else 0 for t in tensors}
+        second = {t.shape[1] if t.ndim > 1 and not t.is_nested else 0 for t in tensors}
         if second == {rows} and labels == rows and agreed != {rows}:
             counts[1] = rows
         axis = self._axis(counts, inputs, outputs) if rows else None
         if axis not in counts:
-            shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
+            shapes = ", ".join(map(_shape, tensors))
             raise ValueError(
                 f"the number of examples in a batch is not obvious: its inputs have shape "
                 f"{shapes}, the model's outputs {list(outputs.shape)} and the targets "
@@ -80,7 +80,7 @@ class ExampleCounter:
                 f"the number of examples in inputs of type {type(inputs).__name__} is not obvious; "
                 f"{_REMEDY}"
             )
-        if self.batch_size_fn is None and any(len(tensor) == 0 for tensor in tensors):
+        if self.batch_size_fn is None and any(tensor.size(0) == 0 for tensor in tensors):
             raise ValueError(f"a batch has 0 examples; expected at least 1, or {_REMEDY}")
         return tensors
 
@@ -112,10 +112,11 @@ class ExampleCounter:
 
 def _first_axes(tensors: Sequence[Tensor], rows: int, labels: int) -> set[int]:
     """Return the sizes of first axes that outputs and targets agree with."""
-    sizes = {len(tensor) for tensor in tensors}
+    sizes = {tensor.size(0) for tensor in tensors}
     agreed = {size for size in sizes if rows % size == 0 and labels % size == 0}
     # What has one row, such as positions, may be for all examples; unless those are its columns.
-    columns = {tensor.shape[1] for tensor in tensors if len(tensor) == 1 and tensor.ndim > 1}
+    alone = [tensor for tensor in tensors if tensor.size(0) == 1 and tensor.ndim > 1]
+    columns = {tensor.shape[1] for tensor in alone if not tensor.is_nested}
     return agreed if len(agreed) == 1 or agreed & columns else agreed - {1}
 
 
@@ -150,3 +151,7 @@ def _holds_examples(
         return False
     tolerance = 1e-2 * float((outputs - expected).abs().max())
     return float((found - expected).abs().max()) < tolerance
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"nested, {tensor.size(0)} of them" if tensor.is_nested else str(list(tensor.shape))

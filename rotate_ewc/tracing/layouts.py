@@ -22,6 +22,8 @@ from rotate_ewc.tracing.recorder import ForwardPass
 
 # How many programs are remembered; a model that never does the same twice has one for each batch.
 _REMEMBERED: Final = 1000
+FoundLayout = tuple[Layout, Iterator[Tensor], list[Tensor] | None]
+"""The examples' rows; the batch's output vectors; and the gradients of the first, if known."""
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Layouts:
         *,
         one_vector: bool,
         free_graph: bool,
-    ) -> tuple[Layout, Iterator[Tensor], list[Tensor] | None]:
+    ) -> FoundLayout:
         """Find the examples' rows in a batch.
 
         Args:
@@ -102,7 +104,10 @@ def _aligned(inputs: Any, num_examples: int) -> bool:
 
     Matrices of data by which a model multiplies may move rows, such as those of graphs.
     """
-    tensors = [tensor for tensor in tensors_in(inputs) if tensor.numel() > 1]
-    return all(not t.is_sparse and t.layout == torch.strided for t in tensors) and any(
-        all(t.ndim > axis and t.shape[axis] == num_examples for t in tensors) for axis in (0, 1)
+    tensors = list(tensors_in(inputs))
+    if any(t.is_nested or t.layout != torch.strided for t in tensors):
+        return False
+    many = [tensor for tensor in tensors if tensor.numel() > 1]
+    return any(
+        all(t.ndim > axis and t.shape[axis] == num_examples for t in many) for axis in (0, 1)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -62,10 +62,13 @@ class Constants:
         shared: Those that are the same for all examples.
         blank: Those that hold examples all the same where a layer takes them as its input, as the
             state of a recurrent layer that the model has kept.
+        made_are_shared: Whether those that the model makes of plain numbers, such as ids, are the
+            same for all examples too. Else a layer takes them for examples that came as lists.
     """
 
     shared: Sequence[Tensor] = ()
     blank: Sequence[Tensor] = ()
+    made_are_shared: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Constants:
@@ -76,7 +79,7 @@ class Constants:
             for attributes in owned
             for name, value in attributes.items()
             if name not in ("_parameters", "_buffers")
-            for tensor in tensors_in(value)
+            for tensor in _held_by(value)
             if not tensor.requires_grad
         ]
         return cls(
@@ -87,11 +90,23 @@ class Constants:
     def without(self, value: Any) -> Constants:
         """Return those that are not among the tensors in a nested value."""
         given = {id(tensor) for tensor in tensors_in(value)}
-        kept = ([t for t in some if id(t) not in given] for some in (self.shared, self.blank))
-        return Constants(*kept)
+        shared, blank = (
+            [t for t in some if id(t) not in given] for some in (self.shared, self.blank)
+        )
+        return Constants(shared, blank, self.made_are_shared)
 
 
 NO_CONSTANTS: Final = Constants()
+
+
+def _held_by(attribute: object) -> list[Tensor]:
+    """Return the tensor that an attribute is, or those right in it: deeper there may be no end."""
+    values: Iterable[object] = (attribute,)
+    if isinstance(attribute, Mapping):
+        values = attribute.values()
+    elif isinstance(attribute, (tuple, list)):
+        values = attribute
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -108,6 +123,7 @@ class Origins:
 
     Attributes:
         computed: Tensors computed from parameters and constants alone, by key.
+        made_are_shared: Whether what is made of plain numbers is the same for all examples.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], constants: Constants) -> None:
@@ -118,6 +134,7 @@ class Origins:
             constants: Tensors that do not depend on the data.
         """
         self.computed: dict[str, Computed] = {}
+        self.made_are_shared = constants.made_are_shared
         self._names = {id(tensor): name for name, tensor in parameters.items()}
         self._constants: dict[int, _Constant] = {}
         self._expanded: dict[int, Tensor] = {}

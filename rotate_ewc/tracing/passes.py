@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,10 +13,11 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from rotate_ewc._utils.out_of_memory import is_out_of_memory
-from rotate_ewc._utils.tree import same, tensors_in, to_device, version_of
+from rotate_ewc._utils.tree import parts_of, same, tensors_in, to_device, version_of
 from rotate_ewc._utils.warnings import add_note
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.tracing.capture import BatchCapturer, CapturedBatch
+from rotate_ewc.tracing.forward_advice import advice_for_batch
 
 Consumer = Callable[[CapturedBatch], None]
 
@@ -242,7 +243,10 @@ def batches(
                 if isinstance(batch, (tuple, list))
                 else type(batch).__name__
             )
-            raise ValueError(f"batch {index} of data is a {got}; expected (inputs, targets)")
+            advice = f": {advice_for_batch(batch)}" if isinstance(batch, Mapping) else ""
+            raise ValueError(
+                f"batch {index} of data is a {got}; expected (inputs, targets){advice}"
+            )
         inputs, targets = batch
         if not isinstance(targets, Tensor):
             raise TypeError(
@@ -263,7 +267,10 @@ def naming_batch(index: int) -> Iterator[None]:
         # Others may have more to tell than a message.
         if type(error) not in (ValueError, TypeError, NotFiniteError):
             raise
-        raise type(error)(f"batch {index} of data: {error}") from error
+        named = type(error)(f"batch {index} of data: {error}")
+        for note in getattr(error, "__notes__", ()):
+            add_note(named, note)
+        raise named from error
 
 
 def _hand_on(cached: CachedBatch, consume: Consumer) -> None:
@@ -286,7 +293,7 @@ def _storages(batch: Batch, captured: CapturedBatch) -> dict[int, int]:
     tensors += [use.call.input for use in captured.uses]
     tensors += captured.inputs
     tensors += tensors_in((batch.inputs, batch.targets))
-    return dict(map(_memory, tensors))
+    return dict(_memory(part) for tensor in tensors for part in parts_of(tensor))
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:

@@ -27,7 +27,7 @@ def add_squares(
     num_examples: int,
     vector: Tensor,
     *,
-    mixed: bool,
+    in_batch: bool,
 ) -> None:
     """Back-propagate one output vector for every example by itself, and add the squared gradients.
 
@@ -39,9 +39,9 @@ def add_squares(
         outputs: The model's outputs for the batch, attached to the autograd graph.
         num_examples: Number of examples in the batch.
         vector: Of the outputs' shape.
-        mixed: Whether examples are known to depend on each other.
+        in_batch: Whether examples stay in their batch, as where the inputs' rows may be no examples.
     """
-    cut = not mixed and _can_be_cut(inputs, num_examples)
+    cut = not in_batch and _can_be_cut(inputs, num_examples)
     of_examples = _by_example(forward, inputs, outputs, vector, num_examples, cut=cut)
     for own_outputs, part in of_examples:
         gradients = back_propagate(own_outputs, list(parameters.values()), part, retain_graph=True)
@@ -59,7 +59,7 @@ def _zeros(parameter: Tensor) -> Tensor:
 
 def _same(alone: Tensor, in_batch: Tensor) -> bool:
     """Whether an example has the same outputs alone as in its batch, up to rounding."""
-    tolerance = 1e-1 if alone.dtype.itemsize < torch.float32.itemsize else 1e-2
+    tolerance = 1e3 * torch.finfo(in_batch.dtype).eps
     scale = max(1e-30, float(in_batch.abs().max()))
     if alone.shape != in_batch.shape:
         return False
@@ -102,7 +102,9 @@ def _by_example(
 
 def _can_be_cut(inputs: Any, num_examples: int) -> bool:
     tensors = list(tensors_in(inputs))
-    return bool(tensors) and all(t.ndim and len(t) == num_examples for t in tensors)
+    return bool(tensors) and all(
+        t.layout is torch.strided and t.ndim and len(t) == num_examples for t in tensors
+    )
 
 
 def _run_alone(forward: Callable[[Any], Tensor], inputs: Any, example: int) -> Tensor | None:

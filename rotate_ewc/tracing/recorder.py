@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -46,6 +46,11 @@ from rotate_ewc.tracing.operations import (
 )
 from rotate_ewc.tracing.origins import Computed, Constants, Origins
 from rotate_ewc.tracing.program import Program
+
+_NESTED: Final = (
+    "the layer's input is a nested tensor; pad it, with torch.nested.to_padded_tensor(x, 0.0), and "
+    "mask what was added"
+)
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ class ForwardPass:
         computed: The tensors computed from parameters that uses may name instead of them.
         unsupported: Parameters that have some use without a rule.
         program: What was called.
+        took_blank: Whether a layer's input, taken for examples, was made of plain numbers.
     """
 
     outputs: Tensor
@@ -132,6 +138,8 @@ class ForwardPass:
         names = [name for name in (use.weight, use.bias) if name is not None]
         found = [self.computed[n].sources if n in self.computed else {n} for n in names]
         return frozenset[str]().union(*found)
+
+    took_blank: bool = False
 
     def gradients(self, vector: Tensor, *, last: bool) -> list[Tensor]:
         """Back-propagate one output vector.
@@ -159,10 +167,12 @@ class Recorder(TorchFunctionMode):
         uses: Uses by operations that have a rule, in order.
         edges: An edge to the output of every use.
         refusals: Uses by operations that have no rule.
+        impossible: Parameters that were used in a way that no setting allows, by the reason.
         hidden: Names of parameters that were used while gradients were off.
         data_nodes: For the autograd node of every operation that used parameters and data, whether
             it has a rule or not, the nodes that its data came from.
         program: What was called.
+        took_blank: Whether a layer's input, taken for examples, was made of plain numbers.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], constants: Constants) -> None:
@@ -176,9 +186,11 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Use] = []
         self.edges: list[GradientEdge] = []
         self.refusals: list[Refusal] = []
+        self.impossible: dict[str, set[str]] = {}
         self.hidden: set[str] = set()
         self.data_nodes: dict[Any, list[Any]] = {}
         self.program = Program()
+        self.took_blank = False
         self._origins = Origins(parameters, constants)
 
     @property
@@ -216,6 +228,9 @@ class Recorder(TorchFunctionMode):
             with self:
                 return opened(func)(*args, **kwargs)
         call = None if fixed and func not in LAYERS else self._call(func, args, kwargs, fixed)
+        if self.impossible and kwargs.get("max_norm") is not None:
+            # What has been refused is not to rescale its weights any more.
+            kwargs = {**kwargs, "max_norm": None}
         if fixed and call is None:
             result = self._compute(func, args, kwargs, tensors, sources)
         elif call is None and func in COMPOSITIONS and not (is_checkpointed() or "out" in kwargs):
@@ -246,7 +261,8 @@ class Recorder(TorchFunctionMode):
     ) -> LayerCall | None:
         """Return what a rule tells of an operation; None if no rule knows what it is."""
         rule, known = RULES.get(func), self._origins
-        if rule is None:
+        # What is written into a view gets a new history, in which the view's own is not.
+        if rule is None or (is_in_place(func) and args[0]._base is not None):
             return None
         # A layer's input that was expanded holds examples, also where it is all parameters.
         is_parameter = known.is_shared if fixed else known.is_parameter
@@ -254,19 +270,29 @@ class Recorder(TorchFunctionMode):
         try:
             call = rule(is_parameter, *plain, **kwargs)
         except ValueError as error:
-            names = known.sources(*tensors_in((args, kwargs)))
-            raise ValueError(f"parameter {listed(names)}: {error}") from error
+            # Others may follow that are refused for the same reason.
+            self._refuse(str(error), args, kwargs)
+            return None
         except TypeError:  # arguments that the rule does not know
             return None
         if call is None or is_parameter(call.input):
             return None
+        if call.input.is_nested:
+            self._refuse(_NESTED, args, kwargs)
+            return None
         if fixed and not (known.is_blank(call.input) or known.is_repeated(call.input)):
             return None
+        self.took_blank |= fixed and known.is_blank(call.input)
         own = [t for t in (call.weight, call.bias) if known.is_parameter(t)]
         # What was expanded may vary along the axis of the examples.
         if not own or (0 not in call.batch_axes and any(map(known.is_repeated, own))):
             return None
         return call
+
+    def _refuse(self, reason: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Note that an operation uses parameters in a way that no setting allows."""
+        names = self._origins.sources(*tensors_in((args, kwargs)))
+        self.impossible.setdefault(reason, set()).update(names)
 
     def _run(
         self,
@@ -295,6 +321,8 @@ class Recorder(TorchFunctionMode):
             args, kwargs = map_tensors(lambda t: copies.get(id(t), t), (args, kwargs))
         result = func(*args, **kwargs)
         outputs = [t for t in written(func, args, result) if t.requires_grad and not t.is_leaf]
+        if use is not None and outputs and not _is_regular(outputs[0], use.call.input):
+            use = None
         if not outputs or (copies and use is None):
             return None, result
         edge = _output_edge(func, outputs[0])
@@ -358,8 +386,11 @@ class Recorder(TorchFunctionMode):
 
     def _as_use(self, call: LayerCall) -> Use:
         name = self._origins.name
-        detached = replace(call, input=call.input.detach())
-        return Use(name(call.weight), name(call.bias), detached, version_of(call.input))
+        layer_input = call.input.detach()
+        if layer_input.layout is not torch.strided:
+            layer_input = layer_input.to_dense()
+        call = replace(call, input=layer_input)
+        return Use(name(call.weight), name(call.bias), call, version_of(layer_input))
 
     def _compute(
         self,
@@ -391,7 +422,8 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], tensors: Sequence[Tensor], result: Any
     ) -> None:
         """Note what an operation on constants alone has computed."""
-        blank = func in BLANK or any(map(self._origins.is_blank, tensors))
+        made = func in BLANK and not self._origins.made_are_shared
+        blank = made or any(map(self._origins.is_blank, tensors))
         for tensor in tensors_in(result):
             repeated = func in COPYING and not tensor.is_floating_point()
             self._origins.hold_constant(tensor, blank=blank or repeated)
@@ -426,6 +458,12 @@ def back_propagate(
     return [None if gradient is None else gradient.detach() for gradient in gradients]
 
 
+def _is_regular(output: Tensor, layer_input: Tensor) -> bool:
+    """Whether rules know such tensors; those of complex numbers would need conjugates."""
+    is_complex = output.is_complex() or layer_input.is_complex()
+    return output.layout is torch.strided and not is_complex
+
+
 def _output_edge(func: Callable[..., Any], output: Tensor) -> GradientEdge:
     """Return an edge at which an operation's output gradient can be asked for.
 
@@ -439,8 +477,3 @@ def _output_edge(func: Callable[..., Any], output: Tensor) -> GradientEdge:
         return get_gradient_edge(output)
     whole = base.is_contiguous() and output.is_contiguous()
     return get_gradient_edge(base if whole else output)
-
-
-def listed(names: Iterable[str]) -> str:
-    """Return the names of parameters as messages show them."""
-    return ", ".join(repr(name) for name in sorted(names))

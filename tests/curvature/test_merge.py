@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rotate_ewc import EKFACLinearOperator, merge
+from rotate_ewc.curvature.matching import matching_blocks
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.provenance import Provenance
 from tests.helpers.oracles import dense_block, dense_operator
@@ -474,10 +475,18 @@ def test_zeros_in_different_forms_are_zero() -> None:
             assert float(merged.trace) == 0
 
 
+def test_every_operator_has_a_weight() -> None:
+    """None is left out because there are fewer weights."""
+    operators = [of_weight_and_bias(["plain"], seed) for seed in range(2)]
+    for weights in ([1.0], [1.0, 1.0, 1.0]):
+        with pytest.raises(ValueError, match="zip"):
+            matching_blocks(operators, weights)
+
+
 def test_only_zeros_fit_every_form() -> None:
     joint, separate = of_weight_and_bias(["joint"], 1), of_weight_and_bias(["plain", "bias"], 2)
     zeros = of_weight_and_bias(["plain", "bias"], None)
-    with pytest.raises(ValueError, match="'w' has a block of its own in one operator"):
+    with pytest.raises(ValueError, match="'w', 'b' have a block of its own in one operator"):
         merge([zeros, joint, separate])
 
 

@@ -216,7 +216,7 @@ def test_no_memory_for_a_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
     error = torch.cuda.OutOfMemoryError("CUDA out of memory")
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "eigh", failing(torch.linalg.eigh, 1, error))
-        with pytest.raises(MemoryError, match=r"decomposition of the \d × \d \w+ factor of '"):
+        with pytest.raises(MemoryError, match=r"decomposition of the \w+ factor of '.*exclude=\["):
             made.consolidate()
     made.assert_unchanged(before)
     made.assert_goes_on("merged")

@@ -122,7 +122,7 @@ def test_consolidated_on_the_cpu_and_moved(device: torch.device) -> None:
 def test_a_penalty_that_was_left_behind_is_named(device: torch.device) -> None:
     model, penalty = consolidated(torch.device("cpu"))
     model.to(device)
-    message = r"is on cuda:0, but the penalty on cpu; call penalty.to\('cuda:0'\)"
+    message = r"(is|are) on cuda:0, but the penalty on cpu; call penalty.to\('cuda:0'\)"
     with pytest.raises(ValueError, match=message):
         penalty(model)
     with pytest.raises(ValueError, match=message):

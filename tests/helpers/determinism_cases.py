@@ -135,7 +135,8 @@ STEPS: Final = 8
 EVERY: Final = 3
 # A task is its steps, and then its consolidation.
 EVENTS: Final = STEPS + 1
-END: Final = 3 * EVENTS
+# The third task is only begun: so far that the penalty of two has been obeyed, and refreshed.
+END: Final = 2 * EVENTS + EVERY + 1
 # In the first task, before and after a consolidation, right after a refresh, between two.
 STOPS: Final = (5, STEPS, EVENTS, EVENTS + EVERY, EVENTS + EVERY + 1)
 

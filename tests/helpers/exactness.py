@@ -241,8 +241,9 @@ def settings() -> list[Setting]:
 
     In every basic case each loss meets each Fisher type, and these each approximation, with weight
     and bias apart and together. In the further ones, whose layers see of a loss only the vectors
-    that come back from it, the losses take turns; where no positions are shared, and expanding is
-    the same as reducing, so do the two pairs of Fisher type and jointness. ``sum``, which only
+    that come back from it, the losses take turns. There, every value has its turn, and one of four
+    pairs is left to neighbours of the same family; where no positions are shared, and expanding is
+    the same as reducing, two pairs of Fisher type and jointness take turns. ``sum``, which only
     changes the scale, meets every loss and Fisher type on some kinds of network.
     """
     found = []
@@ -258,8 +259,9 @@ def settings() -> list[Setting]:
                 for fisher in EXACT_FISHERS
             ]
     for number, case in enumerate(FURTHER):
-        first = 2 * number % len(PAIRS)
-        rows = PAIRS if case.shared else PAIRS[first : first + 2]
+        first, left_out = 2 * number % len(PAIRS), number % len(PAIRS)
+        three = (*PAIRS[:left_out], *PAIRS[left_out + 1 :])
+        rows = three if case.shared else PAIRS[first : first + 2]
         for turn, (fisher, approx, joint) in enumerate(rows):
             loss = tuple(PLAIN_LOSSES)[(number + turn) % len(PLAIN_LOSSES)]
             approx = approx if case.shared else "expand"

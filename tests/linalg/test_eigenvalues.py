@@ -1,18 +1,21 @@
 """The ways to the eigenvalues, against a loop over examples, label vectors and positions."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from threading import get_ident
 from time import sleep
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from rotate_ewc.linalg import eigenvalues, eigh
 from rotate_ewc.linalg.eigenvalues import Kernel, Route, cheapest_route, squared_projections
 from rotate_ewc.linalg.outer_products import add_covariance_
+from tests.helpers.memory import peak_bytes
 
 MANY_POSITIONS = [
     Route(Kernel.PAIRS),
@@ -85,29 +88,126 @@ def test_work_in_chunks_changes_nothing(route: Route, max_bytes: int) -> None:
     torch.testing.assert_close(chunks, whole, rtol=1e-12, atol=1e-12)
 
 
-def least_products(shared: int, d_out: int, d_in: int, vectors: int, route: Route) -> float:
-    """Multiplications of a route for one example, counted without memory traffic."""
+@pytest.mark.parametrize("at_once", [1, 4, 16, 48])
+@pytest.mark.parametrize(
+    ("route", "groups", "d_out", "d_in", "bases"),
+    [
+        (Route(Kernel.PAIRS), 1, 5, 60, False),
+        (Route(Kernel.PAIRS), 3, 40, 4, False),
+        (Route(Kernel.EXAMPLES), 1, 20, 30, False),
+        (Route(Kernel.EXAMPLES, False, False), 1, 20, 30, True),
+    ],
+    ids=str,
+)
+def test_work_takes_what_it_may(
+    route: Route, groups: int, d_out: int, d_in: int, bases: bool, at_once: int
+) -> None:
+    """Chunks are of as many examples as fit, and of one where not even that fits."""
+    shared, examples = 4, 48
+    gradients = [seeded(groups, examples, shared, d_out)]
+    activations = seeded(groups, examples, shared, d_in)
+    left = orthogonal(groups, d_out, 1) if bases else None
+    right = orthogonal(groups, d_in, 2) if bases else None
+
+    def peak(max_bytes: int | None) -> int:
+        return peak_bytes(
+            lambda: squared_projections(gradients, activations, left, right, route, max_bytes)
+        )
+
+    matrix = 8 * groups * d_out * d_in
+    one = (1 + bases) * matrix
+    if route.kernel is Kernel.PAIRS:
+        # Of the pairs of four positions, both factors and their product.
+        one = 8 * groups * 10 * 2 * (d_out + d_in)
+    besides = 2 * matrix + 1000  # the sum, that of a chunk, and numbers of pairs
+    for max_bytes in (at_once * one, at_once * one + one - 1):
+        assert 0.85 * at_once * one <= peak(max_bytes) <= at_once * one + besides
+    assert peak(1) <= one + besides
+    assert peak(None) == peak(examples * one)
+
+
+@pytest.mark.parametrize("route", MANY_POSITIONS, ids=str)
+def test_work_is_on_the_device_of_the_data(route: Route) -> None:
+    """Of tensors that have no data, so that no such device is needed."""
+    with FakeTensorMode():
+        gradients = [torch.empty(1, 3, 4, 5, device="cuda")]
+        activations, left, right = (
+            torch.empty(*shape, device="cuda") for shape in ((1, 3, 4, 6), (1, 5, 5), (1, 6, 6))
+        )
+        result = squared_projections(gradients, activations, left, right, route)
+    assert result.device.type == "cuda"
+
+
+def test_batches_that_do_not_belong_together_are_no_chunks() -> None:
+    """Of different sizes, but the same in the first chunk: nothing is left out of the sum."""
+    with pytest.raises(ValueError, match="shorter"):
+        eigenvalues.pair_products(seeded(1, 4, 2, 3), seeded(1, 2, 2, 5), max_bytes=1)
+
+
+@pytest.mark.parametrize("d_in", [1, 2, 3])
+@pytest.mark.parametrize("rotated", ["both", "output", "input", "neither"])
+def test_squares_of_gradients(rotated: str, d_in: int) -> None:
+    """Also of a bias, which is one column."""
+    gradients, expected = seeded(2, 5, 4, d_in), torch.zeros(2, 4, d_in, dtype=torch.float64)
+    left = orthogonal(2, 4, 1) if rotated in ("both", "output") else None
+    right = orthogonal(2, d_in, 2) if rotated in ("both", "input") else None
+    for group in range(2):
+        for gradient in gradients[group]:
+            turned = gradient if left is None else left[group].T @ gradient
+            expected[group] += (turned if right is None else turned @ right[group]) ** 2
+    result = eigenvalues.squared_entries(gradients, left, right)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
+def multiplications(shared: int, d_out: int, d_in: int, vectors: int, route: Route) -> int:
+    """Multiplications in the matrix products of a route, for one example."""
     total = shared * d_in**2 if route.rotate_activations else vectors * d_out * d_in**2
     total += vectors * (shared * d_out**2 if route.rotate_gradients else d_out**2 * d_in)
-    pairs = shared * (shared + 1) // 2
-    return total + vectors * d_out * d_in * (pairs if route.kernel is Kernel.PAIRS else shared)
+    factors = shared * (shared + 1) // 2 if route.kernel is Kernel.PAIRS else shared
+    return total + vectors * d_out * d_in * factors
 
 
-@given(
-    shared=st.integers(2, 1500),
-    d_out=st.integers(8, 600),
-    d_in=st.integers(8, 2000),
-    vectors=st.integers(1, 100),
-)
-def test_cheapest_route_is_within_memory_traffic_of_the_fewest_products(
-    shared: int, d_out: int, d_in: int, vectors: int
+def elements_moved(shared: int, d_out: int, d_in: int, vectors: int, route: Route) -> int:
+    """Elements that a route writes: all pairs of positions, or each form of the gradients."""
+    if route.kernel is Kernel.PAIRS:
+        return vectors * shared * (shared + 1) // 2 * (d_out + d_in)
+    forms = 1 + (not route.rotate_activations) + (not route.rotate_gradients)
+    return vectors * d_out * d_in * forms
+
+
+@pytest.mark.parametrize("route", MANY_POSITIONS, ids=str)
+@pytest.mark.parametrize("shape", [(2, 8, 5, 1), (5, 8, 5, 3), (4, 3, 7, 2)], ids=str)
+def test_multiplications_are_those_of_the_products(
+    shape: tuple[int, int, int, int], route: Route
 ) -> None:
-    chosen = cheapest_route(shared, d_out, d_in, vectors)
-    found = least_products(shared, d_out, d_in, vectors, chosen)
-    fewest = min(least_products(shared, d_out, d_in, vectors, route) for route in MANY_POSITIONS)
-    # 20 operations an element moved; per vector at most three matrices, or all pairs, are moved.
-    moved = 10 * vectors * (3 * d_out * d_in + 10 * (d_out + d_in))
-    assert found <= fewest + moved
+    """As PyTorch counts what runs; a multiplication and its addition are two operations."""
+
+    def of_sum(total: Any, left: Any, right: Any, *rest: Any, **more: Any) -> int:
+        return 2 * left[0] * left[1] * left[2] * right[2]
+
+    shared, d_out, d_in, vectors = shape
+    gradients = [seeded(1, 1, shared, d_out, seed=k) for k in range(vectors)]
+    activations = seeded(1, 1, shared, d_in)
+    bases = orthogonal(1, d_out, 1), orthogonal(1, d_in, 2)
+    custom = {torch.ops.aten.baddbmm_: of_sum}
+    with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+        squared_projections(gradients, activations, *bases, route)
+    assert counter.get_total_flops() == 2 * multiplications(*shape, route)
+
+
+@pytest.mark.parametrize("vectors", [1, 3, 40])
+@pytest.mark.parametrize("shared", [2, 3, 4, 5, 6, 8, 11, 16, 23, 40, 100, 1000])
+def test_cheapest_route_costs_least(shared: int, vectors: int) -> None:
+    """Of operations, where an element that is moved counts as twenty, at sizes of all ratios."""
+
+    def cost(d_out: int, d_in: int, route: Route) -> int:
+        shape = (shared, d_out, d_in, vectors)
+        return 2 * multiplications(*shape, route) + 20 * elements_moved(*shape, route)
+
+    sizes = [1, 2, 3, 5, 8, 13, 20, 27, 32, 50, 64, 90, 128, 200, 288, 400, 512, 784, 1024]
+    for d_out, d_in in product(sizes, repeat=2):
+        chosen = cost(d_out, d_in, cheapest_route(shared, d_out, d_in, vectors))
+        assert chosen == min(cost(d_out, d_in, route) for route in MANY_POSITIONS), (d_out, d_in)
 
 
 @pytest.mark.parametrize(

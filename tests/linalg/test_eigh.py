@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rotate_ewc import EKFACLinearOperator, merge
 from rotate_ewc.errors import NotFiniteError
@@ -162,3 +163,16 @@ def test_operators_whose_sum_is_not_finite(value: float) -> None:
             merge(operators)
     with pytest.raises(NotFiniteError, match="Fisher matrix of 'w' is not finite"):
         merge([operator(1e37), operator(1.0)], [100.0, 1.0])
+
+
+def test_nothing_to_warn_of() -> None:
+    basis, remark = eigh.decomposed(factor("low rank", 7), "factor")
+    assert basis.shape == (1, 7, 7)
+    assert remark == ""
+
+
+def test_all_attempts_are_made_on_the_device_of_the_matrix() -> None:
+    """Of tensors that have no data, so that no such device is needed."""
+    with FakeTensorMode():
+        attempts = [c for _, c in eigh._attempts(torch.empty(2, 4, 4, device="cuda"))]
+    assert [c.device.type for c in attempts] == ["cuda"] * 3

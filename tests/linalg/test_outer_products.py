@@ -146,6 +146,22 @@ def test_what_is_prepared_is_added_without_memory(
     assert_close(found.diagonal, before + given.square().sum(dim=(1, 2)))
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_many_positions_are_added_without_memory(groups: int) -> None:
+    """Where they lie in order, no matrix of each example is made."""
+    given = vectors(groups, 20, 70, size=60)
+    found = collected([given], size=60)
+    assert peak_bytes(lambda: found.add(given)) == 0
+    assert_close(found.diagonal, 2 * given.square().sum(dim=(1, 2)))
+
+
+def test_every_sum_has_a_label() -> None:
+    sums = [collected([vectors(1, 2, 1, seed)]) for seed in range(2)]
+    for labels in (["first"], ["first", "second", "third"]):
+        with pytest.raises(ValueError, match="zip"):
+            eigenvectors(sums, labels)
+
+
 def test_vectors_are_added_to_all_sums_or_to_none(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (OuterProducts(1, SIZE, vectors(1, 1, 1)) for _ in range(2))
     given = vectors(1, 9, 1)
@@ -173,8 +189,12 @@ def test_autocast_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("error", "expected", "message"),
     [
-        (MemoryError("too large"), MemoryError, r"decomposition of the 6 × 6 thing \(too large\)"),
-        (RuntimeError("can't allocate memory"), MemoryError, r"leave the parameter out"),
+        (
+            MemoryError("too large"),
+            MemoryError,
+            r"decomposition of the thing, a matrix \[6, 6\] of \d+ bytes \(too large\)",
+        ),
+        (RuntimeError("can't allocate memory"), MemoryError, r"bytes \(can't allocate memory\)$"),
         (RuntimeError("something else"), RuntimeError, "^something else$"),
     ],
 )
@@ -216,3 +236,19 @@ def test_a_bias_with_few_examples() -> None:
     basis = block.gradient_basis[0]
     assert_close_and_not_zero(basis @ torch.diag(block.eigenvalues[0, :, 0]) @ basis.T, exact)
     assert int((block.eigenvalues > 1e-12 * block.eigenvalues.max()).sum()) == 4
+
+
+def test_no_room_for_the_sum_names_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves the vectors that were collected."""
+    total = collected([vectors(1, 2, 1)])
+    before = total.diagonal.clone()
+
+    def fails(tensor: Tensor, *size: int) -> Tensor:
+        raise RuntimeError("can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_zeros", fails)
+        message = r"^out of memory in the sum of outer products, a matrix \[6, 6\] of 288 bytes \("
+        with pytest.raises(MemoryError, match=message):
+            total.add(vectors(1, 4, 1))
+    assert torch.equal(total.diagonal, before)

@@ -13,7 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotate_ewc.linalg.quadratic import quadratic_form, quadratic_gradient
-from rotate_ewc.penalty.proximal import check_step_size, shrink_towards_anchors_, step_size_of
+from rotate_ewc.penalty.proximal import (
+    check_step_size,
+    shrink_towards_anchors_,
+    step_sizes_by_stack,
+)
 from rotate_ewc.penalty.terms import Stack
 from tests.helpers.oracles import assert_close
 from tests.helpers.random_operators import Layout, RandomOperator
@@ -207,12 +211,18 @@ def test_every_step_size_is_looked_up_before_anything_moves() -> None:
 
 
 def test_step_sizes() -> None:
-    assert step_size_of(2, ["a", "b"]) == 2.0
-    assert isinstance(step_size_of(2, ["a"]), float)
-    assert step_size_of({"a": 1, "b": 2, "c": 9}, ["a", "b"]) == 1.5
-    assert isinstance(step_size_of({"a": 1}, ["a"]), float)
+    class Named:
+        names = ("a", "b")
+
+    stack: Any = Named()
+    for given, expected in ((2, 2.0), ({"a": 1, "b": 2, "c": 9}, 1.5), ({"a": 1, "b": 1}, 1.0)):
+        found = step_sizes_by_stack(given, [stack])
+        assert found == {stack: expected}
+        assert isinstance(found[stack], float)
     with pytest.raises(ValueError, match="step_size has no entry for the parameter 'b'; expected"):
-        step_size_of({"a": 1}, ["a", "b"])
+        step_sizes_by_stack({"a": 1}, [stack])
+    with pytest.raises(ValueError, match="step_size has no entry for the parameter 'a', 'b'; exp"):
+        step_sizes_by_stack({}, [stack])
 
 
 @pytest.mark.parametrize(

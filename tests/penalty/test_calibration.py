@@ -411,7 +411,10 @@ def test_a_model_that_has_not_moved() -> None:
 
 def test_a_model_of_another_form() -> None:
     other = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).double()
-    refused(r"parameter '2\.weight' is protected by the penalty, but the model has", model=other)
+    refused(
+        r"parameters '2\.weight', '2\.bias' are protected by the penalty, but the model has",
+        model=other,
+    )
 
 
 @pytest.mark.parametrize(

@@ -338,6 +338,13 @@ def test_nothing_learned_yet() -> None:
     assert penalty.protected({}) == {}
 
 
+def test_examples_have_one_loss_term_each_until_a_task_says_otherwise() -> None:
+    penalty = EKFACPenalty(3.0)
+    assert penalty.current_num_loss_terms == 1
+    penalty.current_num_data = 12
+    assert penalty.current_num_loss_terms == 12
+
+
 # --- parameters that are left out ---
 
 
@@ -352,8 +359,8 @@ def test_missing_parameters_are_left_out_with_one_warning() -> None:
     expected = learned(linear(bias=True), include=["weight"])
     with pytest.warns(
         UserWarning,
-        match=r"^parameter 'bias' is missing in the model, or smaller than when it was "
-        r"consolidated, and is not protected any more \(strict=False\)$",
+        match=r"^parameter 'bias' is missing in the model, or smaller than when "
+        r"consolidated, and not protected any more \(strict=False\)$",
     ):
         value = penalty(without(model, "bias"))
     assert_close(value, expected(model))

@@ -95,7 +95,16 @@ def test_options_can_be_changed_on_the_way_in(tmp_path: Path) -> None:
     penalty.save(tmp_path / "penalty")
     loaded = EKFACPenalty.load(tmp_path / "penalty", strength=10.0, decay=0.9)
     assert (loaded.strength, loaded.decay) == (10.0, 0.9)
+    assert loaded.settings == penalty.settings
     assert loaded(model).item() == pytest.approx(10 * penalty(model).item(), rel=1e-6)
+
+
+def test_options_that_are_not_given_are_those_that_were_saved(tmp_path: Path) -> None:
+    penalty = EKFACPenalty(2.0, decay=0.5, seed=3, mc_samples=4)
+    penalty.save(tmp_path / "penalty")
+    loaded = EKFACPenalty.load(tmp_path / "penalty", strength=10.0, mc_samples=5)
+    assert loaded.settings == EstimationSettings(seed=3, mc_samples=5)
+    assert (loaded.strength, loaded.decay) == (10.0, 0.5)
 
 
 def test_settings_given_as_a_whole_replace_those_that_were_saved(tmp_path: Path) -> None:

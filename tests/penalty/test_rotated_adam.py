@@ -1162,8 +1162,8 @@ def of_another_place(model: nn.Module) -> None:
     ("spoil", "message"),
     [
         (sparse, r"parameter '2.weight' has a sparse gradient; expected a dense one"),
-        (of_another_model, r"a parameter of shape \[3\] is the optimizer's but not the model's"),
-        (of_another_place, r"a parameter of shape \[5, 4\] is the optimizer's but not the model's"),
+        (of_another_model, r"1 of the optimizer's parameters, of shape \[3\], are none"),
+        (of_another_place, r"4 of the optimizer's parameters, of shape \[5, 4\], \[5\]"),
         (without_bias, r"'2.bias' is protected by the penalty, but the model has no such"),
         (with_fewer_rows, r"'2.weight' has shape \[2, 5\], but the penalty protects \[3, 5\]"),
     ],
@@ -1217,7 +1217,7 @@ def test_penalty_on_another_device_is_named() -> None:
     optimizer, before = RotatedAdam(model, penalty), flat(model)
     draw(model, 0)
     penalty.to("meta")
-    with pytest.raises(ValueError, match=r"is on cpu, but the penalty on meta; call penalty.to"):
+    with pytest.raises(ValueError, match=r"are on cpu, but the penalty on meta; call penalty.to"):
         optimizer.step()
     assert torch.equal(flat(model), before)
     assert counts(optimizer) == []

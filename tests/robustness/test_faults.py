@@ -170,7 +170,7 @@ def interrupted(call: Callable[[], None], moment: int) -> int:
     [
         ("merged", 15, 20),
         ("separate", 3, 10),
-        *(pytest.param(mode, 60, 400, marks=pytest.mark.slow) for mode in MODES),
+        *(pytest.param(mode, 60, 200, marks=pytest.mark.slow) for mode in MODES),
     ],
 )
 def test_an_interrupt_at_any_moment(mode: str, ends: int, between: int) -> None:

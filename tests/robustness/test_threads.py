@@ -281,7 +281,7 @@ def test_layers_run_in_other_threads_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(5, 5).double(), InAThread(), nn.Linear(3, 3).double())
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.randint(3, (6,))
     params = dict(model.named_parameters())
-    with pytest.raises(ValueError, match=r"'1\.layer\.bias', '1\.layer\.weight' is used by an op"):
+    with pytest.raises(ValueError, match=r"'1\.layer\.bias', '1\.layer\.weight' are used by an op"):
         EKFACLinearOperator(model, CE, params, [(x, y)], fisher_type="type2")
     with pytest.warns(UserWarning, match=r"no rule .* '1\.layer\.weight', '1\.layer\.bias'"):
         operator = EKFACLinearOperator(

@@ -22,9 +22,11 @@ from rotate_ewc._utils.parameters import parameters_of
 from rotate_ewc._utils.validation import as_choice, as_non_negative_number, check_positive_integer
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.integrations.avalanche.batches import (
-    Batches,
-    forward_batch,
-    inputs_of,
+    Minibatches,
+    check_steps,
+    loss_arguments,
+    outputs_for,
+    preserved,
     whole_task,
 )
 from rotate_ewc.integrations.avalanche.loss_terms import LossTerms
@@ -64,7 +66,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
     """Elastic weight consolidation in a rotated basis, as a plugin for any supervised strategy.
 
     After each experience the Fisher matrix is estimated on the experience's data, with its
-    evaluation transforms. Later experiences are trained under the penalty
+    evaluation transforms, through the strategy's own `_unpack_minibatch`, `forward` and
+    `criterion`. Later experiences are trained under the penalty
 
         ½ · ewc_lambda · Σ_t (M_t / M_now) (θ - θ*)ᵀ F_t (θ - θ*)
 
@@ -117,7 +120,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
                 result; None takes the strategy's `train_mb_size`.
             **penalty_options: Other arguments of `EKFACPenalty`, those for `EstimationSettings`
                 among them. The seed is also that of the drawn examples; a `batch_size_fn` gets
-                pairs of Avalanche's inputs and task labels.
+                the minibatches that the strategy has unpacked.
 
         Raises:
             ValueError: If a value is out of range, naming the argument.
@@ -159,7 +162,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Tell the penalty how many examples the task at hand has."""
-        self.penalty.current_num_data = len(whole_task(strategy.experience).dataset)
+        dataset = whole_task(strategy.experience).dataset
+        self.penalty.current_num_data = len(dataset)
         self._learning_rate_checked = False
         self._loss_terms = None
         if self.penalty.num_tasks > 0:
@@ -170,8 +174,9 @@ class RotatedEWCPlugin(SupervisedPlugin):
             # Weights may have been loaded, and a run that is resumed has no tangent either.
             self._tangent.forget()
         self._connect(strategy.optimizer)
-        # A model that does not fit is refused before anything is learned.
+        # What will not do is refused before anything is learned.
         self.penalty.protected(parameters_of(strategy.model))
+        check_steps(strategy, self._minibatches(dataset.eval(), strategy))
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Add the penalty to the loss."""
@@ -219,13 +224,14 @@ class RotatedEWCPlugin(SupervisedPlugin):
             shown = _shows_progress(strategy)
             self.penalty.settings = replace(settings, progressbar=shown)
         try:
-            self.penalty.consolidate(
-                strategy.model,
-                strategy._criterion,
-                self._batches(dataset.eval(), strategy),
-                forward=partial(forward_batch, strategy.model),
-                num_data=len(dataset),
-            )
+            with preserved(strategy):
+                self.penalty.consolidate(
+                    strategy.model,
+                    strategy._criterion,
+                    self._minibatches(dataset.eval(), strategy),
+                    forward=partial(outputs_for, strategy),
+                    num_data=len(dataset),
+                )
         finally:
             self.penalty.settings = settings
         self.consolidation_seconds = time.perf_counter() - start
@@ -273,8 +279,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
             return
         # Without a model, that counting does not run one in the middle of training.
         counter = ExampleCounter(None, self.penalty.settings.batch_size_fn)
-        outputs, targets = strategy.mb_output, strategy.mb_y
-        count = counter.count(inputs_of(strategy.mbatch), outputs, targets)
+        outputs, targets = loss_arguments(strategy)
+        count = counter.count(strategy.mbatch, outputs, targets)
         if self._loss_terms.add(outputs, targets, count):
             self._tell_loss_terms()
 
@@ -318,7 +324,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self._sub_experiences = 1 if part.is_first_subexp else self._sub_experiences + 1
         return bool(part.is_last_subexp) or self._sub_experiences == part.sub_stream_length
 
-    def _batches(self, dataset: Any, strategy: Any) -> Batches:
+    def _minibatches(self, dataset: Any, strategy: Any) -> Minibatches:
         collate = getattr(dataset, "collate_fn", None)
         if self.num_samples is not None and self.num_samples < len(dataset):
             generator = torch.Generator().manual_seed(
@@ -328,7 +334,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
             drawn = torch.randperm(len(dataset), generator=generator)[: self.num_samples]
             dataset = Subset(dataset, drawn.tolist())
         size = self.estimation_mb_size or strategy.train_mb_size
-        return Batches(DataLoader(dataset, batch_size=size, collate_fn=collate))
+        return Minibatches(DataLoader(dataset, batch_size=size, collate_fn=collate), strategy)
 
 
 def _plain_rate(group: Mapping[str, Any]) -> float:

@@ -86,7 +86,8 @@ class Case:
     def model(self) -> nn.Module:
         """Make the model, always with the same weights and without touching the global RNG."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
+            # Not torch.manual_seed, which until CUDA is used keeps the stack of every call.
+            torch.default_generator.manual_seed(1)
             model = self.build().double()
         for name in self.frozen:
             model.get_parameter(name).requires_grad_(False)

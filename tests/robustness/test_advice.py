@@ -1,0 +1,624 @@
+"""What a refusal advises is done, and then it works.
+
+Each row provokes a refusal, and does afterwards what the message says: code in a message is run as
+it is written there. All parameters concerned are in the first message, or the advice would lead to
+the next one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from rotate_ewc import (
+    EKFACLinearOperator,
+    EKFACPenalty,
+    RotatedAdam,
+    TangentPenalty,
+    calibrated_strength,
+    merge,
+)
+from rotate_ewc.linalg.block import Block
+
+CE = nn.CrossEntropyLoss()
+
+# What has no rule is told once more, by a warning, when the advice is followed.
+pytestmark = pytest.mark.filterwarnings("ignore:there is no rule")
+
+
+def seeded(*size: int) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(sum(size)))
+
+
+def labels(n: int = 6) -> Tensor:
+    return torch.arange(n) % 3
+
+
+def data(n: int = 6) -> list[tuple[Tensor, Tensor]]:
+    return [(seeded(n, 4), labels(n))]
+
+
+def net(*layers: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), *layers, nn.Linear(5, 3))
+
+
+def estimate(model: nn.Module, batches: Any = None, **options: Any) -> EKFACLinearOperator:
+    """An operator over all parameters, or over those that are not excluded."""
+    exclude = options.pop("exclude", ())
+    params = {name: p for name, p in model.named_parameters() if name not in exclude}
+    function = options.pop("model_func", model)
+    found = EKFACLinearOperator(
+        function, options.pop("loss", CE), params, batches or data(), **options
+    )
+    assert float(found.trace) > 0
+    return found
+
+
+def consolidated(model: nn.Module, **options: Any) -> EKFACPenalty:
+    penalty = EKFACPenalty(**options)
+    penalty.consolidate(model, CE, data())
+    return penalty
+
+
+def refusal(call: Callable[[], Any], error: type[Exception] = ValueError) -> str:
+    with pytest.raises(error) as caught:
+        call()
+    return "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+
+
+def written(message: str, pattern: str) -> Any:
+    """Evaluate the code that a message has at the place of the pattern's group."""
+    found = re.search(pattern, message, re.DOTALL)
+    assert found is not None, message
+    return eval(found[1])
+
+
+def excluded(message: str) -> list[str]:
+    names: list[str] = written(message, r"exclude=(\[.*?\])")
+    return names
+
+
+# ------------------------------------------------------------------ uses of parameters
+
+
+class Distances(nn.Module):
+    """Two parameters, used by two operations without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(seeded(5, 5))
+        self.system = nn.Parameter(seeded(5, 5) + 5 * torch.eye(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(torch.linalg.solve(self.system, x, left=False), self.centres)
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        return gradient * scale, (gradient * x).sum(0)
+
+
+class Unseen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(seeded(5))
+        self.second = nn.Parameter(seeded(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled: Tensor = Double.apply(Double.apply(x, self.first), self.second)
+        return scaled
+
+
+@pytest.mark.parametrize("layer", [Distances, Unseen])
+@pytest.mark.parametrize("choice", ["diagonal", "skip", "exclude"])
+def test_no_rule(layer: type[nn.Module], choice: str) -> None:
+    model = net(layer())
+    names = [f"1.{name}" for name, _ in model[1].named_parameters()]
+    message = refusal(lambda: estimate(model))
+    assert excluded(message) == sorted(names)
+    if choice == "exclude":
+        estimate(model, exclude=excluded(message))
+        consolidated(model, exclude=excluded(message))
+    else:
+        option = written(message, f"unsupported=('{choice}')")
+        found = estimate(model, unsupported=option)
+        assert (names[0] in found.parameter_shapes) == (choice == "diagonal")
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(size, 5), nn.Tanh(), nn.Linear(5, size))
+        self.use_reentrant = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:  # which such checkpoints ask for
+            x = x.clone().requires_grad_()
+        result: Tensor = checkpoint(self.inner, x, use_reentrant=self.use_reentrant)
+        return result
+
+
+def test_reentrant_checkpoints() -> None:
+    first, between = nn.Sequential(Checkpointed(4), *net()), net(Checkpointed(5))
+    for model, place in ((first, 0), (between, 1)):
+        message = refusal(lambda model=model: estimate(model))
+        names = [f"{place}.inner.{i}.{kind}" for i in (0, 2) for kind in ("bias", "weight")]
+        assert excluded(message) == names
+        if model is first:
+            assert "Where no other parameter comes before them" in message
+            estimate(model, exclude=names)
+            estimate(model, unsupported=written(message, "unsupported=('skip')"))
+        model[place].use_reentrant = written(message, "use_reentrant=(False)")
+        assert names[0] in estimate(model).parameter_shapes
+
+
+def test_inputs_that_are_modified_in_place() -> None:
+    class Ruined(nn.Module):
+        def __init__(self, *, in_place: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(4, 5)
+            self.head = nn.Linear(5, 3)
+            self.in_place = in_place
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 0
+            with torch.no_grad():
+                detached = x.detach()
+            hidden = self.a(x) + self.b(x)
+            if self.in_place:
+                detached.mul_(2)
+            return self.head(hidden)
+
+    message = refusal(lambda: estimate(Ruined(in_place=True)))
+    assert "layer of 'a.weight', 'b.weight' was modified in place" in message
+    assert "make that operation out-of-place" in message
+    estimate(Ruined(in_place=False))
+
+
+@pytest.mark.parametrize(("option", "value"), [("max_norm", 1.0), ("scale_grad_by_freq", True)])
+def test_embeddings_that_are_more_than_tables(option: str, value: Any) -> None:
+    class Tables(nn.Module):
+        def __init__(self, **options: Any) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = (nn.Embedding(5, 3, **options) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs: Tensor = self.a(x) + self.b(x)
+            return outputs
+
+    batches = [(torch.arange(5), labels(5))]
+    model = Tables(**{option: value})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    message = refusal(lambda: estimate(model, batches))
+    assert "'a.weight', 'b.weight'" in message
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    estimate(Tables(**{option: written(message, f"expected {option}=(\\w+)")}), batches)
+
+
+def test_pairs_of_weight_and_bias_that_are_not_always_together() -> None:
+    class Pairs(nn.Module):
+        """Each weight has its bias the first time, and none the second."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in (self.a, self.b):
+                x = F.linear(layer(x).tanh(), layer.weight)
+            return x
+
+    message = refusal(lambda: estimate(Pairs(), separate_weight_and_bias=False))
+    for name in ("a.weight", "a.bias", "b.weight", "b.bias"):
+        assert repr(name) in message
+    estimate(Pairs(), separate_weight_and_bias=written(message, "separate_weight_and_bias=(True)"))
+
+
+def test_uses_that_only_later_batches_show() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 4:
+                return self.b(self.a(x))
+            return torch.cdist(self.a(x), self.b.weight)
+
+    batches = data(6) + data(4)
+    model = Changing()
+    message = refusal(lambda: estimate(model, batches, unsupported="skip"))
+    estimate(model, batches, exclude=excluded(message))
+
+
+# ------------------------------------------------------------------ the parameters that are given
+
+
+def test_parameters_that_the_function_does_not_use() -> None:
+    model, other = net(), net()
+    params = {
+        **dict(model.named_parameters()),
+        **{f"o.{n}": p for n, p in other.named_parameters()},
+    }
+    message = refusal(lambda: EKFACLinearOperator(lambda x: model(x), CE, params, data()))
+    names = excluded(message)
+    assert names == [f"o.{name}" for name, _ in other.named_parameters()]
+    left = {name: p for name, p in params.items() if name not in names}
+    EKFACLinearOperator(lambda x: model(x), CE, left, data())
+
+
+def test_parameters_of_another_model() -> None:
+    model = net()
+    copies = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    message = refusal(lambda: EKFACLinearOperator(model, CE, copies, data()))
+    assert all(f"'{i}' (shape" in message for i in range(4))
+    assert "expected tensors from model.parameters(), not copies" in message
+    EKFACLinearOperator(model, CE, list(model.parameters()), data())
+
+
+def test_parameters_on_the_meta_device() -> None:
+    model, weights = net().to("meta"), net().state_dict()
+    message = refusal(lambda: estimate(model))
+    assert "'0.weight', '0.bias', '1.weight', '1.bias'" in message
+    assert "model.to_empty(device=...), then load_state_dict" in message
+    model.to_empty(device="cpu")
+    model.load_state_dict(weights)
+    estimate(model)
+
+
+def test_sparse_parameters() -> None:
+    model = net()
+    for layer in model:
+        layer.weight = nn.Parameter(layer.weight.detach().to_sparse())
+    message = refusal(lambda: estimate(model))
+    assert excluded(message) == ["0.weight", "1.weight"]
+    estimate(net(), exclude=excluded(message))
+    assert "such as nn.Parameter(parameter.detach().to_dense())" in message
+    for layer in model:
+        parameter = layer.weight
+        layer.weight = nn.Parameter(parameter.detach().to_dense())
+    estimate(model)
+
+
+def test_patterns_that_match_nothing() -> None:
+    message = refusal(lambda: consolidated(net(), exclude=["first.*", "last.*"]))
+    assert "exclude patterns 'first.*', 'last.*' match no parameter" in message
+    consolidated(net(), exclude=written(message, r"names such as (\[.*?\])"))
+
+
+def test_parameters_of_inference_mode() -> None:
+    with torch.inference_mode():
+        model = net()
+    message = refusal(lambda: estimate(model))
+    assert "made outside of torch.inference_mode" in message
+    assert "'0.weight', '0.bias', '1.weight', '1.bias'" in message
+    estimate(net())
+
+
+# ------------------------------------------------------------------ data and outputs
+
+
+class Output(dict[str, Tensor]):
+    """Like the outputs of Hugging Face's models: a dictionary whose entries are attributes too."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Transformer(nn.Module):
+    """Takes keywords, and returns an output with a loss in it, as Hugging Face's models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, features: Tensor, scale: Tensor) -> Output:
+        logits = self.inner(features * scale)
+        return Output(loss=logits.square().mean(), logits=logits)
+
+
+def dictionaries(n: int = 6) -> list[dict[str, Tensor]]:
+    return [{"features": seeded(n, 4), "scale": seeded(n, 1).exp(), "labels": labels(n)}]
+
+
+def expected_of(model: Transformer) -> EKFACLinearOperator:
+    (batch,) = dictionaries()
+    inner = dict(model.inner.named_parameters())
+    params = {f"inner.{name}": p for name, p in inner.items()}
+    return EKFACLinearOperator(
+        model.inner, CE, params, [(batch["features"] * batch["scale"], batch["labels"])]
+    )
+
+
+FORWARD = r"forward=(lambda batch: [^;]*?) \("
+
+
+def followed(message: str, model: nn.Module, batches: Any) -> Tensor:
+    """Take the advice as `forward` of a penalty, and as `model_func` of an operator."""
+    assert "(for an operator, as model_func)" in message
+    source = re.search(FORWARD, message)
+    assert source is not None, message
+    forward = eval(source[1], {"model": model})
+    penalty = EKFACPenalty(mode="separate")
+    penalty.consolidate(model, CE, batches, forward=forward)
+    found = estimate(model, batches, model_func=forward)
+    assert torch.equal(found.to_dense(), penalty.terms[0].operator.to_dense())
+    return found.to_dense()
+
+
+def test_batches_that_are_dictionaries() -> None:
+    model, batches = Transformer(), dictionaries()
+    message = refusal(lambda: estimate(model, batches))
+    pairs = re.search(r"data=(\[.*? in data\])", message)
+    assert pairs is not None, message
+    found = followed(message, model, eval(pairs[1], {"data": batches}))
+    assert torch.equal(found, expected_of(model).to_dense())
+    assert set(batches[0]) == {"features", "scale", "labels"}
+
+
+@pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="errors have notes from 3.11 on")
+def test_inputs_that_are_dictionaries() -> None:
+    model = Transformer()
+    (batch,) = dictionaries()
+    targets = batch.pop("labels")
+    message = refusal(lambda: estimate(model, [(batch, targets)]), TypeError)
+    assert "dict with ['features', 'scale'], and were given to the model as one argument" in message
+    found = followed(message, model, [(batch, targets)])
+    assert torch.equal(found, expected_of(model).to_dense())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_outputs_of_transformers(temperature: float) -> None:
+    model = Transformer()
+    (batch,) = dictionaries()
+    batches = [(batch, batch.pop("labels"))]
+
+    def call() -> None:
+        EKFACPenalty(temperature=temperature).consolidate(
+            model, CE, batches, forward=lambda batch: model(**batch)
+        )
+
+    message = refusal(call, TypeError)
+    assert "model returned Output" in message
+    # With a temperature the function that is called is another one.
+    assert torch.equal(followed(message, model, batches), expected_of(model).to_dense())
+
+
+@dataclass
+class Fields:
+    aux: float
+    scores: Tensor
+
+
+@pytest.mark.parametrize(
+    ("wrap", "code"),
+    [
+        (lambda x: (torch.arange(3), x), "model(batch)[1]"),
+        (lambda x: {"n": 3, "out": x}, "model(batch)['out']"),
+        (lambda x: Fields(0.0, x), "model(batch).scores"),
+        (lambda x: Output(logits=x), "model(batch).logits"),
+    ],
+)
+def test_outputs_that_are_no_tensor(wrap: Callable[[Tensor], Any], code: str) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x: Tensor) -> Any:
+            return wrap(self.inner(x))
+
+    model = Wrapped()
+    message = refusal(lambda: estimate(model), TypeError)
+    assert f"pass forward=lambda batch: {code} (" in message
+    followed(message, model, data())
+
+
+def test_data_that_can_be_read_once() -> None:
+    message = refusal(lambda: estimate(net(), iter(data())))
+    assert "such as a list" in message
+    estimate(net(), list(iter(data())))
+
+
+def test_inputs_whose_number_is_not_obvious() -> None:
+    class Graphs:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+    model = net()
+    batches = [(Graphs(x), y) for x, y in data()]
+    options: Mapping[str, Any] = {"model_func": lambda graphs: model(graphs.x)}
+    message = refusal(lambda: estimate(model, batches, **options), TypeError)
+    assert "pass batch_size_fn" in message
+    estimate(model, batches, batch_size_fn=lambda graphs: len(graphs.x), **options)
+
+
+# ------------------------------------------------------------------ losses
+
+
+def test_losses_without_a_scale() -> None:
+    message = refusal(lambda: estimate(net(), loss=nn.CrossEntropyLoss(reduction="none")))
+    for reduction in re.findall(r"'(mean|sum)'", message):
+        estimate(net(), loss=nn.CrossEntropyLoss(reduction=reduction))
+    assert len(re.findall(r"'(mean|sum)'", message)) == 2
+
+
+def test_losses_that_are_not_known() -> None:
+    message = refusal(lambda: estimate(net(), loss=nn.NLLLoss()))
+    classes = re.findall(r"\w+Loss(?=[, ]|$)", message.split("expected")[1])
+    assert set(classes) == {"CrossEntropyLoss", "MSELoss", "BCEWithLogitsLoss"}
+    for name in classes:
+        loss = getattr(nn, name)()
+        targets = labels() if name == "CrossEntropyLoss" else seeded(6, 3).sigmoid()
+        estimate(net(), [(data()[0][0], targets)], loss=loss)
+
+
+def test_reductions_that_differ() -> None:
+    penalty, model = consolidated(net()), net()
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    message = refusal(lambda: penalty.consolidate(model, loss, data()))
+    loss.reduction = written(message, r"earlier tasks had ('\w+')")
+    penalty.consolidate(model, loss, data())
+
+
+# ------------------------------------------------------------------ operators
+
+
+def test_singular_operators() -> None:
+    class Dead(nn.Module):
+        """Two layers on which no output depends."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.a, self.b = net(), nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs: Tensor = self.inner(x)
+            return outputs
+
+    operator = estimate(Dead())
+    message = refusal(lambda: operator.inverse(damping=0.0))
+    assert all(repr(f"{layer}.{kind}") in message for layer in "ab" for kind in ("weight", "bias"))
+    assert "expected damping greater than 0" in message
+    operator.inverse(damping=1e-3)
+
+
+def test_blocks_of_different_kinds() -> None:
+    separate = estimate(net())
+    joint = estimate(net(), separate_weight_and_bias=False)
+    message = refusal(lambda: merge([separate, joint]))
+    assert "'0.weight', '0.bias', '1.weight', '1.bias'" in message
+    assert "estimate both with the same separate_weight_and_bias" in message
+    merge([separate, estimate(net(), separate_weight_and_bias=True)])
+
+
+def test_large_matrices_are_products() -> None:
+    size = 40_000
+    block = Block(("weight",), None, None, torch.ones(1, size, 1))
+    operator = EKFACLinearOperator.from_blocks(
+        [block], {"weight": (size,)}, estimate(net()).provenance
+    )
+    message = refusal(operator.to_dense)
+    assert "use products, or block(name)" in message
+    assert torch.equal(operator @ torch.ones(size), torch.ones(size))
+    assert operator.block("weight").trace == size
+
+
+# ------------------------------------------------------------------ penalties and updates
+
+
+def without(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if name not in names}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: without(model, ["0.weight", "1.bias"]),
+        lambda model: {
+            n: p[:2] if n in ("0.weight", "1.bias") else p for n, p in model.named_parameters()
+        },
+    ],
+    ids=["missing", "smaller"],
+)
+def test_parameters_that_do_not_fit(change: Callable[[nn.Module], dict[str, Tensor]]) -> None:
+    model = net()
+    message = refusal(lambda: consolidated(model)(change(model)))
+    assert "'0.weight'" in message
+    assert "'1.bias'" in message
+    lenient = consolidated(model, strict=written(message, r"strict=(False)"))
+    with pytest.warns(UserWarning, match=r"parameters '0\.weight', '1\.bias' are missing"):
+        lenient(change(model))
+
+
+def test_proximal_steps_in_separate_mode() -> None:
+    model = net()
+    message = refusal(lambda: consolidated(model, mode="separate").proximal_step_(model, 0.1))
+    consolidated(model, mode=written(message, r"expected ('\w+')")).proximal_step_(model, 0.1)
+
+
+def test_step_sizes_for_all() -> None:
+    model = net()
+    names = [name for name, _ in model.named_parameters()]
+    penalty = consolidated(model)
+    for step in (penalty.proximal_step_, TangentPenalty(penalty).refresh_):
+        message = refusal(lambda step=step: step(model, {names[0]: 0.1}))
+        assert ", ".join(map(repr, names[1:])) in message
+        step(model, dict.fromkeys(names, 0.1))
+
+
+def test_optimizers_of_joint_blocks() -> None:
+    model = net()
+    penalty = consolidated(model, separate_weight_and_bias=False)
+
+    def step(penalty: EKFACPenalty, *, half: bool) -> None:
+        model.zero_grad()
+        CE(model(data()[0][0]), labels()).backward()
+        if half:
+            model[0].bias.grad = None
+        RotatedAdam(model, penalty, lr=0.1).step()
+
+    message = refusal(lambda: step(penalty, half=True))
+    assert "Train all of them" in message
+    step(penalty, half=False)
+    option = written(message, "separate_weight_and_bias=(True)")
+    step(consolidated(model, separate_weight_and_bias=option), half=True)
+
+
+def test_optimizers_with_sparse_gradients() -> None:
+    class Words(nn.Module):
+        def __init__(self, *, sparse: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = (nn.Embedding(5, 3, sparse=sparse) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs: Tensor = self.a(x) + self.b(x)
+            return outputs
+
+    def step(sparse: bool) -> None:
+        model = Words(sparse=sparse)
+        optimizer = RotatedAdam(model, lr=0.1)
+        CE(model(torch.arange(5)), labels(5)).backward()
+        optimizer.step()
+
+    message = refusal(lambda: step(True))
+    assert "'a.weight', 'b.weight'" in message
+    step(written(message, "sparse=(False)"))
+
+
+def test_calibration_needs_one_task() -> None:
+    model = net()
+    arguments: Any = (model, CE, data())
+    message = refusal(lambda: calibrated_strength(EKFACPenalty(), *arguments))
+    assert "after the second task has been trained and before it is consolidated" in message
+    penalty = consolidated(model)
+    with torch.no_grad():
+        model[0].weight.neg_()
+    with torch.no_grad():
+        predictions = net()(data()[0][0]).argmax(1)
+    assert calibrated_strength(penalty, model, CE, [(data()[0][0], predictions)]) > 0
