@@ -309,7 +309,8 @@ def _owners(
             owners[index] = torch.where(
                 known, owners[index] + digit * base**place, torch.minimum(owners[index], digit)
             )
-    return owners
+    # A weight that no example has is a coincidence.
+    return [torch.where(of_use < num_examples, of_use, _MIXED) for of_use in owners]
 
 
 def _leading(use: Use) -> int:
@@ -322,7 +323,8 @@ def _signatures(use: Use, gradient: Tensor) -> Signatures:
     # Their sum may be too large for half precision where each of them is not.
     dtype, leading = statistics_dtype(gradient.dtype), _leading(use)
     if gradient.ndim <= leading:
-        cells = gradient.to(dtype)
+        # A copy, since the gradient may be the output vector itself, which is written over.
+        cells = gradient.to(dtype, copy=True)
         return Signatures(cells, cells.abs(), gradient.dtype)
     cells = gradient.to(dtype).flatten(leading)
     coefficients = torch.rand(

@@ -39,7 +39,7 @@ def add_squares(
         outputs: The model's outputs for the batch, attached to the autograd graph.
         num_examples: Number of examples in the batch.
         vector: Of the outputs' shape.
-        in_batch: Whether examples stay in their batch, as where the inputs' rows may be no examples.
+        in_batch: Whether examples stay in their batch: the rows of inputs may be something else.
     """
     cut = not in_batch and _can_be_cut(inputs, num_examples)
     of_examples = _by_example(forward, inputs, outputs, vector, num_examples, cut=cut)
