@@ -240,7 +240,7 @@ class BatchCapturer:
             inputs,
             recorded.outputs,
             num_examples,
-            in_batch=self._needs_batch(recorded, layout),
+            in_batch=self._needs_batch(recorded, layout, num_examples),
         )
         found: list[list[Tensor]] = []
         held = 0
@@ -318,9 +318,9 @@ class BatchCapturer:
             raise ValueError(mixing_message(mixing, num_examples))
         self._settle_unsupported(recorded.unsupported.union(*map(recorded.sources, mixing)))
 
-    def _needs_batch(self, recorded: ForwardPass, layout: Layout) -> bool:
+    def _needs_batch(self, recorded: ForwardPass, layout: Layout, num_examples: int) -> bool:
         """Whether it may not be asked what an example is by itself."""
-        moved = recorded.program.indexes_by_data or any(
+        moved = recorded.program.indexes_by_data(num_examples) or any(
             rows is None or rows.present is not None for rows in layout.rows
         )
         return moved or self.settings.batch_size_fn is not None

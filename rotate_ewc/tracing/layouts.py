@@ -73,7 +73,8 @@ class Layouts:
         layout = self.remembered.get(program)
         if layout is not None:
             return layout, vectors, None
-        by_data = recorded.program.indexes_by_data or not _aligned(inputs, num_examples)
+        moving = recorded.program.indexes_by_data(num_examples)
+        by_data = moving or not _aligned(inputs, num_examples)
         if not by_data and program not in self.remembered:
             if len(self.remembered) >= _REMEMBERED:
                 self.remembered.clear()

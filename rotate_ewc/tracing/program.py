@@ -40,6 +40,8 @@ _MULTIPLYING: Final = frozenset(
     {"bmm", "mm", "mv", "matmul", "__matmul__", "__rmatmul__", "addmm", "addbmm", "baddbmm"}
     | {"einsum", "tensordot"}
 )
+# Of these, those that multiply one matrix after another along the first axis.
+_BATCHED: Final = frozenset({"bmm", "baddbmm", "matmul", "__matmul__", "__rmatmul__"})
 
 
 class Program:
@@ -47,13 +49,26 @@ class Program:
 
     Attributes:
         key: The digest; equal for equal programs, in one process.
-        indexes_by_data: Whether rows are moved by what the data are, and not by their shapes alone.
     """
 
     def __init__(self) -> None:
         """Begin with no function called."""
         self.key = 0
-        self.indexes_by_data = False
+        self._indexes = False
+        self._factors: set[torch.Size] = set()
+
+    def indexes_by_data(self, num_examples: int) -> bool:
+        """Whether rows may be moved by what the data are, and not by their shapes alone.
+
+        Matrices of data for each example move no rows from one to another, such as the frozen keys
+        of an attention layer.
+
+        Args:
+            num_examples: Number of examples in the batch.
+        """
+        return self._indexes or any(
+            shape[0] % num_examples or num_examples in shape[1:] for shape in self._factors
+        )
 
     def note(
         self,
@@ -76,10 +91,15 @@ class Program:
         if not name.endswith("__"):
             name = name.rstrip("_")
         self.key = hash((self.key, func, _described(args), _described(kwargs)))
-        if varying and not self.indexes_by_data:
-            self.indexes_by_data = _indexes(name, varying)
-        if not self.indexes_by_data and name in ("__getitem__", "__setitem__"):
-            self.indexes_by_data = _slices_by_tensors(args[1])
+        if not varying or self._indexes:
+            return
+        factors = [t for t in varying if not t.requires_grad] if name in _MULTIPLYING else []
+        if factors and len(factors) < len(varying) and _is_batched(name, varying):
+            self._factors.update(t.shape for t in factors)
+        else:
+            self._indexes = _indexes(name, varying)
+        if name in ("__getitem__", "__setitem__"):
+            self._indexes = self._indexes or _slices_by_tensors(args[1])
 
 
 def _indexes(name: str, varying: Sequence[Tensor]) -> bool:
@@ -96,6 +116,12 @@ def _indexes(name: str, varying: Sequence[Tensor]) -> bool:
         # Rows of a parameter too; but a mask that selects from one tensor moves nothing.
         return name != "where" or len(varying) > 2
     return len(varying) > 1 and not all(t.dtype.is_floating_point for t in varying)
+
+
+def _is_batched(name: str, varying: Sequence[Tensor]) -> bool:
+    """Whether a product multiplies one matrix after another, as many of each tensor."""
+    same = len({tensor.shape[0] for tensor in varying if tensor.ndim > 2}) == 1
+    return same and name in _BATCHED and all(tensor.ndim > 2 for tensor in varying)
 
 
 def _slices_by_tensors(index: Any) -> bool:

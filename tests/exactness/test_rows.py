@@ -173,6 +173,18 @@ def swapped(model: Model, x: Tensor) -> Tensor:
     return model.last(torch.where(x[:1, :1] > 0, hidden, hidden.flip(0)))
 
 
+def attention(model: Model, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Sequences one after another, each of whose tokens attend to those of the same one."""
+    x, owners = batch
+    same = owners[:, None] == owners[None]
+    features = model.first(x)
+    scores = (features @ features.T).masked_fill(~same, -torch.inf)
+    bias = torch.where(same, 0.0, -torch.inf).to(x.dtype)
+    attended = F.scaled_dot_product_attention(*[features[None]] * 3, attn_mask=bias[None])[0]
+    pooled = (owners == torch.arange(int(owners.max()) + 1)[:, None])[:, :, None]
+    return model.last((pooled * (scores.softmax(dim=1) @ features + attended)).sum(dim=1))
+
+
 def layers() -> dict[str, nn.Module | nn.Parameter]:
     return {"first": nn.Linear(3, 4), "last": nn.Linear(4, 2)}
 
@@ -194,6 +206,7 @@ def with_lengths(rows: int) -> list[Batch]:
 
 CASES: dict[str, tuple[Use, dict[str, Any], list[Batch], int | None]] = {
     "graphs": (graphs, layers(), graph_batches(), 4),
+    "attention": (attention, layers(), graph_batches(), 4),
     "sorting": (sorting, layers(), plain(3), None),
     "experts": (experts, {"middle": nn.Linear(3, 3), "last": nn.Linear(3, 2)}, plain(3), None),
     "best experts": (
@@ -404,6 +417,34 @@ def test_sequences_with_time_first_are_regular() -> None:
     batches = [(x.transpose(0, 1).contiguous(), y) for x, y in plain(4, 7)]
     passes = backward_passes(Model(use, **layers()), batches, fisher_type="empirical")
     assert passes == 2 + 4
+
+
+def test_attention_with_frozen_keys_is_regular() -> None:
+    """Its scores are products of what is trained and of data, for each example by itself."""
+
+    def use(model: Model, x: Tensor) -> Tensor:
+        keys = x[..., :2]
+        queries = model.first(x)[..., :2]
+        weights = torch.where(keys[:, None, :, 0] > 0, queries @ keys.mT, -10.0).softmax(dim=2)
+        return model.last((weights @ model.first(x)).sum(dim=1))
+
+    passes = backward_passes(Model(use, **layers()), plain(4, 7), fisher_type="empirical")
+    assert passes == 2 + 4
+    check(Model(use, **layers()), plain(4, 7), "empirical")
+
+
+def test_matrices_of_data_for_the_whole_batch() -> None:
+    """They swap two of the examples, in a later batch, before a layer and again after it."""
+
+    def use(model: Model, x: Tensor) -> Tensor:
+        swap = (x[:, 0].argmax() == torch.arange(len(x))).to(x)
+        order = torch.eye(len(x), dtype=x.dtype) - torch.outer(
+            swap - swap.roll(1), swap - swap.roll(1)
+        )
+        hidden = model.first(order @ x).tanh()
+        return model.last(torch.matmul(order[None], hidden[None])[0])
+
+    check(Model(use, **layers()), plain(3), "empirical")
 
 
 # ------------------------------------------------------------------- how many examples there are
