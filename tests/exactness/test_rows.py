@@ -442,9 +442,11 @@ def test_matrices_of_data_for_the_whole_batch() -> None:
             swap - swap.roll(1), swap - swap.roll(1)
         )
         hidden = model.first(order @ x).tanh()
-        return model.last(torch.matmul(order[None], hidden[None])[0])
+        swapped = torch.matmul(order[None], hidden[None])[0]
+        return model.last(swapped * model.first(x))
 
-    check(Model(use, **layers()), plain(3), "empirical")
+    batches = [(x.roll(i, 0), y) for i, (x, y) in enumerate(plain(1) * 3)]
+    check(Model(use, **layers()), batches, "empirical")
 
 
 # ------------------------------------------------------------------- how many examples there are
