@@ -13,26 +13,23 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 class Command(NamedTuple):
     """Where a command is, and one line about it.
 
-    The module, below ``benchmarks``, has a frozen dataclass of options and a function ``run`` of
+    The module, below ``benchmarks``, has a frozen dataclass ``Options`` and a function ``run`` of
     them; it imports PyTorch and Avalanche inside functions alone.
     """
 
     module: str
     summary: str
-    options: str = "Options"
 
     def load(self) -> tuple[Any, Any]:
         """Import the module; return the class of options and ``run``."""
         module = importlib.import_module(f"benchmarks.{self.module}")
-        return getattr(module, self.options), module.run
+        return module.Options, module.run
 
 
 COMMANDS = {
     "permuted-mnist": Command("permuted_mnist", "a few methods on permuted MNIST, with given λ"),
     "run": Command("suite.run", "search λ of every method, and test them"),
-    "compare": Command("suite.show", "print tables of what runs reached", "Compare"),
-    "plot": Command("suite.show", "draw what runs reached", "Plot"),
-    "report": Command("suite.show", "tables and figures on one page", "Report"),
+    "report": Command("suite.show", "tables and figures of what runs reached"),
     "speed": Command("speed.command", "time and memory of snapshots"),
     "speed-penalty": Command("speed.penalty_command", "what a penalty adds to a training step"),
     "peers": Command("peers.command", "exactness, compared with other libraries"),

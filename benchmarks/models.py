@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.avalanche_names import MultiTaskModule
+from benchmarks.speed.networks import perceptron
 
 if TYPE_CHECKING:
     from benchmarks.scenarios import Scenario
@@ -23,24 +24,9 @@ def make_model(scenario: "Scenario", hidden: Sequence[int]) -> nn.Module:
     if in_colour:
         layers, features = convolutions(scenario.shape)
     if not scenario.multi_headed:
-        return nn.Sequential(*layers, *multilayer_perceptron(features, hidden, scenario.classes))
-    trunk = nn.Sequential(*layers, *hidden_layers(features, hidden))
+        return nn.Sequential(*layers, *perceptron(features, *hidden, scenario.classes))
+    trunk = nn.Sequential(*layers, *perceptron(features, *hidden), *[nn.ReLU()] * bool(hidden))
     return MultiHeadedNetwork(trunk, (features, *hidden)[-1], scenario.classes, scenario.tasks)
-
-
-def multilayer_perceptron(features: int, hidden: Sequence[int], classes: int) -> nn.Sequential:
-    """Linear layers with ReLU between them, from ``[N, features]`` to logits ``[N, classes]``."""
-    return nn.Sequential(
-        *hidden_layers(features, hidden), nn.Linear((features, *hidden)[-1], classes)
-    )
-
-
-def hidden_layers(features: int, hidden: Sequence[int]) -> list[nn.Module]:
-    """Linear layers, each with ReLU after it."""
-    layers: list[nn.Module] = []
-    for width_in, width_out in pairwise((features, *hidden)):
-        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
-    return layers
 
 
 def convolutions(shape: Sequence[int]) -> tuple[list[nn.Module], int]:

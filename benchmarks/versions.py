@@ -13,16 +13,16 @@ def versions() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "avalanche": _version("avalanche-lib"),
-        "rotate_ewc": _version("rotate-ewc"),
+        "avalanche": version_of("avalanche-lib") or "unknown",
+        "rotate_ewc": version_of("rotate-ewc") or "unknown",
         "processor": platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
     }
 
 
-def _version(distribution: str) -> str:
-    """Version of an installed distribution; of one that is run from its sources, no version."""
+def version_of(distribution: str) -> str | None:
+    """Version of a distribution; None where it is not installed, or run from its sources."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return "unknown"
+        return None

@@ -5,13 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, TypedDict
+from typing import Any, Final, TypedDict
 
 from rotate_ewc._utils.validation import as_choice, check_boolean, check_positive_integer
 
+# What other packages (such as kfac-jax and asdl) and papers call the same, without separators.
+_ELSEWHERE: Final[dict[str, dict[str, str]]] = {
+    "FisherType": {
+        "exact": "type2",
+        "fisherexact": "type2",
+        "ggn": "type2",
+        "ggnexact": "type2",
+        "fishermc": "mc",
+        "fishergradients": "mc",
+        "montecarlo": "mc",
+        "fisheremp": "empirical",
+        "fisherempirical": "empirical",
+    },
+    "KFACType": {"kfacexpand": "expand", "kfacreduce": "reduce"},
+}
+
 
 class Choice(str, Enum):
-    """One of several strings; a member equals its string, and is shown as it."""
+    """One of several strings; a member equals its string, and is shown as it.
+
+    Strings are understood in any case, with or without hyphens and underscores (`"Type-2"`), and so
+    are the strings and enumerations of other packages that mean the same.
+    """
+
+    @classmethod
+    def _missing_(cls, value: object) -> Choice | None:
+        """Look for a member by another spelling of its string."""
+        if not isinstance(value, str):
+            return None
+        plain = value.lower().replace("-", "").replace("_", "")
+        known = {member.value: member for member in cls}
+        return known.get(_ELSEWHERE.get(cls.__name__, {}).get(plain, plain))
 
     def __repr__(self) -> str:
         """Show the string, as messages do."""
@@ -123,7 +152,7 @@ class EstimationSettings:
     Attributes:
         fisher_type: `MC` (sampled labels), `TYPE2` (exact expectation over labels) or `EMPIRICAL`
             (the labels of the data).
-        mc_samples: Sampled labels per example, for `MC`.
+        mc_samples: Sampled labels per example, for `MC`; with other Fisher types 1.
         kfac_approx: `EXPAND` or `REDUCE`: how shared positions enter the basis.
         separate_weight_and_bias: Whether a weight and its bias have a block each, or else one joint
             block.
@@ -132,8 +161,8 @@ class EstimationSettings:
         memory_budget: Bytes that estimation may use beyond the model's own passes. What fits is
             kept, so that the model runs once instead of twice over these data. One example is the
             least that is worked on at a time.
-        num_per_example_loss_terms: Number of loss terms (such as tokens) per example, if the
-            outputs are to be checked against it.
+        num_per_example_loss_terms: Number of predictions (such as tokens) per example, if the
+            outputs are to be checked against it; the elements of a prediction are not counted.
         batch_size_fn: From a batch's inputs to its number of examples; needed where that is not the
             length of the first axis of the (first) tensor.
         unsupported: What to do about parameters that are used in a way for which there is no rule
@@ -179,6 +208,11 @@ class EstimationSettings:
         if self.progressbar is not None:
             check_boolean("progressbar", self.progressbar)
         check_positive_integer("mc_samples", self.mc_samples)
+        if self.mc_samples != 1 and self.fisher_type is not FisherType.MC:
+            raise ValueError(
+                f"mc_samples is {self.mc_samples}, but fisher_type {self.fisher_type!r} samples no "
+                f"labels; expected fisher_type 'mc', or mc_samples=1"
+            )
         check_positive_integer("memory_budget", self.memory_budget)
         check_positive_integer(
             "num_per_example_loss_terms", self.num_per_example_loss_terms, optional=True

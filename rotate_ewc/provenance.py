@@ -26,6 +26,8 @@ class Provenance(Struct, frozen=True, forbid_unknown_fields=True):
         reduction: The loss's reduction.
         fisher_type: Which expectation over labels was taken.
         num_data: Examples the operator stands for.
+        num_loss_terms: Terms of their loss: what the reduction `mean` divides by, such as examples,
+            tokens that count, or elements of the outputs.
         settings: How it was estimated, by the names of the arguments; those of the latest task if
             it was merged from several, empty if they are not known.
     """
@@ -34,6 +36,7 @@ class Provenance(Struct, frozen=True, forbid_unknown_fields=True):
     reduction: Reduction
     fisher_type: FisherType
     num_data: Annotated[int, Meta(ge=1, le=LARGEST_COUNT)]
+    num_loss_terms: Annotated[float, Meta(ge=0, le=float(LARGEST_COUNT))]
     settings: dict[str, Setting] = {}
 
     def __post_init__(self) -> None:

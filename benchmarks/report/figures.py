@@ -95,7 +95,7 @@ def _bars(experiment: Experiment, panels: Sequence[Panel]) -> Figure | None:
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel in zip(grid, panels, strict=True):
         _draw_bars(axes, groups, panel)
-    name_rows(grid[0], list(groups))
+    name_rows(grid[0], list(groups), map(is_own, groups))
     for axes in grid[1:]:
         axes.tick_params(axis="y", length=0)
     return figure
@@ -161,7 +161,7 @@ def strength_curves(experiment: Experiment) -> Figure | None:
     for row, (label, result) in enumerate(searched.items()):
         if (interval := interval_within(result.search)) is not None:
             _draw_interval(below, row, interval, styles[label])
-    name_rows(below, list(searched))
+    name_rows(below, list(searched), map(is_own, searched))
     below.set_xlabel(f"λ / best λ  (below: at most {POINTS:g} points lost; width in decades)")
     below.axvline(1, color="black", linewidth=0.5, zorder=1)
     tidy(below)

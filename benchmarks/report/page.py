@@ -4,17 +4,14 @@ import re
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
 
 from benchmarks.files import replace_file
 from benchmarks.report.figures import DRAWINGS
-from benchmarks.report.style import DOTS_PER_INCH
+from benchmarks.report.style import image_of
 from benchmarks.report.tables import COLUMNS, NOTES, rows_of, setting_lines
 from benchmarks.suite.outcome import Experiment
 
@@ -23,8 +20,6 @@ ABOUT = (
     "Each method's λ is the one with the highest mean accuracy on training images that are held "
     "out, from as many values as every other method's. Only then the test images are looked at."
 )
-# Without a fixed salt and with a date, the same records would not make the same file.
-SALT = "rotate_ewc.benchmarks"
 
 
 def write_report(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
@@ -57,7 +52,7 @@ def write_figures(experiments: Sequence[Experiment], folder: Path) -> list[Path]
     """Write all figures that there are records for as ``<scenario>-<drawing>.png``."""
     names = unique_names([experiment.scenario for experiment in experiments])
     return [
-        replace_file(folder / f"{name}-{drawing.name}.png", _image_of(figure, "png"))
+        replace_file(folder / f"{name}-{drawing.name}.png", image_of(figure, "png"))
         for name, experiment in zip(names, experiments, strict=True)
         for drawing in DRAWINGS
         if (figure := drawing.draw(experiment)) is not None
@@ -96,7 +91,7 @@ def _section(name: str, experiment: Experiment) -> dict[str, Any]:
             "caption": drawing.caption,
             "alternative": f"{drawing.title} on {experiment.scenario}: {methods}. The table has "
             "the numbers.",
-            "source": f"data:image/svg+xml;base64,{b64encode(_image_of(figure, 'svg')).decode()}",
+            "source": f"data:image/svg+xml;base64,{b64encode(image_of(figure, 'svg')).decode()}",
             "file": f"{name}-{drawing.name}.png",
         }
         for drawing in DRAWINGS
@@ -109,12 +104,3 @@ def _section(name: str, experiment: Experiment) -> dict[str, Any]:
         "rows": rows_of(experiment),
         "figures": figures,
     }
-
-
-def _image_of(figure: Figure, kind: str) -> bytes:
-    """A figure as PNG or SVG."""
-    buffer = BytesIO()
-    metadata = {"Date": None} if kind == "svg" else {}
-    with mpl.rc_context({"svg.hashsalt": SALT}):
-        figure.savefig(buffer, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
-    return buffer.getvalue()

@@ -4,20 +4,22 @@ Methods differ in line style and marker as well as in colours that colour-blind 
 apart.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from io import BytesIO
 from itertools import count, cycle
 from typing import Any, NamedTuple
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from benchmarks.methods import is_own
 
 WIDTH_INCHES = 7.0
 DOTS_PER_INCH = 200
 FONT_POINTS = 7.0
 OWN_WIDTH = 2.0
 BAND_OPACITY = 0.2
+# Without a fixed salt and with a date, the same records would not make the same file.
+SALT = "rotate_ewc.benchmarks"
 
 
 class Style(NamedTuple):
@@ -100,17 +102,26 @@ def new_figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_PER_INCH, layout="constrained")
 
 
+def image_of(figure: Figure, kind: str = "png") -> bytes:
+    """A figure as PNG or SVG; the same figure has the same bytes."""
+    buffer = BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {}
+    with mpl.rc_context({"svg.hashsalt": SALT}):
+        figure.savefig(buffer, format=kind, metadata=metadata)
+    return buffer.getvalue()
+
+
 def tidy(axes: Axes) -> None:
     """Take away from axes what is not needed, and add a pale grid."""
     axes.grid(alpha=0.3, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def name_rows(axes: Axes, labels: list[str]) -> None:
-    """Name the rows of a panel, the first on top, this package's methods in bold."""
+def name_rows(axes: Axes, labels: Sequence[str], own: Iterable[bool]) -> None:
+    """Name the rows of a panel, the first on top, this package's own in bold."""
     axes.set_yticks(range(len(labels)), labels, fontsize=FONT_POINTS)
-    for tick, label in zip(axes.get_yticklabels(), labels, strict=True):
-        tick.set_fontweight("bold" if is_own(label) else "normal")
+    for tick, is_ours in zip(axes.get_yticklabels(), own, strict=True):
+        tick.set_fontweight("bold" if is_ours else "normal")
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
 

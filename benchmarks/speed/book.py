@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks.command import CommandError, make_folder
-from benchmarks.files import write_document
-from benchmarks.speed.figure import draw, save
+from benchmarks.files import replace_file, write_document
+from benchmarks.report.style import image_of
+from benchmarks.speed.figure import draw
 from benchmarks.speed.options import QUICK_WARNING
 from benchmarks.speed.results import Record, Result
 
@@ -45,7 +46,7 @@ class Book:
         others: list[Any] = [one for one in self.records if one.place != record.place]
         self.records = sorted([*others, record], key=lambda one: one.place)
         self.write()
-        save(draw(self.records, self._title), self.path.with_suffix(".png"))
+        replace_file(self.path.with_suffix(".png"), image_of(draw(self.records, self._title)))
 
     def write(self, **more: Sequence[Any]) -> None:
         """Write the file, with other lists of dataclasses if there are any."""

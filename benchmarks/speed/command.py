@@ -9,7 +9,6 @@ from benchmarks.speed import names
 from benchmarks.speed.options import MeasuringOptions, some_of
 
 BY_CASE = default("both, but for e mc alone")
-DEFAULT_CONTENDERS = tuple(name for name in names.CONTENDERS if name != names.KRONFLUENCE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +41,7 @@ class Options(MeasuringOptions):
         cases: Any of a, b, c, d-groupnorm, d-batchnorm, e.
         fisher: mc, type2 or both. The exact matrix of e takes a backward pass for each of 64
             classes of each of 128 tokens.
-        contenders: Who is measured; names with blanks are written in quotes. By default all but
-            kronfluence, which takes most of an hour for what others do in seconds.
+        contenders: Who is measured; names with blanks are written in quotes.
         rounds: Number of rounds, at least 5 without --quick.
         fraction: Part of every case's examples, in whole batches and at least one.
         quick: A smoke test with a few examples and at most 2 rounds, whose figures mean nothing.
@@ -51,7 +49,7 @@ class Options(MeasuringOptions):
 
     cases: Annotated[tuple[str, ...], some_of(names.CASES)] = tuple(names.CASES)
     fisher: Annotated[tuple[str, ...] | None, some_of(names.FISHERS), BY_CASE] = None
-    contenders: Annotated[tuple[str, ...], some_of(names.CONTENDERS)] = DEFAULT_CONTENDERS
+    contenders: Annotated[tuple[str, ...], some_of(names.CONTENDERS)] = names.CONTENDERS
     fraction: Annotated[float, number(zero=False, largest=1)] = 1.0
     quick: bool = False
 

@@ -88,7 +88,6 @@ CONTENDERS = (
     Contender(names.EVERYTHING, OURS, Kind.MORE, "norms and embeddings as well"),
     Contender(names.CURVLINOPS, adapters.Curvlinops()),
     Contender(names.NNGEOMETRY, adapters.NNGeometry()),
-    Contender(names.KRONFLUENCE, adapters.Kronfluence()),
     Contender(names.LAPLACE, adapters.Laplace(), Kind.OTHER, KRONECKER),
     Contender(names.AVALANCHE, Avalanche(), Kind.OTHER, SQUARES),
     Contender(names.PLAIN, PlainPass(), Kind.SCALE, "forward and backward of the loss"),

@@ -4,24 +4,19 @@ Made for print: contenders differ in their markers as well as in colours that co
 can tell apart, and each has a row with its name.
 """
 
-import io
 from collections.abc import Sequence
 from math import ceil
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.files import replace_file
+from benchmarks.report.style import FONT_POINTS, OWN_WIDTH, name_rows, new_figure, tidy
 from benchmarks.speed import names
 from benchmarks.speed.results import WRONG, Record, Result
 
-WIDTH_INCHES = 7.0
-DOTS_PER_INCH = 200
 COLUMNS = 2
 ROW_INCHES, PANEL_INCHES, TITLE_INCHES = 0.17, 0.62, 0.8  # of a panel, besides its rows
-FONT_POINTS = 7.0
 ROOM = 1.8  # on both sides of what is drawn, as a factor
 ROOM_FOR_NUMBERS = 0.4  # on the right, as a part of the decades that are drawn
 
@@ -33,7 +28,6 @@ LOOKS = {
     names.EVERYTHING: (OWN_COLOUR, "o"),
     names.CURVLINOPS: ("#0072B2", "s"),
     names.NNGEOMETRY: ("#009E73", "^"),
-    names.KRONFLUENCE: ("#CC79A7", "D"),
     names.LAPLACE: ("#56B4E9", "v"),
     names.AVALANCHE: ("#882255", "p"),
     names.PLAIN: ("#777777", "h"),
@@ -50,7 +44,7 @@ def draw(records: Sequence[Record], title: Sequence[str]) -> Figure:
     rows = ceil(len(records) / COLUMNS)
     most = max(len(record.shown) for record in records)
     height = rows * (most * ROW_INCHES + PANEL_INCHES) + TITLE_INCHES
-    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_PER_INCH, layout="constrained")
+    figure = new_figure(height)
     figure.suptitle("\n".join([*title, records[0].legend]), fontsize="small")
     grid = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
     times = [one.range_over(record.scale) for record in records for one in record.shown]
@@ -65,13 +59,6 @@ def draw(records: Sequence[Record], title: Sequence[str]) -> Figure:
     for axes in grid[: len(records)][-COLUMNS:]:
         axes.set_xlabel(f"time, as a multiple of {records[0].unit}", fontsize="small")
     return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write an image that is, at every moment, the old one or the new one."""
-    image = io.BytesIO()
-    figure.savefig(image)
-    replace_file(path, image.getvalue())
 
 
 def _draw_panel(axes: Axes, record: Record, left: float) -> None:
@@ -89,17 +76,12 @@ def _draw_panel(axes: Axes, record: Record, left: float) -> None:
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
     axes.axvline(1, color="black", linewidth=0.8, zorder=1)
-    axes.set_yticks(range(len(labels)), labels, fontsize=FONT_POINTS)
-    for tick, label in zip(axes.get_yticklabels(), labels, strict=True):
-        tick.set_fontweight("bold" if label == names.OURS else "normal")
-    axes.set_ylim(len(labels) - 0.4, -0.6)
+    name_rows(axes, labels, [label == names.OURS for label in labels])
     axes.set_title(record.heading, fontsize=FONT_POINTS, loc="left")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", labelsize=FONT_POINTS)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(alpha=0.3, linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
 
 
 def _draw_row(
@@ -112,7 +94,7 @@ def _draw_row(
     middle, low, high = times
     colour, marker = _looks(result.name)
     hollow = result.name in HOLLOW or "step" in result.name
-    width, size = (2.0, 5) if colour == OWN_COLOUR else (1.1, 4)
+    width, size = (OWN_WIDTH, 5) if colour == OWN_COLOUR else (1.1, 4)
     wrong = result.status == WRONG
     axes.plot([low, high], [place, place], color=colour, linewidth=width, zorder=2)
     face, marker = "white" if hollow else colour, "x" if wrong else marker

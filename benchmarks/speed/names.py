@@ -9,12 +9,12 @@ FISHERS = (MC, TYPE2)
 
 OURS = "rotate-ewc"
 LEAN, EVERYTHING = f"{OURS} (64 MiB budget)", f"{OURS} (all parameters)"
-CURVLINOPS, NNGEOMETRY, KRONFLUENCE = "curvlinops", "nngeometry", "kronfluence"
+CURVLINOPS, NNGEOMETRY = "curvlinops", "nngeometry"
 LAPLACE, AVALANCHE, PLAIN = "laplace-torch", "avalanche", "plain pass"
 PEERS = (NNGEOMETRY, CURVLINOPS)  # those with a quadratic form
 CONTENDERS = (
     *(OURS, LEAN, EVERYTHING),
-    *(CURVLINOPS, NNGEOMETRY, KRONFLUENCE, LAPLACE, AVALANCHE),
+    *(CURVLINOPS, NNGEOMETRY, LAPLACE, AVALANCHE),
     PLAIN,
 )
 

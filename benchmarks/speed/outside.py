@@ -17,7 +17,6 @@ from rotate_ewc import EKFACLinearOperator
 EXAMPLES = 64
 REPETITIONS = 3
 PROCESSES = 5
-IMPORT_SECONDS = 0.2
 IMPORTS = """\
 from time import perf_counter
 start = perf_counter()
@@ -30,23 +29,17 @@ print(middle - start, perf_counter() - middle)
 
 @dataclass(frozen=True)
 class Duration:
-    """Something outside training that should take less time than something else, in all rounds."""
+    """The times of something outside training, and of something else, in all rounds."""
 
     label: str
     seconds: list[float]
     other_label: str
     other_seconds: list[float]
-    target: float | None = None  # what the median is to be below; None for that of the other
 
     @property
     def medians(self) -> tuple[float, float]:
         """Median time of the one and of the other."""
         return statistics.median(self.seconds), statistics.median(self.other_seconds)
-
-    @property
-    def limit(self) -> float:
-        """What the median is to be below."""
-        return self.medians[1] if self.target is None else self.target
 
 
 def time_loading(rounds: int, *, quick: bool = False) -> Duration:
@@ -80,4 +73,4 @@ def time_imports(*, quick: bool = False) -> Duration:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         pairs.append([float(word) for word in done.stdout.split()])
     others, ours = map(list, zip(*pairs, strict=True))
-    return Duration("importing rotate_ewc", ours, "importing torch before", others, IMPORT_SECONDS)
+    return Duration("importing rotate_ewc", ours, "importing torch before", others)

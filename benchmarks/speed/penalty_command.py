@@ -30,7 +30,6 @@ class Options(MeasuringOptions):
 
     All contenders of a case take turns within one process; the median of each turn counts. Ratios
     are within a round, and medians over rounds. The data are noise: cost depends on shapes alone.
-    Targets are marked as met or missed; nothing fails.
 
     Writes speed_penalty.json and speed_penalty.png after every case. Results of earlier calls with
     as many threads stay in them; those of the same case are replaced. Takes about half an hour, of

@@ -1,8 +1,7 @@
-"""The tables on the terminal, for ``rich``, and the targets of what was timed in training."""
+"""The tables on the terminal, for ``rich``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from rich.table import Table
 
@@ -13,7 +12,6 @@ from benchmarks.speed.outside import Duration
 from benchmarks.speed.results import MEASURED, REFUSED, Estimation, Result, Training
 
 WIDEST_MESSAGE = 100
-Relation = Literal["≤", "≥"]
 
 
 def number(value: float | None, form: str) -> str:
@@ -74,52 +72,38 @@ class Comparison:
 
     label: str
     value: float | None  # median over rounds of the ratio within a round; None if one is absent
-    target: float | None = None
-    relation: Relation = "≤"
     overhead: bool = False  # whether it is what the ratio is above 1, in percent
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the target is met; None without a target or a value."""
-        if self.value is None or self.target is None:
-            return None
-        return self.value <= self.target if self.relation == "≤" else self.value >= self.target
 
 
 def compare(record: Training) -> list[Comparison]:
     """Compare penalties and steps with plain steps, peers and each other."""
     found = []
 
-    def quotient(
-        one: str, other: str, target: float | None = None, relation: Relation = "≤", label: str = ""
-    ) -> None:
-        value = record.ratio(one, other)
-        found.append(Comparison(label or f"{one} / {other}", value, target, relation))
+    def quotient(one: str, other: str, label: str = "") -> None:
+        found.append(Comparison(label or f"{one} / {other}", record.ratio(one, other)))
 
-    def overhead(name: str, target: float | None = None) -> None:
+    def overhead(name: str) -> None:
         ratio = record.ratio(name, names.STEP)
         percent = ratio and 100 * (ratio - 1)
-        found.append(Comparison(f"{name}: overhead", percent, target, overhead=True))
+        found.append(Comparison(f"{name}: overhead", percent, overhead=True))
 
     penalties = {tasks: names.after(names.PENALTY, tasks) for tasks in record.tasks}
     for penalty in penalties.values():
         quotient(penalty, names.STEP)
     few, many = record.tasks[0], record.tasks[-1]
     if few < many:
-        label = f"penalty, {many} / {few} tasks"
-        quotient(penalties[many], penalties[few], 1.1, label=label)
+        quotient(penalties[many], penalties[few], f"penalty, {many} / {few} tasks")
     ours = names.ours_beside_peers(record.case)
-    quotient(ours, names.NNGEOMETRY, 1.0)
-    quotient(names.CURVLINOPS, ours, 2.0, "≥")
+    quotient(ours, names.NNGEOMETRY)
+    quotient(names.CURVLINOPS, ours)
     if record.case in names.WITH_SEPARATE:
         tasks = record.separate_tasks
-        quotient(names.ONE_BY_ONE.format(tasks), names.after(names.SEPARATE, tasks), 2.0, "≥")
+        quotient(names.ONE_BY_ONE.format(tasks), names.after(names.SEPARATE, tasks))
 
-    perceptron = record.case in names.PERCEPTRONS
     for tasks in record.tasks:
-        overhead(names.after(names.STEP_WITH_PENALTY, tasks), None if perceptron else 25.0)
-    overhead(names.TANGENT, 30.0 if perceptron else 25.0)
-    if perceptron:
+        overhead(names.after(names.STEP_WITH_PENALTY, tasks))
+    overhead(names.TANGENT)
+    if record.case in names.PERCEPTRONS:
         overhead(names.PROXIMAL)
         overhead(names.ROTATED)
     return found
@@ -131,26 +115,18 @@ def comparisons_table(record: Training) -> Table:
     for one in compare(record):
         form, unit = (".1f", " %") if one.overhead else (".2f", "")
         value = ABSENT if one.value is None else f"{one.value:{form}}{unit}"
-        target = "" if one.target is None else f"{one.relation} {one.target:{form}}{unit}"
-        rows.append((one.label, value, target, verdict(one.met)))
+        rows.append((one.label, value))
     title = f"{record.case}: ratios within a round, medians over rounds"
-    return make_table(title, ["comparison"], ["value", "target"], rows, [""])
+    return make_table(title, ["comparison"], ["value"], rows)
 
 
 def durations_table(durations: Sequence[Duration]) -> Table:
     """A row for each thing outside training."""
     rows = []
     for one in durations:
-        (own, other), limit = one.medians, one.limit
-        other_time = f"{one.other_label}: {other:.4f}"
-        rows.append((one.label, f"{own:.4f}", other_time, f"< {limit:.3g}", verdict(own < limit)))
-    numbers = ["seconds", "compared with", "target"]
-    return make_table("Outside training: medians", ["what"], numbers, rows, [""])
-
-
-def verdict(met: bool | None) -> str:
-    """Whether a target is met, in a word."""
-    return "" if met is None else "met" if met else "missed"
+        own, other = one.medians
+        rows.append((one.label, f"{own:.4f}", f"{one.other_label}: {other:.4f}"))
+    return make_table("Outside training: medians", ["what"], ["seconds", "compared with"], rows)
 
 
 def _medians(rounds: int, threads: int, calls: int | None = None) -> str:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.optim import Adam, Optimizer
 
-from benchmarks.models import multilayer_perceptron
 from benchmarks.scenarios import PermutedImages
+from benchmarks.speed.networks import perceptron
 from benchmarks.studies.causes import Options
 from rotate_ewc import EKFACPenalty, RotatedAdam
 
@@ -77,7 +77,7 @@ class Run:
         self._old, self._options, self._seed = old, options, seed
         self._rotates, self._curvature = optimizer == "rotated-adam", curvature
         scenario = old.scenario
-        self.model = multilayer_perceptron(scenario.features, options.hidden, scenario.classes)
+        self.model = perceptron(scenario.features, *options.hidden, scenario.classes)
         # Snapshots that only lend their basis do not pull.
         self._strength = 0.0 if curvature == "exact" else options.ewc_lambda
         self._penalty = EKFACPenalty(self._strength, seed=seed)

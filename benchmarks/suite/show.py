@@ -1,4 +1,4 @@
-"""``compare``, ``plot`` and ``report``: present what runs have reached."""
+"""``report``: present what runs have reached."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,41 +10,23 @@ from benchmarks.option_types import Folder
 
 
 @dataclass(frozen=True)
-class Compare:
-    """Print a table of what the runs in some folders have reached.
+class Options:
+    """Print tables of what the runs in some folders have reached, and draw it.
+
+    Writes one page with all tables and figures, as HTML and as Markdown with PNG files.
 
     Attributes:
         folders: Folders of results, with all folders in them.
+        output: Where to write.
     """
 
     folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("results"),)
-
-
-@dataclass(frozen=True)
-class Plot(Compare):
-    """Draw what the runs in some folders have reached.
-
-    Attributes:
-        output: Where to write.
-    """
-
-    output: Folder = Path("plots")
-
-
-@dataclass(frozen=True)
-class Report(Compare):
-    """Write one page with all tables and figures, as HTML and Markdown.
-
-    Attributes:
-        output: Where to write.
-    """
-
     output: Folder = Path("report")
 
 
-def run(options: Compare | Plot | Report) -> int:
+def run(options: Options) -> int:
     """Present the results."""
-    from benchmarks.report.page import write_figures, write_report
+    from benchmarks.report.page import write_report
     from benchmarks.report.tables import terminal_notes, terminal_table
     from benchmarks.results import load_all
     from benchmarks.suite.outcome import experiments
@@ -53,11 +35,8 @@ def run(options: Compare | Plot | Report) -> int:
         found = experiments(load_all(options.folders or (Path("results"),)))
     except ValueError as error:
         raise CommandError(str(error)) from error
-    if not isinstance(options, Plot | Report):
-        make_console().print(*map(terminal_table, found), terminal_notes())
-        return 0
     make_folder(options.output)
-    write = write_report if isinstance(options, Report) else write_figures
-    for path in write(found, options.output):
+    make_console().print(*map(terminal_table, found), terminal_notes())
+    for path in write_report(found, options.output):
         print(f"Wrote {path}")
     return 0

@@ -53,12 +53,12 @@ _LOCK: Final = Lock()
 
 
 def undisturbed(
-    model: nn.Module | None, parameters: Iterable[Tensor]
+    modules: Iterable[nn.Module], parameters: Iterable[Tensor]
 ) -> AbstractContextManager[None]:
     """Evaluate a model without leaving a trace.
 
-    Inside, every submodule is in eval mode and the given parameters require gradients. On the way
-    out each submodule's mode, each parameter's `requires_grad`, the values of buffers, and the
+    Inside, every module is in eval mode and the given parameters require gradients. On the way out
+    each module's mode, each parameter's `requires_grad`, the values of buffers, and the
     random states of torch (CPU and the parameters' devices), Python and NumPy are restored, also
     after an exception. A buffer in whose place the model has put another one stays replaced.
 
@@ -66,18 +66,19 @@ def undisturbed(
     restored when the last one leaves; what other threads draw at random meanwhile is drawn again.
 
     Args:
-        model: The model, or None if only its forward function is known.
+        modules: All modules of the model, and others that it calls; their submodules are not
+            looked for.
         parameters: Leaf tensors whose uses will be captured.
     """
     tensors = list(parameters)
-    modules = [] if model is None else list(model.modules())
-    devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+    each = list(dict.fromkeys(modules))
+    buffers = {id(buffer): buffer for module in each for buffer in module.buffers(recurse=False)}
     return kept(
         [
-            *_random_states(devices),
-            *map(_eval_mode, modules),
+            *random_states(tensor.device for tensor in tensors),
+            *map(_eval_mode, each),
             *map(_requiring_gradients, tensors),
-            *([] if model is None else map(_buffer, model.buffers())),
+            *map(_buffer, buffers.values()),
         ]
     )
 
@@ -187,13 +188,14 @@ def _buffer(buffer: Tensor) -> Setting:
     return Setting(("buffer", id(buffer)), read, write)
 
 
-def _random_states(devices: Iterable[torch.device]) -> Iterator[Setting]:
+def random_states(devices: Iterable[torch.device]) -> Iterator[Setting]:
+    """Yield the random states of Python, torch, NumPy, and the devices that have their own."""
     yield Setting("random", random.getstate, random.setstate)
     yield Setting("torch", torch.get_rng_state, torch.set_rng_state)
     # NumPy is not a dependency, but data transforms may draw from it.
     if (numpy := sys.modules.get("numpy")) is not None:
         yield Setting("numpy", numpy.random.get_state, numpy.random.set_state)
-    for device in devices:
+    for device in {device for device in devices if device.type not in ("cpu", "meta")}:
         backend = getattr(torch, device.type)
         yield Setting(
             device,

@@ -11,13 +11,13 @@ EnumType = TypeVar("EnumType", bound=Enum)
 
 
 def as_choice(name: str, value: object, choices: type[EnumType]) -> EnumType:
-    """Turn a member of `choices`, or its string value, into the member.
+    """Turn a member of `choices`, or what stands for it, into the member.
 
     Raises:
         ValueError: If `value` is neither, naming the argument and the accepted values.
     """
     try:
-        return choices(value.lower() if type(value) is str else value)
+        return choices(value)
     except ValueError:
         accepted = ", ".join(repr(choice.value) for choice in choices)
         raise ValueError(f"{name} is {value!r}; expected one of {accepted}") from None
@@ -53,12 +53,12 @@ def as_non_negative_number(name: str, value: object) -> float:
     return number
 
 
-def as_temperature(value: object) -> float:
-    """Return a temperature as a float, or raise unless it is a finite number of more than zero."""
-    temperature = as_non_negative_number("temperature", value)
-    if temperature == 0:
-        raise ValueError(f"temperature is {value}; expected more than 0")
-    return temperature
+def as_positive_number(name: str, value: object) -> float:
+    """Return `value` as a float, or raise unless it is a finite number of more than zero."""
+    number = as_non_negative_number(name, value)
+    if number == 0:
+        raise ValueError(f"{name} is {value}; expected more than 0")
+    return number
 
 
 def as_patterns(name: str, value: object) -> tuple[str, ...]:

@@ -58,7 +58,10 @@ def merge(
     shapes = common_shapes(operators, groups)
     blocks = [_merge_blocks(group, shapes[group[0].parameters[0]]) for group in groups]
     num_data = sum(operator.num_data for operator in operators)
-    provenance = structs.replace(operators[-1].provenance, num_data=num_data)
+    num_loss_terms = sum(operator.provenance.num_loss_terms for operator in operators)
+    provenance = structs.replace(
+        operators[-1].provenance, num_data=num_data, num_loss_terms=num_loss_terms
+    )
     return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
 
 

@@ -15,6 +15,7 @@ from rotate_ewc._utils.keywords import forwards_keywords
 from rotate_ewc._utils.parameters import Parameters, name_parameters
 from rotate_ewc._utils.validation import as_non_negative_number, check_positive_integer
 from rotate_ewc.curvature import vectors
+from rotate_ewc.errors import SnapshotError
 from rotate_ewc.estimation.estimate import fit_blocks
 from rotate_ewc.io import files, snapshot
 from rotate_ewc.io.storage_dtype import check_storage_dtype
@@ -76,16 +77,18 @@ class EKFACLinearOperator:
         """Estimate the operator.
 
         Args:
-            model_func: The model, or a function from a batch's inputs to outputs. A function is
-                used as it is; only a module can be put into eval mode.
+            model_func: The model, or a function from a batch's inputs to outputs. Modules that it
+                reaches (through closures, `partial`, methods, globals) are put into eval mode.
             loss_func: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with reduction `mean` or
                 `sum` and any of their options, or a loss known through `register_likelihood`.
             params: Parameters the matrix is over: a list, or a dictionary by name. A list's names
                 are those in the model.
             data: Re-iterable batches (inputs, targets), such as a `DataLoader`.
             num_data: Examples the data stand for, where they are a sample of a larger set.
-            check_deterministic: Estimate twice and raise if the results differ, as they do when the
-                model or the order of the data is random. Doubles the time.
+            check_deterministic: Estimate twice and raise if traces, or products with a vector,
+                differ, as they do when the model or the data are random. Doubles the time.
+                Without it, a model that draws random numbers runs once more on the first batch,
+                and if its outputs differ, there is a warning.
             settings: How to estimate; None is all defaults.
             **options: Single fields of `EstimationSettings`, such as `fisher_type="type2"`, which
                 replace those of `settings`.
@@ -348,7 +351,7 @@ class EKFACLinearOperator:
         return self._with(function(block) for block in self._blocks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the snapshot: a flat dictionary of tensors and one JSON string, `"header"`.
+        """Return the snapshot: a flat dictionary of tensors, one of which is the `"header"`.
 
         It can be written with `torch.save` and read with `torch.load(..., weights_only=True)`.
         """
@@ -364,8 +367,22 @@ class EKFACLinearOperator:
         return cls.from_blocks(*snapshot.unpack(state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace this operator's contents by a snapshot's; unchanged if the snapshot is bad."""
+        """Replace this operator's contents by those of a snapshot of the same model and loss.
+
+        The number of examples, dtype and device may be others. `from_state_dict` makes a new
+        operator of any snapshot.
+
+        Raises:
+            SnapshotError: If the snapshot is bad, or of other parameters, shapes, loss, reduction,
+                Fisher type or temperature, naming them; the operator is then left as it was.
+        """
         loaded = self.from_state_dict(state)
+        ours, theirs = ((o._shapes, o._provenance) for o in (self, loaded))
+        if differences := snapshot.differences(*theirs, *ours):
+            raise SnapshotError(
+                f"snapshot is of another operator: {'; '.join(differences)}; expected a snapshot "
+                f"of the same model and loss (from_state_dict makes a new operator of this one)"
+            )
         self._blocks, self._shapes = loaded._blocks, loaded._shapes
         self._provenance = loaded._provenance
 

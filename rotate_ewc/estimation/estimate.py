@@ -19,14 +19,17 @@ from torch import Tensor, nn
 
 from rotate_ewc._utils.numerics import check_trace, statistics_dtype, underflowed
 from rotate_ewc._utils.preserve_state import undisturbed
+from rotate_ewc._utils.reached_modules import reached_modules
 from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.estimation.accumulate import FirstPass, SecondPass
 from rotate_ewc.estimation.factors import decompose
+from rotate_ewc.estimation.repeatability import WatchedForward, check_equal
 from rotate_ewc.linalg.block import Block, matrix_shape
 from rotate_ewc.losses import Likelihood, likelihood_of
 from rotate_ewc.options import EstimationSettings, KFACType, Reduction, Unsupported
 from rotate_ewc.provenance import Provenance
 from rotate_ewc.tracing.capture import BatchCapturer
+from rotate_ewc.tracing.origins import NO_CONSTANTS, Constants
 from rotate_ewc.tracing.passes import Passes, check_reiterable
 
 # The settings that matter to what is found.
@@ -40,6 +43,7 @@ class Estimate:
     Attributes:
         blocks: One for every parameter, or pair of weight and bias.
         num_examples: Examples seen.
+        num_loss_terms: Terms of their loss, which the reduction `mean` divides by.
         used: The blocks of the parameters on which an output depended.
         underflowed: Those that get gradients whose squares are too small for their dtype.
         unused: Names of the parameters on which no output depended.
@@ -48,6 +52,7 @@ class Estimate:
 
     blocks: tuple[Block, ...]
     num_examples: int
+    num_loss_terms: float
     used: tuple[Block, ...]
     underflowed: tuple[Block, ...]
     unused: tuple[str, ...]
@@ -73,7 +78,8 @@ def fit_blocks(
         parameters: What the matrix is over, by name.
         data: Re-iterable batches (inputs, targets).
         settings: How to estimate.
-        model: The module to put into eval mode; None if it is not known.
+        model: The model; None if it is not known. It is put into eval mode, and so are the modules
+            that can be reached from `forward`.
         num_data: Examples that the data stand for, where they are a sample of a larger set.
         check_deterministic: Whether to estimate twice and raise if the results differ.
 
@@ -85,12 +91,15 @@ def fit_blocks(
         TypeError: If a part of a batch, or the outputs, have the wrong type.
     """
     likelihood = likelihood_of(loss_func)
-    constants = [] if model is None else [*model.buffers(), *model.parameters()]
-    with undisturbed(model, parameters.values()), torch.inference_mode(False):
-        found = estimate(forward, likelihood, parameters, data, settings, constants, num_data)
+    constants = NO_CONSTANTS if model is None else Constants.of(model)
+    modules = [*([] if model is None else model.modules()), *reached_modules(forward)]
+    watched = WatchedForward(forward, {parameter.device for parameter in parameters.values()})
+    with undisturbed(modules, parameters.values()), torch.inference_mode(False):
+        found = estimate(watched, likelihood, parameters, data, settings, constants, num_data)
         if check_deterministic:
             again = estimate(forward, likelihood, parameters, data, settings, constants, num_data)
-            _check_equal(found.blocks, again.blocks)
+            check_equal(found.blocks, again.blocks)
+        watched.warn_if_random()
     if len(found.unused) == len(parameters):
         raise ValueError(
             f"the outputs depend on none of the parameters ({', '.join(map(repr, found.unused))}), "
@@ -111,11 +120,13 @@ def fit_blocks(
             f"no parameter is left: unsupported='skip' leaves out {list(found.unsupported)}, and "
             f"there are no others"
         )
+    stands_for = num_data or found.num_examples
     provenance = Provenance(
         loss=likelihood.name,
         reduction=Reduction(likelihood.reduction),
         fisher_type=settings.fisher_type,
-        num_data=num_data or found.num_examples,
+        num_data=stands_for,
+        num_loss_terms=stands_for * (found.num_loss_terms / max(1, found.num_examples)),
         settings={
             **{name: value for name, value in settings.to_json().items() if name in _TOLD},
             "num_data_seen": found.num_examples,
@@ -132,7 +143,7 @@ def estimate(
     parameters: Mapping[str, Tensor],
     data: Iterable[Any],
     settings: EstimationSettings,
-    constants: Sequence[Tensor] = (),
+    constants: Constants = NO_CONSTANTS,
     num_data: int | None = None,
 ) -> Estimate:
     """Estimate the Fisher matrix of a loss over a data set, block by block.
@@ -146,7 +157,7 @@ def estimate(
         parameters: What the matrix is over, by name; all must require gradients.
         data: Re-iterable batches (inputs, targets).
         settings: How to estimate.
-        constants: The model's tensors that are no parameters, such as buffers.
+        constants: The model's tensors that do not depend on the data.
         num_data: Examples that the data stand for, where they are a sample of a larger set.
 
     Returns:
@@ -186,7 +197,9 @@ def estimate(
     unused = tuple(name for name in wanted if name not in by_name)
     by_name.update({name: _diagonal(name, torch.zeros_like(parameters[name])) for name in unused})
     blocks = tuple(dict.fromkeys(by_name[name] for name in wanted))
-    return Estimate(blocks, first.num_examples, used, vanished, unused, unsupported)
+    return Estimate(
+        blocks, first.num_examples, first.normalizer, used, vanished, unused, unsupported
+    )
 
 
 def _scale(first: FirstPass, likelihood: Likelihood, num_data: int | None) -> float:
@@ -248,16 +261,3 @@ def _warn_of_unsupported(names: Sequence[str], settings: EstimationSettings) -> 
         f"there is no rule for the way in which these parameters are used: "
         f"{', '.join(map(repr, names))}; {treated}"
     )
-
-
-def _check_equal(blocks: Sequence[Block], others: Sequence[Block]) -> None:
-    """Raise if two estimates differ by more than rounding, naming the first block that does."""
-    for block, other in zip(blocks, others, strict=True):
-        first, second = block.trace.item(), other.trace.item()
-        tolerance = 1e-3 if block.eigenvalues.dtype is torch.float32 else 1e-8
-        if abs(first - second) > tolerance * max(abs(first), abs(second)):
-            raise ValueError(
-                f"two estimates of the block of {block.label!r} have traces {first:.6g} and "
-                f"{second:.6g}: the model or the data loader is random (shuffling, augmentation, "
-                f"dropout in a function). Make it deterministic, or pass check_deterministic=False"
-            )

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rotate_ewc.errors import SnapshotError
-from rotate_ewc.io.header import HEADER
+from rotate_ewc.io.header import HEADER, header_text
 
 DIGEST: Final = "digest"
 
@@ -52,7 +52,8 @@ def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     if target.is_dir():
         raise IsADirectoryError(f"there is a folder {os.fspath(target)!r}; expected a file's name")
     tensors = _separate({key: value for key, value in state.items() if key != HEADER})
-    metadata = {HEADER: state[HEADER], DIGEST: _digest(state[HEADER], tensors)}
+    header = header_text(state)
+    metadata = {HEADER: header, DIGEST: _digest(header, tensors)}
     # The target's own name may already be as long as names can be.
     temporary = target.parent / f".{uuid.uuid4().hex}.{target.name[:_MOST_CHARACTERS]}"
     try:

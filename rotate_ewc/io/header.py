@@ -1,7 +1,9 @@
 """The header of a snapshot: its schema, declared once, and read without trust in it.
 
-A header is one JSON string. `msgspec` parses it and checks the names, types and ranges of all
-fields in the same pass; each `__post_init__` checks what has to fit together.
+A header is JSON: in dictionaries its bytes, as a uint8 tensor, since frameworks that save, average
+or share the states of modules handle tensors alone; in files a string in the metadata. `msgspec`
+parses it and checks the names, types and ranges of all fields in the same pass; each
+`__post_init__` checks what has to fit together.
 
 The number in a format is its version. All kinds of snapshots have the same.
 """
@@ -17,6 +19,7 @@ from typing import Annotated, Any, Final, TypeVar
 import msgspec
 import torch
 from msgspec import Meta, Raw, Struct
+from torch import Tensor
 
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.io.storage_dtype import DTYPES
@@ -152,6 +155,7 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
         weighting: How the tasks were weighted.
         num_tasks: Number of consolidated tasks.
         last_examples: Number of examples of the last one.
+        last_loss_terms: Number of its loss terms.
         terms: Its terms.
     """
 
@@ -161,6 +165,7 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
     weighting: str
     num_tasks: Annotated[int, Meta(ge=0, le=LARGEST_COUNT)]
     last_examples: Annotated[int, Meta(ge=1, le=LARGEST_COUNT)]
+    last_loss_terms: Annotated[float, Meta(gt=0, le=float(LARGEST_COUNT))]
     terms: tuple[TermLayout, ...]
 
     def __post_init__(self) -> None:
@@ -190,9 +195,52 @@ AnyHeader = OperatorHeader | PenaltyHeader | TangentHeader
 HeaderType = TypeVar("HeaderType", OperatorHeader, PenaltyHeader, TangentHeader)
 
 
-def write_header(header: AnyHeader) -> str:
-    """Return a header as JSON."""
-    return _ENCODER.encode(header).decode()
+def write_header(header: AnyHeader, device: torch.device | None = None) -> Tensor:
+    """Return the bytes of a header's JSON, as a uint8 tensor."""
+    return torch.frombuffer(bytearray(_ENCODER.encode(header)), dtype=torch.uint8).to(device)
+
+
+def header_text(state: Mapping[str, Any]) -> str:
+    """Return the JSON of a snapshot's header.
+
+    Raises:
+        SnapshotError: If there is no header, or it is no text.
+    """
+    value = state.get(HEADER)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Tensor) or value.ndim != 1 or value.layout is not torch.strided:
+        raise SnapshotError(
+            f"snapshot key {HEADER!r} is {type(value).__name__}; expected a uint8 tensor of the "
+            f"bytes of a JSON text, as state_dict() writes it"
+        )
+    if value.is_meta or value.untyped_storage().nbytes() < value.nbytes:
+        raise SnapshotError(f"snapshot key {HEADER!r} has fewer bytes than its shape has places")
+    whole = value.detach().cpu()
+    if whole.is_floating_point():
+        whole = _averaged(whole)
+    if whole.dtype is not torch.uint8:
+        raise SnapshotError(f"snapshot key {HEADER!r} is {value.dtype}; expected torch.uint8")
+    try:
+        return bytes(whole.contiguous().numpy()).decode()
+    except UnicodeDecodeError as error:
+        raise SnapshotError(f"snapshot key {HEADER!r} is not JSON: {error}") from None
+
+
+def _averaged(values: Tensor) -> Tensor:
+    """Return the bytes of a header in floating point, as an average of equal states has them.
+
+    Raises:
+        SnapshotError: If they are not nearly whole, as those of an average of different states.
+    """
+    nearest = values.double().round()
+    if not bool(((values - nearest).abs() < _ROUNDING).all() & (nearest.abs() < 256).all()):
+        raise SnapshotError(
+            f"snapshot key {HEADER!r} is {values.dtype} and not of whole numbers, as if it was "
+            f"averaged with that of another snapshot; expected torch.uint8: average only models "
+            f"whose penalties hold the same tasks"
+        )
+    return nearest.to(torch.uint8)
 
 
 def read_header(state: Mapping[str, Any], kind: type[HeaderType]) -> HeaderType:
@@ -219,12 +267,7 @@ def read_any_header(state: Mapping[str, Any]) -> AnyHeader:
     for key in state:
         if not isinstance(key, str):
             raise SnapshotError(f"snapshot has the key {key!r:.99}; expected all to be strings")
-    text = state.get(HEADER)
-    if not isinstance(text, str):
-        raise SnapshotError(
-            f"snapshot key {HEADER!r} is {type(text).__name__}; expected a JSON string, as "
-            f"state_dict() writes it"
-        )
+    text = header_text(state)
     try:
         return _DECODER.decode(text)
     except msgspec.ValidationError as error:
@@ -301,6 +344,9 @@ def _dtype(_: type, value: object) -> torch.dtype:
         return DTYPES[value]
     raise ValueError(f"Expected one of {', '.join(DTYPES)}")
 
+
+# How far an average of equal bytes may be from them.
+_ROUNDING: Final = 1e-2
 
 # The types of what is in the dictionaries, by the names of these.
 _MEMBERS: Final[dict[str, Any]] = {"parameters": Shape, "settings": Setting, "options": Option}

@@ -1,4 +1,4 @@
-"""Snapshots: blocks ⇄ a flat dictionary of tensors and one JSON string, `"header"`.
+"""Snapshots: blocks ⇄ a flat dictionary of tensors, one of which is the `"header"`.
 
 The header says what every tensor is: its block's parameters, shape and dtype. Reading a snapshot
 runs no code and touches no model; everything is checked before anything is returned.
@@ -63,7 +63,8 @@ def pack(
     """
     layout = layout_of(blocks, shapes, provenance)
     header = OperatorHeader(layout.parameters, layout.blocks, layout.provenance, LIBRARY)
-    return {HEADER: write_header(header), **tensors_of(blocks, dtype)}
+    device = blocks[0].eigenvalues.device
+    return {HEADER: write_header(header, device), **tensors_of(blocks, dtype)}
 
 
 def unpack(state: Mapping[str, Any]) -> OperatorParts:
@@ -75,6 +76,41 @@ def unpack(state: Mapping[str, Any]) -> OperatorParts:
     """
     header = read_header(state, OperatorHeader)
     return restore(header, {key: value for key, value in state.items() if key != HEADER})
+
+
+def differences(
+    got: Mapping[str, torch.Size],
+    provenance: Provenance,
+    expected: Mapping[str, torch.Size],
+    expected_provenance: Provenance,
+) -> list[str]:
+    """Say in what a snapshot is not of the same matrix as another one.
+
+    Args:
+        got: The shapes of its parameters by name, in order.
+        provenance: Where it comes from.
+        expected: The shapes of the other one's parameters.
+        expected_provenance: Where the other one comes from.
+    """
+    found = []
+    if missing := [name for name in expected if name not in got]:
+        found.append(f"it lacks parameters {missing}")
+    if more := [name for name in got if name not in expected]:
+        found.append(f"it has parameters {more}")
+    for name in expected:
+        if name in got and got[name] != expected[name]:
+            shapes = f"{list(got[name])} instead of {list(expected[name])}"
+            found.append(f"parameter {name!r} has shape {shapes}")
+    if not found and list(got) != list(expected):
+        found.append(f"its parameters are in the order {list(got)} instead of {list(expected)}")
+    for option in ("loss", "reduction", "fisher_type"):
+        value, wanted = getattr(provenance, option), getattr(expected_provenance, option)
+        if value != wanted:
+            found.append(f"{option} is {value!r} instead of {wanted!r}")
+    value, wanted = (p.settings.get("temperature", 1.0) for p in (provenance, expected_provenance))
+    if value != wanted:
+        found.append(f"temperature is {value!r} instead of {wanted!r}")
+    return found
 
 
 def layout_of(

@@ -15,11 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rotate_ewc.layers.base import FactoredCall, Factors, Form, LayerCall, Rule
+from rotate_ewc.layers.base import FactoredCall, Factors, Form, LayerCall, Rule, form_within_reach
+from rotate_ewc.layers.broadcasting import broadcast_shape
+from rotate_ewc.layers.compositions import COMPOSITIONS
+from rotate_ewc.layers.contraction import einsum, inner, matmul, tensordot
 from rotate_ewc.layers.convolution import convolution
+from rotate_ewc.layers.copies import (
+    broadcast,
+    getitem,
+    index_select,
+    picking,
+    stretched,
+    token,
+)
 from rotate_ewc.layers.elementwise import scale, shift
 from rotate_ewc.layers.embedding import embedding
-from rotate_ewc.layers.linear import addmm, linear, matmul
+from rotate_ewc.layers.linear import addmm, linear
 from rotate_ewc.layers.normalization import (
     batch_norm,
     group_norm,
@@ -27,49 +38,65 @@ from rotate_ewc.layers.normalization import (
     layer_norm,
     rms_norm,
 )
+from rotate_ewc.layers.spellings import named, spellings
 from rotate_ewc.layers.transposed_convolution import transposed_convolution
 
-RULES: Final[Mapping[Callable[..., Any], Rule]] = {
-    F.linear: linear,
-    torch.matmul: matmul,
-    Tensor.matmul: matmul,
-    torch.mm: matmul,
-    Tensor.mm: matmul,
-    torch.addmm: addmm,
-    torch.conv1d: convolution(1),
-    torch.conv2d: convolution(2),
-    torch.conv3d: convolution(3),
-    torch.conv_transpose1d: transposed_convolution(1),
-    torch.conv_transpose2d: transposed_convolution(2),
-    torch.conv_transpose3d: transposed_convolution(3),
-    F.embedding: embedding,
-    F.layer_norm: layer_norm,
-    F.rms_norm: rms_norm,
-    F.group_norm: group_norm,
-    F.batch_norm: batch_norm,
-    F.instance_norm: instance_norm,
-    torch.mul: scale,
-    Tensor.mul: scale,
-    torch.add: shift(1),
-    Tensor.add: shift(1),
-    Tensor.add_: shift(1),
-    torch.sub: shift(-1),
-    Tensor.sub: shift(-1),
-    Tensor.sub_: shift(-1),
+_PRODUCTS: Final[Mapping[Callable[..., Any], Rule]] = named(matmul, "matmul", "mm", "bmm", "mv")
+_ELEMENTWISE: Final[Mapping[Callable[..., Any], Rule]] = {
+    **named(scale, "mul", "multiply"),
+    **named(shift(1), "add", "add_"),
+    **named(shift(-1), "sub", "sub_", "subtract", "subtract_"),
+}
+_PICKING: Final[Mapping[Callable[..., Any], Rule]] = {
+    Tensor.__getitem__: getitem,
+    **named(index_select, "index_select"),
+    **named(picking(torch.gather), "gather"),
+    **named(picking(torch.take), "take"),
+    **named(picking(torch.take_along_dim), "take_along_dim"),
+    **named(picking(torch.repeat_interleave), "repeat_interleave"),
 }
 
-BROADCASTING: Final = frozenset(
-    {torch.mul, Tensor.mul, torch.add, Tensor.add, Tensor.add_, torch.sub, Tensor.sub, Tensor.sub_}
-)
-"""Functions to which a parameter and the same parameter expanded are the same."""
+LAYERS: Final[Mapping[Callable[..., Any], Rule]] = {
+    F.linear: linear,
+    **_PRODUCTS,
+    **named(addmm, "addmm"),
+    **named(inner, "inner"),
+    **named(tensordot, "tensordot"),
+    **named(einsum, "einsum"),
+    **named(convolution(1), "conv1d"),
+    **named(convolution(2), "conv2d"),
+    **named(convolution(3), "conv3d"),
+    **named(transposed_convolution(1), "conv_transpose1d"),
+    **named(transposed_convolution(2), "conv_transpose2d"),
+    **named(transposed_convolution(3), "conv_transpose3d"),
+    F.embedding: embedding,
+    **named(layer_norm, "layer_norm"),
+    **named(rms_norm, "rms_norm"),
+    **named(group_norm, "group_norm"),
+    F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
+}
+"""Functions that take data as their input, and parameters."""
+
+RULES: Final[Mapping[Callable[..., Any], Rule]] = {**LAYERS, **_ELEMENTWISE, **_PICKING}
+
+BROADCASTING: Final[Mapping[Callable[..., Any], int]] = {
+    **dict.fromkeys(_ELEMENTWISE, 0),
+    **dict.fromkeys(_PRODUCTS, 2),
+}
+"""Functions to which a parameter and the same parameter expanded are the same, but for so many of
+the last axes."""
 
 SUPPORTED: Final = (
-    "linear and (transposed) convolution layers, embeddings, attention, normalization layers, and "
-    "parameters that scale or shift data"
+    "linear and (transposed) convolution layers, products and einsums with one parameter, "
+    "embeddings, attention, normalization layers, and parameters that are looked up, expanded over "
+    "the examples, or combined with data element by element"
 )
 
 __all__ = [
     "BROADCASTING",
+    "COMPOSITIONS",
+    "LAYERS",
     "RULES",
     "SUPPORTED",
     "FactoredCall",
@@ -77,4 +104,10 @@ __all__ = [
     "Form",
     "LayerCall",
     "Rule",
+    "broadcast",
+    "broadcast_shape",
+    "form_within_reach",
+    "spellings",
+    "stretched",
+    "token",
 ]

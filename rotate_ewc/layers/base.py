@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from einops import einsum, rearrange
@@ -85,6 +85,22 @@ class Form:
 
 
 DIAGONAL = Form(gradient_basis=False)
+
+# Bases of prompts with this many entries take a second; positional embeddings may have 150,000.
+_WITHIN_REACH: Final = 2048
+
+
+def form_within_reach(parameter: torch.Size) -> Form:
+    """Return the form of a parameter whose per-example gradients are known as a whole.
+
+    A side gets a basis, from the exact covariance of its rows or columns, unless it has too many
+    entries for a matrix of their covariances.
+    """
+    _, d_out, d_in = matrix_shape(parameter, groups=1, transposed=False)
+    return Form(
+        gradient_basis=d_out <= _WITHIN_REACH,
+        activation_basis=len(parameter) > 1 and d_in <= _WITHIN_REACH,
+    )
 
 
 @dataclass(frozen=True)
@@ -183,6 +199,9 @@ class FactoredCall(LayerCall):
         return rearrange(summed, "g n o -> n (g o)")
 
 
+IsParameter = Callable[[object], bool]
+"""Whether a tensor comes from parameters alone."""
+
 Rule = Callable[..., LayerCall | None]
-"""From `is_parameter` (does a tensor come from parameters alone?) and the arguments of a torch
-function to what it is a call of; None if these arguments are not what the rule is for."""
+"""From an `IsParameter` and the arguments of a torch function to what it is a call of; None if
+these arguments are not what the rule is for."""

@@ -7,13 +7,13 @@ replicating padding pad the input first, and it is the padded input that the ope
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from einops import rearrange
 from torch import Tensor
 
-from rotate_ewc.layers.base import FactoredCall, Factors, Form, Rule
+from rotate_ewc.layers.base import FactoredCall, Factors, Form, IsParameter, Rule
 from rotate_ewc.layers.windows import IntOrTuple, numbered, per_axis, windows
 
 
@@ -74,7 +74,7 @@ def convolution(spatial_axes: int) -> Rule:
     """Return the reader of the arguments of `torch.conv1d`, `conv2d` or `conv3d`."""
 
     def read(
-        _: Callable[[object], bool],
+        _: IsParameter,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rotate_ewc.layers.base import DIAGONAL, Form, LayerCall
+from rotate_ewc.layers.base import DIAGONAL, Form, IsParameter, LayerCall
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,7 @@ class ElementwiseCall(LayerCall):
         return products.sum(dim=axes).reshape(len(products), *shape)
 
 
-def scale(
-    is_parameter: Callable[[object], bool], input: Tensor, other: Tensor
-) -> ElementwiseCall | None:
+def scale(is_parameter: IsParameter, input: Tensor, other: Tensor) -> ElementwiseCall | None:
     """Read the arguments of `torch.mul`, where one factor is a parameter."""
     data, parameter = (other, input) if is_parameter(input) else (input, other)
     if not isinstance(data, Tensor) or is_parameter(data):
@@ -85,7 +83,7 @@ def shift(sign: float) -> Callable[..., ElementwiseCall | None]:
     """Return the reader of the arguments of `torch.add` (sign 1) or `torch.sub` (sign -1)."""
 
     def read(
-        is_parameter: Callable[[object], bool], input: Tensor, other: Tensor, *, alpha: float = 1
+        is_parameter: IsParameter, input: Tensor, other: Tensor, *, alpha: float = 1
     ) -> ElementwiseCall | None:
         data, parameter, factor = input, other, sign * alpha
         if is_parameter(input):

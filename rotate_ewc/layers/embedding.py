@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,12 +9,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from rotate_ewc.layers.base import FactoredCall, Factors, Form
+from rotate_ewc.layers.base import FactoredCall, Factors, Form, IsParameter
 
 
 @dataclass(frozen=True)
 class EmbeddingCall(FactoredCall):
-    """A look-up of rows of `weight`, `[vocabulary, d_out]`.
+    """A look-up of rows of `weight`, `[vocabulary, *features]`.
 
     Attributes:
         padding_index: The row that no gradient reaches; -1 if there is none.
@@ -43,17 +42,19 @@ class EmbeddingCall(FactoredCall):
 
     def gradients(self, output_gradients: Tensor) -> Tensor:
         """Lay out the output's gradient as `[1, n, shared, d_out]`."""
-        return rearrange(output_gradients, "n ... d -> 1 n (...) d")
+        features = 0 if self.weight is None else self.weight[0].numel()
+        return output_gradients.reshape(1, len(output_gradients), -1, features)
 
     def weight_gradients(self, inputs: Tensor, output_gradients: Tensor) -> Tensor:
-        """Add the gradients to the rows looked up, `[n, vocabulary, d_out]`."""
+        """Add the gradients to the rows looked up, `[n, vocabulary, *features]`."""
         indices = self.activations(inputs)[0, :, :, 0]
-        vocabulary = 0 if self.weight is None else len(self.weight)
-        return scatter_rows(self.gradients(output_gradients)[0], indices, vocabulary)
+        shape = torch.Size((0, 0)) if self.weight is None else self.weight.shape
+        rows = scatter_rows(self.gradients(output_gradients)[0], indices, shape[0])
+        return rows.reshape(len(inputs), *shape)
 
 
 def embedding(
-    _: Callable[[object], bool],
+    _: IsParameter,
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,

@@ -1,15 +1,14 @@
-"""Linear maps: `linear` with any number of leading axes, `matmul`, `mm` and `addmm`."""
+"""Linear maps: `linear` with any number of leading axes, and `addmm`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from einops import rearrange
 from torch import Tensor
 
-from rotate_ewc.layers.base import FactoredCall, Factors, Form
+from rotate_ewc.layers.base import FactoredCall, Factors, Form, IsParameter
 
 
 @dataclass(frozen=True)
@@ -44,24 +43,13 @@ class MatmulCall(LinearCall):
     )
 
 
-def linear(
-    _: Callable[[object], bool], input: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> LinearCall:
+def linear(_: IsParameter, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearCall:
     """Read the arguments of `torch.nn.functional.linear`."""
     return LinearCall(input, weight, bias)
 
 
-def matmul(
-    is_parameter: Callable[[object], bool], input: Tensor, other: Tensor
-) -> MatmulCall | None:
-    """Read the arguments of `torch.matmul`, where the second factor is a matrix of parameters."""
-    if is_parameter(input) or other.ndim != 2:
-        return None
-    return MatmulCall(input, other, None)
-
-
 def addmm(
-    is_parameter: Callable[[object], bool],
+    is_parameter: IsParameter,
     input: Tensor,
     mat1: Tensor,
     mat2: Tensor,
@@ -70,6 +58,6 @@ def addmm(
     alpha: float = 1,
 ) -> MatmulCall | None:
     """Read the arguments of `torch.addmm`, where `input` is a bias and `mat2` a weight."""
-    if is_parameter(mat1) or not is_parameter(input) or input.ndim != 1 or (alpha, beta) != (1, 1):
+    if is_parameter(mat1) or input.ndim != 1 or (alpha, beta) != (1, 1):
         return None
     return MatmulCall(mat1, mat2, input)

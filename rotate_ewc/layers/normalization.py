@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rotate_ewc.layers.base import IsParameter
 from rotate_ewc.layers.elementwise import ElementwiseCall
-
-IsParameter = Callable[[object], bool]
 
 
 def layer_norm(
@@ -22,8 +21,10 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> ElementwiseCall:
     """Read the arguments of `torch.nn.functional.layer_norm`."""
+    del cudnn_enable
     view = tuple(normalized_shape)
     normalize = partial(F.layer_norm, normalized_shape=view, eps=eps)
     return ElementwiseCall(input, weight, bias, view=view, normalize=normalize)
@@ -51,8 +52,10 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enabled: bool = True,
 ) -> ElementwiseCall:
     """Read the arguments of `torch.nn.functional.group_norm`."""
+    del cudnn_enabled
     normalize = partial(F.group_norm, num_groups=num_groups, eps=eps)
     return ElementwiseCall(input, weight, bias, view=_channels(input), normalize=normalize)
 

@@ -8,14 +8,14 @@ side of the weight is a window: (output channels of a group, kernel).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from einops import rearrange, reduce
 from torch import Tensor
 
-from rotate_ewc.layers.base import FactoredCall, Factors, Form, Rule
+from rotate_ewc.layers.base import FactoredCall, Factors, Form, IsParameter, Rule
 from rotate_ewc.layers.windows import IntOrTuple, numbered, per_axis, windows
 
 
@@ -80,7 +80,7 @@ def transposed_convolution(spatial_axes: int) -> Rule:
     """Return the reader of the arguments of `torch.conv_transpose1d` and its relatives."""
 
     def read(
-        _: Callable[[object], bool],
+        _: IsParameter,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,

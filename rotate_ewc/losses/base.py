@@ -5,9 +5,10 @@ likelihood yields vectors v of the shape of f such that, for each example n,
 
     Σ_v v_n v_nᵀ  =  Hessian of the example's summed loss with respect to f_n
 
-exactly (`FisherType.TYPE2`) or in expectation (`FisherType.MC`). Back-propagating the vectors gives
-per-example gradients whose outer products sum to the Fisher matrix of the summed loss; dividing by
-the sum of the *terms*, which is what the reduction `mean` divides by, gives that of the mean.
+exactly (`FisherType.TYPE2`) or in expectation (`FisherType.MC`, and `FisherType.EMPIRICAL` where
+the labels given are as if drawn from the model). Back-propagating the vectors gives per-example
+gradients whose outer products sum to the Fisher matrix of the summed loss; dividing by the sum of
+the *terms*, which is what the reduction `mean` divides by, gives that of the mean.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc.options import FisherType
 
 
@@ -90,6 +92,11 @@ class Likelihood(ABC):
         """Return what each row adds to the number that `mean` divides by, `[len(outputs)]`."""
         return torch.ones_like(outputs.reshape(len(outputs), -1)[:, 0])
 
+    def num_terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return what a batch adds to the number that `mean` divides by, a scalar."""
+        # Counted in float32 or better: half precision does not know 257.
+        return self.terms(outputs.to(statistics_dtype(outputs.dtype)), targets).sum()
+
     def predictions(self, outputs: Tensor) -> int:
         """Number of predictions (such as tokens) in a batch of outputs."""
         return len(outputs)
@@ -109,9 +116,12 @@ class Likelihood(ABC):
     ) -> Iterator[Tensor]:
         """Yield the vectors to back-propagate, each of the shape of the outputs.
 
-        For `FisherType.EMPIRICAL` the one vector holds, for every example, the gradient of the loss
-        (under its own reduction) of that example alone, times the root of its terms: the examples
-        are averaged in proportion to their terms, as the loss averages them.
+        They belong to the summed loss `L = Σ_n L_n`, whatever the reduction: the mean loss is L
+        over the sum M of the terms, and so its matrix is `Σ_n E[∇L_n ∇L_nᵀ] / M`, however the terms
+        are spread over the examples. `FisherType.EMPIRICAL` takes the labels given instead of the
+        expectation. On labels drawn from the model all Fisher types agree, since the terms of an
+        example then have independent gradients of mean zero. With weights or smoothed labels a loss
+        is no log-likelihood, and they differ: `EMPIRICAL` has the squares of the weights.
         """
         if fisher_type is FisherType.TYPE2:
             yield from self.exact_vectors(outputs, targets, num_examples)
@@ -119,12 +129,7 @@ class Likelihood(ABC):
             for _ in range(mc_samples):
                 yield self.sampled_vector(outputs, targets, generator) / math.sqrt(mc_samples)
         else:
-            gradient = self.gradient(outputs, targets)
-            if self.reduction == "mean":
-                terms = self.terms(outputs, targets).reshape(num_examples, -1).sum(dim=1)
-                scale = torch.where(terms > 0, terms, torch.ones_like(terms)).rsqrt()
-                gradient = (gradient.reshape(num_examples, -1) * scale[:, None]).view_as(gradient)
-            yield gradient
+            yield self.gradient(outputs, targets)
 
 
 def shape_of(tensor: Tensor) -> str:

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc._utils.parameters import parameters_of, unwrapped
 from rotate_ewc._utils.preserve_state import undisturbed
+from rotate_ewc._utils.reached_modules import reached_modules
 from rotate_ewc.linalg.quadratic import quadratic_form
 from rotate_ewc.losses import Likelihood, likelihood_of
 from rotate_ewc.options import Reduction
 from rotate_ewc.penalty.penalty import EKFACPenalty
-from rotate_ewc.penalty.weighting import kept_examples
-from rotate_ewc.tracing.counting import ExampleCounter
+from rotate_ewc.penalty.weighting import kept_terms
 from rotate_ewc.tracing.passes import batches, check_reiterable
 
 
@@ -74,7 +73,7 @@ def calibrated_strength(
     parameters = parameters_of(model)
     predicted = _predicted_increase(penalty, parameters)
     anchor = {**parameters, **penalty.terms[0].anchor}
-    with undisturbed(model, parameters.values()), torch.no_grad():
+    with undisturbed(reached_modules(model), parameters.values()), torch.no_grad():
         check_reiterable(old_data)
         before, now = _mean_losses(
             model,
@@ -82,7 +81,6 @@ def calibrated_strength(
             loss_func,
             likelihood,
             old_data,
-            penalty.settings.batch_size_fn,
         )
     _check_finite({"predicted increase": predicted, "loss before": before, "loss now": now})
     if now <= before:
@@ -119,7 +117,7 @@ def _predicted_increase(penalty: EKFACPenalty, parameters: Mapping[str, Tensor])
             "the model is where it was when the task was consolidated, as far as the penalty can "
             "tell; expected one that has been trained on a second task"
         )
-    return value / kept_examples(term.operator.num_data, penalty.weighting)
+    return value / kept_terms(term.operator.provenance.num_loss_terms, penalty.weighting)
 
 
 def _mean_losses(
@@ -128,32 +126,25 @@ def _mean_losses(
     loss_func: Callable[..., Any],
     likelihood: Likelihood,
     data: Iterable[Any],
-    batch_size_fn: Callable[[Any], int] | None,
 ) -> list[float]:
-    """Return the mean loss, or the summed loss per example, at each set of parameters.
+    """Return the mean loss (whatever the reduction) at each set of parameters.
 
     All are evaluated on a batch before the next is read: data may be random.
     """
-    totals, mass, counting = [0.0 for _ in candidates], 0.0, False
+    totals, mass = [0.0 for _ in candidates], 0.0
     device = next(iter(candidates[0].values())).device
-    counter = ExampleCounter(model, batch_size_fn)
     for _, inputs, targets in batches(data, device, progressbar=False, description=""):
         losses, terms = [], 0.0
         for parameters in candidates:
             outputs = functional_call(model, dict(parameters), (inputs,))
             likelihood.check(outputs, targets)
-            # Counted in float32 or better: half precision does not know 257.
-            counted = outputs.to(statistics_dtype(outputs.dtype))
-            terms = float(likelihood.terms(counted, targets).sum())
+            terms = float(likelihood.num_terms(outputs, targets))
             losses.append(float(loss_func(outputs, targets)))
-        counting = counting or terms > 0
-        if likelihood.reduction == Reduction.SUM:
-            mass += counter.count(inputs, outputs, targets)
-            totals = [total + loss for total, loss in zip(totals, losses, strict=True)]
-        elif terms > 0:  # or else all labels are ignored, and their mean loss is no number
+        if terms > 0:  # or else all labels are ignored, and their mean loss is no number
+            factor = 1.0 if likelihood.reduction == Reduction.SUM else terms
             mass += terms
-            totals = [total + loss * terms for total, loss in zip(totals, losses, strict=True)]
-    if not counting:
+            totals = [total + loss * factor for total, loss in zip(totals, losses, strict=True)]
+    if mass == 0:
         raise ValueError("all labels of old_data are ignored; expected some that count")
     return [total / mass for total in totals]
 

@@ -3,24 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from rotate_ewc._utils.parameters import fits, protected_slice
+from rotate_ewc._utils.validation import as_positive_number, check_positive_integer
 from rotate_ewc._utils.warnings import warn_user
+from rotate_ewc.io.header import HEADER
 from rotate_ewc.options import Mode, Weighting
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.terms import Stack, Term, stack_terms
 
 
+class _Places:
+    """Has a place for every key of a penalty's state.
+
+    `torch.distributed.checkpoint.state_dict` follows the keys of states through attributes, and
+    asks a module of another form (`_fqn_modifiers`) through which attribute a key goes on.
+    """
+
+    def get(self, key: str) -> str | None:
+        """Return the name of the attribute that has a place for a key of the state."""
+        return "_places" if key == HEADER or "/" in key else None
+
+    def values(self) -> tuple[str, ...]:
+        """Return the names of sub-modules that keys leave out: none."""
+        return ()
+
+    def __getattr__(self, name: str) -> None:
+        """Have a place."""
+        if name != HEADER and "/" not in name:
+            raise AttributeError(name)
+
+
 class ConsolidatedTasks(nn.Module):
     """The quadratic terms of the tasks of the past, and where they are anchored.
 
-    The state is moved and cast with the module, and is in its `state_dict`. Nothing is registered
-    as a parameter or buffer: what there is changes in number with every task.
+    The state is moved and cast with the module, and is in its `state_dict`, as tensors alone.
+    Nothing is registered as a parameter or buffer: what there is changes in number with every task,
+    which wrappers that broadcast or average buffers do not expect, and an average of eigenvectors
+    means nothing. The keys in the `state_dict` have no dots, since torch takes these for paths of
+    submodules: a parameter's `layer.weight` is `layer%2Eweight` there.
     """
+
+    _places: Final = _Places()
 
     def __init__(self, mode: Mode, weighting: Weighting, *, strict: bool) -> None:
         """Begin without a task.
@@ -38,8 +66,11 @@ class ConsolidatedTasks(nn.Module):
         self._terms: list[Term] = []
         self._stacks: tuple[Stack, ...] = ()
         self._num_tasks = 0
-        self._last_examples = 1
+        self._last_examples, self._last_loss_terms = 1, 1.0
+        self._current_num_data: int | None = None
+        self._current_num_loss_terms: float | None = None
         self._left_out: set[str] = set()
+        self._grown: set[tuple[str, torch.Size]] = set()
 
     @property
     def num_tasks(self) -> int:
@@ -57,9 +88,43 @@ class ConsolidatedTasks(nn.Module):
         return self._stacks
 
     @property
+    def current_num_data(self) -> int | None:
+        """Number of examples of the task being trained; None takes the last consolidated task's.
+
+        They are taken to have as many loss terms each as those of the last consolidated task;
+        where they have not (sequences of other lengths), set `current_num_loss_terms` afterwards.
+        """
+        return self._current_num_data
+
+    @current_num_data.setter
+    def current_num_data(self, value: int | None) -> None:
+        check_positive_integer("current_num_data", value, optional=True)
+        self._current_num_data, self._current_num_loss_terms = value, None
+
+    @property
+    def current_num_loss_terms(self) -> float:
+        """M_now, what the mean loss over all data of the task being trained divides by.
+
+        Examples, tokens that count, elements of the outputs (squared errors, binary cross-entropy),
+        or the sum of their class weights. What is set holds until `current_num_data` is set again;
+        None goes back to following from that.
+        """
+        if self._current_num_loss_terms is not None:
+            return self._current_num_loss_terms
+        if self.current_num_data is None:
+            return self._last_loss_terms
+        return self.current_num_data * (self._last_loss_terms / self._last_examples)
+
+    @current_num_loss_terms.setter
+    def current_num_loss_terms(self, value: float | None) -> None:
+        if value is not None:
+            value = as_positive_number("current_num_loss_terms", value)
+        self._current_num_loss_terms = value
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors that are kept: bases, eigenvalues and anchors."""
-        return sum(t.nbytes for t in self.state_dict().values() if isinstance(t, Tensor))
+        return sum(tensor.nbytes for tensor in self._state.tensors.values())
 
     def check_merged(self) -> None:
         """Raise `ValueError` unless there is one eigenbasis for all tasks."""
@@ -93,11 +158,17 @@ class ConsolidatedTasks(nn.Module):
             ValueError: If one is missing, or smaller than it was.
         """
         found: dict[str, Tensor] = {}
+        grown: dict[str, tuple[Tensor, Tensor]] = {}
         for stack in self._stacks:
             for key, name, anchor in stack.members:
-                whole = self._protected(name, parameters, anchor[0])
-                if whole is not None:
-                    found[key] = whole
+                part = self._protected(name, parameters, anchor[0])
+                if part is not None:
+                    found[key] = part
+                    whole = parameters[name]
+                    if part is not whole and (name, whole.shape) not in self._grown:
+                        grown[name] = part, anchor[-1]
+        if grown:
+            self._warn_of_replaced(parameters, grown)
         return found
 
     def _protected(
@@ -114,24 +185,62 @@ class ConsolidatedTasks(nn.Module):
             )
         return None
 
-    def _replace_terms(self, terms: Sequence[Term], num_tasks: int, last_examples: int) -> None:
+    def _warn_of_replaced(
+        self, parameters: Mapping[str, Tensor], grown: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        """Warn, once for each size, of larger layers that do not begin with their anchors.
+
+        Two unrelated tensors are at a squared distance of the sum of their squared norms. One that
+        was copied, and trained for a while, is much nearer.
+
+        Args:
+            parameters: The model's parameters.
+            grown: What is protected of each one that has grown, and its latest anchor.
+        """
+        layers: dict[str, list[str]] = {}
+        for name, (found, _) in grown.items():
+            if not torch._C._functorch.is_batchedtensor(found):  # which has no single value
+                self._grown.add((name, parameters[name].shape))
+                layers.setdefault(name.rpartition(".")[0], []).append(name)
+        for names in layers.values():
+            pairs = [[t.detach().double() for t in grown[name]] for name in names]
+            size = sum(float(f.square().sum() + a.square().sum()) for f, a in pairs)
+            if sum(float((f - a).square().sum()) for f, a in pairs) > 0.5 * size:
+                warn_user(
+                    f"{', '.join(map(repr, names))} has grown, but does not begin with what it was "
+                    f"when it was consolidated, as if a new layer had taken its name; the penalty "
+                    f"pulls that part to the old values. Copy these into it, as Avalanche's "
+                    f"IncrementalClassifier does, or give the new layer another name (and "
+                    f"strict=False, which leaves out the old one)"
+                )
+
+    def _replace_terms(
+        self, terms: Sequence[Term], num_tasks: int, last_examples: int, last_loss_terms: float
+    ) -> None:
         terms, stacks = stack_terms(terms)
         # In one step, so that not even an interrupt can leave a part of it.
         vars(self).update(
-            _terms=terms, _stacks=stacks, _num_tasks=num_tasks, _last_examples=last_examples
+            _terms=terms,
+            _stacks=stacks,
+            _num_tasks=num_tasks,
+            _last_examples=last_examples,
+            _last_loss_terms=last_loss_terms,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConsolidatedTasks:
         """Move or cast the state, as `nn.Module.to` and its relatives ask for."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         terms = [term.map(fn) for term in self._terms]
-        self._replace_terms(terms, self._num_tasks, self._last_examples)
+        self._replace_terms(terms, self._num_tasks, self._last_examples, self._last_loss_terms)
         return self
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        destination.update(self._state.to_dict(prefix))
+        # Copies: the state of an averaged model may be written to, and bases are shared by terms
+        # and stacks.
+        state = self._state.to_dict()
+        destination.update({prefix + _without_dots(k): t.clone() for k, t in state.items()})
 
     def _load_from_state_dict(
         self,
@@ -143,10 +252,25 @@ class ConsolidatedTasks(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Check the whole state before anything is replaced."""
-        state = PenaltyState.from_dict(state_dict, prefix)
+        """Check the whole state before anything is replaced; without any, report it missing."""
+        given = {
+            _with_dots(key[len(prefix) :]) if isinstance(key, str) else key: value
+            for key, value in state_dict.items()
+            if not isinstance(key, str) or key.startswith(prefix)
+        }
+        if not given:
+            missing_keys.append(prefix + HEADER)
+            return
+        state = PenaltyState.from_dict(given)
         state.check(mode=self.mode, weighting=self.weighting)
+        state.check_continues(self._state)
+        if not local_metadata.get("assign_to_params_buffers", False):
+            state = state.map(torch.clone)
         self._restore(state)
+
+    def _fqn_modifiers(self) -> _Places:
+        """Tell torch's distributed checkpoints where to look for the keys of the state."""
+        return self._places
 
     @property
     def options(self) -> dict[str, Any]:
@@ -162,7 +286,18 @@ class ConsolidatedTasks(nn.Module):
             tuple(self._terms),
             self._num_tasks,
             self._last_examples,
+            self._last_loss_terms,
         )
 
     def _restore(self, state: PenaltyState) -> None:
-        self._replace_terms(state.terms, state.num_tasks, state.last_examples)
+        self._replace_terms(
+            state.terms, state.num_tasks, state.last_examples, state.last_loss_terms
+        )
+
+
+def _without_dots(key: str) -> str:
+    return key.replace("%", "%25").replace(".", "%2E")
+
+
+def _with_dots(key: str) -> str:
+    return key.replace("%2E", ".").replace("%25", "%")

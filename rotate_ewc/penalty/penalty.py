@@ -26,7 +26,7 @@ from rotate_ewc._utils.validation import (
     as_choice,
     as_non_negative_number,
     as_patterns,
-    as_temperature,
+    as_positive_number,
     check_boolean,
     check_positive_integer,
 )
@@ -52,13 +52,14 @@ class EKFACPenalty(ConsolidatedTasks):
     After each task, `consolidate` estimates the Fisher matrix F_t at the solution θ*. On later
     tasks, the penalty is added to the loss:
 
-        ½ · strength · Σ_t ω_t (θ - θ*)ᵀ F_t (θ - θ*),    ω_t = w_t · decay^(T - t) · N_t / N_now
+        ½ · strength · Σ_t ω_t (θ - θ*)ᵀ F_t (θ - θ*),    ω_t = w_t · decay^(T - t) · M_t / M_now
 
     for the T tasks of the past. With a mean loss and nothing else given (w_t = decay = 1), strength
-    1 is Bayes' rule: N_t are the example counts of the past tasks, N_now that of the task being
-    trained (Huszár 2018, "Note on the quadratic penalties in elastic weight consolidation").
-    `weighting="uniform"` leaves the counts out; w_t is given to `consolidate`. Larger strengths
-    protect more; 3 is a good practical value.
+    1 is Bayes' rule: M_t are the numbers of loss terms of the past tasks (what the mean divides by:
+    examples, tokens, or elements of the outputs), M_now that of the task being trained (Huszár
+    2018, "Note on the quadratic penalties in elastic weight consolidation"). `weighting="uniform"`
+    leaves the numbers out; w_t is given to `consolidate`. Larger strengths protect more; 3 is a
+    good practical value.
 
     In mode `"merged"` the operators of all tasks are merged into one, anchored at the latest
     solution: time and memory do not depend on the number of tasks. In mode `"separate"` every task
@@ -106,7 +107,8 @@ class EKFACPenalty(ConsolidatedTasks):
         Args:
             strength: λ, at least 0.
             mode: `"merged"` (constant cost) or `"separate"`.
-            weighting: `"examples"` (tasks weigh in by their numbers of examples) or `"uniform"`.
+            weighting: `"examples"` (all examples weigh as in one loss over the data of all tasks,
+                which is by numbers of loss terms) or `"uniform"`.
             decay: What the weights of earlier tasks are multiplied with whenever a task is
                 consolidated, from 0 to 1 (the γ of online EWC, Schwarz et al. 2018).
             temperature: T, more than 0. The Fisher matrix is that of the outputs divided by T,
@@ -134,10 +136,9 @@ class EKFACPenalty(ConsolidatedTasks):
         self.decay = as_non_negative_number("decay", decay)
         if self.decay > 1:
             raise ValueError(f"decay is {decay}; expected a number from 0 to 1")
-        self.temperature = as_temperature(temperature)
+        self.temperature = as_positive_number("temperature", temperature)
         self.include = as_patterns("include", include)
         self.exclude = as_patterns("exclude", exclude)
-        self.current_num_data = None
         self.settings = EstimationSettings.gather(settings, options)
 
     @property
@@ -150,22 +151,12 @@ class EKFACPenalty(ConsolidatedTasks):
         self._strength = as_non_negative_number("strength", value)
 
     @property
-    def current_num_data(self) -> int | None:
-        """N_now; None takes the last consolidated task's count."""
-        return self._current_num_data
-
-    @current_num_data.setter
-    def current_num_data(self, value: int | None) -> None:
-        check_positive_integer("current_num_data", value, optional=True)
-        self._current_num_data = value
-
-    @property
     def scale(self) -> float:
         """The factor from what `stacks` hold to the second derivatives of the penalty."""
         if not self._terms:
             return self.strength
-        now = self.current_num_data or self._last_examples
         reduction = self._terms[0].operator.provenance.reduction
+        now = self.current_num_loss_terms
         return scale_of_penalty(self.strength, now, self.weighting, reduction)
 
     def consolidate(
@@ -191,7 +182,8 @@ class EKFACPenalty(ConsolidatedTasks):
                 are enough for most models.
             params: The parameters to protect, which keep the names they have in the model; None is
                 all that require gradients and that `include` and `exclude` choose.
-            forward: From a batch's inputs to outputs, where that is not `model(inputs)`.
+            forward: From a batch's inputs to outputs, where that is not `model(inputs)`. Modules
+                that it reaches are put into eval mode, as the model is.
             num_data: The task's number of examples, where `data` is only a sample of them.
             weight: w_t, what this task weighs in comparison with the others, at least 0.
 
@@ -351,7 +343,8 @@ class EKFACPenalty(ConsolidatedTasks):
                 f"loss_func has reduction {reduction!r}, but earlier tasks had "
                 f"{reductions.pop()!r}; expected the same for all tasks"
             )
-        weight = kept_weight(weight, operator.num_data, self.weighting, reduction)
+        num_loss_terms = operator.provenance.num_loss_terms
+        weight = kept_weight(weight, num_loss_terms, self.weighting, reduction)
         left = (term.only(lambda name, a: fits(name, parameters, a)) for term in self._terms)
         terms = [replace(term, weight=self.decay * term.weight) for term in left if term]
         terms.append(Term(operator, anchor, weight))
@@ -362,7 +355,11 @@ class EKFACPenalty(ConsolidatedTasks):
         for term in terms:
             for block in term.operator.blocks:
                 check_trace(block.trace * term.weight, block.label)
-        self._replace_terms(terms, self._num_tasks + 1, operator.num_data)
+        # A task of which nothing counts is not what the next one will be like.
+        last = (operator.num_data, num_loss_terms)
+        if not num_loss_terms:
+            last = (self._last_examples, self._last_loss_terms)
+        self._replace_terms(terms, self._num_tasks + 1, *last)
 
     @property
     def options(self) -> dict[str, Any]:

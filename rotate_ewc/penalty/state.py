@@ -1,14 +1,15 @@
-"""What a penalty has learned ⇄ its snapshot, a flat dictionary."""
+"""What a penalty has learned ⇄ its snapshot, a flat dictionary of tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rotate_ewc._utils.parameters import fits
 from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.io.header import (
@@ -35,6 +36,7 @@ class PenaltyState:
         terms: The quadratic terms.
         num_tasks: Number of consolidated tasks.
         last_examples: Number of examples of the last one.
+        last_loss_terms: Number of its loss terms, which the reduction `mean` divides by.
     """
 
     options: Mapping[str, Any]
@@ -43,12 +45,17 @@ class PenaltyState:
     terms: tuple[Term, ...]
     num_tasks: int
     last_examples: int
+    last_loss_terms: float
 
-    def to_dict(self, prefix: str = "", dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """Return the snapshot: tensors and a JSON header, under keys that begin with `prefix`.
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by key, without the header."""
+        return self._tensors(None)
+
+    def to_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return the snapshot: tensors, one of which is the header.
 
         Args:
-            prefix: The beginning of the keys.
             dtype: The dtype in which bases and eigenvalues are stored, where it is smaller than
                 their own.
         """
@@ -59,30 +66,27 @@ class PenaltyState:
             weighting=self.weighting,
             num_tasks=self.num_tasks,
             last_examples=self.last_examples,
+            last_loss_terms=self.last_loss_terms,
             terms=tuple(map(_layout, self.terms)),
         )
-        state: dict[str, Any] = {prefix + HEADER: write_header(header)}
-        for index, term in enumerate(self.terms):
-            state.update(_tensors(term, f"{prefix}{index}/", dtype))
-        return state
+        device = self.terms[0].operator.device if self.terms else None
+        return {HEADER: write_header(header, device), **self._tensors(dtype)}
+
+    def _tensors(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        return {
+            key: tensor
+            for index, term in enumerate(self.terms)
+            for key, tensor in _tensors(term, f"{index}/", dtype).items()
+        }
 
     @classmethod
-    def from_dict(cls, state_dict: Mapping[str, Any], prefix: str = "") -> PenaltyState:
-        """Read and check a snapshot; keys that do not begin with the prefix are ignored.
-
-        Args:
-            state_dict: The dictionary, perhaps of a larger module.
-            prefix: The beginning of the keys.
+    def from_dict(cls, state: Mapping[str, Any]) -> PenaltyState:
+        """Read and check a snapshot.
 
         Raises:
             SnapshotError: If anything is missing, left over or damaged.
         """
-        given = {
-            key[len(prefix) :] if isinstance(key, str) else key: value
-            for key, value in state_dict.items()
-            if not isinstance(key, str) or key.startswith(prefix)
-        }
-        return cls.restore(read_header(given, PenaltyHeader), given)
+        return cls.restore(read_header(state, PenaltyHeader), state)
 
     @classmethod
     def restore(cls, header: PenaltyHeader, state: Mapping[str, Any]) -> PenaltyState:
@@ -112,6 +116,7 @@ class PenaltyState:
             ),
             header.num_tasks,
             header.last_examples,
+            header.last_loss_terms,
         )
 
     def check(self, *, mode: str, weighting: str) -> None:
@@ -123,6 +128,44 @@ class PenaltyState:
                     f"snapshot is of a penalty with {option} {got!r}; expected {expected!r}, the "
                     f"{option} of this one"
                 )
+
+    def check_continues(self, other: PenaltyState) -> None:
+        """Raise `SnapshotError` if another state holds tasks of another model or kind of loss.
+
+        Parameters may be missing in one of the two, or be smaller, as those of models that grow.
+        """
+        if not self.terms or not other.terms:
+            return
+        advice = (
+            "expected a snapshot of the same model (a new penalty, or EKFACPenalty.load, takes any)"
+        )
+        got, expected = (s.terms[0].operator.provenance.reduction for s in (self, other))
+        if got != expected:
+            raise SnapshotError(
+                f"snapshot is of losses with reduction {got!r}, but the tasks that this penalty "
+                f"holds have {expected!r}; {advice}"
+            )
+        anchors, own = (
+            {name: anchor for term in s.terms for name, anchor in term.anchor.items()}
+            for s in (self, other)
+        )
+        shared = [name for name in anchors if name in own]
+        if not shared:
+            raise SnapshotError(
+                f"snapshot has parameters {list(anchors)}, but this penalty {list(own)}; {advice}"
+            )
+        misfits = [
+            f"parameter {name!r} with shape {list(anchors[name].shape)}, but this penalty with "
+            f"{list(own[name].shape)}, of which none contains the other"
+            for name in shared
+            if not (fits(name, own, anchors[name]) or fits(name, anchors, own[name]))
+        ]
+        if misfits:
+            raise SnapshotError(f"snapshot has {'; '.join(misfits)}; {advice}")
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> PenaltyState:
+        """Return the state with every tensor replaced by `function` of it."""
+        return replace(self, terms=tuple(term.map(function) for term in self.terms))
 
 
 def _layout(term: Term) -> TermLayout:

@@ -85,7 +85,7 @@ class TangentPenalty:
         self._constant = torch.zeros(())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the snapshot: a flat dictionary of tensors and one JSON string, `"header"`.
+        """Return the snapshot: a flat dictionary of tensors, one of which is the `"header"`.
 
         With it, a run that is interrupted between two consolidations goes on as if it had not been.
         Without it a new tangent is taken, as after a consolidation.

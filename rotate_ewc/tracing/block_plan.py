@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from rotate_ewc.layers import Factors, Form
+from rotate_ewc.layers import Factors, Form, form_within_reach
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,11 @@ def _plan(
     elif direct and any(form.factors is Factors.LOOKUP for form in forms):
         # An embedding tied to an output layer: no basis for the vocabulary.
         form = Form(transposed=True)
-    else:
+    elif any(uses[c.use].weight_form.factors is not Factors.NONE for c in contributions):
         form = Form(activation_basis=parameter.ndim > 1)
+    else:
+        # Positional embeddings, say, may have more entries than a basis can have.
+        form = form_within_reach(parameter.shape)
     groups, d_out, _ = form.shape(parameter.shape)
     one_position = uses[contributions[0].use].output_size == num_examples * groups * d_out
     return BlockPlan(BlockKey(name), parameter, form, tuple(contributions), uniform, one_position)

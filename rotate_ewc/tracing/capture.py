@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -27,8 +27,9 @@ from rotate_ewc.tracing.example_rows import (
     find_example_rows,
     mixing_message,
 )
+from rotate_ewc.tracing.origins import NO_CONSTANTS, Computed, Constants
 from rotate_ewc.tracing.per_example import add_squares, squares_like
-from rotate_ewc.tracing.recorder import Computed, ForwardPass, Recorder, Use
+from rotate_ewc.tracing.recorder import ForwardPass, Recorder, Use, listed
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def record_forward(
     forward: Callable[[], Tensor],
     parameters: Mapping[str, Tensor],
     *,
-    constants: Iterable[Tensor] = (),
+    constants: Constants = NO_CONSTANTS,
     unsupported: Unsupported = Unsupported.ERROR,
 ) -> ForwardPass:
     """Run a forward pass and record every use of the given parameters.
@@ -90,7 +91,7 @@ def record_forward(
     Args:
         forward: Runs the model and returns its outputs.
         parameters: The tensors to look for, by name; they must require gradients.
-        constants: Tensors that do not depend on the data, such as buffers.
+        constants: Tensors that do not depend on the data.
         unsupported: What to do about uses that have no rule.
 
     Raises:
@@ -99,8 +100,10 @@ def record_forward(
             observed, and `unsupported` says so; or if a layer's input was modified after its use.
     """
     recorder = Recorder(parameters, constants)
-    with torch.enable_grad(), recorder:
-        outputs = forward()
+    with torch.enable_grad():
+        with recorder:
+            outputs = forward()
+        outputs = recorder.note_outputs(outputs)
     if not isinstance(outputs, Tensor):
         raise TypeError(f"model returned {type(outputs).__name__}; expected a tensor")
     if not outputs.is_floating_point():
@@ -117,6 +120,12 @@ def record_forward(
     )
     kept = [i for i, edge in enumerate(recorder.edges) if edge.node in nodes]
     uses = tuple(recorder.uses[i] for i in kept)
+    changed = sorted({name for use in uses for name in recorder.changed(use)})
+    if changed:
+        raise ValueError(
+            f"what was computed from {listed(changed)} was modified in place after it was used, so "
+            f"its gradient is lost; make that operation out-of-place"
+        )
     for use in uses:
         if not use.unmodified:
             raise ValueError(
@@ -136,7 +145,7 @@ class BatchCapturer:
         likelihood: The distribution behind the loss.
         parameters: The parameters to look for, by name; all must require gradients.
         settings: How to estimate.
-        constants: The model's tensors that are no parameters, such as buffers.
+        constants: The model's tensors that do not depend on the data.
         unsupported: Names of the parameters for whose uses there is no rule; None before the first
             batch.
         known_layouts: The examples' rows, by program and number of examples.
@@ -147,7 +156,7 @@ class BatchCapturer:
     likelihood: Likelihood
     parameters: Mapping[str, Tensor]
     settings: EstimationSettings
-    constants: Sequence[Tensor] = ()
+    constants: Constants = NO_CONSTANTS
     unsupported: frozenset[str] | None = None
     known_layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)
     counter: ExampleCounter = field(init=False)
@@ -181,7 +190,7 @@ class BatchCapturer:
         outputs = outputs.to(statistics_dtype(outputs.dtype))
         num_examples = self.counter.count(inputs, outputs, targets)
         self._check_outputs(outputs, targets, num_examples)
-        normalizer = float(self.likelihood.terms(outputs, targets).sum())
+        normalizer = float(self.likelihood.num_terms(outputs, targets))
         vectors = self._vectors(outputs, targets, num_examples, generator)
         layout, vectors, known = self._layout(recorded, inputs, num_examples, vectors)
         captured = self._without_gradients(recorded, layout, normalizer, num_examples)
@@ -212,11 +221,10 @@ class BatchCapturer:
 
     def _record(self, inputs: Any) -> ForwardPass:
         """Run the model."""
-        given = {id(tensor) for tensor in tensors_in(inputs)}
         return record_forward(
             lambda: self.forward(inputs),
             self.parameters,
-            constants=[tensor for tensor in self.constants if id(tensor) not in given],
+            constants=self.constants.without(inputs),
             unsupported=self.settings.unsupported,
         )
 
@@ -262,10 +270,9 @@ class BatchCapturer:
         """Note the parameters without a rule in the first batch, and check that they stay it."""
         if self.unsupported is None:
             self.unsupported = names
-        elif names - self.unsupported:
-            listed = ", ".join(map(repr, sorted(names - self.unsupported)))
+        elif new := names - self.unsupported:
             raise ValueError(
-                f"parameter {listed} is used by an operation without a rule, or for several "
+                f"parameter {listed(new)} is used by an operation without a rule, or for several "
                 f"examples at once, but was not in the first batch; leave it out (params, or "
                 f"exclude)"
             )

@@ -25,12 +25,12 @@ class ExampleCounter:
     their outputs.
 
     Attributes:
-        forward: From inputs to the model's outputs.
+        forward: From inputs to the model's outputs; None if there shall be no experiment.
         batch_size_fn: From inputs to the number of examples, if the user knows better.
         axis: The axis of the inputs that holds the examples, as far as earlier batches have shown.
     """
 
-    forward: Callable[[Any], Tensor]
+    forward: Callable[[Any], Tensor] | None = None
     batch_size_fn: Callable[[Any], int] | None = None
     axis: int | None = None
 
@@ -89,7 +89,7 @@ class ExampleCounter:
         if len(found) > 1 and counts[0] == 1:
             # One example rather than one step of several; or else a later batch will contradict.
             found = [0]
-        elif len(found) > 1:
+        elif len(found) > 1 and self.forward is not None:
             found = [
                 axis
                 for axis, count in counts.items()

@@ -9,35 +9,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import FunctionType
-from typing import Any, Final, TypeGuard
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from rotate_ewc._utils.numerics import without_autocast
-from rotate_ewc._utils.tree import tensors_in, version_of
-from rotate_ewc.layers import BROADCASTING, RULES, LayerCall
+from rotate_ewc._utils.tree import map_tensors, tensors_in, version_of
+from rotate_ewc.layers import (
+    BROADCASTING,
+    COMPOSITIONS,
+    LAYERS,
+    RULES,
+    LayerCall,
+    broadcast,
+    broadcast_shape,
+    stretched,
+    token,
+)
 from rotate_ewc.tracing.block_plan import UseForms
+from rotate_ewc.tracing.operations import (
+    BLANK,
+    CONSTANT,
+    COPYING,
+    JOINING,
+    LIKE,
+    SAME,
+    can_broadcast,
+    is_checkpointed,
+    is_composite,
+    is_in_place,
+    opened,
+    written,
+)
+from rotate_ewc.tracing.origins import Computed, Constants, Origins
 from rotate_ewc.tracing.program import Program
-
-# What these make depends on no data. But of the second kind may also be the first state of a
-# recurrent layer, and of the third the positions of every example's tokens: a layer's input.
-_CONSTANT: Final = frozenset({torch.arange, torch.eye})
-_BLANK: Final = frozenset(
-    {torch.zeros, torch.ones, torch.full, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full}
-)
-_EXPANDING: Final = frozenset({Tensor.expand, Tensor.expand_as, torch.broadcast_to})
-_REPEATING: Final = frozenset({Tensor.expand, Tensor.repeat, torch.broadcast_to})
-
-# How functions of torch.nn.functional ask whether somebody wants to see them called.
-_DISPATCH_CHECKS: Final = (
-    "has_torch_function",
-    "has_torch_function_unary",
-    "has_torch_function_variadic",
-)
 
 
 @dataclass(frozen=True)
@@ -85,43 +93,6 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Computed:
-    """A tensor computed from parameters and constants alone, such as a reparametrised weight.
-
-    Attributes:
-        tensor: The tensor, attached to the autograd graph.
-        sources: Names of the parameters that it was computed from.
-    """
-
-    tensor: Tensor
-    sources: frozenset[str]
-
-    def pull_back(self, gradients: Tensor, parameter: Tensor) -> Tensor:
-        """Turn per-example gradients of the tensor into those of a parameter it comes from.
-
-        Args:
-            gradients: `[n, *tensor.shape]`.
-            parameter: One of the sources.
-
-        Returns:
-            `[n, *parameter.shape]`, in the gradients' dtype.
-        """
-        # One by one, because not every operation can be vectorised over examples.
-        pulled = [
-            torch.autograd.grad(
-                self.tensor,
-                parameter,
-                gradient.to(self.tensor.dtype),
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )[0]
-            for gradient in gradients
-        ]
-        return torch.stack(pulled).detach().to(gradients.dtype)
-
-
-@dataclass(frozen=True)
 class Refusal:
     """A use of parameters that has no rule.
 
@@ -134,15 +105,6 @@ class Refusal:
     names: frozenset[str]
     operation: str
     edge: GradientEdge
-
-
-@dataclass(frozen=True)
-class _Constant:
-    """A tensor that does not depend on the data, as it was at one time."""
-
-    tensor: Tensor
-    version: int
-    blank: bool
 
 
 @dataclass(frozen=True)
@@ -196,7 +158,6 @@ class Recorder(TorchFunctionMode):
     Attributes:
         uses: Uses by operations that have a rule, in order.
         edges: An edge to the output of every use.
-        computed: Tensors computed from tracked parameters and constants alone, by key.
         refusals: Uses by operations that have no rule.
         hidden: Names of parameters that were used while gradients were off.
         data_nodes: For the autograd node of every operation that used parameters and data, whether
@@ -204,28 +165,26 @@ class Recorder(TorchFunctionMode):
         program: What was called.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], constants: Iterable[Tensor] = ()) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], constants: Constants) -> None:
         """Look for parameters.
 
         Args:
             parameters: The tensors to look for, by name.
-            constants: Tensors that do not depend on the data, such as buffers.
+            constants: Tensors that do not depend on the data.
         """
         super().__init__()
         self.uses: list[Use] = []
         self.edges: list[GradientEdge] = []
-        self.computed: dict[str, Computed] = {}
         self.refusals: list[Refusal] = []
         self.hidden: set[str] = set()
         self.data_nodes: dict[Any, list[Any]] = {}
         self.program = Program()
-        self._names = {id(tensor): name for name, tensor in parameters.items()}
-        self._sources = {id(tensor): frozenset({name}) for name, tensor in parameters.items()}
-        # Held, so that no later tensor can get the identity of one of them.
-        self._constants: dict[int, _Constant] = {}
-        self._expanded: dict[int, tuple[Tensor, Tensor]] = {}
-        for tensor in constants:
-            self._hold_constant(tensor)
+        self._origins = Origins(parameters, constants)
+
+    @property
+    def computed(self) -> Mapping[str, Computed]:
+        """Tensors computed from tracked parameters and constants alone, by key."""
+        return self._origins.computed
 
     def __torch_function__(
         self,
@@ -235,109 +194,207 @@ class Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run an operation, and note what it did with parameters."""
-        kwargs = kwargs or {}
-        tensors = list(tensors_in((args, kwargs)))
-        sources = frozenset[str]().union(*(self._sources.get(id(t), ()) for t in tensors))
-        varying = [t for t in tensors if not (self._is_parameter(t) or self._is_constant(t))]
-        fixed = not varying
+        kwargs, known = kwargs or {}, self._origins
+        tensors = list(tensors_in((args[:1] or kwargs) if func in LIKE else (args, kwargs)))
+        parameters = {id(t): t for t in tensors if known.is_parameter(t)}
+        varying = [
+            t
+            for t in tensors
+            if id(t) not in parameters and (not known.is_constant(t) or known.is_blank(t))
+        ]
         self.program.note(func, args, kwargs, varying)
-        if sources and not fixed and func not in RULES and _is_composite(func):
+        fixed = all(map(known.is_constant, varying))
+        if not parameters:
+            result = func(*args, **kwargs)
+            if fixed and (tensors or func in CONSTANT or func in BLANK):
+                self._note_constants(func, tensors, result)
+            return result
+        # Before it runs: what is written into is no parameter any more.
+        sources = known.sources(*parameters.values())
+        seen = fixed and not any(map(known.is_repeated, tensors))
+        if func not in RULES and not seen and is_composite(func):
             with self:
-                return _opened(func)(*args, **kwargs)
-        takes_input = func in RULES and func not in BROADCASTING
-        holds_examples = takes_input and any(self._is_blank(tensor) for tensor in tensors)
-        expanding = func in _EXPANDING and self._is_parameter(args[0])
-        computing = expanding or (fixed and not holds_examples)
-        data_nodes = [t.grad_fn for t in tensors if not self._is_parameter(t)]
-        # Before it runs, since what is refused may change what it uses.
-        use = None if computing or not sources else self._read(func, args, kwargs, sources)
-        result = func(*args, **kwargs)
-        if expanding:
-            self._expanded[id(result)] = (result, args[0])
-        if fixed and (tensors or func in _CONSTANT or func in _BLANK):
-            self._note_constants(func, tensors, sources, result)
-        results = list(tensors_in(result))
-        outputs = [t for t in results if t.requires_grad and not t.is_leaf]
-        if results and not torch.is_grad_enabled():
-            self.hidden |= sources
-        if not sources or not outputs:
-            return result
-        if computing:
-            self._note_computed(outputs, sources)
-            return result
-        edge = _output_edge(func, outputs[0])
-        self.data_nodes[edge.node] = [node for node in data_nodes if node is not None]
-        if use is None:
-            operation = resolve_name(func) or getattr(func, "__name__", repr(func))
-            self.refusals.append(Refusal(sources, f"the operation {operation}", edge))
+                return opened(func)(*args, **kwargs)
+        call = None if fixed and func not in LAYERS else self._call(func, args, kwargs, fixed)
+        if fixed and call is None:
+            result = self._compute(func, args, kwargs, tensors, sources)
+        elif call is None and func in COMPOSITIONS and not (is_checkpointed() or "out" in kwargs):
+            with self:
+                return COMPOSITIONS[func](*args, **kwargs)
         else:
-            self.uses.append(replace(use, output_shape=outputs[0].shape))
-            self.edges.append(edge)
+            edge, result = self._run(func, args, kwargs, tensors, parameters, call)
+            if edge is not None:
+                operation = resolve_name(func) or getattr(func, "__name__", repr(func))
+                self.refusals.append(Refusal(sources, f"the operation {operation}", edge))
+        if not torch.is_grad_enabled() and any(True for _ in tensors_in(result)):
+            self.hidden |= sources
         return result
 
-    def _is_parameter(self, value: object) -> bool:
-        """Whether a value is a tracked parameter, or computed from some."""
-        return id(value) in self._sources
+    def changed(self, use: Use) -> Iterable[str]:
+        """Return what a use's parameters were computed from, where they have changed since."""
+        used = [self.computed.get(name or "") for name in (use.weight, use.bias)]
+        return {n for c in used if c and version_of(c.tensor) != c.version for n in c.sources}
 
-    def _is_constant(self, tensor: Tensor) -> bool:
-        if isinstance(tensor, nn.Parameter):
-            return True
-        # Written into since, it may hold data.
-        constant = self._constants.get(id(tensor))
-        return constant is not None and constant.version == version_of(tensor)
+    def note_outputs(self, outputs: Any) -> Any:
+        """Return the model's outputs, and note the use of parameters of which they are copies."""
+        if not self._origins.is_parameter(outputs):
+            return outputs
+        return self._copy(outputs, outputs.shape, broadcasting=False)
 
-    def _is_blank(self, tensor: Tensor) -> bool:
-        constant = self._constants.get(id(tensor))
-        return constant is not None and constant.blank
+    def _call(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], fixed: bool
+    ) -> LayerCall | None:
+        """Return what a rule tells of an operation; None if no rule knows what it is."""
+        rule, known = RULES.get(func), self._origins
+        if rule is None:
+            return None
+        # A layer's input that was expanded holds examples, also where it is all parameters.
+        is_parameter = known.is_shared if fixed else known.is_parameter
+        plain = [known.unexpanded(value, kept=BROADCASTING.get(func)) for value in args]
+        try:
+            call = rule(is_parameter, *plain, **kwargs)
+        except ValueError as error:
+            names = known.sources(*tensors_in((args, kwargs)))
+            raise ValueError(f"parameter {listed(names)}: {error}") from error
+        except TypeError:  # arguments that the rule does not know
+            return None
+        if call is None or is_parameter(call.input):
+            return None
+        if fixed and not (known.is_blank(call.input) or known.is_repeated(call.input)):
+            return None
+        own = [t for t in (call.weight, call.bias) if known.is_parameter(t)]
+        # What was expanded may vary along the axis of the examples.
+        if not own or (0 not in call.batch_axes and any(map(known.is_repeated, own))):
+            return None
+        return call
 
-    def _hold_constant(self, tensor: Tensor, *, blank: bool = False) -> None:
-        self._constants[id(tensor)] = _Constant(tensor, version_of(tensor), blank)
-
-    def _note_computed(self, outputs: Sequence[Tensor], sources: frozenset[str]) -> None:
-        for tensor in outputs:
-            if not self._is_parameter(tensor):
-                key = f"{' and '.join(sorted(sources))} (computed, {len(self.computed)})"
-                self.computed[key] = Computed(tensor, sources)
-                self._names[id(tensor)], self._sources[id(tensor)] = key, sources
-
-    def _note_constants(
-        self,
-        func: Callable[..., Any],
-        tensors: Sequence[Tensor],
-        sources: frozenset[str],
-        result: Any,
-    ) -> None:
-        blank = func in _BLANK or any(self._is_blank(tensor) for tensor in tensors)
-        for tensor in tensors_in(result):
-            if not sources or not tensor.requires_grad:
-                repeated = func in _REPEATING and not tensor.is_floating_point()
-                self._hold_constant(tensor, blank=blank or repeated)
-
-    def _read(
+    def _run(
         self,
         func: Callable[..., Any],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        sources: frozenset[str],
-    ) -> Use | None:
-        """Return the use that an operation makes of parameters, or None if no rule knows it."""
-        rule = RULES.get(func)
-        if func in BROADCASTING:
-            args = [self._expanded.get(id(value), (value, value))[1] for value in args]
-        try:
-            call = None if rule is None else rule(self._is_parameter, *args, **kwargs)
-        except ValueError as error:
-            raise ValueError(f"parameter {listed(sources)}: {error}") from error
-        except TypeError:  # arguments that the rule does not know
-            call = None
-        if call is None or self._is_parameter(call.input):
+        tensors: Sequence[Tensor],
+        parameters: Mapping[int, Tensor],
+        call: LayerCall | None,
+    ) -> tuple[GradientEdge | None, Any]:
+        """Run an operation on parameters and data, and note how it uses the parameters.
+
+        Returns:
+            An edge to its output if there is no rule for it, and its result.
+        """
+        nodes = [t.grad_fn for t in tensors if not self._origins.is_parameter(t)]
+        own = () if call is None else (id(call.weight), id(call.bias))
+        others = [t for key, t in parameters.items() if key not in own]
+        if others:
+            kept, known = BROADCASTING.get(func), self._origins
+            others = [t for t in others if id(known.unexpanded(t, kept=kept)) not in own]
+        copies = self._copies(func, args, kwargs, others) if others else {}
+        # Before it runs, since what is refused may change what it uses.
+        use = None if call is None or copies is None else self._as_use(call)
+        if copies:
+            args, kwargs = map_tensors(lambda t: copies.get(id(t), t), (args, kwargs))
+        result = func(*args, **kwargs)
+        outputs = [t for t in written(func, args, result) if t.requires_grad and not t.is_leaf]
+        if not outputs or (copies and use is None):
+            return None, result
+        edge = _output_edge(func, outputs[0])
+        if use is None:
+            self._note_data(edge, nodes)
+            return edge, result
+        self._note_use(use, outputs[0].shape, edge, nodes)
+        return None, result
+
+    def _copies(
+        self,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        parameters: Sequence[Tensor],
+    ) -> dict[int, Tensor] | None:
+        """Return copies with which an operation can use parameters, so that it uses data alone.
+
+        Their gradients tell those of the parameters, whatever the operation does with them: where
+        it broadcasts all it is given to one shape, or where they were expanded over the examples.
+
+        Returns:
+            The copies by the identity of the parameters; None if there are none of some.
+        """
+        if not torch.is_grad_enabled():
+            return {}
+        if is_in_place(func) and self._origins.is_parameter(args[0]):
             return None
-        weight, bias = self._names.get(id(call.weight)), self._names.get(id(call.bias))
-        known = [self._sources[id(t)] for t in (call.weight, call.bias) if id(t) in self._sources]
-        if frozenset[str]().union(*known) != sources:
-            return None
+        shape = None if is_checkpointed() else broadcast_shape(func, args, kwargs)
+        copies = {}
+        for parameter in parameters:
+            broadcasts = shape is not None and can_broadcast(parameter, shape, args)
+            if not broadcasts and not self._origins.is_repeated(parameter):
+                return None
+            to = shape if broadcasts and shape is not None else parameter.shape
+            copies[id(parameter)] = self._copy(parameter, to, broadcasting=broadcasts)
+        return copies
+
+    def _copy(self, parameter: Tensor, shape: Sequence[int], *, broadcasting: bool) -> Tensor:
+        """Copy a parameter to the shape of data, and note that as a use of it."""
+        known = self._origins
+        one = known.one_copy(parameter)
+        if broadcasting:
+            call = broadcast(one, shape, shared=known.is_shared(one))
+        else:
+            call = token(one, shape)
+        copy = stretched(parameter, shape)
+        self._note_use(self._as_use(call), copy.shape, get_gradient_edge(copy), ())
+        return copy
+
+    def _note_use(
+        self, use: Use, output_shape: torch.Size, edge: GradientEdge, nodes: Sequence[Any]
+    ) -> None:
+        """Note a use, an edge to its output, and the autograd nodes that its data came from."""
+        self.uses.append(replace(use, output_shape=output_shape))
+        self.edges.append(edge)
+        self._note_data(edge, nodes)
+
+    def _note_data(self, edge: GradientEdge, nodes: Sequence[Any]) -> None:
+        self.data_nodes[edge.node] = [node for node in nodes if node is not None]
+
+    def _as_use(self, call: LayerCall) -> Use:
+        name = self._origins.name
         detached = replace(call, input=call.input.detach())
-        return Use(weight, bias, detached, version_of(call.input))
+        return Use(name(call.weight), name(call.bias), detached, version_of(call.input))
+
+    def _compute(
+        self,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        tensors: Sequence[Tensor],
+        sources: frozenset[str],
+    ) -> Any:
+        """Run an operation on parameters and constants alone, and note what it computes."""
+        known = self._origins
+        copying = func in COPYING or (func in SAME and known.is_expanded(args[0]))
+        again = func in JOINING and len({*map(id, tensors)}) < max(2, len(tensors))
+        blank = any(map(known.is_blank, tensors))
+        repeated = copying or again or blank or any(map(known.is_repeated, tensors))
+        result = func(*args, **kwargs)
+        for tensor in written(func, args, result):
+            if tensor.requires_grad and not tensor.is_leaf:
+                if is_in_place(func) and tensor._base is not None:
+                    known.hold_changed(tensor._base, sources)
+                known.hold_computed(tensor, sources, repeated=repeated)
+                if copying and args:
+                    known.hold_expanded(tensor, args[0])
+            elif not tensor.requires_grad:
+                known.hold_constant(tensor, blank=blank)
+        return result
+
+    def _note_constants(
+        self, func: Callable[..., Any], tensors: Sequence[Tensor], result: Any
+    ) -> None:
+        """Note what an operation on constants alone has computed."""
+        blank = func in BLANK or any(map(self._origins.is_blank, tensors))
+        for tensor in tensors_in(result):
+            repeated = func in COPYING and not tensor.is_floating_point()
+            self._origins.hold_constant(tensor, blank=blank or repeated)
 
 
 def back_propagate(
@@ -382,25 +439,6 @@ def _output_edge(func: Callable[..., Any], output: Tensor) -> GradientEdge:
         return get_gradient_edge(output)
     whole = base.is_contiguous() and output.is_contiguous()
     return get_gradient_edge(base if whole else output)
-
-
-def _is_composite(func: Callable[..., Any]) -> TypeGuard[FunctionType]:
-    """Whether a function is written in Python, of operations that can be seen themselves."""
-    return isinstance(func, FunctionType) and func.__module__ == nn.functional.__name__
-
-
-def _opened(func: FunctionType) -> Callable[..., Any]:
-    """Return a function of torch that does not show itself as a whole, but what it is made of."""
-    unseen = dict.fromkeys(_DISPATCH_CHECKS, lambda *_: False)
-    copy = FunctionType(
-        func.__code__,
-        {**func.__globals__, **unseen},
-        func.__name__,
-        func.__defaults__,
-        func.__closure__,
-    )
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
 
 
 def listed(names: Iterable[str]) -> str:

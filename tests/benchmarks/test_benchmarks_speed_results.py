@@ -42,8 +42,8 @@ def record() -> Estimation:
         result(names.EVERYTHING, [2.0, 2.0, 2.0], 12.0),
         result(names.CURVLINOPS, [2.0, 6.0, 4.0], 10.05, memory=2**19),
         result(names.NNGEOMETRY, [0.1, 0.1, 0.1], 5.0, memory=1),
-        Result(names.KRONFLUENCE, REFUSED, "TypeError: no [such] thing", kind=Kind.SAME.value),
-        Result(names.LAPLACE, MISSING, kind=Kind.OTHER.value),
+        Result(names.LAPLACE, REFUSED, "TypeError: no [such] thing", kind=Kind.OTHER.value),
+        Result(names.AVALANCHE, MISSING, kind=Kind.OTHER.value),
         result(names.PLAIN, [0.5, 0.5, 0.5]),
     ]
     return Estimation(
@@ -69,8 +69,8 @@ def test_only_equal_results_have_ratios(record: Estimation) -> None:
         names.EVERYTHING: None,
         names.CURVLINOPS: 2.0,  # the median of 2, 3 and 1
         names.NNGEOMETRY: None,
-        names.KRONFLUENCE: None,
         names.LAPLACE: None,
+        names.AVALANCHE: None,
         names.PLAIN: None,
     }
 
@@ -140,8 +140,8 @@ def test_the_table_shows_everybody(record: Estimation) -> None:
     assert rows[names.CURVLINOPS] == ["4.000", "2.00", "4.00", "0", "10.05", "leanest"]
     assert rows[names.NNGEOMETRY] == ["0.100", "–", "0.10", "0", "5", "wrong", "×0.5"]
     refused = ["refused:", "TypeError:", "no", "[such]", "thing"]
-    assert rows[names.KRONFLUENCE] == [*"–––––", *refused]
-    assert rows[names.LAPLACE] == [*"–––––", "not", "installed"]
+    assert rows[names.LAPLACE] == [*"–––––", *refused]
+    assert rows[names.AVALANCHE] == [*"–––––", "not", "installed"]
     assert rows[names.PLAIN] == ["0.500", "–", "–", "1", "–"]
     assert floor_line(record) == "Floor: 1.000 s (forward 0.250, eigh 0.750)."
 

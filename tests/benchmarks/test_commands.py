@@ -257,11 +257,11 @@ def test_the_same_call_again_runs_nothing(
     assert call(tmp_path, "permuted_mnist --quick --seeds 0 1") == 0
     assert {job.seed for job in runs.done[first:]} == {1}
     capsys.readouterr()
-    assert main(["compare", str(tmp_path)]) == 0
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "page")]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in runs.accuracies)
-    assert main(["plot", str(tmp_path), "--output", str(tmp_path / "plots")]) == 0
-    assert (tmp_path / "plots" / "permuted_mnist-accuracy.png").exists()
+    assert (tmp_path / "page" / "permuted_mnist-accuracy.png").exists()
+    assert f"Wrote {tmp_path / 'page' / 'report.html'}" in out
 
 
 @pytest.mark.parametrize(("quick", "code"), [("--quick", 1), ("", 0)])
@@ -306,12 +306,9 @@ def test_missing_cifar_is_left_out_of_all_and_alone_an_error(
     assert "split_mnist: tasks: got 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["compare", "plot", "report"])
-def test_nothing_to_present_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
+def test_nothing_to_present_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    assert main([command, str(tmp_path / "empty")]) == 1
+    assert main(["report", str(tmp_path / "empty")]) == 1
     assert f"no record in {tmp_path / 'empty'}" in capsys.readouterr().err
-    assert main([command, str(tmp_path / "absent")]) == 1
+    assert main(["report", str(tmp_path / "absent")]) == 1
     assert "does not exist" in capsys.readouterr().err

@@ -24,9 +24,9 @@ from benchmarks.experiment import (
     state_bytes,
 )
 from benchmarks.methods import METHODS, Variant, make_optimizer, make_plugin, make_strategy
-from benchmarks.models import multilayer_perceptron
 from benchmarks.results import Record
 from benchmarks.scenarios import PermutedImages, RotatedImages, SplitImages
+from benchmarks.speed.networks import perceptron
 from benchmarks.versions import versions
 from rotate_ewc import RotatedAdam
 from rotate_ewc.errors import NotFiniteError
@@ -308,7 +308,7 @@ def test_the_optimizer_is_the_one_asked_for_or_rotated_adam(
     name: str, optimizer: str, kind: type, momentum: float | None
 ) -> None:
     configuration = Configuration(optimizer=optimizer, learning_rate=0.25)
-    model = multilayer_perceptron(6, (4,), 10)
+    model = perceptron(6, 4, 10)
     made = make_optimizer(model, configuration, METHODS[name])
     (group,) = made.param_groups
     assert group["lr"] == 0.25

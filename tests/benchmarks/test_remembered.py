@@ -11,28 +11,28 @@ from benchmarks.data import load_images
 
 # Average accuracy over ten tasks: at least this for the rotated penalty, in the loss and in Adam's
 # steps, at most that for plain fine-tuning. Measured over three seeds: MNIST 95.3, 95.6 and 51 %.
-BOUNDS = {"mnist": (0.948, 0.953, 0.65), "digits": (0.80, 0.80, 0.60)}
+BOUNDS = {
+    "mnist": {"rotated-ewc": 0.948, "rotated-adam": 0.953, "naive": 0.65},
+    "digits": {"rotated-ewc": 0.80, "rotated-adam": 0.80, "naive": 0.60},
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("digits", [False, True])
+@pytest.mark.parametrize("method", BOUNDS["mnist"])
 def test_ten_tasks_are_remembered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, digits: bool
 ) -> None:
     """The road without a network gives a result worth looking at too."""
     if digits:
         monkeypatch.setenv("ROTATE_EWC_DATA", str(tmp_path / "absent"))
         monkeypatch.setattr("torchvision.datasets.MNIST.download", _fail)
     source = load_images(default_data_root()).source
-    methods = ["--methods", "rotated-ewc", "rotated-adam", "naive"]
-    assert main(["permuted-mnist", *methods, "--output", str(tmp_path)]) == 0
-    records = json.loads((tmp_path / "permuted_mnist.json").read_text())["records"]
-    assert {record["configuration"]["data"] for record in records} == {source}
-    in_loss, in_steps, forgotten = (record["average_accuracy"] for record in records)
-    bounds = BOUNDS[source]
-    assert in_loss >= bounds[0]
-    assert in_steps >= bounds[1]
-    assert forgotten <= bounds[2]
+    assert main(["permuted-mnist", "--methods", method, "--output", str(tmp_path)]) == 0
+    (record,) = json.loads((tmp_path / "permuted_mnist.json").read_text())["records"]
+    assert record["configuration"]["data"] == source
+    reached, bound = record["average_accuracy"], BOUNDS[source][method]
+    assert reached <= bound if method == "naive" else reached >= bound
 
 
 def _fail(self: object) -> None:

@@ -385,7 +385,7 @@ def test_blocks_of_different_dtypes(other: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     values = [torch.rand(1, 3, 4, generator=generator), torch.rand(1, 2, 1, generator=generator)]
     blocks = [Block(("w",), None, None, values[0]), Block(("b",), None, None, values[1].double())]
-    provenance = Provenance("MSELoss", "mean", "type2", 10)
+    provenance = Provenance("MSELoss", "mean", "type2", 10, 20.0)
     operator = EKFACLinearOperator.from_blocks(blocks, {"w": (3, 4), "b": (2,)}, provenance)
     assert operator.dtype == torch.float64
     exact = torch.cat([value.double().flatten() for value in values])
@@ -407,7 +407,7 @@ def test_blocks_of_different_dtypes(other: torch.dtype) -> None:
 def test_integers_are_refused() -> None:
     """A product that comes back in their dtype would be rounded."""
     block = Block(("w",), None, None, torch.rand(1, 3, 4))
-    provenance = Provenance("MSELoss", "mean", "type2", 10)
+    provenance = Provenance("MSELoss", "mean", "type2", 10, 20.0)
     operator = EKFACLinearOperator.from_blocks([block], {"w": (3, 4)}, provenance)
     with pytest.raises(TypeError, match=r"the flat tensor got dtype torch.int64; expected a float"):
         operator @ torch.arange(12)

@@ -49,7 +49,7 @@ def operator_of(*blocks: Block, num_data: int = 10) -> EKFACLinearOperator:
         for block in blocks
     }
     return EKFACLinearOperator.from_blocks(
-        blocks, shapes, Provenance("MSELoss", "mean", "type2", num_data)
+        blocks, shapes, Provenance("MSELoss", "mean", "type2", num_data, 2.0 * num_data)
     )
 
 
@@ -221,16 +221,16 @@ def test_says_where_it_comes_from() -> None:
     """Everything but the number of examples is that of the last operator."""
     blocks = [random_block(seed) for seed in (1, 2, 3)]
     provenances = [
-        Provenance("MSELoss", "mean", "type2", 3),
-        Provenance("CrossEntropyLoss", "mean", "mc", 5),
-        Provenance("BCEWithLogitsLoss", "mean", "empirical", 9),
+        Provenance("MSELoss", "mean", "type2", 3, 6.0),
+        Provenance("CrossEntropyLoss", "mean", "mc", 5, 2.5),
+        Provenance("BCEWithLogitsLoss", "mean", "empirical", 9, 18.0),
     ]
     operators = [
         EKFACLinearOperator.from_blocks([block], {"w": (3, 4)}, provenance)
         for block, provenance in zip(blocks, provenances, strict=True)
     ]
     merged = merge(iter(operators), iter([1.0, 2.0, 3.0]))
-    assert merged.provenance == Provenance("BCEWithLogitsLoss", "mean", "empirical", 17)
+    assert merged.provenance == Provenance("BCEWithLogitsLoss", "mean", "empirical", 17, 26.5)
     assert merged.num_data == 17
 
 
@@ -302,7 +302,7 @@ def shaped(shape: tuple[int, ...], *, groups: int = 1, transposed: bool = False)
     values = torch.ones(groups, *size, dtype=torch.float64)
     block = Block(("w",), None, None, values, transposed)
     return EKFACLinearOperator.from_blocks(
-        [block], {"w": shape}, Provenance("MSELoss", "mean", "type2", 10)
+        [block], {"w": shape}, Provenance("MSELoss", "mean", "type2", 10, 20.0)
     )
 
 
@@ -378,7 +378,7 @@ def test_what_does_not_fit_together(
 @pytest.mark.parametrize("joint_first", [False, True])
 @pytest.mark.parametrize("name", ["w", "b"])
 def test_joint_and_separate_blocks_do_not_mix(name: str, joint_first: bool) -> None:
-    provenance = Provenance("MSELoss", "mean", "type2", 10)
+    provenance = Provenance("MSELoss", "mean", "type2", 10, 20.0)
     joint = EKFACLinearOperator.from_blocks(
         [Block(("w", "b"), None, None, torch.ones(1, 3, 5))], {"w": (3, 4), "b": (3,)}, provenance
     )
@@ -396,7 +396,7 @@ def test_joint_and_separate_blocks_do_not_mix(name: str, joint_first: bool) -> N
         merge(operators)
 
 
-PROVENANCE = Provenance("MSELoss", "mean", "type2", 10)
+PROVENANCE = Provenance("MSELoss", "mean", "type2", 10, 20.0)
 NAMES = {"plain": ("w",), "joint": ("w", "b"), "bias": ("b",)}
 
 

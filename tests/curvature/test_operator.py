@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import rotate_ewc
 from rotate_ewc import EKFACLinearOperator, SnapshotError
+from rotate_ewc.io.header import header_text
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.provenance import Provenance
 from tests.helpers.oracles import dense_operator
@@ -150,9 +151,9 @@ def test_unknown_parameter_has_no_block(operator: EKFACLinearOperator) -> None:
 
 def test_what_is_too_large_is_not_written_out() -> None:
     numbers = torch.ones(1).expand(1, 3000, 4000)
-    large = EKFACLinearOperator.from_blocks(
-        [Block(("w",), None, None, numbers)], {"w": (3000, 4000)}, Provenance("L", "sum", "mc", 1)
-    )
+    provenance = Provenance("L", "sum", "mc", 1, 1.0)
+    blocks = [Block(("w",), None, None, numbers)]
+    large = EKFACLinearOperator.from_blocks(blocks, {"w": (3000, 4000)}, provenance)
     with pytest.raises(ValueError, match=r"12000000 × 12000000"):
         large.to_dense()
 
@@ -235,7 +236,7 @@ def test_load_state_dict_replaces_or_leaves_alone(operator: EKFACLinearOperator)
 
 
 def with_header(state: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {**state, "header": json.dumps({**json.loads(state["header"]), **changes})}
+    return {**state, "header": json.dumps({**json.loads(header_text(state)), **changes})}
 
 
 def test_bad_snapshots_are_refused(operator: EKFACLinearOperator) -> None:
@@ -306,3 +307,64 @@ def test_imports_without_avalanche() -> None:
 
     code = "import rotate_ewc, sys; sys.exit('avalanche' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def state_of_other(what: str) -> dict[str, Any]:
+    """The snapshot of an operator that differs from `small()` in one thing."""
+    shapes: dict[str, tuple[int, ...]] = {"w": (2, 3), "b": (2,)}
+    told: dict[str, Any] = {
+        "loss": "MSELoss",
+        "reduction": "mean",
+        "fisher_type": "mc",
+        "num_data": 7,
+        "num_loss_terms": 7.0,
+        "settings": {"seed": 1},
+    }
+    if what == "names":
+        shapes = {"w": (2, 3), "c": (2,)}
+    elif what == "shape":
+        shapes = {"w": (2, 4), "b": (2,)}
+    elif what == "order":
+        shapes = {"b": (2,), "w": (2, 3)}
+    elif what == "temperature":
+        told["settings"] = {"seed": 1, "temperature": 2.0}
+    elif what in told:
+        other = {"loss": "CrossEntropyLoss", "reduction": "sum", "fisher_type": "type2"}
+        told[what] = {**other, "num_data": 9, "settings": {"seed": 2}}[what]
+    blocks = [
+        Block((name,), None, None, torch.ones(1, shape[0], shape[1] if len(shape) > 1 else 1))
+        for name, shape in shapes.items()
+    ]
+    return EKFACLinearOperator.from_blocks(blocks, shapes, Provenance(**told)).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("names", r"it lacks parameters \['b'\]; it has parameters \['c'\]"),
+        ("shape", r"'w' has shape \[2, 4\] instead of \[2, 3\]"),
+        ("order", r"in the order \['b', 'w'\] instead of \['w', 'b'\]"),
+        ("loss", "loss is 'CrossEntropyLoss' instead of 'MSELoss'"),
+        ("reduction", "reduction is 'sum' instead of 'mean'"),
+        ("fisher_type", "fisher_type is 'type2' instead of 'mc'"),
+        ("temperature", "temperature is 2.0 instead of 1.0"),
+    ],
+)
+def test_load_state_dict_refuses_other_matrices(what: str, message: str) -> None:
+    state = state_of_other(what)
+    operator = EKFACLinearOperator.from_state_dict(state_of_other(""))
+    before = operator.state_dict()
+    with pytest.raises(SnapshotError, match=message + ".*from_state_dict makes a new operator"):
+        operator.load_state_dict(state)
+    after = operator.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in {*before, *after})
+    new = EKFACLinearOperator.from_state_dict(state)
+    assert list(new.state_dict()) == list(state)
+
+
+@pytest.mark.parametrize("what", ["num_data", "settings"])
+def test_load_state_dict_takes_other_data(what: str) -> None:
+    operator = EKFACLinearOperator.from_state_dict(state_of_other(""))
+    operator.load_state_dict(state_of_other(what))
+    expected = EKFACLinearOperator.from_state_dict(state_of_other(what)).provenance
+    assert operator.provenance == expected

@@ -102,11 +102,9 @@ def test_empirical_closed_form(loss: str, reduction: str) -> None:
         "mse": lambda: 2 * (f - y),
         "bce": lambda: f.sigmoid() - y,
     }[loss]()
-    if reduction == "mean" and loss != "ce":
-        residual = residual / 3
     gradients = torch.einsum("no,ni->noi", residual, extended).flatten(start_dim=1)
-    expected = gradients.T @ gradients
-    expected = expected / len(x) if reduction == "mean" else expected
+    terms = {"sum": 1, "mean": len(x) if loss == "ce" else f.numel()}[reduction]
+    expected = gradients.T @ gradients / terms
     loss_func = BY_NAME["single-linear"].loss_func(loss, reduction)
     dense = dense_empirical_fisher(model, loss_func, NAMES, x, y)
     assert_close(joint_block(dense, model), expected)

@@ -57,7 +57,8 @@ def blocks() -> list[Block]:
 
 def operator() -> EKFACLinearOperator:
     """The operator in the files."""
-    provenance = Provenance("CrossEntropyLoss", "mean", "mc", 1000, {"mc_samples": 1, "seed": 7})
+    settings = {"mc_samples": 1, "seed": 7}
+    provenance = Provenance("CrossEntropyLoss", "mean", "mc", 1000, 2500.5, settings)
     return EKFACLinearOperator.from_blocks(blocks(), SHAPES, provenance)
 
 
@@ -78,7 +79,7 @@ def penalty() -> EKFACPenalty:
     """The penalty in the files: the operator twice, at different anchors."""
     made = EKFACPenalty(STRENGTH, "separate", weighting="uniform", decay=0.5)
     terms = [Term(operator(), anchor(task), weight) for task, weight in enumerate(WEIGHTS)]
-    made._replace_terms(terms, 2, 1000)
+    made._replace_terms(terms, 2, 1000, 2500.5)
     return made
 
 

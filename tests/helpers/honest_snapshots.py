@@ -79,7 +79,8 @@ def operator(seed: int = 0, dtype: torch.dtype = torch.float32) -> EKFACLinearOp
         ),
         random_block(("scale",), (1, 1, 1), seed=seed + 4, bases="", dtype=dtype),
     ]
-    provenance = Provenance("CrossEntropyLoss", "mean", "mc", 50, {"mc_samples": 1, "seed": 3})
+    settings = {"mc_samples": 1, "seed": 3}
+    provenance = Provenance("CrossEntropyLoss", "mean", "mc", 50, 75.0, settings)
     return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
 
 
@@ -101,6 +102,11 @@ def penalty(mode: str, tasks: int = 2) -> EKFACPenalty:
     return learned
 
 
+def contents_of(made: Loaded) -> dict[str, Any]:
+    """What a snapshot file of an operator or a penalty holds, by its keys there."""
+    return made._state.to_dict() if isinstance(made, EKFACPenalty) else made.state_dict()
+
+
 @lru_cache(maxsize=1)
 def honest_snapshots(folder: str) -> dict[str, Honest]:
     """Write the honest snapshots to files and read these; by name."""
@@ -112,7 +118,7 @@ def honest_snapshots(folder: str) -> dict[str, Honest]:
         found[name] = Honest(
             type(made),
             path.read_bytes(),
-            dict(made.state_dict()),
+            contents_of(made),
             digest_of(read(type(made), path)),
         )
 

@@ -38,7 +38,7 @@ STAGES: Final = (
 def large(seed: int) -> EKFACLinearOperator:
     """Some 3 MB: a save takes milliseconds."""
     block = random_block(("w",), (1, SIZE, SIZE), seed=seed)
-    provenance = Provenance("MSELoss", "mean", "type2", 10)
+    provenance = Provenance("MSELoss", "mean", "type2", 10, 20.0)
     return EKFACLinearOperator.from_blocks([block], {"w": (SIZE, SIZE)}, provenance)
 
 

@@ -14,6 +14,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from rotate_ewc.io.header import header_text
+
 State = dict[str, Any]
 Mutation = Callable[[random.Random, dict[str, Any], State], None]
 
@@ -45,7 +47,8 @@ DTYPES: Final = tuple(
 def mutated_state(rng: random.Random, state: State) -> State:
     """Return a copy of a snapshot with one or a few things in it that should not be."""
     changed = {key: copy.copy(value) for key, value in state.items()}
-    header = json.loads(changed.pop("header"))
+    header = json.loads(header_text(changed))
+    del changed["header"]
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         rng.choice(MUTATIONS)(rng, header, changed)
     return {"header": json.dumps(header), **changed}

@@ -132,7 +132,7 @@ class RandomOperator:
 
     def operator(self) -> EKFACLinearOperator:
         """The operator."""
-        provenance = Provenance("MSELoss", "mean", "type2", 10)
+        provenance = Provenance("MSELoss", "mean", "type2", 10, 20.0)
         return EKFACLinearOperator.from_blocks(self.blocks(), self.shapes(), provenance)
 
     def positions(self) -> list[Tensor]:

@@ -24,6 +24,7 @@ import torch
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError
 from rotate_ewc.inspection.snapshot_file import read as inspect
 from rotate_ewc.io import files
+from rotate_ewc.io.header import header_text
 from tests.helpers.honest_snapshots import (
     Honest,
     Loaded,
@@ -127,7 +128,7 @@ def receiver_of(honest: Honest) -> Loaded:
     """Return an object that holds what a snapshot holds."""
     if honest.kind is EKFACLinearOperator:
         return EKFACLinearOperator.from_state_dict(honest.state)
-    header = json.loads(honest.state["header"])
+    header = json.loads(header_text(honest.state))
     receiver = EKFACPenalty(mode=header["mode"], weighting=header["weighting"])
     receiver.load_state_dict(honest.state)
     return receiver

@@ -34,7 +34,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def operator(*blocks: Block) -> EKFACLinearOperator:
     shapes = {b.parameters[0]: tuple(b.eigenvalues.shape[1:]) for b in blocks}
-    return EKFACLinearOperator.from_blocks(blocks, shapes, Provenance("L", "mean", "mc", 1))
+    return EKFACLinearOperator.from_blocks(blocks, shapes, Provenance("L", "mean", "mc", 1, 1.0))
 
 
 def random_block(name: str, seed: int, d_out: int = 4, d_in: int = 3) -> Block:

@@ -15,7 +15,7 @@ import torch
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty
 from rotate_ewc.io import files
-from tests.helpers.honest_snapshots import digest_of, operator, penalty
+from tests.helpers.honest_snapshots import contents_of, digest_of, operator, penalty
 from tests.helpers.killed_savers import STAGES, large
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
@@ -305,5 +305,5 @@ def test_blocks_that_share_a_tensor(tmp_path: Path) -> None:
     )
     made.save(tmp_path / "target")
     assert digest_of(EKFACLinearOperator.load(tmp_path / "target")) == digest_of(made)
-    files.save(made.state_dict(), tmp_path / "target")
+    files.save(contents_of(made), tmp_path / "target")
     assert digest_of(EKFACLinearOperator.load(tmp_path / "target")) == digest_of(made)

@@ -12,7 +12,9 @@ import torch
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError
 from rotate_ewc.io import files
+from rotate_ewc.io.header import header_text
 from tests.helpers.honest_snapshots import (
+    contents_of,
     digest_of,
     operator,
     penalty,
@@ -21,8 +23,9 @@ from tests.helpers.honest_snapshots import (
 
 def edited(change: Callable[[dict[str, Any], dict[str, Any]], None], made: Any) -> dict[str, Any]:
     """Return a snapshot of which header and tensors were changed."""
-    tensors = dict(made.state_dict())
-    header = json.loads(tensors.pop("header"))
+    tensors = contents_of(made)
+    header = json.loads(header_text(tensors))
+    del tensors["header"]
     change(header, tensors)
     return {"header": json.dumps(header), **tensors}
 
@@ -171,6 +174,10 @@ BAD_OPERATORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
         in_header("h['provenance']['num_data'] = 0"),
         "has 0 at 'provenance.num_data': Expected `int` >= 1",
     ),
+    "num_loss_terms": (
+        in_header("h['provenance']['num_loss_terms'] = -1"),
+        "has -1 at 'provenance.num_loss_terms': Expected `float` >= 0",
+    ),
     "reduction": (
         in_header("h['provenance']['reduction'] = 'mean\\n'"),
         "at 'provenance.reduction': Expected one of mean, sum",
@@ -250,6 +257,7 @@ BAD_PENALTIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
         f"has 1000.* at 'last_examples': Expected `int` <= {2**63 - 1}",
     ),
     "no examples": (in_header("h['last_examples'] = 0"), "has 0 at 'last_examples'"),
+    "no loss terms": (in_header("h['last_loss_terms'] = 0"), "has 0 at 'last_loss_terms'"),
     "nested options": (
         in_header("h['options']['mode'] = [[]]"),
         r"has \[\] at \"options\['mode'\]\[0\]\": Expected `str`",
@@ -267,7 +275,7 @@ BAD_PENALTIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
         "'header' is not JSON",
     ),
     "kind": (
-        lambda header, tensors: header.update(json.loads(operator().state_dict()["header"])),
+        lambda header, tensors: header.update(json.loads(header_text(operator().state_dict()))),
         "unknown field|format is",
     ),
     "reductions": (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError, __version__
-from rotate_ewc.io.header import OPERATOR, PENALTY, TANGENT
+from rotate_ewc.io.header import OPERATOR, PENALTY, TANGENT, header_text
 from tests.helpers import golden
 
 FORMATS = range(1, golden.VERSION + 1)
@@ -22,6 +22,7 @@ def test_operators_of_every_format(version: int) -> None:
     assert loaded.parameter_shapes == golden.SHAPES
     assert loaded.provenance.loss == "CrossEntropyLoss"
     assert loaded.provenance.num_data == 1000
+    assert loaded.provenance.num_loss_terms == 2500.5
     assert loaded.provenance.settings == {"mc_samples": 1, "seed": 7}
 
 
@@ -60,7 +61,7 @@ def test_all_kinds_have_the_same_version() -> None:
 
 
 def header_of(state: dict[str, Any]) -> dict[str, Any]:
-    return dict(json.loads(state["header"]))
+    return dict(json.loads(header_text(state)))
 
 
 @pytest.mark.parametrize("kind", ["operator", "penalty"])
@@ -95,6 +96,7 @@ def test_headers_tell_everything() -> None:
         "reduction": "mean",
         "fisher_type": "mc",
         "num_data": 1000,
+        "num_loss_terms": 2500.5,
         "settings": {"mc_samples": 1, "seed": 7},
     }
 

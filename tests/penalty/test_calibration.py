@@ -43,10 +43,8 @@ def summed_loss(model: nn.Module, loss: Loss, data: Batches) -> float:
 
 
 def divisor(model: nn.Module, loss: Loss, data: Batches) -> float:
-    """What makes a mean loss of the summed one; or where losses are summed, the examples."""
+    """What makes a mean loss of the summed one."""
     x, y = joined(data)
-    if loss.reduction == "sum":
-        return len(x)
     with torch.no_grad():
         return loss_mass(loss, model(x), y)
 
@@ -193,7 +191,8 @@ def test_every_loss(name: str, net: str, reduction: str) -> None:
     climb(model, loss, data)
     fisher = dense_fisher(before, loss, ["2.bias"], x, y, "type2")
     delta = (model[2].bias - before[2].bias).detach()
-    predicted = 0.5 * float(delta @ fisher @ delta) / (len(x) if reduction == "sum" else 1)
+    inside = divisor(before, loss, data) if reduction == "sum" else 1
+    predicted = 0.5 * float(delta @ fisher @ delta) / inside
     expected = harm(before, model, loss, data) / predicted
     assert expected > 0
     assert calibrated_strength(penalty, model, loss, data) == pytest.approx(expected, rel=1e-8)
@@ -485,10 +484,7 @@ def test_data_that_are_not_numbers_have_no_strength() -> None:
 
 @pytest.mark.parametrize("loss", [CE, SUMMED], ids=["mean", "sum"])
 def test_a_batch_of_ignored_labels(loss: Loss) -> None:
-    """Its mean loss is not a number, but it is no part of the mean over all data.
-
-    Where losses are summed, it has no loss either, but it has examples as any other.
-    """
+    """Its mean loss is not a number, but it is no part of the mean over all data."""
     penalty, model, data, before = learned(loss=loss)
     x, y = data[0]
     more = [*data, (x[:2], torch.full_like(y[:2], IGNORED))]

@@ -26,6 +26,7 @@ from rotate_ewc import (
     Unsupported,
 )
 from rotate_ewc.io import files
+from rotate_ewc.io.header import header_text
 from tests.helpers.oracles import assert_close, dense_operator
 from tests.helpers.penalties import CE, SUMMED, flat, flat_gradient, move
 
@@ -75,7 +76,7 @@ def test_defaults() -> None:
 
 def test_settings_are_handed_on() -> None:
     options: dict[str, Any] = {
-        "mc_samples": 3,
+        "num_per_example_loss_terms": 3,
         "separate_weight_and_bias": False,
         "seed": 5,
         "memory_budget": 1000,
@@ -489,7 +490,7 @@ def test_files_in_a_dtype_of_their_own(tmp_path: Path) -> None:
 
 def test_options_in_a_file_that_cannot_be_used(tmp_path: Path) -> None:
     state = learned(linear())._state.to_dict()
-    header = json.loads(state["header"])
+    header = json.loads(header_text(state))
     header["options"]["strength"] = -1.0
     # With a digest that is right.
     files.save({**state, "header": json.dumps(header)}, tmp_path / "penalty")

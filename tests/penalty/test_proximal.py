@@ -79,6 +79,7 @@ def test_step_sizes_by_name(joint: bool) -> None:
     assert_close(flat(model) - before, expected - before)
 
 
+@pytest.mark.filterwarnings("ignore:.*has grown, but does not begin with:UserWarning")
 def test_new_rows_and_new_parameters_do_not_move() -> None:
     torch.manual_seed(0)
     old = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()

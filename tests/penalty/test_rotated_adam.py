@@ -679,6 +679,7 @@ def grown(classes: int = 4) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.filterwarnings("ignore:.*has grown, but does not begin with:UserWarning")
 def test_new_rows_and_new_layers_follow_adam(joint: bool) -> None:
     """And are protected, too, once they have been consolidated."""
     penalty = EKFACPenalty(2.5, separate_weight_and_bias=not joint)
@@ -701,6 +702,7 @@ def test_new_rows_and_new_layers_follow_adam(joint: bool) -> None:
 
 
 @pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.filterwarnings("ignore:.*has grown, but does not begin with:UserWarning")
 def test_new_inputs_and_new_outputs(joint: bool) -> None:
     """A layer between two that have grown has grown along both axes."""
     penalty = EKFACPenalty(2.5, separate_weight_and_bias=not joint)
@@ -1353,7 +1355,7 @@ def penalty_on(random: RandomOperator, model: nn.Module, strength: float) -> EKF
     penalty = EKFACPenalty(strength)
     anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
     term = Term(random.operator(), anchor, 1.0)
-    state = PenaltyState({}, penalty.mode, penalty.weighting, (term,), 1, 1)
+    state = PenaltyState({}, penalty.mode, penalty.weighting, (term,), 1, 1, 1.0)
     penalty.load_state_dict(state.to_dict())
     return penalty
 

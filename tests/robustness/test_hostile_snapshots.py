@@ -16,9 +16,10 @@ import torch
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError
 from rotate_ewc.io import files
-from rotate_ewc.io.header import OPERATOR
+from rotate_ewc.io.header import OPERATOR, header_text
 from rotate_ewc.provenance import Provenance
 from tests.helpers.honest_snapshots import (
+    contents_of,
     digest_of,
     operator,
     penalty,
@@ -27,7 +28,7 @@ from tests.helpers.honest_snapshots import (
 from tests.helpers.memory import peak_bytes
 from tests.helpers.mutated_bytes import Executed, header_end, with_header
 
-PROVENANCE = Provenance("MSELoss", "mean", "type2", 10)
+PROVENANCE = Provenance("MSELoss", "mean", "type2", 10, 20.0)
 VALUES, ANCHOR = "0.weight/eigenvalues", "0/anchor/0.weight"
 
 # --------------------------------------------------------------------------- other files
@@ -68,7 +69,7 @@ def test_nothing_is_run(tmp_path: Path) -> None:
 def test_states_of_strange_things() -> None:
     """What unpickling with `weights_only` lets through beside plain tensors."""
     state = operator().state_dict()
-    learned = penalty("separate").state_dict()
+    learned = contents_of(penalty("separate"))
     tensor = state[VALUES]
     with warnings.catch_warnings():
         # Prototypes, and what is to go.
@@ -130,7 +131,7 @@ def test_expanded_tensors(size: int) -> None:
 def test_parameters_and_subclasses_are_tensors() -> None:
     """As in the state of a module; what is loaded is detached."""
     state = operator().state_dict()
-    whole = {k: v if k == "header" else torch.nn.Parameter(v) for k, v in state.items()}
+    whole = {k: torch.nn.Parameter(v, v.is_floating_point()) for k, v in state.items()}
     loaded = EKFACLinearOperator.from_state_dict(whole)
     assert digest_of(loaded) == digest_of(operator())
     assert not any(t.requires_grad for b in loaded.blocks for t in b.tensors.values())
@@ -216,7 +217,7 @@ def test_nested_headers(field: str) -> None:
     """Of every depth: what can just be parsed can be too deep for the message about it."""
     state = penalty("separate").state_dict()
     receiver = penalty("separate")
-    text = json.dumps(json.loads(state["header"]))
+    text = json.dumps(json.loads(header_text(state)))
     for depth in (*range(1, 800, 13), *range(800, 1000), 10**5):
         nest = "[" * depth + "]" * depth
         deep = text.replace(f'"{field}": ', f'"{field}": {nest}, "{field} before": ')
@@ -245,8 +246,8 @@ def test_repeated_names() -> None:
     state = operator().state_dict()
 
     def repeated(first: int) -> dict[str, Any]:
-        header = state["header"].replace('"num_data":50', f'"num_data":{first},"num_data":50')
-        assert header != state["header"]
+        header = header_text(state).replace('"num_data":50', f'"num_data":{first},"num_data":50')
+        assert header != header_text(state)
         return {**state, "header": header}
 
     assert EKFACLinearOperator.from_state_dict(repeated(40)).num_data == 50
@@ -258,7 +259,7 @@ def test_time_for_long_headers() -> None:
     """Products of very many sizes would take hours."""
     state = operator().state_dict()
     sizes = [9] * 10**6
-    header = json.loads(state["header"])
+    header = json.loads(header_text(state))
     header["parameters"]["scale"] = sizes
     started = time.perf_counter()
     with pytest.raises(SnapshotError, match=r"parameters\['scale'\]"):

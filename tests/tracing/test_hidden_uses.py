@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from rotate_ewc import EKFACLinearOperator, FisherType
 from tests.helpers.cases.modules import Uses
 from tests.helpers.exactness import assert_exact_diagonal
-from tests.helpers.oracles import parameter_shapes
+from tests.helpers.oracles import parameter_shapes, squared_error_ggn
 
 
 class Product(torch.autograd.Function):
@@ -54,7 +54,7 @@ ALONE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "inner-gradient": inner_gradient,
     "written": written,
     "looped-over": lambda m, x: torch.stack([(x * row).sum(-1) for row in m.w], dim=1) + m.b,
-    "einsum": lambda m, x: torch.einsum("ni,oi->no", x.tanh(), m.w) + m.b,
+    "distances": lambda m, x: torch.cdist(x.tanh(), m.w) + m.b,
 }
 USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     **ALONE,
@@ -76,21 +76,6 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "without-gradient": lambda m, x: F.linear(x, m.w, m.b) * F.linear(x, m.w, m.b).detach(),
     "number": lambda m, x: F.linear(x, m.w) * m.b[0].item() + m.b,
 }
-
-
-def squared_error_ggn(model: nn.Module, x: Tensor) -> Tensor:
-    """Assemble the matrix of the mean squared error, with nothing but ordinary backward passes."""
-    parameters = list(model.parameters())
-    rows = []
-    for example in x.split(1):
-        for output in model(example).flatten():
-            found = torch.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
-            pairs = zip(found, parameters, strict=True)
-            rows.append(
-                torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
-            )
-    jacobian = torch.stack(rows)
-    return 2 * jacobian.T @ jacobian / len(rows)
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])

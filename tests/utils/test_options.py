@@ -8,6 +8,7 @@ import inspect
 import json
 import pickle
 import re
+from enum import Enum
 from typing import Any, get_type_hints
 
 import pytest
@@ -25,13 +26,14 @@ from rotate_ewc import (
     Unsupported,
     Weighting,
 )
+from rotate_ewc._utils.validation import as_choice
 from rotate_ewc.options import Choice
 
 CHOICES = [FisherType, KFACType, Mode, Reduction, Unsupported, Weighting]
 FIELDS = {field.name: field for field in dataclasses.fields(EstimationSettings)}
+# All but the number of samples, of which the empirical Fisher matrix has none.
 OTHERS: dict[str, Any] = {
     "fisher_type": "empirical",
-    "mc_samples": 3,
     "kfac_approx": "reduce",
     "separate_weight_and_bias": False,
     "seed": 5,
@@ -70,7 +72,7 @@ def test_settings_are_frozen() -> None:
 
 
 def test_single_options_replace_those_of_the_settings() -> None:
-    assert set(OTHERS) == set(FIELDS)
+    assert set(OTHERS) == set(FIELDS) - {"mc_samples"}
     settings = EstimationSettings(**OTHERS)
     assert EstimationSettings.gather(None, OTHERS) == settings
     assert EstimationSettings.gather(None, {}) == EstimationSettings()
@@ -80,16 +82,14 @@ def test_single_options_replace_those_of_the_settings() -> None:
     assert changed == EstimationSettings(**{**OTHERS, "seed": 9})
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_penalty_takes_every_setting(name: str) -> None:
-    value = OTHERS[name]
+@pytest.mark.parametrize(("name", "value"), [*OTHERS.items(), ("mc_samples", 3)])
+def test_penalty_takes_every_setting(name: str, value: object) -> None:
     assert getattr(EstimationSettings(), name) != value
     expected = EstimationSettings(**{name: value})
     assert EKFACPenalty(**{name: value}).settings == expected
     assert EKFACPenalty(settings=expected).settings == expected
-    assert EKFACPenalty(settings=EstimationSettings(**OTHERS), **{name: value}).settings == (
-        EstimationSettings(**OTHERS)
-    )
+    settings = EstimationSettings(**{**OTHERS, "fisher_type": "mc", name: value})
+    assert EKFACPenalty(settings=settings, **{name: value}).settings == settings
 
 
 def test_types_of_options_are_those_of_the_settings() -> None:
@@ -133,3 +133,66 @@ def test_json_holds_all_but_the_function() -> None:
     assert set(told) == set(FIELDS) - {"batch_size_fn"}
     again = EstimationSettings(**json.loads(json.dumps(told)), batch_size_fn=len)
     assert again == EstimationSettings(**OTHERS)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "member"),
+    [
+        ("type-2", FisherType.TYPE2),
+        ("type_2", FisherType.TYPE2),
+        ("TYPE2", FisherType.TYPE2),
+        ("Type-2", FisherType.TYPE2),
+        ("exact", FisherType.TYPE2),
+        ("ggn", FisherType.TYPE2),
+        ("GGN_exact", FisherType.TYPE2),
+        ("fisher_exact", FisherType.TYPE2),
+        ("MC", FisherType.MC),
+        ("monte_carlo", FisherType.MC),
+        ("fisher_mc", FisherType.MC),
+        ("fisher_gradients", FisherType.MC),
+        ("Empirical", FisherType.EMPIRICAL),
+        ("fisher_emp", FisherType.EMPIRICAL),
+        ("fisher_empirical", FisherType.EMPIRICAL),
+        ("EXPAND", KFACType.EXPAND),
+        ("kfac-reduce", KFACType.REDUCE),
+        ("MEAN", Reduction.MEAN),
+        ("Separate", Mode.SEPARATE),
+    ],
+)
+def test_other_spellings_are_understood(spelling: str, member: Choice) -> None:
+    """As strings, and as members of another package's enumeration."""
+    kind = type(member)
+    assert kind(spelling) is member
+    theirs = Enum("Theirs", {"MEMBER": spelling}, type=str)
+    assert kind(theirs.MEMBER) is member
+
+
+def test_fisher_types_in_all_spellings_are_settings() -> None:
+    assert EstimationSettings(fisher_type="type-2").fisher_type is FisherType.TYPE2
+    assert EKFACPenalty(fisher_type="Type_2").settings.fisher_type is FisherType.TYPE2
+
+
+@pytest.mark.parametrize("kind", CHOICES)
+@pytest.mark.parametrize("value", ["forward-only", "type22", "", "mean\n", 2, None, [], b"mc"])
+def test_unknown_choices_are_refused_with_those_there_are(
+    kind: type[Choice], value: object
+) -> None:
+    with pytest.raises(ValueError, match="is not a valid"):
+        kind(value)
+    listed = ", ".join(repr(member.value) for member in kind)
+    with pytest.raises(ValueError, match=re.escape(f"x is {value!r}; expected one of {listed}")):
+        as_choice("x", value, kind)
+
+
+@pytest.mark.parametrize("fisher_type", ["type2", "empirical"])
+def test_samples_without_sampling_are_refused(fisher_type: str) -> None:
+    message = f"mc_samples is 5, but fisher_type '{fisher_type}' samples no labels"
+    with pytest.raises(ValueError, match=message):
+        EstimationSettings(fisher_type=fisher_type, mc_samples=5)
+    with pytest.raises(ValueError, match=message):
+        EKFACPenalty(settings=EstimationSettings(mc_samples=5), fisher_type=fisher_type)
+    # What the message advises:
+    assert EstimationSettings(fisher_type="mc", mc_samples=5).mc_samples == 5
+    assert EstimationSettings(fisher_type=fisher_type, mc_samples=1).mc_samples == 1
+    many = EstimationSettings(mc_samples=5)
+    assert EKFACPenalty(settings=many, fisher_type=fisher_type, mc_samples=1).num_tasks == 0

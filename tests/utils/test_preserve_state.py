@@ -75,7 +75,7 @@ def test_everything_is_as_it_was_when_all_have_left(order: Sequence[int]) -> Non
         if visitor in inside:
             inside.pop(visitor).__exit__(None, None, None)
         else:
-            inside[visitor] = undisturbed(model, model.parameters())
+            inside[visitor] = undisturbed(model.modules(), model.parameters())
             inside[visitor].__enter__()
         if inside:
             assert not any(modes(model))
@@ -96,7 +96,7 @@ def test_visitors_with_only_some_in_common(order: Sequence[int]) -> None:
         if visitor in inside:
             inside.pop(visitor).__exit__(None, None, None)
         else:
-            inside[visitor] = undisturbed(models[visitor], [])
+            inside[visitor] = undisturbed(models[visitor].modules(), [])
             inside[visitor].__enter__()
         for index, layer in enumerate(layers):
             needed = any(who in inside for who in (index, (index - 1) % 3))
@@ -108,9 +108,9 @@ def test_what_is_changed_inside_is_restored() -> None:
     """Also where a visit inside another one found something else than this one had made."""
     model = network()
     before = modes(model)
-    with undisturbed(model, []):
+    with undisturbed(model.modules(), []):
         model.train()
-        with undisturbed(model, []):
+        with undisturbed(model.modules(), []):
             assert not any(modes(model))
         assert all(modes(model))
     assert modes(model) == before
@@ -157,7 +157,7 @@ def test_random_states_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not a dependency."""
     monkeypatch.delitem(sys.modules, "numpy")
     torch_state, python_state = torch.get_rng_state(), random.getstate()
-    with undisturbed(None, []):
+    with undisturbed([], []):
         torch.rand(1), random.random()
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert random.getstate() == python_state
@@ -174,6 +174,6 @@ def test_random_states_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device.index])
     monkeypatch.setattr(torch.cuda, "set_rng_state", write)
-    with undisturbed(None, parameters):
+    with undisturbed([], parameters):
         states[0], states[1] = torch.tensor([7]), torch.tensor([8])
     assert [int(states[index]) for index in (0, 1)] == [7, 6]

@@ -1,7 +1,6 @@
 """What every adapter offers, and what several of them need."""
 
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +11,7 @@ from benchmarks.peers.exact import DenseMatrix
 from benchmarks.peers.problem import Fisher, Problem
 from benchmarks.peers.verdict import BlockEstimate, NotOffered, Structure
 from benchmarks.speed.cases import Estimate, Form, Workload
+from benchmarks.versions import version_of
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,7 @@ class Adapter:
 
     def version(self) -> str | None:
         """Its version; None where it is not installed, or run from its sources."""
-        try:
-            return version(self.package)
-        except PackageNotFoundError:
-            return None
+        return version_of(self.package)
 
     def estimate(self, problem: Problem, mode: Mode, model: nn.Module) -> list[BlockEstimate]:
         """Estimate a tiny problem's matrix, in the scale of :mod:`benchmarks.peers.exact`."""

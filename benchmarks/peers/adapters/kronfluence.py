@@ -1,4 +1,4 @@
-"""kronfluence: the ``ekfac`` strategy, with the empirical Fisher matrix or with sampled labels."""
+"""kronfluence: the ``ekfac`` strategy, with the empirical Fisher matrix."""
 
 import logging
 import tempfile
@@ -9,22 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from benchmarks.peers.adapters.adapter import Adapter, Mode, canonical_names, whole_layers
 from benchmarks.peers.problem import DTYPE, Problem, collate
 from benchmarks.peers.verdict import BlockEstimate, NotOffered
-from benchmarks.speed import names
-from benchmarks.speed.cases import Batch, Estimate, Workload
 
 FACTORS = "factors"
 COVARIANCES = ("activation_covariance", "gradient_covariance")
 QUANTITIES = (*COVARIANCES, "eigendecomposition", "per_sample_gradient", "lambda")
 IN_FLOAT64 = {f"{quantity}_dtype": DTYPE for quantity in QUANTITIES}
-
-# The summed loss of a batch, of labels that the model draws if the last argument says so.
-Loss = Callable[[nn.Module, Batch, bool], Tensor]
 
 
 class Kronfluence(Adapter):
@@ -47,65 +41,31 @@ class Kronfluence(Adapter):
         """Another analyzer reads them."""
         return [one.matrix for one in _blocks(problem, model, folder, fit=False)]
 
-    def prepare(self, workload: Workload, fisher: str) -> Estimate:
-        """Fit the factors in a temporary folder, which is what it always does."""
-        if fisher != names.MC:
-            raise NotImplementedError(
-                "its Fisher matrix samples labels, or takes those of the data"
-            )
-        dataset = workload.dataset()
-        make_analyzer = _prepare(workload.model, _sampled_loss)
 
-        def estimate(seed: int) -> float:
-            torch.manual_seed(seed)
-            with tempfile.TemporaryDirectory() as folder:
-                analyzer = make_analyzer(folder)
-                options = {"use_empirical_fisher": False, "has_shared_parameters": False}
-                _fit(analyzer, dataset, workload.batch_size, dataset.collate_fn, **options)
-                eigenvalues = analyzer.load_lambda_matrices(FACTORS)["lambda_matrix"]
-            # Sums over examples, of a loss that is a sum.
-            total = sum(float(one.sum()) for one in eigenvalues.values())
-            return total / workload.examples / workload.labels_per_example
-
-        return estimate
-
-
-def _sampled_loss(model: nn.Module, batch: Batch, sample: bool) -> Tensor:
-    """Cross-entropy of examples, or of their tokens."""
-    inputs, targets = batch
-    scores = model(inputs)
-    if sample:
-        with torch.no_grad():
-            probabilities = scores.movedim(1, -1).softmax(-1)
-            targets = probabilities.flatten(0, -2).multinomial(1).reshape(targets.shape)
-    return F.cross_entropy(scores, targets, reduction="sum")
-
-
-def _prepare(
-    model: nn.Module, loss: Loss, tracked: list[str] | None = None
-) -> Callable[[Path | str], Any]:
-    """Make analyzers of a model with a summed loss, as its documentation asks for."""
+def _analyzer(
+    model: nn.Module, loss: Callable[..., Tensor], tracked: list[str] | None, folder: Path
+) -> Any:
+    """Make an analyzer of a model with a summed loss, as its documentation asks for."""
 
     class ClassificationTask(import_module("kronfluence.task").Task):  # type: ignore[misc]
         """A model with a loss."""
 
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            """The loss of the labels given, or of labels that the model draws."""
-            return loss(model, batch, sample)
+            """The loss of the labels given, which are all that the empirical matrix needs."""
+            return loss(model(batch[0]), batch[1])
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
             """Never used: there are no queries."""
-            return loss(model, batch, False)
+            return self.compute_train_loss(batch, model)
 
         def get_influence_tracked_modules(self) -> list[str] | None:
             """The modules to be estimated; None for all."""
             return tracked
 
     task, package = ClassificationTask(), import_module("kronfluence.analyzer")
-    prepared = package.prepare_model(model, task)
-    return lambda folder: package.Analyzer(
+    return package.Analyzer(
         analysis_name="analysis",
-        model=prepared,
+        model=package.prepare_model(model, task),
         task=task,
         cpu=True,
         log_level=logging.CRITICAL,
@@ -114,18 +74,21 @@ def _prepare(
     )
 
 
-def _fit(
-    analyzer: Any, dataset: Any, batch: int, collate_fn: Callable[..., Any], **options: Any
-) -> None:
+def _fit(analyzer: Any, problem: Problem) -> None:
     """Fit all factors."""
     arguments = import_module("kronfluence.arguments")
-    settings = import_module("kronfluence.utils.dataset").DataLoaderKwargs(collate_fn=collate_fn)
+    settings = import_module("kronfluence.utils.dataset").DataLoaderKwargs(collate_fn=collate)
     analyzer.fit_all_factors(
         factors_name=FACTORS,
-        dataset=dataset,
-        per_device_batch_size=batch,
+        dataset=TensorDataset(*problem.data()),
+        per_device_batch_size=problem.batch_size,
         dataloader_kwargs=settings,
-        factor_args=arguments.FactorArguments(strategy="ekfac", **options),
+        factor_args=arguments.FactorArguments(
+            strategy="ekfac",
+            use_empirical_fisher=True,
+            has_shared_parameters=problem.shared,
+            **IN_FLOAT64,
+        ),
     )
 
 
@@ -136,14 +99,9 @@ def _blocks(problem: Problem, model: nn.Module, folder: Path, *, fit: bool) -> l
     canonical, loss = canonical_names(model), problem.loss_for("empirical")
     tracked = whole_layers(model) if problem.left_out else None
     tracked = problem.settings.get("kronfluence", {}).get("modules", tracked)
-    make_analyzer = _prepare(
-        model, lambda model, batch, _: loss(model(batch[0]), batch[1]), tracked
-    )
-    analyzer = make_analyzer(folder)
+    analyzer = _analyzer(model, loss, tracked, folder)
     if fit:
-        dataset, shared = TensorDataset(*problem.data()), problem.shared
-        options = {"use_empirical_fisher": True, "has_shared_parameters": shared, **IN_FLOAT64}
-        _fit(analyzer, dataset, problem.batch_size, collate, **options)
+        _fit(analyzer, problem)
     # Put the saved factors together: the sums over examples, a bias as the last column.
     bases = analyzer.load_eigendecomposition(FACTORS)
     lambdas = analyzer.load_lambda_matrices(FACTORS)["lambda_matrix"]

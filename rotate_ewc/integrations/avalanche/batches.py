@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from avalanche.models import avalanche_forward
@@ -24,7 +24,12 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor | None], Tensor]]:
         """Yield the batches."""
         for batch in self._loader:
-            yield (batch[0], batch[-1] if len(batch) > 2 else None), batch[1]
+            yield inputs_of(batch), batch[1]
+
+
+def inputs_of(batch: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    """Return the inputs of a batch (x, y) or (x, y, ..., task labels), and its task labels."""
+    return batch[0], batch[-1] if len(batch) > 2 else None
 
 
 def forward_batch(model: nn.Module, inputs: tuple[Tensor, Tensor | None]) -> Tensor:

@@ -21,12 +21,20 @@ from rotate_ewc._utils.keywords import forwards_keywords
 from rotate_ewc._utils.parameters import parameters_of
 from rotate_ewc._utils.validation import as_choice, as_non_negative_number, check_positive_integer
 from rotate_ewc.errors import SnapshotError
-from rotate_ewc.integrations.avalanche.batches import Batches, forward_batch, whole_task
+from rotate_ewc.integrations.avalanche.batches import (
+    Batches,
+    forward_batch,
+    inputs_of,
+    whole_task,
+)
+from rotate_ewc.integrations.avalanche.loss_terms import LossTerms
+from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import Choice, Mode, PenaltyOptions
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.rotated_adam import RotatedAdam
 from rotate_ewc.penalty.step_size import StepSizes, check_optimizer, learning_rate_of, step_sizes_of
 from rotate_ewc.penalty.tangent import TangentPenalty
+from rotate_ewc.tracing.counting import ExampleCounter
 
 PROGRESS: Final = "progress"
 
@@ -58,9 +66,11 @@ class RotatedEWCPlugin(SupervisedPlugin):
     After each experience the Fisher matrix is estimated on the experience's data, with its
     evaluation transforms. Later experiences are trained under the penalty
 
-        ½ · ewc_lambda · Σ_t (N_t / N_now) (θ - θ*)ᵀ F_t (θ - θ*)
+        ½ · ewc_lambda · Σ_t (M_t / M_now) (θ - θ*)ᵀ F_t (θ - θ*)
 
-    (Avalanche's `EWCPlugin` has no ½ and no example counts: for the same Fisher matrix its
+    with M the numbers of loss terms, such as examples or tokens. Where examples have several, or
+    none, M_now is known after the first epoch; until then it is that of the minibatches so far.
+    (Avalanche's `EWCPlugin` has no ½ and no such numbers: for the same Fisher matrix its
     `ewc_lambda` is half of this one.) Nothing is registered on the model or the optimizer.
 
     Attributes:
@@ -140,6 +150,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self._sub_experiences = 0
         self._waiting, self._waiting_updates = 0.0, 0
         self._learning_rate_checked = False
+        self._loss_terms: LossTerms | None = None
 
     @property
     def ewc_lambda(self) -> float:
@@ -150,6 +161,9 @@ class RotatedEWCPlugin(SupervisedPlugin):
         """Tell the penalty how many examples the task at hand has."""
         self.penalty.current_num_data = len(whole_task(strategy.experience).dataset)
         self._learning_rate_checked = False
+        self._loss_terms = None
+        if self.penalty.num_tasks > 0:
+            self._loss_terms = LossTerms(likelihood_of(strategy._criterion))
         if self.update.implicit and self.step_size is None:
             check_optimizer(strategy.optimizer)
         if self._tangent is not None:
@@ -161,6 +175,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Add the penalty to the loss."""
+        self._count_loss_terms(strategy)
         if self.update is Update.PENALTY and self.penalty.num_tasks > 0:
             self._check_learning_rate(strategy.optimizer)
             penalty = self.penalty(strategy.model)
@@ -189,6 +204,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
         or are looking at them, before this one or after it.
         """
         self._implicit_step(strategy)
+        self._tell_loss_terms()
+        self._loss_terms = None
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Consolidate, at the end of a task."""
@@ -214,7 +231,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self.consolidation_seconds = time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the snapshot of the penalty: a flat dictionary of tensors and JSON strings.
+        """Return the snapshot of the penalty: a flat dictionary of tensors and a JSON string.
 
         To be saved between experiences, or between the parts into which an online stream cuts them.
         """
@@ -249,6 +266,23 @@ class RotatedEWCPlugin(SupervisedPlugin):
             )
         if isinstance(optimizer, RotatedAdam):
             optimizer.penalty = self.penalty
+
+    def _count_loss_terms(self, strategy: Any) -> None:
+        """Count the loss terms of a minibatch of the first epoch."""
+        if self._loss_terms is None:
+            return
+        # Without a model, that counting does not run one in the middle of training.
+        counter = ExampleCounter(None, self.penalty.settings.batch_size_fn)
+        outputs, targets = strategy.mb_output, strategy.mb_y
+        count = counter.count(inputs_of(strategy.mbatch), outputs, targets)
+        if self._loss_terms.add(outputs, targets, count):
+            self._tell_loss_terms()
+
+    def _tell_loss_terms(self) -> None:
+        """Tell the penalty how many loss terms the task has, as far as is known."""
+        mean = 0.0 if self._loss_terms is None else self._loss_terms.per_example()
+        if mean > 0 and self.penalty.current_num_data is not None:
+            self.penalty.current_num_loss_terms = self.penalty.current_num_data * mean
 
     def _implicit_step(self, strategy: Any) -> None:
         """Take the step for all updates since the last one."""

@@ -3,13 +3,15 @@
 Every case is tiny, seeded and in float64, so that its dense Fisher matrix is cheap. Together they
 cover what layers and uses of layers may look like: shared positions, strides, dilation, groups,
 padding of every kind, layers called twice, tied weights, in-place activations, attention, tables of
-tokens, weights computed from other parameters, and parameters that are left out.
+tokens, weights computed from other parameters, parameters beside data in one tensor, and parameters
+that are left out.
 """
 
 from tests.helpers.cases.attention import ATTENTION
 from tests.helpers.cases.basic import BASIC
 from tests.helpers.cases.case import Case, terms_of
 from tests.helpers.cases.computed import COMPUTED
+from tests.helpers.cases.copies import COPIES
 from tests.helpers.cases.elementwise import ELEMENTWISE
 from tests.helpers.cases.embeddings import EMBEDDINGS
 from tests.helpers.cases.losses import LOSSES, PLAIN_LOSSES
@@ -28,6 +30,7 @@ FURTHER: tuple[Case, ...] = (
     *PRODUCTS,
     *PARAMETRIZED,
     *COMPUTED,
+    *COPIES,
     *WITHOUT_RULE,
 )
 CASES: tuple[Case, ...] = (*BASIC, *FURTHER)

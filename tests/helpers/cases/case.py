@@ -13,8 +13,10 @@ from tests.helpers.oracles import (
     BlockLayout,
     Fisher,
     Kind,
+    LayerDerivatives,
     LayerTerms,
     expected_layouts,
+    layer_derivatives,
     layer_terms,
 )
 
@@ -146,7 +148,7 @@ def terms_of(
     if weight.rpartition(".")[2] != "weight":
         return None
     weights = {*_layer_weights(case), weight}
-    terms = _terms(case, loss, reduction, fisher, tuple(sorted(weights)))[weight]
+    terms = _terms(case, loss, reduction, fisher, tuple(sorted(weights))).get(weight)
     return terms.with_bias() if terms is not None and len(parameters) == 2 else terms
 
 
@@ -162,9 +164,20 @@ def _layer_weights(case: Case) -> list[str]:
 
 @lru_cache(maxsize=16)
 def _terms(
-    case: Case, loss: str, reduction: str, fisher: Fisher, weights: Sequence[str]
-) -> dict[str, LayerTerms | None]:
-    """Record the terms once."""
-    model, loss_func = case.model(), case.loss_func(loss, reduction)
-    model = model if case.reference is None else case.reference(model)
-    return layer_terms(model, loss_func, weights, case.inputs(), case.targets(loss), fisher)
+    case: Case, loss: str, reduction: str, fisher: Fisher, weights: tuple[str, ...]
+) -> dict[str, LayerTerms]:
+    """Work the terms out once."""
+    derivatives = _derivatives(case, weights)
+    loss_func, x, y = case.loss_func(loss, reduction), case.inputs(), case.targets(loss)
+    return layer_terms(_reference(case), loss_func, derivatives, x, y, fisher)
+
+
+@lru_cache(maxsize=8)
+def _derivatives(case: Case, weights: tuple[str, ...]) -> list[dict[str, LayerDerivatives]]:
+    """Differentiate a case once, for all losses."""
+    return layer_derivatives(_reference(case), weights, case.inputs())
+
+
+def _reference(case: Case) -> nn.Module:
+    """Return the case's model, or one that does the same with modules."""
+    return case.model() if case.reference is None else case.reference(case.model())

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tests.helpers.cases.case import Case, diagonal
+from tests.helpers.cases.case import Case, derived, diagonal
 from tests.helpers.cases.modules import (
     ChannelsFirst,
     MeanOver,
@@ -132,5 +132,19 @@ ELEMENTWISE: tuple[Case, ...] = (
         (6,),
         shared=True,
         layouts=diagonal("0.s"),
+    ),
+    Case(
+        "prelu",
+        sequential(linear(4, 5), nn.PReLU, linear(5, 4), lambda: nn.PReLU(4), linear(4, 3)),
+        (4,),
+        layouts=(*diagonal("1.weight"), *derived("3.weight")),
+    ),
+    Case(
+        "divided-and-raised",
+        sequential(
+            using(lambda m, x: (x / (3 + m.a) + x / m.b).abs() ** m.b, a=(4,), b=(4,)), linear(4, 3)
+        ),
+        (4,),
+        layouts=(*derived("0.a"), *diagonal("0.b")),
     ),
 )

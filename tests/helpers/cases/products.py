@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.helpers.cases.case import Case, diagonal
+from tests.helpers.cases.case import Case, derived, diagonal
 from tests.helpers.cases.modules import (
     ChannelsFirst,
     MeanOver,
@@ -38,6 +38,20 @@ def as_linear(turn: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], nn.Modu
         return nn.Sequential(layer, *others)
 
     return replaced
+
+
+class Pairs(nn.Module):
+    """A bilinear form of two halves of the input."""
+
+    def __init__(self) -> None:
+        """Make the layer."""
+        super().__init__()
+        self.form = nn.Bilinear(2, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it."""
+        form: Tensor = self.form(x[:, :2], x[:, 2:])
+        return form
 
 
 NAMES = (("0.w", "0.weight"), ("0.b", "0.bias"))
@@ -192,5 +206,122 @@ PRODUCTS: tuple[Case, ...] = (
             BlockLayout(("0.w",), transposed=True),
             BlockLayout(("0.b",), transposed=True),
         ),
+    ),
+    Case(
+        "weight-first",
+        sequential(
+            using(lambda m, x: m.w @ x, w=(5, 4)), nn.Tanh, lambda: MeanOver(2), linear(5, 3)
+        ),
+        (4, 3),
+        shared=True,
+        layouts=(BlockLayout(("0.w",)),),
+    ),
+    Case(
+        "weight-first-transposed-rows",
+        sequential(using(lambda m, x: (m.w @ x.mT).mT, w=(5, 4)), nn.Tanh, linear(5, 3)),
+        (4,),
+        layouts=(BlockLayout(("0.w",)),),
+        reference=as_linear(lambda w: w),
+        renamed=NAMES,
+    ),
+    Case(
+        "vector-last",
+        sequential(using(lambda m, x: x @ m.w, w=(4,)), nn.Tanh, linear(3, 3)),
+        (3, 4),
+        shared=True,
+        layouts=(BlockLayout(("0.w",), transposed=True),),
+    ),
+    Case(
+        "vector-first",
+        sequential(using(lambda m, x: m.w @ x, w=(4,)), nn.Tanh, linear(3, 3)),
+        (4, 3),
+        shared=True,
+        layouts=(BlockLayout(("0.w",), transposed=True),),
+    ),
+    Case(
+        "matrix-vector",
+        sequential(using(lambda m, x: torch.mv(x, m.w)[:, None], w=(4,)), nn.Tanh, linear(1, 3)),
+        (4,),
+        layouts=(BlockLayout(("0.w",), transposed=True),),
+    ),
+    Case(
+        "expanded-weight",
+        sequential(
+            using(lambda m, x: torch.bmm(x, m.w.expand(len(x), -1, -1)), w=(4, 5)),
+            nn.Tanh,
+            lambda: MeanOver(1),
+            linear(5, 3),
+        ),
+        (3, 4),
+        shared=True,
+        layouts=(BlockLayout(("0.w",), transposed=True),),
+        reference=as_linear(lambda w: w.T),
+        renamed=NAMES,
+    ),
+    Case(
+        "a-weight-for-each-head",
+        sequential(using(lambda m, x: (x @ m.w).flatten(1), w=(2, 4, 3)), nn.Tanh, linear(12, 3)),
+        (2, 2, 4),
+        shared=True,
+        layouts=derived("0.w"),
+    ),
+    Case(
+        "experts-by-batched-product",
+        sequential(
+            using(
+                lambda m, x: torch.baddbmm(m.b, x.transpose(0, 1), m.w).mean(0),
+                w=(2, 4, 3),
+                b=(2, 1, 3),
+            ),
+            nn.Tanh,
+            linear(3, 3),
+        ),
+        (2, 4),
+        layouts=(*derived("0.w"), *diagonal("0.b")),
+    ),
+    Case(
+        "einsum-heads",
+        sequential(
+            using(lambda m, x: torch.einsum("ntd,hde->nhe", x, m.w).flatten(1), w=(2, 4, 3)),
+            nn.Tanh,
+            linear(6, 3),
+        ),
+        (3, 4),
+        shared=True,
+        layouts=derived("0.w"),
+    ),
+    Case(
+        "einsum-projection-to-heads",
+        sequential(
+            using(lambda m, x: torch.einsum("...d,dhe->...he", x, m.w).flatten(2), w=(4, 2, 3)),
+            nn.Tanh,
+            lambda: MeanOver(1),
+            linear(6, 3),
+        ),
+        (3, 4),
+        shared=True,
+        layouts=(BlockLayout(("0.w",), transposed=True),),
+        reference=as_linear(lambda w: w.flatten(1).T),
+        renamed=NAMES,
+    ),
+    Case(
+        "einsum-linear",
+        sequential(
+            using(lambda m, x: torch.einsum("oi,nti->nto", m.w, x), w=(5, 4)),
+            nn.Tanh,
+            lambda: MeanOver(1),
+            linear(5, 3),
+        ),
+        (3, 4),
+        shared=True,
+        layouts=(BlockLayout(("0.w",)),),
+        reference=as_linear(lambda w: w),
+        renamed=NAMES,
+    ),
+    Case(
+        "bilinear",
+        sequential(linear(4, 4), nn.Tanh, Pairs, nn.Tanh, linear(3, 3)),
+        (4,),
+        layouts=(*derived("2.form.weight"), BlockLayout(("2.form.bias",), kind="bias")),
     ),
 )

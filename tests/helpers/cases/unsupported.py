@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.helpers.cases.attention_modules import SelfAttention
 from tests.helpers.cases.case import Case, diagonal
 from tests.helpers.cases.modules import SwapFirst, linear, sequential, using
 from tests.helpers.oracles import BlockLayout
@@ -22,36 +21,6 @@ class MeanOfSequence(nn.Module):
         """Run and average."""
         outputs: Tensor = self.layer(x)[0]
         return outputs.mean(dim=1 if self.layer.batch_first else 0)
-
-
-class Pairs(nn.Module):
-    """A bilinear form of two halves of the input."""
-
-    def __init__(self) -> None:
-        """Make the layer."""
-        super().__init__()
-        self.form = nn.Bilinear(2, 2, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply it."""
-        form: Tensor = self.form(x[:, :2], x[:, 2:])
-        return form
-
-
-class LeadingToken(nn.Module):
-    """Put a learned token before all others, attend to them, and keep it alone."""
-
-    def __init__(self) -> None:
-        """Make the token and the layers."""
-        super().__init__()
-        self.token = nn.Parameter(torch.randn(1, 1, 4))
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what the token attends to."""
-        tokens = torch.cat([self.token.expand(len(x), 1, 4), x], dim=1)
-        attended: Tensor = self.attention(tokens, tokens, tokens, need_weights=False)[0]
-        return attended[:, 0]
 
 
 def recurrent(prefix: str, layers: int = 1) -> tuple[BlockLayout, ...]:
@@ -97,60 +66,29 @@ WITHOUT_RULE: tuple[Case, ...] = (
         unsupported="diagonal",
     ),
     Case(
-        "prelu",
-        sequential(linear(4, 5), nn.PReLU, linear(5, 4), lambda: nn.PReLU(4), linear(4, 3)),
-        (4,),
-        layouts=diagonal("1.weight", "3.weight"),
-        unsupported="diagonal",
-    ),
-    Case(
-        "bilinear",
-        sequential(linear(4, 4), nn.Tanh, Pairs, nn.Tanh, linear(3, 3)),
-        (4,),
-        layouts=diagonal("2.form.weight", "2.form.bias"),
-        unsupported="diagonal",
-    ),
-    Case(
-        "leading-token",
-        sequential(LeadingToken, linear(4, 3)),
-        (2, 4),
-        shared=True,
-        layouts=diagonal("0.token"),
-        unsupported="diagonal",
-    ),
-    Case(
-        "attention-with-learned-key",
+        "used-with-and-without-a-rule",
         sequential(
-            linear(3, 4),
-            lambda: SelfAttention(4, 2, batch_first=True, add_bias_kv=True),
-            nn.Flatten,
-            linear(8, 3),
-        ),
-        (2, 3),
-        shared=True,
-        layouts=diagonal("1.attention.bias_k", "1.attention.bias_v"),
-        unsupported="diagonal",
-    ),
-    Case(
-        "einsum",
-        sequential(
-            using(lambda m, x: torch.einsum("ntd,hde->nhe", x, m.w).flatten(1), w=(2, 4, 3)),
+            using(lambda m, x: F.linear(x, m.w) + torch.cdist(x, m.w), w=(3, 4)),
             nn.Tanh,
-            linear(6, 3),
+            linear(3, 3),
         ),
-        (3, 4),
+        (4,),
         shared=True,
         layouts=diagonal("0.w"),
         unsupported="diagonal",
     ),
     Case(
-        "used-with-and-without-a-rule",
-        sequential(
-            using(lambda m, x: F.linear(x, m.w) + torch.einsum("ni,oi->no", x**2, m.w), w=(3, 4)),
-            nn.Tanh,
-            linear(3, 3),
-        ),
+        "distances",
+        sequential(linear(4, 4), using(lambda m, x: torch.cdist(x, m.w), w=(5, 4)), linear(5, 3)),
         (4,),
+        layouts=diagonal("1.w"),
+        unsupported="diagonal",
+    ),
+    Case(
+        "bag-of-tokens",
+        sequential(using(lambda m, x: F.embedding_bag(x, m.w, mode="sum"), w=(5, 4)), linear(4, 3)),
+        (3,),
+        vocabulary=5,
         shared=True,
         layouts=diagonal("0.w"),
         unsupported="diagonal",

@@ -240,14 +240,13 @@ def dense_ggn(
 def dense_empirical_fisher(
     model: nn.Module, loss_func: Loss, names: Sequence[str], x: Tensor, y: Tensor
 ) -> Tensor:
-    """Sum (or, under ``mean``, average) the outer products of per-example gradients.
+    """Sum the outer products of the gradients of every example's summed loss.
 
-    Under ``mean`` an example counts with its share of what the loss of all data divides by. That is
-    the same for all examples unless the loss weights or ignores some.
+    Under ``mean`` the sum is divided by what the loss of all data divides by.
 
     Args:
         model: The model; it is evaluated in evaluation mode.
-        loss_func: The loss, applied to every example alone under its own reduction.
+        loss_func: The loss, whose reduction sets the scale.
         names: The parameters, in the order of rows and columns.
         x: All inputs, ``[N, *]``.
         y: All targets, ``[N, *]`` or ``[N * rows, *]``.
@@ -258,17 +257,11 @@ def dense_empirical_fisher(
     model = evaluation_copy(model)
     with torch.no_grad():
         outputs = model(x)
-    total: Tensor | None = None
-    for x_n, y_n, output in by_example(x, y, outputs):
-        share = 1.0
-        if loss_func.reduction == "mean":
-            share = loss_mass(loss_func, output, y_n) / loss_mass(loss_func, outputs, y)
-        if share > 0:
-            gradient = example_gradient(model, loss_func, names, x_n, y_n)
-            term = share * torch.outer(gradient, gradient)
-            total = term if total is None else total + term
-    assert total is not None
-    return total
+    summed = with_reduction(loss_func, "sum")
+    examples = by_example(x, y, outputs)
+    gradients = [example_gradient(model, summed, names, x_n, y_n) for x_n, y_n, _ in examples]
+    total = torch.stack([torch.outer(gradient, gradient) for gradient in gradients]).sum(dim=0)
+    return total / loss_mass(loss_func, outputs, y) if loss_func.reduction == "mean" else total
 
 
 def dense_fisher(
@@ -294,3 +287,18 @@ def dense_fisher(
     """
     build = dense_ggn if fisher == "type2" else dense_empirical_fisher
     return build(model, loss_func, names, x, y)
+
+
+def squared_error_ggn(model: nn.Module, x: Tensor) -> Tensor:
+    """Assemble the matrix of the mean squared error, with nothing but ordinary backward passes."""
+    parameters = list(model.parameters())
+    rows = []
+    for example in x.split(1):
+        for output in model(example).flatten():
+            found = torch.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
+            pairs = zip(found, parameters, strict=True)
+            rows.append(
+                torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+            )
+    jacobian = torch.stack(rows)
+    return 2 * jacobian.T @ jacobian / len(rows)

@@ -1,7 +1,7 @@
 """Layer inputs and output gradients, found by perturbing outputs, and the Kronecker factors."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from tests.helpers.oracles.curvature import (
     evaluation_copy,
     loss_mass,
     output_hessian,
+    with_reduction,
 )
 
 Approximation = Literal["expand", "reduce"]
@@ -176,26 +177,31 @@ class LayerTerms:
         return LayerTerms(torch.cat([ones, self.activations], dim=-1), self.gradients)
 
 
-def layer_terms(
-    model: nn.Module,
-    loss_func: Loss,
-    weights: Sequence[str],
-    x: Tensor,
-    y: Tensor,
-    fisher: Fisher,
-) -> dict[str, LayerTerms | None]:
-    """Record the inputs and output gradients of weights by perturbing the layers' outputs.
+@dataclass(frozen=True)
+class LayerDerivatives:
+    """Inputs of one weight for one example, over all its uses, and derivatives of the model there.
+
+    Attributes:
+        activations: ``[S, groups, d_in]``.
+        jacobian: ``[M, S, groups, d_out]``, of the M numbers of the example's output.
+    """
+
+    activations: Tensor
+    jacobian: Tensor
+
+
+def layer_derivatives(
+    model: nn.Module, weights: Sequence[str], x: Tensor
+) -> list[dict[str, LayerDerivatives]]:
+    """Differentiate the model by perturbations of the outputs of layers.
 
     Args:
         model: A model in which modules own the weights; used in evaluation mode.
-        loss_func: The loss, whose reduction sets the scale.
         weights: Names of the weights.
         x: All inputs, ``[N, *]``.
-        y: All targets, ``[N, *]`` or ``[N * rows, *]``.
-        fisher: Which Fisher matrix.
 
     Returns:
-        The terms by name; ``None`` where the modules are not called, but others use their weight.
+        For each example the derivatives by name of those weights whose modules are called.
     """
     model = evaluation_copy(model)
     owners = {
@@ -204,11 +210,9 @@ def layer_terms(
     }
     assert all(owners.values())
     modules = {module for owned in owners.values() for module in owned}
-    with torch.no_grad():
-        outputs = model(x)
 
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in weights}
-    for x_n, y_n, output in by_example(x, y, outputs):
+    found: list[dict[str, LayerDerivatives]] = []
+    for x_n in x:
         uses: list[tuple[nn.Module, Tensor, Tensor]] = []
 
         def record(
@@ -220,6 +224,7 @@ def layer_terms(
         with torch.no_grad(), output_hook(modules, record):
             model(x_n[None])
         if not uses:
+            found.append({})
             continue
 
         def perturbed(*perturbations: Tensor, x_n: Tensor = x_n) -> Tensor:
@@ -232,19 +237,53 @@ def layer_terms(
                 output: Tensor = model(x_n[None])
             return output.reshape(-1)
 
-        _, pull_back = vjp(perturbed, *(zeros for _, _, zeros in uses))
-        vectors = label_vectors(loss_func, output, outputs, y_n, y, fisher)
-        pulled = [pull_back(vector) for vector in vectors]
+        output, pull_back = vjp(perturbed, *(zeros for _, _, zeros in uses))
+        pulled = [pull_back(row) for row in torch.eye(len(output), dtype=output.dtype)]
+        own: dict[str, LayerDerivatives] = {}
         for name, owned in owners.items():
-            own = [(place, m, a) for place, (m, a, _) in enumerate(uses) if m in owned]
-            if own:
+            places = [(place, m, a) for place, (m, a, _) in enumerate(uses) if m in owned]
+            if places:
                 rows = [
-                    torch.cat([at_positions(m, a, gradients[place]) for place, m, a in own])
+                    torch.cat([at_positions(m, a, gradients[place]) for place, m, a in places])
                     for gradients in pulled
                 ]
-                found[name].append((torch.cat([a for _, _, a in own]), torch.stack(rows)))
+                activations = torch.cat([a for _, _, a in places])
+                own[name] = LayerDerivatives(activations, torch.stack(rows))
+        found.append(own)
+    return found
+
+
+def layer_terms(
+    model: nn.Module,
+    loss_func: Loss,
+    derivatives: Sequence[Mapping[str, LayerDerivatives]],
+    x: Tensor,
+    y: Tensor,
+    fisher: Fisher,
+) -> dict[str, LayerTerms]:
+    """Send label vectors back to the outputs of layers.
+
+    Args:
+        model: The model; used in evaluation mode.
+        loss_func: The loss, whose reduction sets the scale.
+        derivatives: Those of :func:`layer_derivatives`, which are the same for all losses.
+        x: All inputs, ``[N, *]``.
+        y: All targets, ``[N, *]`` or ``[N * rows, *]``.
+        fisher: Which Fisher matrix.
+
+    Returns:
+        The terms by name of the weight; none where its modules are not called.
+    """
+    with torch.no_grad():
+        outputs = evaluation_copy(model)(x)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for (_, y_n, output), known in zip(by_example(x, y, outputs), derivatives, strict=True):
+        vectors = label_vectors(loss_func, output, outputs, y_n, y, fisher)
+        for name, one in known.items():
+            gradients = torch.einsum("vm,msgo->vsgo", vectors, one.jacobian)
+            found.setdefault(name, []).append((one.activations, gradients))
     return {
-        name: LayerTerms(*map(torch.stack, zip(*pairs, strict=True))) if pairs else None
+        name: LayerTerms(*map(torch.stack, zip(*pairs, strict=True)))
         for name, pairs in found.items()
     }
 
@@ -286,7 +325,7 @@ def label_vectors(
 
     Returns:
         ``[V, M]``: for ``"type2"`` a square root of the summed loss's Hessian, for ``"empirical"``
-        the gradient of the loss of this example alone.
+        its gradient; both over the root of what ``mean`` divides by.
     """
     mass = loss_mass(loss_func, outputs, targets) if loss_func.reduction == "mean" else 1.0
     if fisher == "type2":
@@ -295,12 +334,11 @@ def label_vectors(
         return root.T
 
     def loss_of(flat_output: Tensor) -> Tensor:
-        loss: Tensor = loss_func(flat_output.reshape(output.shape), target)
+        loss: Tensor = with_reduction(loss_func, "sum")(flat_output.reshape(output.shape), target)
         return loss
 
-    share = loss_mass(loss_func, output, target) / mass if loss_func.reduction == "mean" else 1.0
     gradient: Tensor = grad(loss_of)(output.reshape(-1))
-    return share**0.5 * gradient[None] if share > 0 else torch.zeros_like(gradient[None])
+    return gradient[None] / mass**0.5
 
 
 # --------------------------------------------------------------------------- Kronecker factors
