@@ -1,29 +1,41 @@
-"""Judge a range of programs: `python -m tests.helpers.programs 0 1000`."""
+"""Judge some programs, and show those of which something is to be said.
 
-import collections
+`python -m tests.helpers.programs 17 18` shows the program of seed 17.
+"""
+
+import argparse
 import sys
 import time
+import warnings
+from collections import Counter
 
 from tests.helpers.programs.judge import judge
 from tests.helpers.programs.program import draw
 
-first, last = map(int, sys.argv[1:3])
-quiet = len(sys.argv) > 3
-began, counts = time.perf_counter(), collections.Counter()
-for seed in range(first, last):
-    try:
+
+def main() -> None:
+    """Judge the programs of a range of seeds."""
+    parser = argparse.ArgumentParser(prog="python -m tests.helpers.programs")
+    parser.add_argument("first", type=int)
+    parser.add_argument("end", type=int, help="the seed after the last one")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    began, outcomes = time.process_time(), Counter[str]()
+    seeds = range(arguments.first, arguments.end)
+    for seed in seeds:
         program = draw(seed)
-    except Exception as e:
-        print("DRAW", seed, type(e).__name__, str(e)[:200]); counts["draw"] += 1
-        continue
-    try:
         verdict = judge(program)
-    except Exception as e:
-        print("JUDGE", seed, type(e).__name__, str(e)[:200]); counts["judge"] += 1
-        continue
-    sep = "separate" if verdict.separate else "mixing"
-    counts[sep, verdict.outcome] += 1
-    bad = verdict.outcome in ("wrong", "crashed") or (verdict.outcome == "refused" and verdict.separate)
-    if bad:
-        print(seed, sep, verdict.outcome, verdict.message[:160].replace("\n", " "), sorted(program.kinds), program.options["unsupported"])
-print(counts, f"{time.perf_counter() - began:.1f} s")
+        outcome = f"{'separate' if verdict.separate else 'mixing'}, {verdict.outcome}"
+        outcomes[outcome] += 1
+        if len(seeds) == 1:
+            sys.stdout.write(f"{program.text}\n{program}\n")
+        if verdict.outcome != "right" and outcome != "mixing, refused":
+            message = verdict.message.replace("\n", " ")[:200]
+            sys.stdout.write(f"{seed}: {outcome}: {message} {sorted(program.kinds)}\n")
+            sys.stdout.flush()
+    seconds = time.process_time() - began
+    sys.stdout.write(f"{dict(outcomes)}, {seconds:.0f} s of CPU\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.helpers.oracles import Fisher
-from tests.helpers.programs import stages
+from tests.helpers.programs import row_stages, stages, step_stages
 from tests.helpers.programs.rows import on_rows
 from tests.helpers.programs.source import Source, Variable
 
@@ -160,7 +160,9 @@ def finish(source: Source) -> Variable:
     found = []
     for variable in chosen:
         source.variables = [variable]
-        {"steps": stages.summed, "rows": stages.pooled}.get(variable.kind, lambda s: None)(source)
+        if variable.kind != "examples":
+            to_examples = {"steps": step_stages.summed, "rows": row_stages.pooled}
+            to_examples[variable.kind](source)
         found.append(source.variables[-1])
     width = sum(variable.width for variable in found)
     joined = source.let(f"torch.cat([{', '.join(v.name for v in found)}], 1)", "h")

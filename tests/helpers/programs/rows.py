@@ -23,7 +23,7 @@ def sorted_by_value(s: Source, a: str, width: int, out: int) -> str:
         [
             f"{found}[{i}.argsort()]",
             f"{found}.new_zeros({found}.shape).index_copy(0, {i}, {found})",
-            f"{found}.new_zeros({found}.shape).scatter(0, {i}[:, None].expand_as({found}), {found})",
+            f"torch.zeros_like({found}).scatter(0, {i}[:, None].expand_as({found}), {found})",
             f"torch.empty_like({found}).index_put(({i},), {found})",
         ]
     )
@@ -47,7 +47,9 @@ def moved(s: Source, a: str, width: int, out: int) -> str:
     )
     found = s.let(f"{layer}({there})", "b")
     if back is None:
-        return f"torch.empty_like({found}).index_put((torch.cat([torch.arange(len({a}))[::2], torch.arange(len({a}))[1::2]]),), {found})"
+        i = s.let(f"torch.arange(len({a}))")
+        order = f"torch.cat([{i}[::2], {i}[1::2]])"
+        return f"torch.empty_like({found}).index_put(({order},), {found})"
     return back.format(found)
 
 
@@ -105,7 +107,9 @@ def experts(s: Source, a: str, width: int, out: int) -> str:
     kind = s.rng.randrange(3)
     if kind == 0:
         b = s.let(f"{a}.new_zeros(len({a}), {out})", "b")
-        s.write(f"for j, layer in enumerate({layers}):", f"    {b}[{i} == j] = layer({a}[{i} == j])")
+        s.write(
+            f"for j, layer in enumerate({layers}):", f"    {b}[{i} == j] = layer({a}[{i} == j])"
+        )
         return b
     if kind == 1:
         b = s.let(f"{a}.new_zeros(len({a}), {out})", "b")
@@ -192,8 +196,10 @@ def parameter_in_place_of_rows(s: Source, a: str, width: int, out: int) -> str:
     if kind == 3:
         return f"{b}.index_put(({q}[:, 0].nonzero()[:, 0],), {p})"
     if kind == 4:
-        return f"torch.cat([{b}, {p}.expand(len({b}), -1)], 1)[:, ::2]" if out == 1 else (
-            f"torch.cat([{b}, {p}.expand(len({b}), -1)], 1)[:, 1:{out + 1}]"
+        return (
+            f"torch.cat([{b}, {p}.expand(len({b}), -1)], 1)[:, ::2]"
+            if out == 1
+            else (f"torch.cat([{b}, {p}.expand(len({b}), -1)], 1)[:, 1:{out + 1}]")
         )
     return f"torch.lerp({b}, {p}.expand_as({b}), 0.3)"
 
