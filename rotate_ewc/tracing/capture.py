@@ -21,12 +21,8 @@ from rotate_ewc.options import EstimationSettings, FisherType, Unsupported
 from rotate_ewc.tracing.autograd_graph import reachable_nodes, unsupported_parameters
 from rotate_ewc.tracing.block_plan import BlockPlan, plan_blocks
 from rotate_ewc.tracing.counting import ExampleCounter
-from rotate_ewc.tracing.example_rows import (
-    ExampleRows,
-    Layout,
-    find_example_rows,
-    mixing_message,
-)
+from rotate_ewc.tracing.example_rows import ExampleRows, Layout, mixing_message
+from rotate_ewc.tracing.layouts import Layouts
 from rotate_ewc.tracing.origins import NO_CONSTANTS, Computed, Constants
 from rotate_ewc.tracing.per_example import add_squares, squares_like
 from rotate_ewc.tracing.recorder import ForwardPass, Recorder, Use, listed
@@ -148,8 +144,8 @@ class BatchCapturer:
         constants: The model's tensors that do not depend on the data.
         unsupported: Names of the parameters for whose uses there is no rule; None before the first
             batch.
-        known_layouts: The examples' rows, by program and number of examples.
-        counter: Counts the examples of batches.
+        layouts: Finds the examples' rows of batches.
+        counter: Counts their examples.
     """
 
     forward: Callable[[Any], Tensor]
@@ -158,11 +154,12 @@ class BatchCapturer:
     settings: EstimationSettings
     constants: Constants = NO_CONSTANTS
     unsupported: frozenset[str] | None = None
-    known_layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)
+    layouts: Layouts = field(init=False)
     counter: ExampleCounter = field(init=False)
 
     def __post_init__(self) -> None:
-        """Begin to count examples."""
+        """Begin with nothing known of the examples."""
+        self.layouts = Layouts(self.settings.seed)
         self.counter = ExampleCounter(self.forward, self.settings.batch_size_fn)
 
     @property
@@ -192,7 +189,16 @@ class BatchCapturer:
         self._check_outputs(outputs, targets, num_examples)
         normalizer = float(self.likelihood.num_terms(outputs, targets))
         vectors = self._vectors(outputs, targets, num_examples, generator)
-        layout, vectors, known = self._layout(recorded, inputs, num_examples, vectors)
+        diagonal = self.settings.unsupported is Unsupported.DIAGONAL
+        layout, vectors, known = self.layouts.find(
+            recorded,
+            inputs,
+            num_examples,
+            vectors,
+            one_vector=self._has_one_vector,
+            free_graph=not diagonal,
+        )
+        self._check_layout(recorded, layout, num_examples)
         captured = self._without_gradients(recorded, layout, normalizer, num_examples)
         without_rule = self._per_example_parameters() if with_squares else {}
         if not recorded.uses and not without_rule:
@@ -207,9 +213,17 @@ class BatchCapturer:
         for vector, last in _with_last(vectors):
             if without_rule:
                 add(vector)
-            gradients = known or recorded.gradients(vector, last=last)
+            gradients = known or recorded.gradients(vector, last=last and not layout.is_tentative)
             known = None
             del vector
+            if layout.is_tentative and not layout.covers(gradients):
+                if found:
+                    yield replace(captured, gradients=found)
+                    captured, found, held = replace(captured, first=False), [], 0
+                layout = self.layouts.measure(recorded, num_examples)
+                self._check_layout(recorded, layout, num_examples)
+                again = self._without_gradients(recorded, layout, normalizer, num_examples)
+                captured = replace(again, first=captured.first)
             for index, rows in enumerate(layout.rows):
                 gradients[index] = _gradients_first(rows, gradients[index], num_examples)
             found.append(gradients)
@@ -228,36 +242,12 @@ class BatchCapturer:
             unsupported=self.settings.unsupported,
         )
 
-    def _layout(
-        self, recorded: ForwardPass, inputs: Any, num_examples: int, vectors: Iterator[Tensor]
-    ) -> tuple[Layout, Iterator[Tensor], list[Tensor] | None]:
-        """Find the examples' rows: once for every program that does not index by data.
-
-        Returns:
-            The rows, the output vectors, and the gradients of the first of them if they were taken.
-        """
-        program = (recorded.program.key, num_examples)
-        layout = self.known_layouts.get(program)
-        gradients = None
-        if layout is None:
-            settings, vector = self.settings, None
-            if num_examples > 1 and self._has_one_vector and recorded.uses:
-                vector = next(vectors)
-                vectors = iter([vector])
-                gradients = recorded.gradients(vector, last=False)
-            probe = Generator(self.device).manual_seed(settings.seed)
-            done = gradients is not None and settings.unsupported is not Unsupported.DIAGONAL
-            layout = find_example_rows(
-                recorded, num_examples, probe, vector, gradients, free_graph=done
-            )
-            by_data = recorded.program.indexes_by_data or not _aligned(inputs, num_examples)
-            if layout.certain and not by_data:
-                self.known_layouts[program] = layout
+    def _check_layout(self, recorded: ForwardPass, layout: Layout, num_examples: int) -> None:
+        """Check that every use has its examples' rows, or that those without are unsupported."""
         mixing = [u for u, rows in zip(recorded.uses, layout.rows, strict=True) if rows is None]
         if mixing and self.settings.unsupported is Unsupported.ERROR:
             raise ValueError(mixing_message(mixing, num_examples))
         self._settle_unsupported(recorded.unsupported.union(*map(recorded.sources, mixing)))
-        return layout, vectors, gradients
 
     @property
     def _has_one_vector(self) -> bool:

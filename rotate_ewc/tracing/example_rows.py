@@ -2,10 +2,10 @@
 
 Back-propagation is linear in the output vector. So if the part of example n is multiplied by w_n,
 a row of a layer's output gradient is multiplied by w_n as well if only example n depends on it, and
-by nothing in particular if several examples do. The weights are powers of two, by which
-floating-point numbers are multiplied without rounding: a row that is scaled by anything but one of
-them, up to a few roundings, mixes examples. Where there are more examples than powers of two that a
-dtype holds, their numbers are told digit by digit.
+by nothing in particular if several examples do. The weights are powers of two and their negatives,
+by which floating-point numbers are multiplied without rounding: a row that is scaled by anything
+but one of them, up to a few roundings, mixes examples. Where there are more examples than such
+weights (256 in single precision), their numbers are told digit by digit, each by one pass.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
-from rotate_ewc._utils.numerics import statistics_dtype
+from rotate_ewc._utils.numerics import statistics_dtype, without_autocast
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.tracing.recorder import ForwardPass, Use
 
 # The smallest exponent of the weights and how many there are: a part of a dtype's range.
 _EXPONENTS: Final = {
     torch.float16: (-3, 8),
-    torch.bfloat16: (-30, 96),
-    torch.float32: (-30, 96),
+    torch.bfloat16: (-60, 128),
+    torch.float32: (-60, 128),
     torch.float64: (-300, 700),
 }
+# A sum of rounded numbers may be wrong by this many roundings of the sum of their sizes.
+_ROUNDINGS: Final = 64
+# Whatever is wrong by more than this may come from any weight.
+_TELLING: Final = 0.2
 # Rows whose gradient is zero, and rows on which several examples depend.
 _UNKNOWN: Final = -1
 _MIXED: Final = -2
@@ -87,8 +91,8 @@ class ExampleAxis:
     def owners(self, leading: Sequence[int], num_examples: int) -> Tensor:
         """Return the example of every cell of the leading axes, `[*leading]`."""
         size = leading[self.axis]
-        examples = torch.arange(size).view(self.runs, num_examples, -1)
-        examples = examples // examples.shape[2] % num_examples
+        examples = torch.arange(num_examples)[None, :, None]
+        examples = examples.expand(self.runs, -1, size // (self.runs * num_examples))
         view = [1] * len(leading)
         view[self.axis] = size
         return examples.reshape(view).expand(*leading)
@@ -143,19 +147,37 @@ class Layout:
 
     Attributes:
         rows: For every use; None where examples are mixed.
-        certain: Whether it was seen for every row.
+        certain: Whether the rows that got a gradient leave no choice.
+        unseen: For every use, which cells of its leading axes got no gradient, where another vector
+            may give them one; or else None.
     """
 
     rows: tuple[ExampleRows | None, ...]
-    certain: bool
+    certain: bool = True
+    unseen: tuple[Tensor | None, ...] = ()
+
+    @property
+    def is_tentative(self) -> bool:
+        """Whether it may not hold for other output vectors."""
+        return any(cells is not None for cells in self.unseen)
+
+    def covers(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether it holds for the vector of some gradients: none is where none was seen before.
+
+        Args:
+            gradients: The gradient at every use, as it comes from the backward pass.
+        """
+        return not any(
+            cells is not None and bool((gradient[cells] != 0).any())
+            for cells, gradient in zip(self.unseen, gradients, strict=True)
+        )
 
 
 def find_example_rows(
     recorded: ForwardPass,
     num_examples: int,
-    generator: Generator,
-    vector: Tensor | None = None,
-    gradients: Sequence[Tensor] | None = None,
+    vector: Tensor,
+    gradients: Sequence[Tensor],
     *,
     free_graph: bool = False,
 ) -> Layout:
@@ -165,9 +187,8 @@ def find_example_rows(
         recorded: The forward pass.
         num_examples: Number of examples in the batch; the outputs' first axis holds as many rows of
             one as of another.
-        generator: Where a random output vector comes from.
-        vector: An output vector to take instead. What is found then holds for this vector: a row
-            that gets no gradient from it may be given to any example.
+        vector: The output vector to try. A row that gets no gradient from it may be given to any
+            example.
         gradients: The gradients of this vector at every use.
         free_graph: Whether nothing else will be back-propagated.
 
@@ -177,46 +198,40 @@ def find_example_rows(
     Raises:
         ValueError: If a gradient is not finite, naming the layer.
     """
-    if num_examples == 1 or not recorded.uses:
-        rows = [next(_even(use, 1), None) for use in recorded.uses]
-        return Layout(tuple(rows), certain=False)
-    if vector is None or gradients is None:
-        outputs = recorded.outputs.detach()
-        # Made where the generator is, which may be another device than that of the outputs.
-        vector = torch.randn(outputs.shape, generator=generator, device=generator.device)
-        vector = vector.to(outputs)
-        gradients = recorded.gradients(vector, last=False)
-    lowest, base = _weights(gradients)
-    before = [
-        _signatures(use, gradient) for use, gradient in zip(recorded.uses, gradients, strict=True)
-    ]
-    # Or several sets of gradients would live at once.
-    del gradients
-    owners = [torch.zeros(cells.shape, dtype=torch.long, device=cells.device) for cells in before]
-    examples = torch.arange(num_examples)
-    places = _digits_of(num_examples, base)
-    for place in range(places):
-        digits = examples // base**place % base
-        weights = torch.ldexp(torch.ones(num_examples, dtype=torch.float64), digits + lowest)
-        weighted = _by_example(vector, weights)
-        last = free_graph and place == places - 1
-        for index, gradient in enumerate(recorded.gradients(weighted, last=last)):
-            after = _signatures(recorded.uses[index], gradient)
-            digit = _digit(before[index], after, lowest, base)
-            known = (owners[index] >= 0) & (digit >= 0)
-            owners[index] = torch.where(
-                known, owners[index] + digit * base**place, torch.minimum(owners[index], digit)
-            )
-    found = [
-        _rows_of(use, cells, num_examples) for use, cells in zip(recorded.uses, owners, strict=True)
-    ]
-    return Layout(tuple(rows for rows, _ in found), all(certain for _, certain in found))
+    with without_autocast(vector.device):
+        owners = _owners(recorded, num_examples, vector, gradients, free_graph=free_graph)
+    rows, certain = [], True
+    for use, cells in zip(recorded.uses, owners, strict=True):
+        found, is_only = _rows_of(use, cells, num_examples)
+        rows.append(found)
+        certain = certain and is_only
+    unseen = [cells == _UNKNOWN for cells in owners]
+    return Layout(
+        tuple(rows), certain, tuple(cells if bool(cells.any()) else None for cells in unseen)
+    )
+
+
+def of_one_example(uses: Sequence[Use]) -> Layout:
+    """Return the layout of a batch that is a single example: all rows are its own."""
+    return Layout(tuple(next(_even(use, 1), None) for use in uses))
+
+
+def random_vector(outputs: Tensor, generator: Generator) -> Tensor:
+    """Return an output vector that reaches whatever any vector does."""
+    # Made where the generator is, which may be another device than that of the outputs.
+    vector = torch.randn(outputs.shape, generator=generator, device=generator.device)
+    return vector.to(outputs)
 
 
 def mixing_message(uses: Sequence[Use], num_examples: int) -> str:
     """Say which layers mix the examples of a batch, and what to do."""
     shapes = {use.name: list(use.call.input.shape) for use in uses}
     layers = ", ".join(f"{name!r} (input shape {shape})" for name, shape in shapes.items())
+    if num_examples == 1:
+        return (
+            f"no axis can hold the examples in the layer of {layers}; leave it out (params, or "
+            f"exclude), or pass unsupported='diagonal'"
+        )
     return (
         f"the outputs of one example depend on other examples' values in the layer of {layers}, "
         f"for a batch of {num_examples} examples; expected independent examples. Use BatchNorm in "
@@ -227,15 +242,34 @@ def mixing_message(uses: Sequence[Use], num_examples: int) -> str:
     )
 
 
-def _weights(gradients: Sequence[Tensor]) -> tuple[int, int]:
-    """Return the smallest exponent of the weights, and how many exponents there are."""
-    narrowest = min((_EXPONENTS[gradient.dtype] for gradient in gradients), key=lambda w: w[1])
-    return narrowest
-
-
-def _digits_of(num_examples: int, base: int) -> int:
-    """Return how many digits it takes to tell the examples apart."""
-    return max(1, math.ceil(math.log(num_examples, base) - 1e-9))
+def _owners(
+    recorded: ForwardPass,
+    num_examples: int,
+    vector: Tensor,
+    gradients: Sequence[Tensor],
+    *,
+    free_graph: bool,
+) -> list[Tensor]:
+    """Return, for every use, the example of each cell of its leading axes; or what else it is."""
+    lowest, exponents = min((_EXPONENTS[g.dtype] for g in gradients), key=lambda w: w[1])
+    base = 2 * exponents
+    before = [_signatures(*of_use) for of_use in zip(recorded.uses, gradients, strict=True)]
+    owners = [torch.zeros_like(cells, dtype=torch.long) for cells, _ in before]
+    examples = torch.arange(num_examples)
+    places = max(1, math.ceil(math.log(num_examples, base) - 1e-9))
+    for place in range(places):
+        digits = examples // base**place % base
+        sizes = torch.exp2((digits % exponents + lowest).double())
+        weighted = _by_example(vector, torch.where(digits < exponents, sizes, -sizes))
+        last = free_graph and place == places - 1
+        for index, gradient in enumerate(recorded.gradients(weighted, last=last)):
+            after, _ = _signatures(recorded.uses[index], gradient)
+            digit = _digit(*before[index], after, lowest, exponents)
+            known = (owners[index] >= 0) & (digit >= 0)
+            owners[index] = torch.where(
+                known, owners[index] + digit * base**place, torch.minimum(owners[index], digit)
+            )
+    return owners
 
 
 def _by_example(vector: Tensor, weights: Tensor) -> Tensor:
@@ -249,10 +283,13 @@ def _leading(use: Use) -> int:
     return max(use.call.mergeable_axes, *(axis + 1 for axis in use.call.batch_axes), 1)
 
 
-def _signatures(use: Use, gradient: Tensor) -> Tensor:
+def _signatures(use: Use, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Return a number for each cell of the leading axes, which is 0 if and only if its gradient is.
 
     It is a fixed random combination of the entries, the same for each cell.
+
+    Returns:
+        The numbers, and the sums of the sizes of what was added to get them.
     """
     # Their sum may be too large for half precision where each of them is not.
     dtype = statistics_dtype(gradient.dtype)
@@ -260,27 +297,41 @@ def _signatures(use: Use, gradient: Tensor) -> Tensor:
         raise NotFiniteError(
             f"the output gradients of {use.name!r} are not finite (NaN or infinity)"
         )
-    cells = gradient.to(dtype).flatten(_leading(use)) if gradient.ndim > _leading(use) else None
-    if cells is None:
-        return gradient.to(dtype)
+    leading = _leading(use)
+    if gradient.ndim <= leading:
+        cells = gradient.to(dtype)
+        return cells, cells.abs()
+    cells = gradient.to(dtype).flatten(leading)
     coefficients = torch.rand(
         cells.shape[-1], generator=Generator().manual_seed(cells.shape[-1]), dtype=torch.float64
     )
-    return cells @ (coefficients + 0.5).to(cells)
+    coefficients = (coefficients + 0.5).to(cells)
+    return cells @ coefficients, cells.abs() @ coefficients
 
 
-def _digit(before: Tensor, after: Tensor, lowest: int, base: int) -> Tensor:
-    """Return the exponent by which each signature was multiplied, from 0 to `base`."""
+def _digit(before: Tensor, sizes: Tensor, after: Tensor, lowest: int, exponents: int) -> Tensor:
+    """Return the digit by whose weight each signature was multiplied; or what else it is.
+
+    Args:
+        before: The signatures.
+        sizes: The sums of the sizes of what was added to get them.
+        after: The signatures of the weighted vector.
+        lowest: The smallest exponent of the weights.
+        exponents: How many exponents there are.
+    """
     # In double precision, where no quotient of two finite numbers of a narrower dtype overflows.
-    mantissas, exponents = torch.frexp(after.double() / before.double())
-    tolerance = 64 * torch.finfo(before.dtype).eps
+    quotients = after.double() / before.double()
+    mantissas, powers = torch.frexp(quotients.abs())
     # A mantissa is from ½ to 1, and that of a power of two is ½; roundings may take it to 1.
-    below = (1 - mantissas) <= tolerance
-    digits = exponents - 1 + below - lowest
-    pure = below | ((mantissas - 0.5).abs() <= tolerance)
-    pure &= (digits >= 0) & (digits < base)
-    digits = torch.where(pure, digits, _MIXED)
-    return torch.where(before == 0, torch.where(after == 0, _UNKNOWN, _MIXED), digits).long()
+    below = mantissas > 0.75
+    digits = powers - 1 + below - lowest
+    error = torch.where(below, 1 - mantissas, 2 * mantissas - 1)
+    tolerance = _ROUNDINGS * torch.finfo(before.dtype).eps * sizes.double() / before.double().abs()
+    pure = error <= tolerance.clamp(max=_TELLING)
+    pure &= (digits >= 0) & (digits < exponents)
+    digits = torch.where(quotients < 0, digits + exponents, digits)
+    nothing = (sizes == 0) & (after == 0) | ~pure & (tolerance > _TELLING) & (sizes > 0)
+    return torch.where(pure, digits, torch.where(nothing, _UNKNOWN, _MIXED)).long()
 
 
 def _even(use: Use, num_examples: int) -> Iterator[ExampleAxis]:
@@ -288,7 +339,7 @@ def _even(use: Use, num_examples: int) -> Iterator[ExampleAxis]:
     shape = use.call.input.shape
     for axis in use.call.batch_axes:
         rows, left_over = divmod(shape[axis], num_examples)
-        if left_over or not rows:
+        if left_over or (not rows and num_examples > 1):
             continue
         yield ExampleAxis(axis)
         if num_examples > 1 and rows > 1:
@@ -297,7 +348,7 @@ def _even(use: Use, num_examples: int) -> Iterator[ExampleAxis]:
 
 
 def _rows_of(use: Use, owners: Tensor, num_examples: int) -> tuple[ExampleRows | None, bool]:
-    """Return the rows of the examples in a use, and whether they are certain.
+    """Return the rows of the examples in a use, and whether no others are possible.
 
     Args:
         use: The use.
@@ -305,24 +356,24 @@ def _rows_of(use: Use, owners: Tensor, num_examples: int) -> tuple[ExampleRows |
         num_examples: Number of examples in the batch.
     """
     if bool((owners == _MIXED).any()):
-        return None, False
-    unknown = owners == _UNKNOWN
+        return None, True
+    unseen = owners == _UNKNOWN
+    certain = not bool(unseen.any())
     passing = []
     for even in _even(use, num_examples):
-        expected = even.owners(owners.shape, num_examples)
-        if bool((unknown | (owners == expected)).all()):
+        expected = even.owners(owners.shape, num_examples).to(owners.device)
+        if bool((unseen | (owners == expected)).all()):
             passing.append(even)
     if passing:
-        return passing[0], len(passing) == 1
-    merged = use.call.mergeable_axes
+        return passing[0], certain or len(passing) == 1
     ways = [(axis, 1) for axis in use.call.batch_axes]
-    ways += [(0, axes) for axes in range(2, merged + 1)]
-    for axis, axes in ways:
-        rows = owners.movedim(axis, 0).flatten(0, axes - 1).flatten(1)
-        found = _row_owners(rows)
+    ways += [(0, axes) for axes in range(2, use.call.mergeable_axes + 1)]
+    for axis, merged in ways:
+        rows = owners.movedim(axis, 0).flatten(0, merged - 1)
+        found = _row_owners(rows.flatten(1) if rows.ndim > 1 else rows[:, None])
         if found is not None:
-            return ScatteredRows.of(axis, axes, found, num_examples), not bool(unknown.any())
-    return None, False
+            return ScatteredRows.of(axis, merged, found, num_examples), certain
+    return None, certain
 
 
 def _row_owners(cells: Tensor) -> Tensor | None:
@@ -333,5 +384,6 @@ def _row_owners(cells: Tensor) -> Tensor | None:
     highest = cells.amax(dim=1) if cells.shape[1] else cells.new_full((len(cells),), _UNKNOWN)
     if bool(((cells != highest[:, None]) & (cells != _UNKNOWN)).any()):
         return None
-    places = torch.where(highest >= 0, torch.arange(len(highest)), -1).cummax(dim=0).values
+    places = torch.arange(len(highest), device=cells.device)
+    places = torch.where(highest >= 0, places, -1).cummax(dim=0).values
     return torch.where(places >= 0, highest[places.clamp(min=0)], 0)
