@@ -183,7 +183,12 @@ def draw_batches(
     for _ in range(rng.randint(2, 3)):
         if not same:
             size, rows, steps = rng.randint(1, 4), rng.randint(4, 8), rng.randint(2, 4)
+        # A regular layout first, and others of the same shapes later.
+        regular = not found and rng.random() < 0.5
+        rows = -(-rows // size) * size if regular else rows
         owners = torch.randint(size, (rows,), generator=generator)
+        if regular:
+            owners = torch.arange(rows) % size
         if not {*inputs} & {*BY_EXAMPLE}:
             owners[:size] = torch.arange(size)
         owners = owners.sort().values if grouped else owners
@@ -201,6 +206,9 @@ def draw_batches(
             "e": torch.stack([edges, torch.tensor(ends)]),
             "f": torch.randint(rows, (2, 3), generator=generator),
         }
+        if regular:
+            batch["x"], batch["z"] = (batch[c][batch[c][:, 0].argsort()] for c in "xz")
+            batch["k"], batch["l"] = batch["k"] | True, batch["l"] * 0 + steps
         found.append((size, {name: batch[name] for name in {*inputs, "o"}}))
     return found
 

@@ -115,9 +115,9 @@ def experts(s: Source, a: str, width: int, out: int) -> str:
         b = s.let(f"{a}.new_zeros(len({a}), {out})", "b")
         s.write(
             f"for j, layer in enumerate({layers}):",
-            f"    k = ({i} == j).nonzero()[:, 0]",
-            "    if len(k):" if s.rng.random() < 0.5 else "    if True:",
-            f"        {b} = {b}.index_add(0, k, layer({a}[k]))",
+            f"    at = ({i} == j).nonzero()[:, 0]",
+            "    if len(at):" if s.rng.random() < 0.5 else "    if True:",
+            f"        {b} = {b}.index_add(0, at, layer({a}[at]))",
         )
         return b
     order = s.let(f"{i}.argsort(stable=True)")
@@ -138,13 +138,13 @@ def gated_experts(s: Source, a: str, width: int, out: int) -> str:
     s.write(f"for j, layer in enumerate({layers}):")
     if s.rng.random() < 0.5:
         s.write(
-            f"    k, c = ({i} == j).nonzero(as_tuple=True)",
-            f"    {b} = {b}.index_add(0, k, {w}[k, c, None] * layer({a}[k]))",
+            f"    at, c = ({i} == j).nonzero(as_tuple=True)",
+            f"    {b} = {b}.index_add(0, at, {w}[at, c, None] * layer({a}[at]))",
         )
     else:
         s.write(
-            f"    k, c = torch.where({i} == j)",
-            f"    {b}[k] += {w}[k, c].unsqueeze(1) * layer({a}[k])",
+            f"    at, c = torch.where({i} == j)",
+            f"    {b}[at] += {w}[at, c].unsqueeze(1) * layer({a}[at])",
         )
     return b
 
@@ -204,6 +204,24 @@ def parameter_in_place_of_rows(s: Source, a: str, width: int, out: int) -> str:
     return f"torch.lerp({b}, {p}.expand_as({b}), 0.3)"
 
 
+def sorted_without_indices(s: Source, a: str, width: int, out: int) -> str:
+    """Rows in an order that their values make, by arithmetic alone, and as they were."""
+    layer = s.layer(width, out)
+    kind = s.rng.randrange(3)
+    if kind == 0:
+        ranks = f"({a}[:, 0] > {a}[:, :1]).sum(0)"
+        order = s.let(f"({ranks} == torch.arange(len({a}))[:, None]).to({a}.dtype)", "g")
+        return f"{layer}({a}) * ({order}.T @ {layer}({order} @ {a}))"
+    if kind == 1:
+        q = s.let(f"(({a} + {a}.flip(0)).sum(1, keepdim=True) > 0)", "q")
+        b = s.let(f"{layer}(torch.where({q}, {a}, {a}.flip(0)))", "b")
+        return f"torch.where({q}, {b}, {b}.flip(0)) + {layer}({a}).tanh()"
+    i = s.let(f"{a}[:, 0].detach().numpy().argsort()")
+    index = s.rng.choice([i, f"{i}.tolist()", f"torch.from_numpy({i})"])
+    back = f"torch.from_numpy({i}).argsort()"
+    return f"{layer}({a}[{index}])[{back}] + {layer}({a}).tanh()"
+
+
 def batched_weights(s: Source, a: str, width: int, out: int) -> str:
     s.kinds.add("bmm with a parameter")
     w = s.parameter(2, width, out)
@@ -235,6 +253,7 @@ WAYS: list[tuple[Way, int]] = [
     (gated_experts, 4),
     (dispatched, 2),
     (with_capacity, 2),
+    (sorted_without_indices, 3),
     (parameter_by_row, 1),
     (parameter_in_place_of_rows, 2),
     (batched_weights, 1),
