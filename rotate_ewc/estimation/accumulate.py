@@ -218,8 +218,10 @@ class Microbatch:
     def mean_activations(self) -> Tensor:
         """Return the means of the block's inputs over shared positions, `[groups, n, 1, d_in]`."""
         activations, present = self._activations()
-        if present is None:
+        if present is None and activations.shape[2]:
             return activations.mean(dim=2, keepdim=True)
+        if present is None:  # of nothing, which is zero here, and no number elsewhere
+            return activations.sum(dim=2, keepdim=True)
         counts = present.sum(dim=1).clamp(min=1)
         return activations.sum(dim=2, keepdim=True) / counts[:, None, None]
 

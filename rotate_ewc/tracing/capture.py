@@ -182,11 +182,13 @@ class BatchCapturer:
             ValueError: If the batch or a layer cannot be handled; the message names the layer.
             TypeError: If the outputs or the targets have the wrong type.
         """
+        self.counter.check(inputs)
         recorded = self._record(inputs)
         outputs = recorded.outputs.detach()
         outputs = outputs.to(statistics_dtype(outputs.dtype))
+        self._check_outputs(outputs, targets)
         num_examples = self.counter.count(inputs, outputs, targets)
-        self._check_outputs(outputs, targets, num_examples)
+        self._check_terms(outputs, num_examples)
         normalizer = float(self.likelihood.num_terms(outputs, targets))
         vectors = self._vectors(outputs, targets, num_examples, generator)
         diagonal = self.settings.unsupported is Unsupported.DIAGONAL
@@ -315,10 +317,12 @@ class BatchCapturer:
         if vector is None:
             yield torch.zeros_like(outputs)
 
-    def _check_outputs(self, outputs: Tensor, targets: Tensor, num_examples: int) -> None:
+    def _check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
         if not bool(torch.isfinite(outputs).all()):
             raise NotFiniteError("the model's outputs are not finite (NaN or infinity)")
         self.likelihood.check(outputs, targets)
+
+    def _check_terms(self, outputs: Tensor, num_examples: int) -> None:
         expected = self.settings.num_per_example_loss_terms
         terms = self.likelihood.predictions(outputs) / num_examples
         if expected is not None and terms != expected:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ class ExampleCounter:
     """Counts the examples of one batch after another.
 
     It is the size of the inputs' first axis, of which that of the outputs must be a multiple (an
-    example may have several rows of outputs, such as tokens). Where the outputs have as many rows
-    as the inputs' second axis, as with sequences that have time first, an earlier batch or an
-    experiment tells which of the two holds the examples: two of them change places, and so must
-    their outputs.
+    example may have several rows of outputs, such as tokens). Where inputs have several tensors,
+    exactly one of their sizes must be so. Where the outputs have as many rows as the inputs' second
+    axis, as with sequences that have time first, an earlier batch or an experiment tells which of
+    the two holds the examples: two of them change places, and so must their outputs.
 
     Attributes:
         forward: From inputs to the model's outputs; None if there shall be no experiment.
@@ -48,22 +48,14 @@ class ExampleCounter:
         """
         if self.batch_size_fn is not None:
             return _as_told(self.batch_size_fn(inputs), outputs)
-        tensors = [tensor for tensor in tensors_in(inputs) if tensor.ndim]
-        if not tensors:
-            raise TypeError(
-                f"the number of examples in inputs of type {type(inputs).__name__} is not obvious; "
-                f"{_REMEDY}"
-            )
-        # What has one row, such as positions, may be for all examples.
-        first = sorted({len(tensor) for tensor in tensors} - {1}) or [1]
-        if 0 in first:
-            raise ValueError("a batch has 0 examples; expected at least 1")
+        tensors = self.check(inputs)
         rows, labels = (len(t) if t.ndim else 0 for t in (outputs, targets))
-        second = {t.shape[1] if t.ndim > 1 else 0 for t in tensors}
         counts = {}
-        if len(first) == 1 and rows % first[0] == 0 and labels % first[0] == 0:
-            counts[0] = first[0]
-        if second == {rows} and labels == rows and first != [rows]:
+        agreed = _first_axes(tensors, rows, labels)
+        if len(agreed) == 1:
+            (counts[0],) = agreed
+        second = {t.shape[1] if t.ndim > 1 else 0 for t in tensors}
+        if second == {rows} and labels == rows and agreed != {rows}:
             counts[1] = rows
         axis = self._axis(counts, inputs, outputs) if rows else None
         if axis not in counts:
@@ -74,6 +66,23 @@ class ExampleCounter:
                 f"{list(targets.shape)}; {_REMEDY}"
             )
         return counts[axis]
+
+    def check(self, inputs: Any) -> list[Tensor]:
+        """Return the tensors whose first axis may hold the examples.
+
+        Raises:
+            TypeError: If there are none and no `batch_size_fn`.
+            ValueError: If one of them is empty.
+        """
+        tensors = [tensor for tensor in tensors_in(inputs) if tensor.ndim]
+        if self.batch_size_fn is None and not tensors:
+            raise TypeError(
+                f"the number of examples in inputs of type {type(inputs).__name__} is not obvious; "
+                f"{_REMEDY}"
+            )
+        if self.batch_size_fn is None and any(len(tensor) == 0 for tensor in tensors):
+            raise ValueError(f"a batch has 0 examples; expected at least 1, or {_REMEDY}")
+        return tensors
 
     def _axis(self, counts: Mapping[int, int], inputs: Any, outputs: Tensor) -> int | None:
         """Return the axis that holds the examples; None if that is not known.
@@ -99,6 +108,15 @@ class ExampleCounter:
             return None
         (self.axis,) = found
         return self.axis
+
+
+def _first_axes(tensors: Sequence[Tensor], rows: int, labels: int) -> set[int]:
+    """Return the sizes of first axes that outputs and targets agree with."""
+    sizes = {len(tensor) for tensor in tensors}
+    agreed = {size for size in sizes if rows % size == 0 and labels % size == 0}
+    # What has one row, such as positions, may be for all examples; unless those are its columns.
+    columns = {tensor.shape[1] for tensor in tensors if len(tensor) == 1 and tensor.ndim > 1}
+    return agreed if len(agreed) == 1 or agreed & columns else agreed - {1}
 
 
 def _as_told(count: int, outputs: Tensor) -> int:

@@ -14,17 +14,22 @@ from torch import Tensor
 
 # Where rows go is told by a tensor of indices or by a mask.
 _INDEXING: Final = frozenset(
-    {"__getitem__", "__setitem__", "embedding", "gather", "masked_select", "repeat_interleave"}
-    | {"take", "take_along_dim", "put", "segment_reduce", "select_scatter", "slice_scatter"}
+    {"__getitem__", "__setitem__", "embedding", "gather", "take", "take_along_dim", "put"}
     | {"index_add", "index_copy", "index_fill", "index_put", "index_reduce", "index_select"}
-    | {"masked_scatter", "scatter", "scatter_add", "scatter_reduce", "tensor_split"}
+    | {"scatter", "scatter_add", "scatter_reduce", "segment_reduce", "tensor_split", "where"}
+    | {"select_scatter", "slice_scatter", "embedding_bag"}
+    | {"bmm", "mm", "matmul", "__matmul__", "__rmatmul__", "addmm"}  # with sparse tensors
+)
+# Where rows go, and how many there are, is told by a single tensor.
+_SELECTING: Final = frozenset(
+    {"masked_select", "masked_scatter", "repeat_interleave"}
     | {"_pack_padded_sequence", "_pad_packed_sequence"}
-    | {"bmm", "mm", "matmul", "__matmul__", "__rmatmul__"}  # with sparse tensors
 )
 # Where rows go is told by the numbers in them.
 _SORTING: Final = frozenset(
     {"sort", "msort", "argsort", "topk", "kthvalue", "median", "nanmedian", "mode", "multinomial"}
-    | {"unique", "unique_consecutive", "cummax", "cummin", "nonzero", "argwhere"}
+    | {"unique", "unique_consecutive", "cummax", "cummin", "nonzero", "argwhere", "bernoulli"}
+    | {"randperm", "randint", "histc", "bincount", "bucketize", "searchsorted"}
 )
 
 
@@ -62,19 +67,30 @@ class Program:
         if not name.endswith("__"):
             name = name.rstrip("_")
         self.key = hash((self.key, func, _described(args), _described(kwargs)))
-        if name in _SORTING:
-            self.indexes_by_data = self.indexes_by_data or bool(varying)
-        elif name in _INDEXING and len(varying) > 1:
-            by_data = any(
-                not t.dtype.is_floating_point or t.layout != torch.strided for t in varying
-            )
-            self.indexes_by_data = self.indexes_by_data or by_data
+        if varying and not self.indexes_by_data:
+            self.indexes_by_data = _indexes(name, varying)
+
+
+def _indexes(name: str, varying: Sequence[Tensor]) -> bool:
+    """Whether a function moves rows by what is in tensors that depend on the data."""
+    if name in _SORTING or name in _SELECTING:
+        return True
+    if name not in _INDEXING:
+        return False
+    if any(t.dtype in (torch.bool, torch.uint8) for t in varying):
+        # Rows of a parameter too; but a mask that selects from one tensor moves nothing.
+        return name != "where" or len(varying) > 2
+    return len(varying) > 1 and any(
+        not t.dtype.is_floating_point or t.layout != torch.strided for t in varying
+    )
 
 
 def _described(value: Any) -> Any:
     """Return what can be hashed of an argument, with all but the numbers in a tensor."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype
+    if isinstance(value, int):
+        return value if value >= 0 else ("-", -value)  # -1 and -2 have the same hash
     if isinstance(value, (tuple, list)):
         return tuple(map(_described, value))
     if isinstance(value, Mapping):

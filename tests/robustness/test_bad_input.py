@@ -347,7 +347,9 @@ def test_mixed_examples_are_noticed(layer: nn.Module) -> None:
 
 def test_examples_on_no_axis() -> None:
     model = nn.Sequential(_Mean(), nn.Linear(4, 3), _Repeat())
-    check_refused(r"'1.weight' got an input of shape \[1, 4\], in which no axis can hold", model)
+    check_refused(
+        r"other examples' values in the layer of '1.weight' \(input shape \[1, 4\]\)", model
+    )
 
 
 class _Mean(nn.Module):
@@ -433,7 +435,11 @@ def test_random_model_or_data_is_noticed() -> None:
         ({"num_data": 0}, "num_data is 0", ValueError),
         ({"num_per_example_loss_terms": 2}, "num_per_example_loss_terms is 2, but", ValueError),
         ({"batch_size_fn": 6}, "batch_size_fn is 6; expected a function", TypeError),
-        ({"batch_size_fn": lambda x: 4}, "for 4 examples; expected the examples", ValueError),
+        (
+            {"batch_size_fn": lambda x: 4},
+            "for 4 examples, as batch_size_fn counts them",
+            ValueError,
+        ),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str, error: type[Exception]) -> None:
