@@ -138,7 +138,7 @@ def _slices_by_tensors(index: Any) -> bool:
 def _described(value: Any) -> Any:
     """Return what can be hashed of an argument, with all but the numbers in a tensor."""
     if isinstance(value, Tensor):
-        return value.shape, value.dtype
+        return value.dtype, "nested" if value.is_nested else value.shape
     if isinstance(value, int):
         return value if value >= 0 else ("-", -value)  # -1 and -2 have the same hash
     if isinstance(value, (tuple, list)):
