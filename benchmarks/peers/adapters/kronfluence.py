@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.peers.adapters.adapter import Adapter, Mode, canonical_names, whole_layers
-from benchmarks.peers.problem import DTYPE, Problem, collate
+from benchmarks.peers.problem import DTYPE, Problem
 from benchmarks.peers.verdict import BlockEstimate, NotOffered
 
 FACTORS = "factors"
@@ -77,7 +77,9 @@ def _analyzer(
 def _fit(analyzer: Any, problem: Problem) -> None:
     """Fit all factors."""
     arguments = import_module("kronfluence.arguments")
-    settings = import_module("kronfluence.utils.dataset").DataLoaderKwargs(collate_fn=collate)
+    settings = import_module("kronfluence.utils.dataset").DataLoaderKwargs(
+        collate_fn=problem.collate
+    )
     analyzer.fit_all_factors(
         factors_name=FACTORS,
         dataset=TensorDataset(*problem.data()),
