@@ -1,4 +1,9 @@
-"""Elastic weight consolidation in a rotated basis, for PyTorch."""
+"""Elastic weight consolidation in a rotated basis, for PyTorch.
+
+`EKFACPenalty` is what a training loop needs: `consolidate` after each task, and the penalty in the
+loss of later ones. `EKFACLinearOperator` is the Fisher matrix by itself, and
+`rotate_ewc.integrations.avalanche` has a plugin for Avalanche.
+"""
 
 from rotate_ewc.curvature.merge import merge
 from rotate_ewc.curvature.operator import EKFACLinearOperator

@@ -108,7 +108,7 @@ class Mode(Choice):
 
 
 class Weighting(Choice):
-    """What the tasks of a penalty weigh: `EXAMPLES` by their numbers of examples, or `UNIFORM`."""
+    """What the tasks of a penalty weigh: `EXAMPLES` by numbers of loss terms, or `UNIFORM`."""
 
     EXAMPLES = "examples"
     UNIFORM = "uniform"

@@ -104,9 +104,14 @@ def select_parameters(
         exclude: Shell-style patterns, none of which a name may match.
 
     Raises:
-        ValueError: If a pattern matches no parameter at all, or if nothing is left.
+        ValueError: If there are no parameters, a pattern matches none at all, or nothing is left.
     """
     named = named_parameters(model)
+    if not named:
+        raise ValueError(
+            f"model is {type(model).__name__}, which has no parameters; expected the model that "
+            f"was trained, and its loss after it"
+        )
     for argument, patterns in (("include", include), ("exclude", exclude)):
         unmatched = [p for p in patterns if not any(_matches(name, p) for name in named)]
         if unmatched:

@@ -40,7 +40,9 @@ def to_columns(other: Any, shapes: Mapping[str, torch.Size]) -> list[Tensor]:
 def from_columns(columns: Sequence[Tensor], like: Any) -> Any:
     """Turn columns back into the form of `like`."""
     if isinstance(like, Tensor):
-        return torch.cat([c.reshape(len(c), -1) for c in columns], dim=1).mT.reshape(like.shape)
+        return torch.cat(
+            [c.reshape(len(c), c.shape[1:].numel()) for c in columns], dim=1
+        ).mT.reshape(like.shape)
     if columns[0].ndim == like[0].ndim:
         return [column.movedim(0, -1) for column in columns]
     return [column[0] for column in columns]

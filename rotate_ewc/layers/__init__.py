@@ -1,8 +1,8 @@
-"""Layer families, a file each: how one use of a layer's parameters makes per-example gradients.
+"""How one use of a layer's parameters makes per-example gradients: a file for each family.
 
 In come the arguments of a torch function that uses parameters; out goes a `LayerCall`, which turns
 inputs and output gradients into the factors of per-example gradients, or into these themselves. To
-teach the package a layer, write a rule in the file of its family, and add it to `RULES`. Nothing
+teach the package a layer, write a rule in the file of its family, and add it to `LAYERS`. Nothing
 here may know of models, losses or data, or import from `tracing` or `estimation`.
 """
 
@@ -80,13 +80,14 @@ LAYERS: Final[Mapping[Callable[..., Any], Rule]] = {
 """Functions that take data as their input, and parameters."""
 
 RULES: Final[Mapping[Callable[..., Any], Rule]] = {**LAYERS, **_ELEMENTWISE, **_PICKING}
+"""All functions for which there is a rule."""
 
 BROADCASTING: Final[Mapping[Callable[..., Any], int]] = {
     **dict.fromkeys(_ELEMENTWISE, 0),
     **dict.fromkeys(_PRODUCTS, 2),
 }
-"""Functions to which a parameter and the same parameter expanded are the same, but for so many of
-the last axes."""
+"""Functions that give the same result for a parameter and for that parameter expanded, except in so
+many of its last axes."""
 
 SUPPORTED: Final = (
     "linear and (transposed) convolution layers, products and einsums with one parameter, "

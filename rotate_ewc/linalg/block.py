@@ -163,7 +163,9 @@ class Block:
     def _matrix(self, tensor: Tensor, columns: bool) -> Tensor:
         groups, d_out, _ = self.eigenvalues.shape
         count = tensor.shape[:1] if columns else ()
+        # Not left to `reshape`, which cannot tell it where there are no columns.
+        d_in = tensor.shape[len(count) :].numel() // (groups * d_out)
         # A bias, one column, is the same either way.
         if self.transposed:
-            return tensor.reshape(*count, groups, -1, d_out).mT
-        return tensor.reshape(*count, groups, d_out, -1)
+            return tensor.reshape(*count, groups, d_in, d_out).mT
+        return tensor.reshape(*count, groups, d_out, d_in)

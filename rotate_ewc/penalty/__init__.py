@@ -1,5 +1,7 @@
 """Elastic weight consolidation: what was learned, the penalty, and the updates that respect it.
 
-In come operators, anchors and a model's parameters; out go a scalar for the loss, or parameters
-moved in place. Nothing here may import a framework's integration or the command line.
+In come a model with its loss and data, after each task, and its parameters, on later ones; out go a
+scalar for the loss (`penalty`), or parameters moved in place (`proximal`, `tangent`, and
+`rotated_adam` with `rotation`). Nothing here may import a framework's integration or the command
+line.
 """

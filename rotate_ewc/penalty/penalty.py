@@ -49,10 +49,10 @@ from rotate_ewc.penalty.weighting import kept_weight, scale_of_penalty
 class EKFACPenalty(ConsolidatedTasks):
     """Elastic weight consolidation in a rotated basis.
 
-    After each task, `consolidate` estimates the Fisher matrix F_t at the solution θ*. On later
+    After each task, `consolidate` estimates the Fisher matrix F_t at the solution θ*_t. On later
     tasks, the penalty is added to the loss:
 
-        ½ · strength · Σ_t ω_t (θ - θ*)ᵀ F_t (θ - θ*),    ω_t = w_t · decay^(T - t) · M_t / M_now
+        ½ · strength · Σ_t ω_t (θ - θ*_t)ᵀ F_t (θ - θ*_t),   ω_t = w_t · decay^(T - t) · M_t / M_now
 
     for the T tasks of the past. With a mean loss and nothing else given (w_t = decay = 1), strength
     1 is Bayes' rule: M_t are the numbers of loss terms of the past tasks (what the mean divides by:
@@ -111,16 +111,16 @@ class EKFACPenalty(ConsolidatedTasks):
                 which is by numbers of loss terms) or `"uniform"`.
             decay: What the weights of earlier tasks are multiplied with whenever a task is
                 consolidated, from 0 to 1 (the γ of online EWC, Schwarz et al. 2018).
-            temperature: T, more than 0. The Fisher matrix is that of the outputs divided by T,
-                times T² to stay in proportion. Above 1 the predictions are softened, so that
+            temperature: More than 0. The Fisher matrix is that of the outputs divided by it, times
+                its square to stay in proportion. Above 1 the predictions are softened, so that
                 examples of which the model is sure count too; the strength can then be smaller.
             include: Patterns such as `"encoder.*"` for the names of the parameters to protect.
             exclude: Patterns for names to leave out, such as those of unsupported layers.
             strict: Whether a protected parameter that is missing, or smaller than it was, is an
                 error; otherwise it is left out, with a warning.
             settings: How Fisher matrices are estimated; None is all defaults.
-            **options: Single fields of `EstimationSettings`, such as `fisher_type="type2"`, which
-                replace those of `settings`.
+            **options: Single fields of `EstimationSettings`, where they are explained, such as
+                `fisher_type="type2"`; they replace those of `settings`.
 
         Raises:
             ValueError: If a value is out of range, naming the argument.
@@ -172,8 +172,8 @@ class EKFACPenalty(ConsolidatedTasks):
     ) -> None:
         """Remember a task: estimate its Fisher matrix at the current solution and fold it in.
 
-        The model, its gradients and modes, and the random states are left as they were; if anything
-        fails, so is the penalty.
+        The model, its gradients and modes, and the random states are left as they were. If anything
+        fails, the penalty is unchanged too.
 
         Args:
             model: The model at the end of the task.
@@ -276,7 +276,7 @@ class EKFACPenalty(ConsolidatedTasks):
         return self.scale * largest_curvature(self._stacks)
 
     def check_learning_rate(self, learning_rate: float) -> bool:
-        """Warn if gradient descent on the penalty diverges at a learning rate; say whether not."""
+        """Return whether gradient descent on the penalty converges at a rate, and warn if not."""
         learning_rate = as_non_negative_number("learning_rate", learning_rate)
         return warn_if_divergent(learning_rate, self.max_curvature, self.strength)
 

@@ -2,5 +2,5 @@
 
 In come a model's forward function, its parameters, a loss and the data; out go captured batches,
 each with the inputs of all uses, the gradients at their outputs, and a plan of the blocks that they
-make. Nothing here may sum over batches, or import from `estimation`, `curvature` or `penalty`.
+belong to. Nothing here may sum over batches, or import from `estimation`, `curvature` or `penalty`.
 """

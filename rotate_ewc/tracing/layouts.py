@@ -37,11 +37,12 @@ class Layouts:
 
     Attributes:
         seed: For the random vector.
-        remembered: The rows by program and number of examples; None where they were not certain.
+        remembered: The rows by program, number of examples and names of the uses; None where they
+            were not certain.
     """
 
     seed: int
-    remembered: dict[tuple[int, int], Layout | None] = field(default_factory=dict)
+    remembered: dict[tuple[object, ...], Layout | None] = field(default_factory=dict)
 
     def find(
         self,
@@ -68,7 +69,7 @@ class Layouts:
         """
         if num_examples == 1 or not recorded.uses:
             return of_one_example(recorded.uses), vectors, None
-        program = (recorded.program.key, num_examples)
+        program = (recorded.program.key, num_examples, *(use.name for use in recorded.uses))
         layout = self.remembered.get(program)
         if layout is not None:
             return layout, vectors, None

@@ -74,6 +74,13 @@ def test_singular_operator_has_minus_infinite_logdet(operator: EKFACLinearOperat
         operator.inverse(damping=-1)
 
 
+def test_no_columns(operator: EKFACLinearOperator) -> None:
+    matrix = torch.zeros(sum(shape.numel() for shape in operator.parameter_shapes.values()), 0)
+    assert (operator @ matrix).shape == matrix.shape
+    tensors = [torch.zeros(*shape, 0) for shape in operator.parameter_shapes.values()]
+    assert [t.shape for t in operator @ tensors] == [t.shape for t in tensors]
+
+
 def test_inverse(operator: EKFACLinearOperator) -> None:
     matrix = dense(operator)
     eye = torch.eye(len(matrix), dtype=torch.float64)

@@ -53,7 +53,7 @@ def test_parameters_as_a_matrix_and_back(layout: Layout) -> None:
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("count", [0, 1, 5])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_several_of_each_parameter(layout: Layout, count: int) -> None:
     """Gathered, rotated and back, they are what each is by itself, rotated by plain sums."""

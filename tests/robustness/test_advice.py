@@ -622,3 +622,9 @@ def test_calibration_needs_one_task() -> None:
     with torch.no_grad():
         predictions = net()(data()[0][0]).argmax(1)
     assert calibrated_strength(penalty, model, CE, [(data()[0][0], predictions)]) > 0
+
+
+def test_loss_before_the_model() -> None:
+    message = refusal(lambda: EKFACPenalty().consolidate(nn.MSELoss(), net(), data(6)))  # type: ignore[arg-type]
+    assert "model is MSELoss" in message
+    EKFACPenalty().consolidate(net(), nn.CrossEntropyLoss(), data(6))

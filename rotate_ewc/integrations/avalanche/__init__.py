@@ -1,7 +1,7 @@
-"""Avalanche: the plugin, and a ready strategy around it.
+"""Avalanche: the plugin, its metrics, and a ready strategy around it.
 
 `RotatedEWCPlugin` does for Avalanche's training loop what a loop of your own does with
-`EKFACPenalty`: it applies the penalty in every step and consolidates after every experience.
+`EKFACPenalty`: it applies the penalty in training, and consolidates when a task ends.
 """
 
 try:
