@@ -189,8 +189,8 @@ LAYERS: dict[str, tuple[Problem, ...]] = {
         stack((4, 5), models.sorted_rows, axes=(1,), label="[N, T, d]", separable=True),
     ),
     "sparse": (
-        stack((5,), LINEAR, models.neighbours, label="buffer and features"),
-        stack((4, 5), LINEAR, models.neighbours, axes=(1,), label="buffer and nodes"),
+        stack((5,), LINEAR, models.neighbours, label="features"),
+        stack((4, 5), LINEAR, models.neighbours, axes=(1,), label="nodes"),
         stack((5,), LINEAR, form=Tensor.to_sparse, label="inputs", separable=True),
     ),
     "unknown": (
