@@ -182,14 +182,13 @@ def sorted_rows() -> Apply:
 
 def neighbours() -> Apply:
     """Multiply the second axis with a sparse matrix, a buffer."""
-
-    def forward(own: Any, x: Tensor) -> Tensor:
-        first = x.movedim(1, 0)
-        summed: Tensor = own.matrix @ first.flatten(1)
-        return summed.view(first.shape).movedim(0, 1)
-
-    matrix = torch.eye(4) + 0.5 * torch.eye(4).roll(1, dims=0)
-    return Apply(forward, matrix=matrix.to_sparse())
+    matrix = (torch.eye(4) + 0.5 * torch.eye(4).roll(1, dims=0)).to_sparse()
+    return Apply(
+        lambda own, x: (
+            (own.matrix @ x.movedim(1, 0).flatten(1)).unflatten(1, x[:, 0].shape).movedim(0, 1)
+        ),
+        matrix=matrix,
+    )
 
 
 def token_before() -> Apply:
