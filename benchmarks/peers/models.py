@@ -1,6 +1,6 @@
 """The parts that the models of the rows are made of, besides those of PyTorch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,18 +14,19 @@ Layers = Callable[[Activation], list[nn.Module]]
 
 
 class Apply(nn.Module):
-    """A function of an input and of parts: modules and parameters."""
+    """A function of an input and of parts: modules, parameters and buffers."""
 
-    def __init__(
-        self, function: Callable[[Any, Tensor], Tensor], **parts: nn.Module | nn.Parameter
-    ) -> None:
+    def __init__(self, function: Callable[[Any, Any], Tensor], **parts: nn.Module | Tensor) -> None:
         """Keep the function, and the parts as attributes for it to use."""
         super().__init__()
         self.function = function
         for name, part in parts.items():
-            setattr(self, name, part)
+            if isinstance(part, nn.Module | nn.Parameter):
+                setattr(self, name, part)
+            else:
+                self.register_buffer(name, part)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Tensor:
         """Call the function with this module, which has the parts, and the input."""
         return self.function(self, x)
 
@@ -132,6 +133,80 @@ def positional() -> Apply:
     """Add a learned vector to every position, as transformers do."""
     table = nn.Embedding(3, 4)
     return Apply(lambda own, x: x + own.table(torch.arange(x.shape[1])), table=table)
+
+
+def as_graphs(x: Tensor) -> dict[str, Tensor]:
+    """The rows of ``[N, T, d]`` that are no padding, by a feature, and how many are whose."""
+    kept = (x[..., 0] > 0).index_fill(1, torch.tensor(0), value=True)
+    return {"sizes": kept.sum(dim=1), "rows": x[kept]}
+
+
+def summed_rows() -> Apply:
+    """A Linear on the rows of graphs, or of padded inputs without the padding, and their sums."""
+
+    def forward(own: Any, x: Tensor | Mapping[str, Tensor]) -> Tensor:
+        graphs = x if isinstance(x, Mapping) else as_graphs(x)
+        sums = graphs["rows"].new_zeros(len(graphs["sizes"]), 4)
+        owners = torch.repeat_interleave(graphs["sizes"])
+        return sums.index_add(0, owners, own.layer(graphs["rows"]))
+
+    return Apply(forward, layer=nn.Linear(5, 4))
+
+
+def experts() -> Apply:
+    """Every row goes to the two of three Linear modules that a gate prefers."""
+
+    def forward(own: Any, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        weights, chosen = own.gate(rows).softmax(dim=1).topk(2)
+        found = torch.zeros_like(rows)
+        for number, expert in enumerate(own.experts):
+            row, place = torch.where(chosen == number)
+            found = found.index_add(0, row, expert(rows[row]) * weights[row, place, None])
+        return found.view_as(x)
+
+    modules = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    return Apply(forward, gate=nn.Linear(4, 3), experts=modules)
+
+
+def sorted_rows() -> Apply:
+    """A Linear on rows sorted by a feature, which are then put back into their places."""
+
+    def forward(own: Any, x: Tensor) -> Tensor:
+        order = x[..., 0].flatten().argsort()
+        found: Tensor = own.layer(x.flatten(0, -2)[order])[order.argsort()]
+        return found.view(*x.shape[:-1], -1)
+
+    return Apply(forward, layer=nn.Linear(5, 4))
+
+
+def neighbours() -> Apply:
+    """Multiply the second axis with a sparse matrix, a buffer."""
+    matrix = (torch.eye(4) + 0.5 * torch.eye(4).roll(1, dims=0)).to_sparse()
+    return Apply(
+        lambda own, x: (
+            (own.matrix @ x.movedim(1, 0).flatten(1)).unflatten(1, x[:, 0].shape).movedim(0, 1)
+        ),
+        matrix=matrix,
+    )
+
+
+def token_before() -> Apply:
+    """Put a learned token before those of the data."""
+    return Apply(
+        lambda own, x: torch.cat([own.token.expand(len(x), -1, -1), x], dim=1),
+        token=nn.Parameter(torch.randn(1, 1, 4)),
+    )
+
+
+def relative_bias() -> Apply:
+    """Attention between three positions, with a bias looked up by their distance, as in Swin."""
+    places = torch.arange(3)
+    return Apply(
+        lambda own, x: (x @ x.mT + own.table[own.index]).softmax(dim=-1) @ x,
+        table=nn.Parameter(torch.randn(5)),
+        index=places[:, None] - places + 2,
+    )
 
 
 def batch_norm(kind: Callable[[int], nn.Module], width: int) -> nn.Module:

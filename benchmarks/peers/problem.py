@@ -13,7 +13,7 @@ from benchmarks.peers.models import Layers
 
 Fisher = Literal["type2", "empirical"]
 Targets = Literal["classes", "some ignored", "probabilities", "numbers", "bits"]
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Tensor]
 
 DTYPE = torch.float64
 
@@ -27,6 +27,8 @@ class Problem:
     input_shape: tuple[int, ...]  # shape of one input
     label: str = ""  # what sets the problem apart from the others of its row
     vocabulary: int | None = None  # if given, inputs are whole numbers below it
+    # Makes what the model takes of inputs ``[B, *]``.
+    form: Callable[[Tensor], Any] = field(default=lambda inputs: inputs)
     output_shape: tuple[int, ...] = (3,)  # shape of one row of the outputs, classes first
     rows: int = 1  # consecutive rows of outputs and targets that belong to one example
     # Makes the loss from its reduction.
@@ -91,7 +93,7 @@ class Problem:
         """The parameters that are estimated."""
         return [model.get_parameter(name) for name in self.names(model)]
 
-    def data(self) -> Batch:
+    def data(self) -> tuple[Tensor, Tensor]:
         """All inputs ``[N, *]`` and targets ``[N, rows, *]``, whether or not a batch has them."""
         generator = torch.Generator().manual_seed(2)
         shape = (self.examples, *self.input_shape)
@@ -119,26 +121,25 @@ class Problem:
         return numbers.softmax(2) if self.targets == "probabilities" else numbers
 
     def seen(self) -> list[Batch]:
-        """Single examples, inputs ``[1, *]`` and targets ``[rows, *]``: those that batches have."""
+        """Single examples: formed inputs ``[1, *]`` and targets ``[rows, *]`` that batches have."""
         inputs, targets = self.data()
         kept = self.examples - (self.examples % self.batch_size if self.drop_last else 0)
-        return [(inputs[n : n + 1], targets[n]) for n in range(kept)]
+        return [(self.form(inputs[n : n + 1]), targets[n]) for n in range(kept)]
 
-    def loader(self) -> "DataLoader[Any]":
-        """The batches: inputs ``[B, *]`` and targets ``[B * rows, *]``, in a fixed order."""
+    def loader(self, collate: Callable[..., Any] | None = None) -> "DataLoader[Any]":
+        """The batches: formed inputs ``[B, *]`` and targets ``[B * rows, *]``, in a fixed order."""
         return DataLoader(
             TensorDataset(*self.data()),
             batch_size=self.batch_size,
             drop_last=self.drop_last,
-            collate_fn=collate,
+            collate_fn=collate or self.collate,
         )
 
     def batches(self) -> "DataLoader[Any] | Iterator[Batch]":
         """The loader, or an iterator over it that is used up after one pass."""
         return iter(list(self.loader())) if self.one_shot else self.loader()
 
-
-def collate(examples: list[Batch]) -> Batch:
-    """Stack inputs, and join the rows of all targets."""
-    inputs, targets = zip(*examples, strict=True)
-    return torch.stack(inputs), torch.cat(targets)
+    def collate(self, examples: list[Batch]) -> Batch:
+        """Stack and form inputs, and join the rows of all targets."""
+        inputs, targets = zip(*examples, strict=True)
+        return self.form(torch.stack(inputs)), torch.cat(targets)

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.peers import models
 from benchmarks.peers.models import Layers, batch_norm, mean_over, swap
@@ -17,6 +17,11 @@ Module = Callable[[], nn.Module]
 # --------------------------------------------------------------------------- layers
 
 FALL_BACK = {"rotate-ewc": {"unsupported": "diagonal"}}
+OF_GRAPHS = {
+    "curvlinops-for-pytorch": {"batch_size_fn": lambda batch: len(batch["sizes"])},
+    "laplace-torch": {"dict_key_x": "sizes"},
+}
+FROZEN = ("2.weight", "2.bias", "5.weight", "5.bias")
 OF_ENCODER = ("0.linear1", "0.linear2")
 OF_DECODER = ("0.layer.linear1", "0.layer.linear2")
 
@@ -27,7 +32,8 @@ def tracked(*modules: str) -> dict[str, dict[str, list[str]]]:
 
 
 LINEAR, BATCH_NORM = partial(nn.Linear, 5, 4), partial(batch_norm, nn.BatchNorm1d, 4)
-SWAP = partial(swap, 0, 1)
+SWAP, BAG = partial(swap, 0, 1), partial(nn.EmbeddingBag, 6, 4, mode="sum")
+AFTER_TOKEN = (models.token_before, models.mix, partial(nn.Linear, 4, 4))
 
 
 def with_head(
@@ -85,6 +91,7 @@ def tokens(shape: tuple[int, int], label: str, *modules: Module, **options: Any)
     return stack(shape, *modules, axes=(1,), activate=False, label=label, **options)
 
 
+ragged = partial(stack, (4, 5), models.summed_rows, separable=True)
 LAYERS: dict[str, tuple[Problem, ...]] = {
     "linear": (stack((5,), LINEAR, separable=True),),
     "linear-leading-axes": tuple(
@@ -164,11 +171,31 @@ LAYERS: dict[str, tuple[Problem, ...]] = {
         stack((5,), models.product, label="`@`", separable=True),
     ),
     "elementwise": (normed(models.scale_shift),),
+    "concatenated": (
+        stack((3, 4), *AFTER_TOKEN, axes=(1,), label="class token"),
+        stack((3, 4), *AFTER_TOKEN, axes=(1,), label="prompt, the rest frozen", left_out=FROZEN),
+    ),
+    "indexed": (stack((3, 5), LINEAR, models.relative_bias, axes=(1,)),),
+    "ragged": (
+        ragged(label="padding removed"),
+        ragged(label="graphs", form=models.as_graphs, settings=OF_GRAPHS),
+    ),
+    "routed": (
+        stack((4,), models.experts, label="[N, d]"),
+        stack((4, 4), models.experts, axes=(1,), label="[N, T, d]"),
+    ),
+    "sorted": (
+        stack((5,), models.sorted_rows, label="[N, d]", separable=True),
+        stack((4, 5), models.sorted_rows, axes=(1,), label="[N, T, d]", separable=True),
+    ),
+    "sparse": (
+        stack((5,), LINEAR, models.neighbours, label="features"),
+        stack((4, 5), LINEAR, models.neighbours, axes=(1,), label="nodes"),
+        stack((5,), LINEAR, form=Tensor.to_sparse, label="inputs", separable=True),
+    ),
     "unknown": (
         tokens((3, 3), "`LSTM`", models.lstm, settings=FALL_BACK),
-        stack(
-            (5,), LINEAR, partial(nn.PReLU, 4), activate=False, label="`PReLU`", settings=FALL_BACK
-        ),
+        stack((3,), BAG, vocabulary=6, label="`EmbeddingBag`", settings=FALL_BACK),
     ),
 }
 

@@ -16,7 +16,7 @@ from benchmarks.peers.document import cell
 from benchmarks.peers.exact import DenseMatrix, exact_matrix, mean_divisor
 from benchmarks.peers.measure import Record, measure
 from benchmarks.peers.problem import Problem
-from benchmarks.peers.problems import PLAIN
+from benchmarks.peers.problems import PLAIN, PROBLEMS
 from benchmarks.peers.row import Question, Row
 from benchmarks.peers.verdict import (
     BlockEstimate,
@@ -73,6 +73,16 @@ def test_only_what_batches_hold_counts() -> None:
     assert [len(x) for x, _ in problem.loader()] == [3, 3]
     assert len(problem.seen()) == 6
     assert mean_divisor(problem) == pytest.approx(6)
+
+
+def test_graphs_are_padded_inputs_without_the_padding() -> None:
+    padded, graphs = PROBLEMS["ragged"]
+    batches = [inputs for inputs, _ in graphs.loader()]
+    assert [len(batch["sizes"]) for batch in batches] == [3, 3]
+    assert [len(batch["rows"]) for batch in batches] == [int(b["sizes"].sum()) for b in batches]
+    assert len({size for batch in batches for size in batch["sizes"].tolist()}) > 1
+    expected = exact_matrix(padded, "type2").matrix
+    torch.testing.assert_close(exact_matrix(graphs, "type2").matrix, expected)
 
 
 def test_blocks_are_cut_in_the_order_of_the_names() -> None:

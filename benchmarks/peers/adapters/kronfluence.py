@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.peers.adapters.adapter import Adapter, Mode, canonical_names, whole_layers
-from benchmarks.peers.problem import DTYPE, Problem, collate
+from benchmarks.peers.problem import DTYPE, Problem
 from benchmarks.peers.verdict import BlockEstimate, NotOffered
 
 FACTORS = "factors"
@@ -77,12 +77,12 @@ def _analyzer(
 def _fit(analyzer: Any, problem: Problem) -> None:
     """Fit all factors."""
     arguments = import_module("kronfluence.arguments")
-    settings = import_module("kronfluence.utils.dataset").DataLoaderKwargs(collate_fn=collate)
+    loader = import_module("kronfluence.utils.dataset").DataLoaderKwargs
     analyzer.fit_all_factors(
         factors_name=FACTORS,
         dataset=TensorDataset(*problem.data()),
         per_device_batch_size=problem.batch_size,
-        dataloader_kwargs=settings,
+        dataloader_kwargs=loader(collate_fn=problem.collate),
         factor_args=arguments.FactorArguments(
             strategy="ekfac",
             use_empirical_fisher=True,

@@ -1,5 +1,6 @@
 """laplace-torch: the diagonal and the Kronecker-factored posterior precision of all weights."""
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers.adapters.adapter import Adapter, Mode, has_options, single_blocks
 from benchmarks.peers.exact import mean_divisor
-from benchmarks.peers.problem import Problem
+from benchmarks.peers.problem import Batch, Problem
 from benchmarks.peers.verdict import BlockEstimate, NotOffered, Structure
 from benchmarks.speed import names
 from benchmarks.speed.cases import Estimate, Workload
@@ -81,7 +82,12 @@ def _fitted(problem: Problem, mode: Mode, model: nn.Module) -> tuple[Any, float]
     if problem.one_shot:
         raise NotOffered("data are a DataLoader")
     laplace, unit = _unfitted(problem, mode, model)
-    laplace.fit(problem.loader())
+
+    def joined(examples: list[Batch]) -> Any:
+        inputs, labels = problem.collate(examples)
+        return {**inputs, "labels": labels} if isinstance(inputs, Mapping) else (inputs, labels)
+
+    laplace.fit(problem.loader(joined))
     return laplace, unit
 
 
@@ -94,7 +100,9 @@ def _unfitted(problem: Problem, mode: Mode, model: nn.Module) -> tuple[Any, floa
     likelihood, unit = LIKELIHOODS[type(loss)]
     structure = "kron" if mode.structure is Structure.KRON else "diag"
     # Passed on to the backend's factors, whatever the name of the argument says.
-    extra = {"asdl_fisher_kwargs": {"kfac_approx": "reduce"}} if structure == "kron" else {}
+    extra: dict[str, Any] = dict(problem.settings.get("laplace-torch", {}))
+    if structure == "kron":
+        extra["asdl_fisher_kwargs"] = {"kfac_approx": "reduce"}
     laplace = import_module("laplace").Laplace(
         model, likelihood, subset_of_weights="all", hessian_structure=structure, **extra
     )

@@ -68,6 +68,8 @@ class NNGeometry(Adapter):
         """The matrix, its layers, and the factor to the scale of the loss."""
         if problem.one_shot:
             raise NotOffered("data are a DataLoader or one batch")
+        if not isinstance(problem.seen()[0][0], Tensor):
+            raise NotOffered("the first of a batch is a tensor with a row for every example")
         objects = import_module("nngeometry.object")
         if problem.left_out:
             layers = _collect(model, map(model.get_submodule, whole_layers(model)))

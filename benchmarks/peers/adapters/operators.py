@@ -117,6 +117,7 @@ class Curvlinops(RotateEWC):
             kfac_approx="expand",
             # It would count the entries of the targets, which are more where they are soft.
             num_per_example_loss_terms=problem.loss_terms,
+            **problem.settings.get(self.package, {}),
         )
 
     def estimate(self, problem: Problem, mode: Mode, model: nn.Module) -> list[BlockEstimate]:
