@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -99,14 +99,16 @@ class Constants:
 NO_CONSTANTS: Final = Constants()
 
 
-def _held_by(attribute: object) -> list[Tensor]:
-    """Return the tensor that an attribute is, or those right in it: deeper there may be no end."""
-    values: Iterable[object] = (attribute,)
-    if isinstance(attribute, Mapping):
-        values = attribute.values()
-    elif isinstance(attribute, (tuple, list)):
-        values = attribute
-    return [value for value in values if isinstance(value, Tensor)]
+def _held_by(attribute: object) -> Iterator[Tensor]:
+    """Yield the tensors in an attribute, which may be a collection that holds itself."""
+    waiting, seen = [attribute], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (Mapping, tuple, list)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(value.values() if isinstance(value, Mapping) else value)
 
 
 @dataclass(frozen=True)

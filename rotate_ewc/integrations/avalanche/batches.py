@@ -81,7 +81,7 @@ def check_steps(strategy: Any, minibatches: Minibatches) -> None:
     likelihood_of(strategy._criterion)
     if not _has_own(strategy, _OWN_STEPS):
         return
-    with preserved(strategy), undisturbed(strategy.model, ()), torch.no_grad():
+    with preserved(strategy), undisturbed(strategy.model.modules(), ()), torch.no_grad():
         for minibatch, targets in minibatches:
             outputs = outputs_for(strategy, minibatch)
             if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
