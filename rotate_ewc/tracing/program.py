@@ -42,6 +42,10 @@ _MULTIPLYING: Final = frozenset(
 )
 # Of these, those that multiply one matrix after another along the first axis.
 _BATCHED: Final = frozenset({"bmm", "baddbmm", "matmul", "__matmul__", "__rmatmul__"})
+# Where rows go may be told by a mask of data with two axes of examples.
+_MASKING: Final = frozenset(
+    {"mul", "multiply", "where", "masked_fill", "add", "sub", "div", "scaled_dot_product_attention"}
+)
 
 
 class Program:
@@ -56,18 +60,25 @@ class Program:
         self.key = 0
         self._indexes = False
         self._factors: set[torch.Size] = set()
+        self._masks: set[tuple[torch.Size, bool]] = set()
 
     def indexes_by_data(self, num_examples: int) -> bool:
         """Whether rows may be moved by what the data are, and not by their shapes alone.
 
-        Matrices of data for each example move no rows from one to another, such as the frozen keys
-        of an attention layer.
+        Matrices and masks of data for each example move no rows from one to another, such as the
+        frozen keys of an attention layer, or a mask of padding.
 
         Args:
             num_examples: Number of examples in the batch.
         """
-        return self._indexes or any(
+        if self._indexes or any(
             shape[0] % num_examples or num_examples in shape[1:] for shape in self._factors
+        ):
+            return True
+        return any(
+            sum(size % num_examples == 0 for size in shape) > 1
+            for shape, of_each in self._masks
+            if not (of_each and shape[0] == num_examples)
         )
 
     def note(
@@ -93,17 +104,28 @@ class Program:
         self.key = hash((self.key, func, _described(args), _described(kwargs)))
         if not varying or self._indexes:
             return
-        factors = [t for t in varying if not t.requires_grad] if name in _MULTIPLYING else []
-        if factors and len(factors) < len(varying) and _is_batched(name, varying):
-            self._factors.update(t.shape for t in factors)
+        of_data = [t for t in varying if not t.requires_grad]
+        mixed = 0 < len(of_data) < len(varying)
+        if mixed and name in _BATCHED and _is_batched(varying):
+            self._factors.update(t.shape for t in of_data)
         else:
-            self._indexes = _indexes(name, varying)
+            if mixed and name in _MASKING:
+                self._masks.update((t.shape, _is_batched(varying)) for t in of_data)
+            # What is indexed may be a mask itself.
+            is_first = bool(args) and varying[0] is args[0] and name != "where"
+            self._indexes = _indexes(name, varying, varying[1:] if is_first else varying)
         if name in ("__getitem__", "__setitem__"):
             self._indexes = self._indexes or _slices_by_tensors(args[1])
 
 
-def _indexes(name: str, varying: Sequence[Tensor]) -> bool:
-    """Whether a function moves rows by what is in tensors that depend on the data."""
+def _indexes(name: str, varying: Sequence[Tensor], indices: Sequence[Tensor]) -> bool:
+    """Whether a function moves rows by what is in tensors that depend on the data.
+
+    Args:
+        name: The function's name.
+        varying: The tensors.
+        indices: Those of them that may tell where rows go.
+    """
     if name in _SORTING or name in _SELECTING or any(t.layout != torch.strided for t in varying):
         return True
     if name in _MULTIPLYING:
@@ -112,16 +134,16 @@ def _indexes(name: str, varying: Sequence[Tensor]) -> bool:
         return True
     if name not in _INDEXING:
         return False
-    if any(t.dtype in (torch.bool, torch.uint8) for t in varying):
+    if any(t.dtype in (torch.bool, torch.uint8) for t in indices):
         # Rows of a parameter too; but a mask that selects from one tensor moves nothing.
         return name != "where" or len(varying) > 2
     return len(varying) > 1 and not all(t.dtype.is_floating_point for t in varying)
 
 
-def _is_batched(name: str, varying: Sequence[Tensor]) -> bool:
-    """Whether a product multiplies one matrix after another, as many of each tensor."""
-    same = len({tensor.shape[0] for tensor in varying if tensor.ndim > 2}) == 1
-    return same and name in _BATCHED and all(tensor.ndim > 2 for tensor in varying)
+def _is_batched(varying: Sequence[Tensor]) -> bool:
+    """Whether all tensors hold matrices, and as many of them."""
+    many = all(tensor.ndim > 2 for tensor in varying)
+    return many and len({(tensor.ndim, tensor.shape[0]) for tensor in varying}) == 1
 
 
 def _slices_by_tensors(index: Any) -> bool:

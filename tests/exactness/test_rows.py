@@ -433,6 +433,44 @@ def test_attention_with_frozen_keys_is_regular() -> None:
     check(Model(use, **layers()), plain(4, 7), "empirical")
 
 
+def test_masks_of_the_whole_batch_move_rows() -> None:
+    """By arithmetic alone, before a layer and again after it; in later batches, other rows."""
+
+    def use(model: Model, x: Tensor) -> Tensor:
+        largest = (x[:, 0] == x[:, 0].max()).to(x)
+        step = largest - largest.roll(1)
+        order = torch.eye(len(x), dtype=x.dtype) - step[:, None] * step
+        hidden = model.first((order[:, :, None] * x).sum(dim=1)).tanh()
+        return model.last((order[:, :, None] * hidden).sum(dim=1) * model.first(x))
+
+    batches = [(x.roll(i, 0), y) for i, (x, y) in enumerate(plain(1) * 3)]
+    check(Model(use, **layers()), batches, "empirical")
+
+
+def test_masks_that_let_examples_mix_in_a_later_batch() -> None:
+    def use(model: Model, x: Tensor) -> Tensor:
+        near = (x[:, None, 0] - x[None, :, 0]).abs() < 1e-3
+        hidden = model.first(x)
+        scores = (hidden @ hidden.T).masked_fill(~near, -torch.inf)
+        return model.last(scores.softmax(dim=1) @ hidden)
+
+    (x, y), (other, z) = plain(2)
+    other[1, 0] = other[0, 0]
+    with pytest.raises(ValueError, match=r"batch 1 .* depend on other examples' values"):
+        backward_passes(Model(use, **layers()), [(x, y), (other, z)], fisher_type="empirical")
+
+
+def test_masks_of_padding_are_regular() -> None:
+    def use(model: Model, x: Tensor) -> Tensor:
+        kept = (x[..., 0] > -1)[:, None, None]
+        hidden = model.first(x)[:, None]
+        attended = F.scaled_dot_product_attention(hidden, hidden, hidden, attn_mask=kept)
+        scores = (hidden @ hidden.mT).masked_fill(~kept, -10.0).softmax(dim=3)
+        return model.last((attended + scores @ hidden)[:, 0].mean(dim=1))
+
+    assert backward_passes(Model(use, **layers()), plain(4, 10), fisher_type="empirical") == 2 + 4
+
+
 def test_matrices_of_data_for_the_whole_batch() -> None:
     """They swap two of the examples, in a later batch, before a layer and again after it."""
 

@@ -85,7 +85,7 @@ def test_another_name_leaves_the_new_layer_free() -> None:
     new.add_module("0", model[0])
     new.add_module("head", nn.Linear(6, 5))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="parameter '1.*is missing in the model")
+        warnings.filterwarnings("ignore", message="parameters '1.*are missing in the model")
         value = penalty(new)
     assert value.item() == 0.0
     value.backward()
