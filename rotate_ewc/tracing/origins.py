@@ -187,6 +187,12 @@ class Origins:
         constant = self._constants.get(id(tensor))
         return constant is not None and constant.blank
 
+    def may_vary(self, tensor: Tensor) -> bool:
+        """Whether a tensor may hold data, or something for each example."""
+        if self.is_parameter(tensor):
+            return False
+        return not self.is_constant(tensor) or self.is_blank(tensor)
+
     def hold_constant(self, tensor: Tensor, *, blank: bool = False) -> None:
         """Note that a tensor does not depend on the data."""
         self._constants[id(tensor)] = _Constant(tensor, version_of(tensor), blank)

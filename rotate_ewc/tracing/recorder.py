@@ -209,11 +209,7 @@ class Recorder(TorchFunctionMode):
         kwargs, known = kwargs or {}, self._origins
         tensors = list(tensors_in((args[:1] or kwargs) if func in LIKE else (args, kwargs)))
         parameters = {id(t): t for t in tensors if known.is_parameter(t)}
-        varying = [
-            t
-            for t in tensors
-            if id(t) not in parameters and (not known.is_constant(t) or known.is_blank(t))
-        ]
+        varying = [t for t in tensors if known.may_vary(t)]
         self.program.note(func, args, kwargs, varying)
         fixed = all(map(known.is_constant, varying))
         if not parameters:
