@@ -108,14 +108,16 @@ class Program:
         mixed = 0 < len(of_data) < len(varying)
         if mixed and name in _BATCHED and _is_batched(varying):
             self._factors.update(t.shape for t in of_data)
-        else:
-            if mixed and name in _MASKING:
-                self._masks.update((t.shape, _is_batched(varying)) for t in of_data)
-            # What is indexed may be a mask itself.
-            is_first = bool(args) and varying[0] is args[0] and name != "where"
-            self._indexes = _indexes(name, varying, varying[1:] if is_first else varying)
-        if name in ("__getitem__", "__setitem__"):
-            self._indexes = self._indexes or _slices_by_tensors(args[1])
+            return
+        if mixed and name in _MASKING:
+            self._masks.update((t.shape, _is_batched(varying)) for t in of_data)
+        # What is indexed may be a mask itself.
+        is_first = bool(args) and varying[0] is args[0] and name != "where"
+        self._indexes = (
+            (mixed and name in _MULTIPLYING)
+            or _indexes(name, varying, varying[1:] if is_first else varying)
+            or (name in ("__getitem__", "__setitem__") and _slices_by_tensors(args[1]))
+        )
 
 
 def _indexes(name: str, varying: Sequence[Tensor], indices: Sequence[Tensor]) -> bool:
@@ -128,8 +130,6 @@ def _indexes(name: str, varying: Sequence[Tensor], indices: Sequence[Tensor]) ->
     """
     if name in _SORTING or name in _SELECTING or any(t.layout != torch.strided for t in varying):
         return True
-    if name in _MULTIPLYING:
-        return any(t.requires_grad for t in varying) and not all(t.requires_grad for t in varying)
     if name in _SHAPING and any(t.ndim == 0 and not t.dtype.is_floating_point for t in varying):
         return True
     if name not in _INDEXING:
