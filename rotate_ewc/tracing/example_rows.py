@@ -211,7 +211,6 @@ def find_example_rows(
 
     Returns:
         The rows. If those of a use lie on an axis, evenly spaced, they come as an `ExampleAxis`.
-
     """
     with without_autocast(vector.device):
         owners = _owners(recorded, num_examples, vector, before, free_graph=free_graph)

@@ -132,14 +132,13 @@ class ForwardPass:
     computed: Mapping[str, Computed]
     unsupported: frozenset[str]
     program: Program
+    took_blank: bool
 
     def sources(self, use: Use) -> frozenset[str]:
         """Return the names of the parameters in a use, or of those that they are computed from."""
         names = [name for name in (use.weight, use.bias) if name is not None]
         found = [self.computed[n].sources if n in self.computed else {n} for n in names]
         return frozenset[str]().union(*found)
-
-    took_blank: bool = False
 
     def gradients(self, vector: Tensor, *, last: bool) -> list[Tensor]:
         """Back-propagate one output vector.
