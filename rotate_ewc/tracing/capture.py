@@ -220,11 +220,7 @@ class BatchCapturer:
         self._check_terms(outputs, num_examples)
         normalizer = float(self.likelihood.num_terms(outputs, targets))
         vectors = self._vectors(outputs, targets, num_examples, generator)
-        layout, vectors, known = self._layout(recorded, inputs, num_examples, vectors)
-        if None in layout.rows and recorded.took_blank and not self.constants.made_are_shared:
-            shared = self._with_shared(inputs, num_examples, vectors)
-            if shared is not None:
-                recorded, (layout, vectors, known) = shared
+        recorded, (layout, vectors, known) = self._located(recorded, inputs, num_examples, vectors)
         self._check_layout(recorded, layout, num_examples)
         captured = self._without_gradients(recorded, layout, normalizer, num_examples)
         without_rule = self._per_example_parameters() if with_squares else {}
@@ -276,6 +272,18 @@ class BatchCapturer:
             constants=self.constants.without(inputs),
             unsupported=self.settings.unsupported,
         )
+
+    def _located(
+        self, recorded: ForwardPass, inputs: Any, num_examples: int, vectors: Iterator[Tensor]
+    ) -> tuple[ForwardPass, FoundLayout]:
+        """Return a forward pass with the examples' rows in it; another one where that has them."""
+        found = self._layout(recorded, inputs, num_examples, vectors)
+        layout, vectors, _ = found
+        if None in layout.rows and recorded.took_blank and not self.constants.made_are_shared:
+            shared = self._with_shared(inputs, num_examples, vectors)
+            if shared is not None:
+                return shared
+        return recorded, found
 
     def _layout(
         self, recorded: ForwardPass, inputs: Any, num_examples: int, vectors: Iterator[Tensor]
