@@ -163,7 +163,8 @@ def _adagrad(group: Options, state: State) -> StepSize:
 
 def _adadelta(group: Options, state: State) -> StepSize:
     moved, average = (_tensor(state, name) + group["eps"] for name in ("acc_delta", "square_avg"))
-    return _rate(group) * (moved.sqrt() / average.sqrt())
+    ratio: Tensor = moved.sqrt() / average.sqrt()
+    return ratio * _rate(group)
 
 
 def _rmsprop(group: Options, state: State) -> StepSize:
