@@ -54,7 +54,7 @@ CASES: dict[str, Case] = {
     "adadelta": (Adadelta, {"lr": 3.0, "rho": 0.7, "eps": 1e-2}),
     "adadelta-decay": (Adadelta, {"lr": 3.0, "weight_decay": 0.3, "foreach": True}),
     "rmsprop": (RMSprop, {"lr": 0.05, "alpha": 0.8}),
-    "rmsprop-momentum": (RMSprop, {"lr": 0.02, "momentum": 0.5, "weight_decay": 0.3}),
+    "rmsprop-momentum": (RMSprop, {"lr": 0.02, "momentum": 0.5, "weight_decay": 0.3, "alpha": 0.8}),
     "rmsprop-centered": (RMSprop, {"lr": 0.02, "centered": True, "eps": 1e-2}),
 }
 
