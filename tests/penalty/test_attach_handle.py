@@ -672,7 +672,7 @@ def test_gradient_scaler(update: str, kind: type[Optimizer], fused: bool, overfl
         draw(twin, step)
         scaler.scale(torch.ones(()))
         for p in model.parameters():
-            p.grad.mul_(1024.0)
+            p.grad.mul_(scaler.get_scale())
         if overflow and step == 1:
             model[0].weight.grad[0, 0] = math.inf
             before = flat(model)
