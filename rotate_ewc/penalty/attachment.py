@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import wraps
+from inspect import ismethod, unwrap
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -78,9 +79,12 @@ class Attachment:
         _check_cadence(every, self.update, rule, self.optimizer)
         self._update = make_update(self.update, penalty, rule, every)
         self._step: Step | None = None
+        # A compiled step runs them as they were written.
+        disable: Callable[[Any], Any] = torch.compiler.disable
+        before, after = disable(self._before), disable(self._after)
         self._hooks: tuple[RemovableHandle, ...] = (
-            self.optimizer.register_step_pre_hook(self._before),
-            self.optimizer.register_step_post_hook(self._after),
+            self.optimizer.register_step_pre_hook(before),
+            self.optimizer.register_step_post_hook(after),
         )
         self._guard = _guarded(self.optimizer, self._undo)
         self.optimizer.step = self._guard  # type: ignore[method-assign]
@@ -290,7 +294,8 @@ def _check_optimizer(optimizer: Optimizer, update: UpdateKind) -> StepRule | Non
             f"expected another one, or add penalty(model) to the loss"
         )
     hooks = optimizer._optimizer_step_pre_hooks.values()
-    if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks):
+    owners = (unwrap(hook, stop=ismethod) for hook in hooks)
+    if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in owners):
         raise ValueError(
             "the optimizer has a penalty attached already; expected one without: call detach() of "
             "the handle that attach returned"

@@ -100,4 +100,5 @@ def without_rounding_errors(rotated: Tensor) -> Tensor:
     return rotated.masked_fill(squares < known, 0.0)
 
 
+# In float32, with bases of up to 784 columns, errors of one half were the rule.
 _UNITS: Final = 8.0

@@ -265,3 +265,21 @@ def test_closures_are_evaluated_where_the_model_is(update: str, keyword: bool) -
         CE(twin(inputs), targets).backward()
         assert reference.step() is None
     assert torch.equal(flat(model), flat(twin))
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [(SGD, 1e-9), (Adam, 1e-4)])
+def test_compiled_steps(kind: type[Optimizer], tolerance: float) -> None:
+    """Compiled, Adam counts its steps in single precision."""
+    model, penalty = consolidated("plain", 1)
+    oracle, start = dense(penalty, model, kind, {"lr": 0.1}), flat(model)
+    optimizer = kind(model.parameters(), lr=0.1)
+    penalty.attach(optimizer, model)
+
+    @torch.compile(backend="eager")
+    def take() -> None:
+        optimizer.step()
+
+    for step in range(3):
+        expected = advance(oracle, draw(model, step), 2.5 / 9)
+        take()
+    assert_close(flat(model) - start, expected - start, tolerance)
