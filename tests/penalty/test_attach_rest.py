@@ -146,26 +146,31 @@ def test_rules_tell_the_step_of_a_constant_gradient(case: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0.0)
 
 
+@pytest.mark.parametrize("steps", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [6, 60])
 @pytest.mark.parametrize("kind", [SGD, Adam])
-def test_dead_inputs_stay_where_they_are(kind: type[Optimizer]) -> None:
-    """Rounding errors of gradients that are exactly zero are no gradients."""
+def test_dead_inputs_stay_where_they_are(kind: type[Optimizer], examples: int, steps: int) -> None:
+    """Rounding errors of gradients that are exactly zero are no gradients.
+
+    Also where there are fewer examples than inputs, so that others have no variance either.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
-    inputs = torch.randn(2, 60, 12)
+    inputs = torch.randn(2, examples, 12)
     inputs[:, :, ::4] = 0.0
-    targets = torch.randint(3, (2, 60))
+    targets = torch.randint(3, (2, examples))
     penalty = EKFACPenalty(3.0, seed=0)
     penalty.consolidate(model, CE, [(inputs[0], targets[0])])
     optimizer = kind(model.parameters(), lr=1e-2)
     penalty.attach(optimizer, model)
     before = model[0].weight.detach().clone()
-    for _ in range(500):
+    for _ in range(steps):
         optimizer.zero_grad()
         CE(model(inputs[1]), targets[1]).backward()
         optimizer.step()
     moved = (model[0].weight.detach() - before).abs().amax(0)
     assert moved[::4].max() < 1e-6
-    assert moved[1] > 0.05
+    assert moved[1] > 0.01
 
 
 def test_task_is_learned_and_remembered() -> None:
