@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from rotate_ewc._utils.messages import parameters_have
+from rotate_ewc._utils.messages import parameters_are, parameters_have
 from rotate_ewc._utils.parameters import named_parameters
 from rotate_ewc._utils.validation import as_choice, check_positive_integer
 from rotate_ewc.errors import SnapshotError
@@ -222,6 +222,11 @@ class Attachment:
             raise ValueError(
                 f"{parameters_have(sparse)} a sparse gradient; expected a dense one, as of "
                 f"torch.nn.Embedding(..., sparse=False)"
+            )
+        if odd := [n for n in groups if n in protected and type(parameters[n].data) is not Tensor]:
+            raise ValueError(
+                f"{parameters_are(odd)} {type(parameters[odd[0]].data).__name__}, as of sharded "
+                f"training; expected ordinary tensors, each with all of its numbers"
             )
         return Step(self.optimizer, parameters, gradients, groups)
 

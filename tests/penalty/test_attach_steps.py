@@ -283,3 +283,53 @@ def test_compiled_steps(kind: type[Optimizer], tolerance: float) -> None:
         expected = advance(oracle, draw(model, step), 2.5 / 9)
         take()
     assert_close(flat(model) - start, expected - start, tolerance)
+
+
+def test_proximal_steps_start_again_after_a_consolidation() -> None:
+    model, penalty = consolidated("plain", 1)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    penalty.attach(optimizer, model, every=3)
+    for step in range(2):
+        draw(model, step)
+        optimizer.step()
+    penalty.consolidate(model, CE, task("plain", 3, 10))
+    twin = copy.deepcopy(model)
+    for step in range(2, 5):
+        draw(model, step)
+        optimizer.step()
+        with torch.no_grad():
+            for p, gradient in zip(twin.parameters(), draw(model, step), strict=True):
+                p.sub_(0.1 * gradient)
+    penalty.proximal_step_(twin, 3 * 0.1)
+    assert_close(flat(model), flat(twin), 1e-9)
+
+
+@pytest.mark.parametrize("case", ["sgd-momentum", "adam", "adamw", "rmsprop"])
+def test_single_precision(case: str) -> None:
+    """Against the same in double precision, with small learning rates."""
+    model, penalty = consolidated("plain", 1)
+    kind, options = CASES[case]
+    options = {**options, "lr": 1e-4}
+    oracle, start = dense(penalty, model, kind, options), flat(model)
+    single, halved = copy.deepcopy(model).float(), copy.deepcopy(penalty).float()
+    optimizer = kind(single.parameters(), **options)
+    halved.attach(optimizer, single)
+    for step in range(20):
+        expected = advance(oracle, draw(single, step), 2.5 / 9)
+        optimizer.step()
+    assert_close(flat(single).double() - start, expected - start, 2e-3)
+
+
+class Sharded(Tensor):
+    """A tensor that is not what it seems."""
+
+
+@pytest.mark.parametrize("update", ["rotated", "gradient"])
+def test_tensors_of_other_kinds(update: str) -> None:
+    model, penalty = consolidated("plain", 1)
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Sharded))
+    optimizer = Adam(model.parameters(), lr=0.1)
+    penalty.attach(optimizer, model, update)
+    draw(model, 0)
+    with pytest.raises(ValueError, match=r"'0\.weight' is Sharded, as of sharded training"):
+        optimizer.step()

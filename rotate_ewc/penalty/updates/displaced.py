@@ -23,6 +23,7 @@ class DisplacedUpdate(Update):
         """Keep the rule for the size of the optimizer's steps."""
         super().__init__(penalty)
         self.rule = rule
+        self._stacks: tuple[Stack, ...] = ()
         self._displacements: dict[Stack, Displacement] = {}
 
     @property
@@ -34,7 +35,8 @@ class DisplacedUpdate(Update):
         """Return the displacements of all that is stepped, as they were when last used."""
         self.penalty.protected(step.parameters)
         stacks = moving_stacks(self.penalty.stacks, step)
-        self._forget_others()
+        if self._stacks is not self.penalty.stacks:
+            self.begin()
         return [self._displacements.setdefault(stack, Displacement(stack)) for stack in stacks]
 
     def follow(self, displacements: Sequence[Displacement], step: Step) -> None:
@@ -52,14 +54,15 @@ class DisplacedUpdate(Update):
         largest = torch.finfo(eigenvalues.dtype).max
         return (min(self.penalty.scale, largest) * eigenvalues).clamp_(max=largest)
 
-    def _forget_others(self) -> None:
-        if any(stack not in self.penalty.stacks for stack in self._displacements):
-            stacks = self.penalty.stacks
-            self._displacements = {s: d for s, d in self._displacements.items() if s in stacks}
+    def begin(self) -> None:
+        """Begin in the eigenbases that the penalty has now."""
+        self._stacks = self.penalty.stacks
+        self._displacements = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the coordinates of all that was stepped."""
-        self._forget_others()
+        if self._stacks is not self.penalty.stacks:
+            return {}
         return {
             f"coordinates/{key}": tensor
             for displacement in self.displacements
@@ -82,4 +85,5 @@ class DisplacedUpdate(Update):
             found[stack] = Displacement(stack)
             found[stack].restore(coordinates)
         check_nothing_left(left)
+        self.begin()
         self._displacements = found

@@ -29,6 +29,11 @@ class ProximalUpdate(DisplacedUpdate):
         self._sums: dict[str, float] = {}
         self._sizes: list[tuple[Displacement, float]] = []
 
+    def begin(self) -> None:
+        """Begin in the eigenbases that the penalty has now, with a step size of zero."""
+        super().begin()
+        self._steps, self._sums = 0, {}
+
     def before(self, step: Step) -> None:
         """Find out how far the optimizer will go."""
         moving = self.moving(step)

@@ -40,6 +40,11 @@ class RotatedUpdate(DisplacedUpdate):
         self._anchors: dict[Stack, Mapping[str, Tensor]] = {}
         self._moving: list[Displacement] = []
 
+    def begin(self) -> None:
+        """Begin in the eigenbases that the penalty has now."""
+        super().begin()
+        self._anchors = {}
+
     def before(self, step: Step) -> None:
         """Put what the optimizer is to step into the eigenbasis."""
         moving = self.moving(step)
@@ -101,7 +106,6 @@ class RotatedUpdate(DisplacedUpdate):
             return None
         stack = displacement.stack
         if stack not in self._anchors:
-            self._anchors = {s: a for s, a in self._anchors.items() if s in self.penalty.stacks}
             anchors = {key: anchor[0] for key, _, anchor in stack.members}
             self._anchors[stack] = displacement.rotate(anchors)
         return self._anchors[stack]
