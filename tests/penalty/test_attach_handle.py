@@ -683,3 +683,50 @@ def test_gradient_scaler(update: str, kind: type[Optimizer], fused: bool, overfl
         if overflow and step == 1:
             assert torch.equal(flat(model), before)
     torch.testing.assert_close(flat(model), flat(twin))
+
+
+# --------------------------------------------------------------------------- advice
+
+
+def test_a_new_optimizer_for_parameters_that_were_replaced() -> None:
+    model, penalty = consolidated("plain", 1)
+    optimizer = Adam(model.parameters(), lr=0.1)
+    handle = penalty.attach(optimizer, model)
+    all_replaced(model, optimizer)
+    draw(model, 0)
+    with pytest.raises(ValueError, match="or a new optimizer, to which the penalty is attached"):
+        optimizer.step()
+    handle.detach()
+    optimizer = Adam(model.parameters(), lr=0.1)
+    penalty.attach(optimizer, model)
+    before = flat(model)
+    optimizer.step()
+    assert not torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("how", ["both", "separate"])
+def test_remedies_for_halves_of_a_joint_block(how: str) -> None:
+    model, penalty = consolidated("plain", 1, separate_weight_and_bias=how == "separate")
+    optimizer = Adam(model.parameters(), lr=0.1)
+    penalty.attach(optimizer, model)
+    draw(model, 0)
+    if how == "separate":
+        model[0].bias.grad = None
+    before = flat(model)
+    optimizer.step()
+    assert not torch.equal(flat(model), before)
+
+
+def test_attached_twice_in_turn_with_a_scheduler() -> None:
+    """What wraps the first guard does no harm to the second."""
+    model, penalty = consolidated("plain", 1)
+    oracle, start = dense(penalty, model, SGD, {"lr": 0.1}), flat(model)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        handle = penalty.attach(optimizer, model)
+        ExponentialLR(optimizer, 1.0)
+        draw(model, step)
+        expected = advance(oracle, [p.grad for p in model.parameters()], 2.5 / 9)
+        optimizer.step()
+        handle.detach()
+    assert_close(flat(model) - start, expected - start, 1e-9)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 
-from rotate_ewc import EKFACPenalty
+from rotate_ewc import EKFACPenalty, NotFiniteError
 from tests.helpers.dense_steps import CASES, advance, dense
 from tests.helpers.oracles import assert_close
 from tests.helpers.penalties import CE, MODELS, consolidated, flat, make, move, task
@@ -333,3 +333,35 @@ def test_tensors_of_other_kinds(update: str) -> None:
     draw(model, 0)
     with pytest.raises(ValueError, match=r"'0\.weight' is Sharded, as of sharded training"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("case", ["sgd-momentum", "adam", "adamw"])
+def test_strength_may_change_between_steps(case: str) -> None:
+    model, penalty = consolidated("plain", 1)
+    kind, options = CASES[case]
+    oracle, start = dense(penalty, model, kind, options), flat(model)
+    optimizer = kind(model.parameters(), **options)
+    handle = penalty.attach(optimizer, model)
+    for step in range(6):
+        handle.strength = 2.0**step
+        penalty.current_num_data = 5 + step
+        expected = advance(oracle, draw(model, step), 2.0**step / (5 + step))
+        optimizer.step()
+    assert_close(flat(model) - start, expected - start, 1e-9)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_large_gradients_are_finite(kind: type[Optimizer]) -> None:
+    """Though their sum is not."""
+    model, penalty = consolidated("plain", 1)
+    model, penalty = model.float(), penalty.float()
+    optimizer = kind(model.parameters(), lr=1e-30)
+    penalty.attach(optimizer, model)
+    draw(model, 0)
+    model[0].weight.grad.fill_(3e38)
+    if kind is SGD:
+        optimizer.step()
+        assert torch.isfinite(flat(model)).all()
+    else:
+        with pytest.raises(NotFiniteError, match=r"'0\.weight'"):
+            optimizer.step()

@@ -201,7 +201,10 @@ def check_gradients(stacks: Sequence[Stack], gradients: Sequence[Tensor]) -> Non
     """Raise `NotFiniteError` unless the gradients of stacks are finite, naming the parameters."""
     if not gradients:
         return
-    finite = torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).tolist()
+    # A sum is finite only if every number in it is.
+    if bool(torch.isfinite(torch.stack([gradient.sum() for gradient in gradients]).sum())):
+        return
+    finite = [bool(torch.isfinite(gradient).all()) for gradient in gradients]
     names = [
         name for stack, fine in zip(stacks, finite, strict=True) if not fine for name in stack.names
     ]

@@ -125,7 +125,7 @@ class RotatedUpdate(DisplacedUpdate):
             if shifted:
                 # Where nothing moved, z is to be the same to the bit.
                 moved = displacement.coordinates[key] + (moved - seen[key])
-            shrunk[key] = moved / (1.0 + size * stiffness[key])
+            shrunk[key] = moved / (stiffness[key] * size).add_(1.0)
         return shrunk
 
 
