@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import ismethod, unwrap
 from types import MethodType, TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,10 @@ from rotate_ewc.penalty.step_rules import StepRule, known_optimizers, rule_of
 from rotate_ewc.penalty.updates import UpdateKind, make_update
 from rotate_ewc.penalty.updates.base import Step, restart_all
 
+Penalty = TypeVar("Penalty", bound=ConsolidatedTasks)
 
-class Attachment:
+
+class Attachment(Generic[Penalty]):
     """A penalty in the steps of an optimizer, until it is detached.
 
     It can be used as a context manager, at whose end it detaches itself.
@@ -60,7 +62,7 @@ class Attachment:
 
     def __init__(
         self,
-        penalty: ConsolidatedTasks,
+        penalty: Penalty,
         optimizer: Optimizer,
         model: nn.Module,
         update: UpdateKind | str = UpdateKind.ROTATED,
@@ -149,7 +151,7 @@ class Attachment:
             )
         self._update.load_state_dict(state["state"])
 
-    def __enter__(self) -> Attachment:
+    def __enter__(self) -> Attachment[Penalty]:
         """Return the handle itself."""
         return self
 

@@ -228,7 +228,7 @@ class EKFACPenalty(ConsolidatedTasks):
         model: nn.Module,
         update: UpdateKind | str = UpdateKind.ROTATED,
         every: int = 1,
-    ) -> Attachment:
+    ) -> Attachment[EKFACPenalty]:
         """Have an optimizer's steps respect the penalty, from now on; the loss is without it.
 
         Args:
