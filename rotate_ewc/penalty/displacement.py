@@ -89,15 +89,18 @@ def without_rounding_errors(rotated: Tensor) -> Tensor:
 
     A gradient that is exactly zero along a direction is not when rotated, and of what is left, tiny
     as it is, optimizers such as Adam make full steps. An entry is known to a few units in the last
-    place of what was added up for it, which has the norm of its row, or of its column.
+    place of what was added up for it, which has the norm of its row, or of its column; and where
+    both of these are no more than that in comparison with the whole, nothing is known of it.
 
     Args:
         rotated: `[groups, d_out, d_in]`.
     """
     squares = rotated.square()
-    largest = torch.maximum(squares.sum(-1, keepdim=True), squares.sum(-2, keepdim=True))
-    known = (_UNITS * torch.finfo(rotated.dtype).eps) ** 2 * largest
-    return rotated.masked_fill(squares < known, 0.0)
+    rows, columns = squares.sum(-1, keepdim=True), squares.sum(-2, keepdim=True)
+    largest = torch.maximum(rows, columns)
+    known = (_UNITS * torch.finfo(rotated.dtype).eps) ** 2
+    nothing = (squares < known * largest) | (largest < known * rows.sum(-2, keepdim=True))
+    return rotated.masked_fill(nothing, 0.0)
 
 
 # In float32, with bases of up to 784 columns, errors of one half were the rule.

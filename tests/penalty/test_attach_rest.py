@@ -12,6 +12,7 @@ from torch.optim import SGD, Adadelta, Adam, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
 from rotate_ewc import EKFACPenalty
+from rotate_ewc.penalty.displacement import without_rounding_errors
 from rotate_ewc.penalty.step_rules import rule_of
 from tests.helpers.dense_steps import CASES
 from tests.helpers.penalties import CE, Quadratic, consolidated, flat, quadratic, task
@@ -171,6 +172,54 @@ def test_dead_inputs_stay_where_they_are(kind: type[Optimizer], examples: int, s
     moved = (model[0].weight.detach() - before).abs().amax(0)
     assert moved[::4].max() < 1e-6
     assert moved[1] > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 5])
+def test_rounding_errors_of_rotated_matrices(rank: int, dtype: torch.dtype) -> None:
+    """Whole numbers, whose rows and columns are exactly in the span of some basis vectors."""
+    generator = torch.Generator().manual_seed(rank)
+    left, right = (
+        torch.randint(-8, 9, (2, size, rank), generator=generator).double() for size in (40, 60)
+    )
+    bases = [
+        torch.linalg.qr(torch.cat([part, torch.randn(
+            2, size, size - rank, generator=generator).double()], dim=2))[0].to(dtype)
+        for part, size in ((left, 40), (right, 60))
+    ]  # fmt: skip
+    gradient = (left @ right.mT).to(dtype)
+    gradient[1] *= 1e-6
+    cleaned = without_rounding_errors(bases[0].mT @ gradient @ bases[1])
+    expected = bases[0].mT.double() @ gradient.double() @ bases[1].double()
+    assert not cleaned[:, rank:].any()
+    assert not cleaned[:, :, rank:].any()
+    assert cleaned[:, :rank, :rank].count_nonzero() > 1.9 * rank**2 - 1
+    limit = 1e-5 * expected.abs().amax((1, 2), keepdim=True)
+    assert ((cleaned - expected).abs() < limit).all()
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_directions_without_a_gradient_are_no_steps(kind: type[Optimizer]) -> None:
+    """Also those that are along no axis: of two equal inputs, and of three equal outputs."""
+    torch.manual_seed(0)
+    model, loss = nn.Linear(6, 5), nn.MSELoss()
+    inputs, targets = torch.randn(2, 40, 6), torch.randn(2, 40, 5)
+    inputs[:, :, 1], targets[:, :, 1:3] = inputs[:, :, 0], targets[:, :, :1]
+    with torch.no_grad():
+        model.weight[1:3], model.bias[1:3] = model.weight[0], model.bias[0]
+    penalty = EKFACPenalty(3.0, fisher_type="empirical")
+    penalty.consolidate(model, loss, [(inputs[0], targets[0])])
+    optimizer = kind(model.parameters(), lr=1e-2)
+    penalty.attach(optimizer, model)
+    before = model.weight.detach().clone()
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss(model(inputs[1]), targets[1]).backward()
+        optimizer.step()
+    moved = model.weight.detach() - before
+    assert moved.abs().max() > 0.05
+    assert (moved[:, 0] - moved[:, 1]).abs().max() < 1e-5
+    assert (moved[0] - moved[1:3]).abs().max() < 1e-5
 
 
 def test_task_is_learned_and_remembered() -> None:
