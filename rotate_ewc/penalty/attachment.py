@@ -6,7 +6,7 @@
    unscales) an update of `rotate_ewc.penalty.updates` puts other gradients, and with `"rotated"`
    also other values, in the places of `.grad` and `.data`. Nothing is copied over: the tensors that
    the user knows stay as they are until the step is done.
-2. The optimizer steps, in blissful ignorance.
+2. The optimizer steps, with its own options and state.
 3. **After** it, the update makes of the outcome what it is to be, writes that into the parameters
    in place, and puts the user's gradients back.
 

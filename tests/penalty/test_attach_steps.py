@@ -365,3 +365,43 @@ def test_large_gradients_are_finite(kind: type[Optimizer]) -> None:
     else:
         with pytest.raises(NotFiniteError, match=r"'0\.weight'"):
             optimizer.step()
+
+
+def test_half_precision_keeps_what_it_rounds_off() -> None:
+    """Proximal steps that are too small for it add up, after an optimizer that rotates nothing."""
+    model, penalty = consolidated("plain", 1)
+    model, penalty = model.bfloat16().float(), penalty.float()
+    halved = copy.deepcopy(model).bfloat16()
+    start = flat(model)
+    for net in (model, halved):
+        optimizer = SGD(net.parameters(), lr=2e-3)
+        with penalty.attach(optimizer, net):
+            for _ in range(300):
+                for p in net.parameters():
+                    p.grad = torch.zeros_like(p)
+                optimizer.step()
+    assert (flat(model) - start).abs().max() > 0.02
+    assert (flat(halved).float() - flat(model)).abs().max() < 0.004
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_moves_before_a_step_that_fails_count_once(kind: type[Optimizer]) -> None:
+    model, penalty = consolidated("plain", 1)
+    optimizer = kind(model.parameters(), lr=0.1)
+    penalty.attach(optimizer, model)
+    draw(model, 0)
+    optimizer.step()
+    move(model, 1)
+    start = flat(model)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("of the user's")
+
+    hook = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="of the user's"):
+        optimizer.step()
+    assert torch.equal(flat(model), start)
+    hook.remove()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert_close(flat(model), start, 1e-12)
