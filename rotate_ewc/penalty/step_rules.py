@@ -76,7 +76,8 @@ def register_step_size(
             the step's size for a gradient that has long been one: a tensor of the parameter's
             shape, or a number for all entries. What stands there for a class is replaced.
         rotated: Whether to step in the eigenbasis, as is right for all that treat every entry by
-            itself; False for those that make the same step in any orthonormal basis, as SGD does.
+            itself; False for those that make the same step in any orthonormal basis, as SGD does,
+            whose rule returns a number and gets an empty state.
 
     Raises:
         TypeError: If an argument has the wrong type.

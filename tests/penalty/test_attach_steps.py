@@ -405,3 +405,19 @@ def test_moves_before_a_step_that_fails_count_once(kind: type[Optimizer]) -> Non
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.step()
     assert_close(flat(model), start, 1e-12)
+
+
+@pytest.mark.parametrize("case", ["sgd-decay", "adam", "adamw"])
+def test_what_does_not_move_stays_the_same_to_the_bit(case: str) -> None:
+    """After a first step, which rounds."""
+    model, penalty = consolidated("plain", 1)
+    model, penalty = model.float(), penalty.float()
+    kind, options = CASES[case]
+    optimizer = kind(model.parameters(), **{**options, "lr": 0.0})
+    penalty.attach(optimizer, model)
+    for step in range(10):
+        draw(model, step)
+        optimizer.step()
+        if step == 0:
+            start = flat(model)
+    assert torch.equal(flat(model), start)
