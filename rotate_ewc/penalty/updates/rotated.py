@@ -97,7 +97,9 @@ class RotatedUpdate(DisplacedUpdate):
         """Return what the optimizer is to see in place of the parameters: z, or Qᵀθ."""
         coordinates = displacement.coordinates
         anchors = self._shift(displacement, step)
-        return {key: z if anchors is None else z + anchors[key] for key, z in coordinates.items()}
+        if anchors is None:
+            return {key: z.clone() for key, z in coordinates.items()}
+        return {key: z + anchors[key] for key, z in coordinates.items()}
 
     def _shift(self, displacement: Displacement, step: Step) -> Mapping[str, Tensor] | None:
         """Return Qᵀθ*, or None where the optimizer need not see it."""
@@ -113,8 +115,8 @@ class RotatedUpdate(DisplacedUpdate):
     def _shrunk(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
         """Return the coordinates after the optimizer's step and the proximal one."""
         stiffness = displacement.split(self.stiffness(displacement.stack))
-        seen = self._seen(displacement, step)
         shifted = self._shift(displacement, step) is not None
+        seen = self._seen(displacement, step) if shifted else {}
         shrunk = {}
         for key, name, anchor in displacement.stack.members:
             inner = tuple(map(slice, anchor.shape[1:]))
@@ -130,7 +132,15 @@ class RotatedUpdate(DisplacedUpdate):
 
 
 def _replaced(whole: Tensor, inner: tuple[slice, ...], part: Tensor) -> Tensor:
-    """Return a copy, with the same strides, in which a leading slice is another."""
+    """Return a tensor with the same strides, in which a leading slice is another.
+
+    Args:
+        whole: The tensor; it is not changed.
+        inner: The slice.
+        part: What is to be there; nobody else's, since it may be returned itself.
+    """
+    if part.shape == whole.shape and part.stride() == whole.stride():
+        return part
     copy = torch.empty_like(whole)
     if part.shape != whole.shape:
         copy.copy_(whole)
