@@ -421,3 +421,29 @@ def test_what_does_not_move_stays_the_same_to_the_bit(case: str) -> None:
         if step == 0:
             start = flat(model)
     assert torch.equal(flat(model), start)
+
+
+@pytest.mark.parametrize("case", ["adam", "adam-fused", "sgd-momentum"])
+def test_parameters_with_other_strides(case: str) -> None:
+    """As those of convolutions in the memory format `channels_last`."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
+    model = nn.Sequential(*layers).double().to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(9, 2, 3, 3, generator=generator).double()
+    penalty = EKFACPenalty(2.5, seed=3)
+    penalty.consolidate(model, CE, [(inputs, torch.randint(3, (9,), generator=generator))])
+    kind, options = CASES[case]
+    oracle, start = dense(penalty, model, kind, options), flat(model)
+    optimizer = kind(model.parameters(), **options)
+    penalty.attach(optimizer, model)
+    strides = model[0].weight.stride()
+    assert strides != model[0].weight.detach().clone(memory_format=torch.contiguous_format).stride()
+    for step in range(5):
+        gradients = draw(model, step)
+        expected = advance(oracle, gradients, 2.5 / 9)
+        optimizer.step()
+    assert_close(flat(model) - start, expected - start, 1e-9)
+    assert model[0].weight.stride() == strides
+    if case != "sgd-momentum":
+        assert optimizer.state[model[0].weight]["exp_avg"].stride() == strides

@@ -60,8 +60,8 @@ class RotatedUpdate(DisplacedUpdate):
                 parameter, inner = step.parameters[name], tuple(map(slice, anchor.shape[1:]))
                 self.stand_ins.put(
                     parameter,
-                    _replaced(step.gradients[name], inner, gradients[key]),
-                    _replaced(parameter.detach(), inner, seen[key]),
+                    _replaced(step.gradients[name], inner, gradients[key], parameter),
+                    _replaced(parameter.detach(), inner, seen[key], parameter),
                 )
         for name in step.groups:
             tasks = self.penalty.num_tasks if name in names else 0
@@ -131,17 +131,18 @@ class RotatedUpdate(DisplacedUpdate):
         return shrunk
 
 
-def _replaced(whole: Tensor, inner: tuple[slice, ...], part: Tensor) -> Tensor:
-    """Return a tensor with the same strides, in which a leading slice is another.
+def _replaced(whole: Tensor, inner: tuple[slice, ...], part: Tensor, parameter: Tensor) -> Tensor:
+    """Return a copy of a tensor in which a leading slice is another.
 
     Args:
-        whole: The tensor; it is not changed.
+        whole: The tensor.
         inner: The slice.
         part: What is to be there; nobody else's, since it may be returned itself.
+        parameter: Whose strides it is to have, which fused optimizers take all tensors to have.
     """
-    if part.shape == whole.shape and part.stride() == whole.stride():
+    if part.shape == parameter.shape and part.stride() == parameter.stride():
         return part
-    copy = torch.empty_like(whole)
+    copy = torch.empty_like(parameter)
     if part.shape != whole.shape:
         copy.copy_(whole)
     copy[inner] = part
