@@ -115,6 +115,29 @@ def test_tangent_plane(case: str, every: int, joint: bool) -> None:
     assert_close(flat(model) - start, flat(twin) - start, 1e-9)
 
 
+def test_size_of_the_implicit_step_is_that_of_entries_that_moved() -> None:
+    """From the anchor, where the plane has no gradient; Adam's size of the others is enormous."""
+    model, penalty = make("plain"), EKFACPenalty(2.5, seed=3)
+    penalty.consolidate(model, CE, task("plain", 0))
+    form, twin = quadratic(penalty, model, scale=2.5 / 9), copy.deepcopy(model)
+    optimizer, reference = (Adam(m.parameters(), lr=0.1) for m in (model, twin))
+    penalty.attach(optimizer, model, "tangent", 3)
+    start = flat(model)
+    moving = random_gradient(model, 9) > 0
+    for step in range(3):
+        for net, stepped in ((model, optimizer), (twin, reference)):
+            give(net, random_gradient(net, step) * moving)
+            stepped.step()
+    sizes = []
+    for p in twin.parameters():
+        v = reference.state[p]["exp_avg_sq"].flatten()
+        own = 0.1 / ((v[v > 0] / (1.0 - 0.999**3)).sqrt() + 1e-8)
+        sizes.append(torch.full((p.numel(),), 3 * float(own.log().mean().exp())))
+    system = torch.eye(len(start)) + torch.cat(sizes).double()[:, None] * form.weight * form.matrix
+    expected = torch.linalg.solve(system, flat(twin) - start)
+    assert_close(flat(model) - start, expected, 1e-6)
+
+
 @pytest.mark.parametrize(("case", "every"), [("sgd-nesterov", 5), ("adam", 1)])
 def test_tangent_rests_where_the_gradients_cancel(case: str, every: int) -> None:
     """For a strength with which a gradient that is five steps old would be unstable."""
