@@ -21,16 +21,20 @@ from rotate_ewc.options import (
     Unsupported,
     Weighting,
 )
+from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.calibration import calibrated_strength
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.rotated_adam import RotatedAdam
+from rotate_ewc.penalty.step_rules import register_step_size
 from rotate_ewc.penalty.step_size import step_sizes_of
 from rotate_ewc.penalty.tangent import TangentPenalty
 from rotate_ewc.penalty.terms import Stack, Term
+from rotate_ewc.penalty.updates import UpdateKind
 from rotate_ewc.provenance import Provenance
 from rotate_ewc.version import __version__
 
 __all__ = [
+    "Attachment",
     "Block",
     "EKFACLinearOperator",
     "EKFACPenalty",
@@ -50,10 +54,12 @@ __all__ = [
     "TangentPenalty",
     "Term",
     "Unsupported",
+    "UpdateKind",
     "Weighting",
     "__version__",
     "calibrated_strength",
     "merge",
     "register_likelihood",
+    "register_step_size",
     "step_sizes_of",
 ]

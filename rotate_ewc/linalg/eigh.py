@@ -44,7 +44,37 @@ def eigenbasis(covariance: Tensor, label: str = "factor") -> Tensor:
 
 
 def decomposed(covariance: Tensor, label: str) -> tuple[Tensor, str]:
-    """Return what `eigenbasis` does, and what there is to warn of, instead of a warning."""
+    """Return what `eigenbasis` does, and what there is to warn of, instead of a warning.
+
+    Rows that are zero, such as those of inputs that are never on, have unit vectors of their own.
+    `eigh` would mix them with whatever else has next to no variance, and steps in the eigenbasis
+    would then move weights of which nothing is known.
+    """
+    zero = _zero_rows(covariance)
+    if not bool(zero.any()):
+        return _decomposed(covariance, label)
+    rest = (~zero).nonzero().flatten()
+    basis = torch.zeros_like(covariance)
+    count = len(zero) - len(rest)
+    basis[:, zero.nonzero().flatten(), torch.arange(count, device=zero.device)] = 1.0
+    if not len(rest):
+        return basis, ""
+    found, remark = _decomposed(covariance[:, rest[:, None], rest], label)
+    basis[:, rest, count:] = found
+    return basis, remark
+
+
+def _zero_rows(covariance: Tensor) -> Tensor:
+    """Return which rows, and columns, are zero in all groups, going by upper triangles."""
+    zero = (covariance.diagonal(dim1=1, dim2=2) == 0).all(dim=0)
+    if bool(zero.any()):
+        # Squares may underflow where products do not.
+        upper = covariance.triu() != 0
+        zero &= ~(upper.any(dim=1) | upper.any(dim=2)).any(dim=0)
+    return zero
+
+
+def _decomposed(covariance: Tensor, label: str) -> tuple[Tensor, str]:
     dtype, size = covariance.dtype, covariance.shape[1]
     remark = ""
     for changed, attempt in _attempts(covariance):

@@ -177,9 +177,19 @@ def eigenvectors(sums: Sequence[OuterProducts], labels: Sequence[str]) -> list[T
 
 @full_precision
 def _triangular(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Q and `R Rᵀ` of vectors `[groups, n, d]`."""
-    q, r = torch.linalg.qr(vectors.mT, mode="complete")
+    """Return Q and `R Rᵀ` of vectors `[groups, n, d]`.
+
+    Entries that are zero in all vectors have unit vectors of their own, as in `eigh.decomposed`.
+    """
+    alive = (vectors != 0).flatten(0, 1).any(dim=0)
+    rest, zero = alive.nonzero().flatten(), (~alive).nonzero().flatten()
+    q, r = torch.linalg.qr(vectors[:, :, rest].mT, mode="complete")
     r = r[:, : vectors.shape[1]]
+    if len(zero):
+        whole = q.new_zeros(len(q), len(alive), len(alive))
+        whole[:, rest, : len(rest)] = q
+        whole[:, zero, torch.arange(len(rest), len(alive), device=zero.device)] = 1.0
+        q = whole
     return q, r @ r.mT
 
 

@@ -10,12 +10,18 @@ from torch import Tensor, nn
 
 from rotate_ewc._utils.messages import parameters_are
 from rotate_ewc._utils.parameters import fits, misfits, protected_slice
-from rotate_ewc._utils.validation import as_positive_number, check_positive_integer
+from rotate_ewc._utils.validation import (
+    as_non_negative_number,
+    as_positive_number,
+    check_positive_integer,
+)
 from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.io.header import HEADER
 from rotate_ewc.options import Mode, Weighting
+from rotate_ewc.penalty.stability import largest_curvature
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.terms import Stack, Term, stack_terms
+from rotate_ewc.penalty.weighting import scale_of_penalty
 
 
 class _Places:
@@ -51,18 +57,20 @@ class ConsolidatedTasks(nn.Module):
 
     _places: Final = _Places()
 
-    def __init__(self, mode: Mode, weighting: Weighting, *, strict: bool) -> None:
+    def __init__(self, mode: Mode, weighting: Weighting, *, strength: float, strict: bool) -> None:
         """Begin without a task.
 
         Args:
             mode: Whether the tasks are merged into one term.
             weighting: What the tasks weigh.
+            strength: λ, at least 0.
             strict: Whether a protected parameter that is missing, or smaller than it was, is an
                 error.
         """
         super().__init__()
         self.mode = mode
         self.weighting = weighting
+        self.strength = strength
         self.strict = strict
         self._terms: list[Term] = []
         self._stacks: tuple[Stack, ...] = ()
@@ -72,6 +80,32 @@ class ConsolidatedTasks(nn.Module):
         self._current_num_loss_terms: float | None = None
         self._left_out: set[str] = set()
         self._grown: set[tuple[str, torch.Size]] = set()
+
+    @property
+    def strength(self) -> float:
+        """λ; may be changed at any time, for example along a schedule."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = as_non_negative_number("strength", value)
+
+    @property
+    def scale(self) -> float:
+        """The factor from what `stacks` hold to the second derivatives of the penalty."""
+        if not self._terms:
+            return self.strength
+        reduction = self._terms[0].operator.provenance.reduction
+        now = self.current_num_loss_terms
+        return scale_of_penalty(self.strength, now, self.weighting, reduction)
+
+    @property
+    def max_curvature(self) -> float:
+        """Largest second derivative of the penalty, or a bound of it where tasks are separate.
+
+        Gradient descent on the penalty diverges when the learning rate is more than two over this.
+        """
+        return self.scale * largest_curvature(self._stacks)
 
     @property
     def num_tasks(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from msgspec import structs
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from rotate_ewc._utils.keywords import forwards_keywords
@@ -38,12 +39,14 @@ from rotate_ewc.io import files
 from rotate_ewc.io.storage_dtype import check_storage_dtype
 from rotate_ewc.linalg.quadratic import quadratic_form
 from rotate_ewc.options import EstimationOptions, EstimationSettings, Mode, Weighting
+from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.proximal import check_step_size, shrink_towards_anchors_
-from rotate_ewc.penalty.stability import largest_curvature, warn_if_divergent
+from rotate_ewc.penalty.stability import warn_if_divergent
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.terms import Term
-from rotate_ewc.penalty.weighting import kept_weight, scale_of_penalty
+from rotate_ewc.penalty.updates import UpdateKind
+from rotate_ewc.penalty.weighting import kept_weight
 
 
 class EKFACPenalty(ConsolidatedTasks):
@@ -130,9 +133,9 @@ class EKFACPenalty(ConsolidatedTasks):
         super().__init__(
             as_choice("mode", mode, Mode),
             as_choice("weighting", weighting, Weighting),
+            strength=strength,
             strict=strict,
         )
-        self.strength = strength
         self.decay = as_non_negative_number("decay", decay)
         if self.decay > 1:
             raise ValueError(f"decay is {decay}; expected a number from 0 to 1")
@@ -140,24 +143,6 @@ class EKFACPenalty(ConsolidatedTasks):
         self.include = as_patterns("include", include)
         self.exclude = as_patterns("exclude", exclude)
         self.settings = EstimationSettings.gather(settings, options)
-
-    @property
-    def strength(self) -> float:
-        """λ; may be changed at any time, for example along a schedule."""
-        return self._strength
-
-    @strength.setter
-    def strength(self, value: float) -> None:
-        self._strength = as_non_negative_number("strength", value)
-
-    @property
-    def scale(self) -> float:
-        """The factor from what `stacks` hold to the second derivatives of the penalty."""
-        if not self._terms:
-            return self.strength
-        reduction = self._terms[0].operator.provenance.reduction
-        now = self.current_num_loss_terms
-        return scale_of_penalty(self.strength, now, self.weighting, reduction)
 
     def consolidate(
         self,
@@ -237,6 +222,34 @@ class EKFACPenalty(ConsolidatedTasks):
         value = quadratic_form([stack.block for stack in self._stacks], deltas)
         return 0.5 * self.scale * value
 
+    def attach(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        update: UpdateKind | str = UpdateKind.ROTATED,
+        every: int = 1,
+    ) -> Attachment[EKFACPenalty]:
+        """Have an optimizer's steps respect the penalty, from now on; the loss is without it.
+
+        Args:
+            optimizer: An optimizer of the model's parameters.
+            model: The model.
+            update: `"rotated"`: the optimizer steps in the eigenbasis, and the exact proximal step
+                follows. `"tangent"`: a constant gradient is added, and renewed every few steps;
+                cheap. `"gradient"`: the penalty's gradient is added, for any optimizer.
+            every: After how many steps the tangent is renewed, or for SGD the proximal step taken.
+
+        Returns:
+            A handle, with `detach`, `strength`, `state_dict` and `load_state_dict`.
+
+        Raises:
+            ValueError: If the optimizer has none of the model's parameters, its step size is not
+                known (see `register_step_size`), it has a penalty already, or the mode is not
+                `"merged"`.
+            TypeError: If an argument has the wrong type.
+        """
+        return Attachment(self, optimizer, model, update, every)
+
     @torch.no_grad()
     def proximal_step_(
         self, model: nn.Module | Mapping[str, Tensor], step_size: float | Mapping[str, float]
@@ -266,14 +279,6 @@ class EKFACPenalty(ConsolidatedTasks):
         if self._stacks and self.scale > 0:
             deltas = self.deltas(parameters)
             shrink_towards_anchors_(self._stacks, parameters, deltas, step_size, self.scale)
-
-    @property
-    def max_curvature(self) -> float:
-        """Largest second derivative of the penalty, or a bound of it where tasks are separate.
-
-        Gradient descent on the penalty diverges when the learning rate is more than two over this.
-        """
-        return self.scale * largest_curvature(self._stacks)
 
     def check_learning_rate(self, learning_rate: float) -> bool:
         """Return whether gradient descent on the penalty converges at a rate, and warn if not."""

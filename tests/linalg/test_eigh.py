@@ -176,3 +176,22 @@ def test_all_attempts_are_made_on_the_device_of_the_matrix() -> None:
     with FakeTensorMode():
         attempts = [c for _, c in eigh._attempts(torch.empty(2, 4, 4, device="cuda"))]
     assert [c.device.type for c in attempts] == ["cuda"] * 3
+
+
+@pytest.mark.parametrize("rows", [2, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_rows_have_unit_vectors(dtype: torch.dtype, rows: int) -> None:
+    """Not mixed with others of next to no variance; only upper triangles are looked at."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(2, rows, 12, generator=generator).to(dtype)
+    dead = torch.tensor([1, 5, 11])
+    data[:, :, dead] = 0.0
+    data[0, :, 3] = 0.0  # but not in the other group
+    covariance = (data.mT @ data).triu() + torch.full((12, 12), 7.0, dtype=dtype).tril(-1)
+    basis = eigh.eigenbasis(covariance)
+    assert torch.equal(basis[:, dead, :3], torch.eye(3, dtype=dtype).expand(2, 3, 3))
+    assert not basis[:, dead, 3:].any()
+    whole = basis.mT @ (data.mT @ data) @ basis
+    assert (whole - torch.diag_embed(whole.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
+    assert (basis.mT @ basis - torch.eye(12)).abs().max() < 1e-5
+    assert (whole.diagonal(dim1=1, dim2=2).diff() > -1e-4).all()

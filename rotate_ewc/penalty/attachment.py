@@ -1,0 +1,335 @@
+"""`Attachment`: a penalty that takes part in the steps of any optimizer, through its hooks.
+
+`EKFACPenalty.attach` makes one. From then on, `optimizer.step()` respects the penalty:
+
+1. **Before** the optimizer's step (after the user's clipping, and after a `GradScaler` that
+   unscales) an update of `rotate_ewc.penalty.updates` puts other gradients, and with `"rotated"`
+   also other values, in the places of `.grad` and `.data`. Nothing is copied over: the tensors that
+   the user knows stay as they are until the step is done.
+2. The optimizer steps, with its own options and state.
+3. **After** it, the update makes of the outcome what it is to be, writes that into the parameters
+   in place, and puts the user's gradients back.
+
+If anything raises, in the optimizer or in the update, what was in these places is put back: model
+and gradients are then as they were. Until the first task is consolidated nothing is touched at all.
+
+**What the optimizer's state means.** With `"rotated"` the averages of protected parameters are in
+the eigenbasis. A consolidation changes it, so these averages start again (carried over, they were
+no better). Which eigenbasis a state is in is noted in the state itself, by number of tasks, and
+saved and loaded with it. The state of all other parameters, and with SGD and the other updates of
+all, goes on. `detach` forgets averages that are in an eigenbasis.
+
+**The strength** is read in every step, and may change between steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from inspect import ismethod, unwrap
+from types import MethodType, TracebackType
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from rotate_ewc._utils.messages import parameters_are, parameters_have
+from rotate_ewc._utils.parameters import named_parameters
+from rotate_ewc._utils.validation import as_choice, check_positive_integer
+from rotate_ewc.errors import SnapshotError
+from rotate_ewc.penalty.consolidated import ConsolidatedTasks
+from rotate_ewc.penalty.step_rules import StepRule, known_optimizers, rule_of
+from rotate_ewc.penalty.updates import UpdateKind, make_update
+from rotate_ewc.penalty.updates.base import Step, restart_all
+
+Penalty = TypeVar("Penalty", bound=ConsolidatedTasks)
+
+
+class Attachment(Generic[Penalty]):
+    """A penalty in the steps of an optimizer, until it is detached.
+
+    It can be used as a context manager, at whose end it detaches itself.
+
+    Attributes:
+        penalty: The penalty.
+        optimizer: The optimizer.
+        model: The model.
+        update: How the penalty takes part.
+        every: Every how many steps the penalty itself is looked at.
+    """
+
+    def __init__(
+        self,
+        penalty: Penalty,
+        optimizer: Optimizer,
+        model: nn.Module,
+        update: UpdateKind | str = UpdateKind.ROTATED,
+        every: int = 1,
+    ) -> None:
+        """Take part in every step from now on; see `EKFACPenalty.attach`."""
+        self.penalty = penalty
+        self.optimizer = _unwrapped(optimizer)
+        self.model = model
+        self.update = as_choice("update", update, UpdateKind)
+        self.every = every
+        check_positive_integer("every", every)
+        penalty.check_merged()
+        _check_model(model, self.optimizer)
+        rule = _check_optimizer(self.optimizer, self.update)
+        _check_cadence(every, self.update, rule, self.optimizer)
+        self._update = make_update(self.update, penalty, rule, every)
+        self._step: Step | None = None
+        # A compiled step runs them as they were written.
+        disable: Callable[[Any], Any] = torch.compiler.disable
+        before, after = disable(self._before), disable(self._after)
+        self._hooks: tuple[RemovableHandle, ...] = (
+            self.optimizer.register_step_pre_hook(before),
+            self.optimizer.register_step_post_hook(after),
+        )
+        self._guard = _guarded(self.optimizer, self._undo)
+        self.optimizer.step = self._guard  # type: ignore[method-assign]
+
+    @property
+    def strength(self) -> float:
+        """λ of the next step; it may be changed at any time, and is the penalty's own."""
+        return self.penalty.strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self.penalty.strength = value
+
+    def detach(self) -> None:
+        """Let the optimizer step by itself again; averages in an eigenbasis start again.
+
+        Parameters and their gradients stay as they are. A second call does nothing.
+        """
+        self._undo()
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = ()
+        # A scheduler may have wrapped the guard, which does nothing from now on.
+        if vars(self.optimizer).get("step") is self._guard:
+            del self.optimizer.step
+        restart_all(self.optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run needs to go on to the bit, with the states of the others.
+
+        To be loaded after the states of model, penalty and optimizer. Without it a run goes on as
+        well, but for rounding errors, and with `"tangent"` with a new tangent.
+        """
+        return {
+            "update": self.update.value,
+            "num_tasks": self.penalty.num_tasks,
+            "state": self._update.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, after the penalty has loaded its own.
+
+        Raises:
+            SnapshotError: If it is not whole, not finite, or of another penalty or update; nothing
+                is then changed.
+        """
+        if not isinstance(state, Mapping) or set(state) != {"update", "num_tasks", "state"}:
+            raise SnapshotError(
+                "the state of the handle is none; expected a dictionary that its state_dict() made"
+            )
+        if state["update"] != self.update.value:
+            raise SnapshotError(
+                f"the state of the handle has update {state['update']!r}; expected "
+                f"{self.update.value!r}, that of this one"
+            )
+        if state["num_tasks"] != self.penalty.num_tasks:
+            raise SnapshotError(
+                f"the state of the handle is of a penalty with {state['num_tasks']} tasks, but "
+                f"this one has {self.penalty.num_tasks}; load the penalty's own state first"
+            )
+        self._update.load_state_dict(state["state"])
+
+    def __enter__(self) -> Attachment[Penalty]:
+        """Return the handle itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Detach."""
+        self.detach()
+
+    def __repr__(self) -> str:
+        """Show how the penalty takes part, and in whose steps."""
+        optimizer = type(self.optimizer).__name__
+        return f"Attachment({optimizer}, update={self.update.value!r}, every={self.every})"
+
+    @torch.no_grad()
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Prepare a step: the hook that runs before it."""
+        self._undo()
+        if not self.penalty.stacks:
+            return None
+        replaced = _evaluated(args, kwargs)
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not bool(found_inf):  # else the optimizer will do nothing
+            step = self._gather()
+            # First, so that what an interrupt leaves half done is undone.
+            self._step = step
+            self._update.before(step)
+        return replaced
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Finish a step: the hook that runs after it."""
+        if self._step is not None:
+            self._update.after(self._step)
+            self._step = None
+
+    def _undo(self) -> None:
+        """Put back what a step that failed has left in the places of the user's tensors."""
+        if self._step is not None:
+            self._step = None
+            self._update.undo()
+
+    def _gather(self) -> Step:
+        """Find what is about to be stepped, and refuse what cannot be."""
+        parameters = named_parameters(self.model)
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        protected = {name for stack in self.penalty.stacks for name in stack.names}
+        held, gradients, groups = set(), {}, {}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names.get(id(parameter))
+                if name is None:
+                    continue
+                held.add(name)
+                if parameter.grad is not None:
+                    gradients[name], groups[name] = parameter.grad.detach(), group
+        if not held & protected:
+            raise ValueError(
+                "the optimizer has none of the model's parameters that the penalty protects, as if "
+                "they had been replaced since it was made; expected them, as after "
+                "optimizer.add_param_group, or a new optimizer, to which the penalty is attached"
+            )
+        sparse = [n for n, g in gradients.items() if n in protected and g.layout != torch.strided]
+        if sparse:
+            raise ValueError(
+                f"{parameters_have(sparse)} a sparse gradient; expected a dense one, as of "
+                f"torch.nn.Embedding(..., sparse=False)"
+            )
+        if odd := [n for n in groups if n in protected and type(parameters[n].data) is not Tensor]:
+            raise ValueError(
+                f"{parameters_are(odd)} {type(parameters[odd[0]].data).__name__}, as of sharded "
+                f"training; expected ordinary tensors, each with all of its numbers"
+            )
+        return Step(self.optimizer, parameters, gradients, groups)
+
+
+def _evaluated(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Evaluate the closure of a step now, and return arguments with its result; None without one.
+
+    The gradients that it computes are those that are changed.
+    """
+    closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        loss = closure()
+    if len(args) > 1:
+        return (args[0], lambda: loss, *args[2:]), kwargs
+    return args, {**kwargs, "closure": lambda: loss}
+
+
+def _guarded(optimizer: Optimizer, undo: Callable[[], None]) -> Callable[..., Any]:
+    """Return an optimizer's `step` that undoes what hooks have begun if it raises.
+
+    Hooks after a step do not run if it fails. A bound method, as schedulers expect that wrap it.
+    """
+    inner = optimizer.step
+
+    @wraps(getattr(inner, "__func__", inner))
+    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return inner(*args, **kwargs)
+        except BaseException:
+            undo()
+            raise
+
+    return MethodType(step, optimizer)
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer inside wrappers such as accelerate's."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer is {type(optimizer).__name__}; expected a torch.optim.Optimizer"
+        )
+    return optimizer
+
+
+def _check_model(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise unless an optimizer has parameters of a model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+    own = {id(parameter) for parameter in model.parameters()}
+    given: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(id(parameter) in own for parameter in given):
+        raise ValueError(
+            f"the optimizer has {len(given)} parameters, of which none is the model's; expected "
+            f"an optimizer of this model, made after it was moved or wrapped for the last time"
+        )
+
+
+def _check_optimizer(optimizer: Optimizer, update: UpdateKind) -> StepRule | None:
+    """Return the rule for an optimizer, or raise if it cannot take part in an update."""
+    name = type(optimizer).__name__
+    if isinstance(optimizer, LBFGS):
+        raise ValueError(
+            f"optimizer is {name}, which evaluates the loss at several points in each step; "
+            f"expected another one, or add penalty(model) to the loss"
+        )
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    owners = (unwrap(hook, stop=ismethod) for hook in hooks)
+    if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in owners):
+        raise ValueError(
+            "the optimizer has a penalty attached already; expected one without: call detach() of "
+            "the handle that attach returned"
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError(
+            "the optimizer has differentiable=True; expected False: penalties can be attached to "
+            "steps that no gradient goes through"
+        )
+    rule = rule_of(optimizer)
+    if rule is None and update is not UpdateKind.GRADIENT:
+        raise ValueError(
+            f"optimizer is {name}, whose step size is not known, for update={update.value!r}; "
+            f"expected one of {', '.join(known_optimizers())}, or update='gradient', or a rule for "
+            f"it: register_step_size({name}, rule)"
+        )
+    return rule
+
+
+def _check_cadence(
+    every: int, update: UpdateKind, rule: StepRule | None, optimizer: Optimizer
+) -> None:
+    """Raise unless an update can be taken every k steps."""
+    if every == 1 or update is UpdateKind.TANGENT:
+        return
+    if update is UpdateKind.GRADIENT or rule is None or rule.rotated:
+        raise ValueError(
+            f"every is {every}, but update={update.value!r} looks at the penalty in every step of "
+            f"{type(optimizer).__name__}; expected 1, or update='tangent'"
+        )

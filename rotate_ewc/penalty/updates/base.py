@@ -1,0 +1,226 @@
+"""What all updates share: a step, and what the optimizer is given in place of what it had."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.optim import Adagrad, Optimizer
+
+from rotate_ewc._utils.messages import parameters_have, quoted
+from rotate_ewc._utils.parameters import fits
+from rotate_ewc.errors import NotFiniteError, SnapshotError
+from rotate_ewc.penalty.consolidated import ConsolidatedTasks
+from rotate_ewc.penalty.terms import Stack
+
+# In an optimizer's state of a parameter: the number of tasks in whose eigenbasis it is. It is saved
+# and loaded with the state, so that a resumed run knows.
+_BASIS: Final = "eigenbasis_of_tasks"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that an optimizer is about to take, or has taken.
+
+    Attributes:
+        optimizer: The optimizer.
+        parameters: All of the model's, by name.
+        gradients: Those of the parameters that the optimizer has, as far as there are any.
+        groups: The options for each of these.
+    """
+
+    optimizer: Optimizer
+    parameters: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+    groups: Mapping[str, Mapping[str, Any]]
+
+    def state(self, name: str) -> dict[str, Any]:
+        """Return the optimizer's state of a parameter."""
+        state: dict[str, Any] = self.optimizer.state[self.parameters[name]]
+        return state
+
+    def factor(self, name: str) -> Tensor | float:
+        """Return what gradients of a parameter are multiplied with, for the optimizer to divide by.
+
+        It may maximise, or undo the scaling of a `GradScaler` by itself, as fused ones do.
+        """
+        scale: Tensor | None = getattr(self.optimizer, "grad_scale", None)
+        sign = -1.0 if self.groups[name].get("maximize") else 1.0
+        return sign if scale is None else sign * scale
+
+
+@dataclass
+class StandIns:
+    """What parameters were before a step: it is taken with other values, gradients and states."""
+
+    _kept: list[tuple[Tensor, Tensor | None, Tensor | None]] = field(default_factory=list)
+    _states: list[tuple[Optimizer, Tensor, dict[str, Any]]] = field(default_factory=list)
+
+    def put(self, parameter: Tensor, gradient: Tensor, data: Tensor | None = None) -> None:
+        """Give a parameter another gradient, and other data if there are any."""
+        self._kept.append((parameter, None if data is None else parameter.data, parameter.grad))
+        if data is not None:
+            parameter.data = data
+        parameter.grad = gradient
+
+    def restart(self, optimizer: Optimizer, parameter: Tensor, tasks: int) -> None:
+        """Have an optimizer forget what it knows of a parameter in another basis than this one."""
+        state = optimizer.state.get(parameter)
+        if not state or state.get(_BASIS, 0) == tasks:
+            return
+        self._states.append((optimizer, parameter, state))
+        optimizer.state[parameter] = _first_state(optimizer, state)
+
+    def take_back(self) -> None:
+        """Give the parameters back what they had; what has become of the other data is dropped."""
+        for parameter, data, gradient in self._kept:
+            if data is not None:
+                parameter.data = data
+            parameter.grad = gradient
+        self._kept.clear()
+        self._states.clear()
+
+    def undo(self) -> None:
+        """Take everything back, the states included."""
+        states = list(self._states)
+        self.take_back()
+        for optimizer, parameter, state in states:
+            optimizer.state[parameter] = state
+
+
+def mark_basis(state: dict[str, Any], tasks: int) -> None:
+    """Note in a parameter's state in whose eigenbasis it is; 0 is the standard basis."""
+    if tasks and state:
+        state[_BASIS] = tasks
+    else:
+        state.pop(_BASIS, None)
+
+
+def restart_all(optimizer: Optimizer) -> None:
+    """Have an optimizer forget what it knows of parameters in any eigenbasis."""
+    stand_ins = StandIns()
+    for parameter in list(optimizer.state):
+        if isinstance(parameter, Tensor):
+            stand_ins.restart(optimizer, parameter, 0)
+
+
+def _first_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of a parameter before its first step."""
+    if not isinstance(optimizer, Adagrad):
+        return {}
+    # It makes its states in the constructor.
+    first = optimizer.defaults["initial_accumulator_value"]
+    return {
+        "step": torch.zeros_like(state["step"]),
+        "sum": torch.full_like(state["sum"], first),
+    }
+
+
+class Update(ABC):
+    """What an attached penalty does before and after each step of an optimizer.
+
+    Until something is consolidated it is not asked.
+    """
+
+    def __init__(self, penalty: ConsolidatedTasks) -> None:
+        """Take part in no step yet."""
+        self.penalty = penalty
+        self.stand_ins = StandIns()
+
+    @abstractmethod
+    def before(self, step: Step) -> None:
+        """Change what the optimizer will see; whatever can be refused is, before any change."""
+
+    def after(self, step: Step) -> None:
+        """Make of what the optimizer did what it is to be."""
+        self.stand_ins.take_back()
+
+    def undo(self) -> None:
+        """Give model and optimizer back what they had before a step that failed."""
+        self.stand_ins.undo()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and numbers that a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned, or raise `SnapshotError`."""
+        check_nothing_left(state)
+
+
+def moving_stacks(stacks: Iterable[Stack], step: Step) -> list[Stack]:
+    """Return the stacks whose parameters are stepped.
+
+    Where one does not fit any more (`strict=False`), the whole block is left out, as when merging.
+
+    Raises:
+        ValueError: If only one half of a joint block is stepped, or the two differ in options.
+    """
+    return [stack for stack in stacks if _moves(stack, step)]
+
+
+def fits_all(stack: Stack, step: Step) -> bool:
+    """Whether the model has all parameters of a stack, as large as they were at least."""
+    return all(fits(name, step.parameters, anchor[0]) for _, name, anchor in stack.members)
+
+
+def _moves(stack: Stack, step: Step) -> bool:
+    if not fits_all(stack, step):
+        return False
+    without = [name for name in stack.names if name not in step.groups]
+    if 0 < len(without) < len(stack.names):
+        raise ValueError(
+            f"{parameters_have(without)} no gradient in this optimizer, but shares a block with "
+            f"others that have, {list(stack.names)}: no step of these alone is right. Train all of "
+            f"them, or consolidate with separate_weight_and_bias=True"
+        )
+    if not without:
+        _check_same_options(stack, step)
+    return not without
+
+
+def _check_same_options(stack: Stack, step: Step) -> None:
+    groups = [step.groups[name] for name in stack.names]
+    if all(group is groups[0] for group in groups):
+        return
+    for option in step.optimizer.defaults:
+        values = [group[option] for group in groups]
+        if any(value is not values[0] and bool(value != values[0]) for value in values):
+            given = ", ".join(f"{n!r} has {v}" for n, v in zip(stack.names, values, strict=True))
+            raise ValueError(
+                f"the parameters of a joint block have different {option} ({given}); expected the "
+                f"same, or a penalty with separate_weight_and_bias=True"
+            )
+
+
+def check_gradients(stacks: Sequence[Stack], gradients: Sequence[Tensor]) -> None:
+    """Raise `NotFiniteError` unless the gradients of stacks are finite, naming the parameters."""
+    if not gradients:
+        return
+    # A sum is finite only if every number in it is.
+    if bool(torch.isfinite(torch.stack([gradient.sum() for gradient in gradients]).sum())):
+        return
+    finite = [bool(torch.isfinite(gradient).all()) for gradient in gradients]
+    names = [
+        name for stack, fine in zip(stacks, finite, strict=True) if not fine for name in stack.names
+    ]
+    if names:
+        raise NotFiniteError(
+            f"the gradient of {quoted(names)} is not finite (NaN or infinity), and would spread "
+            f"over the whole layer; the step was not taken, and nothing has changed. Look for such "
+            f"values in the data, clip gradients, or lower the learning rate; with float16, use a "
+            f"GradScaler, which skips such steps"
+        )
+
+
+def check_nothing_left(state: Mapping[str, Any]) -> None:
+    """Raise `SnapshotError` unless a state was read to the end."""
+    if state:
+        raise SnapshotError(
+            f"the state of the handle has the unexpected key {min(state)!r}; expected that of a "
+            f"handle of this penalty, with the same update"
+        )

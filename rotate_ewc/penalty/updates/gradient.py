@@ -1,0 +1,44 @@
+"""The penalty's gradient is added to the loss's, for optimizers of which no step size is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from rotate_ewc._utils.parameters import fits
+from rotate_ewc.linalg.quadratic import quadratic_gradient
+from rotate_ewc.penalty.updates.base import Step, Update
+
+
+class GradientUpdate(Update):
+    """Add `λ Q [Λ ∘ Qᵀ(θ - θ*)]` to the gradients before the step, and take it away after it.
+
+    What `penalty(model)` in the loss does, without its value. Large strengths need small learning
+    rates. Four products for each block.
+    """
+
+    def before(self, step: Step) -> None:
+        """Add the penalty's gradient."""
+        blocks = [stack.block for stack in self.penalty.stacks]
+        gradients = quadratic_gradient(blocks, self.penalty.deltas(step.parameters))
+        add_gradients(self, step, gradients)
+
+
+def add_gradients(update: Update, step: Step, gradients: Mapping[str, Tensor]) -> None:
+    """Give the optimizer gradients to which a penalty's are added, times its scale.
+
+    Args:
+        update: The update.
+        step: The step.
+        gradients: By the stacks' own names, `[1, *shape]`.
+    """
+    for stack in update.penalty.stacks:
+        for key, name, anchor in stack.members:
+            if name in step.groups and fits(name, step.parameters, anchor[0]):
+                whole = step.gradients[name].clone()
+                part = whole[tuple(map(slice, anchor.shape[1:]))]
+                part.add_(gradients[key][0] * (update.penalty.scale * step.factor(name)))
+                update.stand_ins.put(step.parameters[name], whole)
+    for name in step.groups:
+        update.stand_ins.restart(step.optimizer, step.parameters[name], 0)

@@ -1,0 +1,81 @@
+"""The proximal step after optimizers that step alike in every orthonormal basis, such as SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rotate_ewc.penalty.consolidated import ConsolidatedTasks
+from rotate_ewc.penalty.displacement import Displacement
+from rotate_ewc.penalty.step_rules import StepRule
+from rotate_ewc.penalty.terms import Stack
+from rotate_ewc.penalty.updates.base import Step, check_gradients, fits_all
+from rotate_ewc.penalty.updates.displaced import DisplacedUpdate
+
+
+class ProximalUpdate(DisplacedUpdate):
+    """Let the optimizer step where it is; after every k-th step, take the proximal step.
+
+    Since the optimizer would make the same step in the eigenbasis, nothing need be rotated for it,
+    and its state means the same before and after a consolidation. With η the sum of its k step
+    sizes, `θ ← θ* + Q [Qᵀ(θ - θ*) / (1 + η λ Λ)]`. Four products for each block, every k steps.
+    """
+
+    def __init__(self, penalty: ConsolidatedTasks, rule: StepRule, every: int) -> None:
+        """Keep the rule for the size of the optimizer's steps, and k."""
+        super().__init__(penalty, rule)
+        self._every = every
+        self._steps = 0
+        self._sums: dict[str, float] = {}
+        self._sizes: list[tuple[Displacement, float]] = []
+
+    def begin(self) -> None:
+        """Begin in the eigenbases that the penalty has now, with a step size of zero."""
+        super().begin()
+        self._steps, self._sums = 0, {}
+
+    def before(self, step: Step) -> None:
+        """Find out how far the optimizer will go."""
+        moving = self.moving(step)
+        self._sizes = [(d, self._size(d.stack, step)) for d in moving]
+        for displacement in moving:
+            gradients = [step.gradients[name] for name in displacement.stack.names]
+            check_gradients([displacement.stack] * len(gradients), gradients)
+        for name in step.groups:
+            self.stand_ins.restart(step.optimizer, step.parameters[name], 0)
+
+    def after(self, step: Step) -> None:
+        """Count the step, and take the proximal one where it is time."""
+        super().after(step)
+        self._steps += 1
+        for displacement, size in self._sizes:
+            key = displacement.stack.block.label
+            self._sums[key] = self._sums.get(key, 0.0) + size
+        self._sizes = []
+        if self._steps < self._every:
+            return
+        sums, self._sums, self._steps = self._sums, {}, 0
+        for displacement in self.displacements:
+            size = sums.get(displacement.stack.block.label, 0.0)
+            if size and fits_all(displacement.stack, step):
+                self._shrink(displacement, size, step)
+
+    def _shrink(self, displacement: Displacement, size: float, step: Step) -> None:
+        displacement.follow(step.parameters)
+        shrinking = displacement.split(1.0 + size * self.stiffness(displacement.stack))
+        coordinates = {k: z / shrinking[k] for k, z in displacement.coordinates.items()}
+        displacement.lead(step.parameters, coordinates)
+
+    def _size(self, stack: Stack, step: Step) -> float:
+        return float(self.rule.size(step.groups[stack.names[0]], {}))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the coordinates, and how far the optimizer went since the last proximal step."""
+        return {**super().state_dict(), "steps": self._steps, "sums": dict(self._sums)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        left = dict(state)
+        steps, sums = left.pop("steps", 0), left.pop("sums", {})
+        super().load_state_dict(left)
+        self._steps, self._sums = int(steps), {str(k): float(v) for k, v in sums.items()}

@@ -1,0 +1,169 @@
+"""The optimizer steps in the eigenbasis, and the exact proximal step follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rotate_ewc._utils.messages import parameters_are
+from rotate_ewc._utils.parameters import protected_slice
+from rotate_ewc.penalty.consolidated import ConsolidatedTasks
+from rotate_ewc.penalty.displacement import Displacement, without_rounding_errors
+from rotate_ewc.penalty.step_rules import StepRule
+from rotate_ewc.penalty.terms import Stack
+from rotate_ewc.penalty.updates.base import Step, check_gradients, mark_basis
+from rotate_ewc.penalty.updates.displaced import DisplacedUpdate
+
+
+class RotatedUpdate(DisplacedUpdate):
+    """Rotate parameters and gradients for the optimizer; after its step, shrink and rotate back.
+
+    In the coordinates `z = Qᵀ(θ - θ*)` the penalty is ½ λ Σ Λ z². The optimizer goes from z to z',
+    with a step size η of its own for every coordinate, and the proximal step after it is
+
+        z ← argmin ½ Σ (z'' - z')² / η + ½ λ Σ Λ z''²  =  z' / (1 + η λ Λ),    θ = θ* + Q z
+
+    It comes to rest exactly where the gradients of loss and penalty cancel, it is stable for every
+    λ, and no coordinate is held back by the stiffness of another. The gradients are rotated (two
+    products for each block) and z is rotated back (two more), while z itself is kept.
+
+    What the optimizer sees is z, of which small changes are known better than of Qᵀθ. It sees
+    `Qᵀθ = z + Qᵀθ*` where it looks at the parameters for more than where they are: weight decay
+    is towards zero, not towards θ*.
+    """
+
+    def __init__(self, penalty: ConsolidatedTasks, rule: StepRule) -> None:
+        """Keep the rule for the size of the optimizer's steps."""
+        super().__init__(penalty, rule)
+        self._anchors: dict[Stack, Mapping[str, Tensor]] = {}
+        self._moving: list[Displacement] = []
+
+    def begin(self) -> None:
+        """Begin in the eigenbases that the penalty has now."""
+        super().begin()
+        self._anchors = {}
+
+    def before(self, step: Step) -> None:
+        """Put what the optimizer is to step into the eigenbasis."""
+        moving = self.moving(step)
+        _check_dtypes([d.stack for d in moving], step)
+        rotated = [self._rotated_gradient(d.stack, step) for d in moving]
+        check_gradients([d.stack for d in moving], rotated)
+        self.follow(moving, step)
+        names = {name for d in moving for name in d.stack.names}
+        for displacement, matrix in zip(moving, rotated, strict=True):
+            gradients = displacement.split(matrix)
+            seen = self._seen(displacement, step)
+            for key, name, anchor in displacement.stack.members:
+                parameter, inner = step.parameters[name], tuple(map(slice, anchor.shape[1:]))
+                self.stand_ins.put(
+                    parameter,
+                    _replaced(step.gradients[name], inner, gradients[key], parameter),
+                    _replaced(parameter.detach(), inner, seen[key], parameter),
+                )
+        for name in step.groups:
+            tasks = self.penalty.num_tasks if name in names else 0
+            self.stand_ins.restart(step.optimizer, step.parameters[name], tasks)
+        self._moving = moving
+
+    def after(self, step: Step) -> None:
+        """Take the proximal step, and bring the parameters back from the eigenbasis."""
+        moved = [self._shrunk(displacement, step) for displacement in self._moving]
+        whole = {n: step.parameters[n].data for d in self._moving for n in d.stack.names}
+        self.stand_ins.take_back()
+        for displacement, coordinates in zip(self._moving, moved, strict=True):
+            for _, name, anchor in displacement.stack.members:
+                if anchor.shape[1:] != whole[name].shape:
+                    step.parameters[name].copy_(whole[name])  # the new rows, for the others follow
+                mark_basis(step.state(name), self.penalty.num_tasks)
+            displacement.lead(step.parameters, coordinates)
+        self._moving = []
+
+    def undo(self) -> None:
+        """Give model and optimizer back what they had before a step that failed."""
+        super().undo()
+        self._moving = []
+
+    def _rotated_gradient(self, stack: Stack, step: Step) -> Tensor:
+        gradients = {
+            key: protected_slice(name, {name: step.gradients[name]}, anchor[0])
+            for key, name, anchor in stack.members
+        }
+        return without_rounding_errors(stack.block.rotate(gradients))
+
+    def _seen(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
+        """Return what the optimizer is to see in place of the parameters: z, or Qᵀθ."""
+        coordinates = displacement.coordinates
+        anchors = self._shift(displacement, step)
+        if anchors is None:
+            return {key: z.clone() for key, z in coordinates.items()}
+        return {key: z + anchors[key] for key, z in coordinates.items()}
+
+    def _shift(self, displacement: Displacement, step: Step) -> Mapping[str, Tensor] | None:
+        """Return Qᵀθ*, or None where the optimizer need not see it."""
+        group = step.groups[displacement.stack.names[0]]
+        if self.rule.decays_only and not group.get("weight_decay", 0):
+            return None
+        stack = displacement.stack
+        if stack not in self._anchors:
+            anchors = {key: anchor[0] for key, _, anchor in stack.members}
+            self._anchors[stack] = displacement.rotate(anchors)
+        return self._anchors[stack]
+
+    def _shrunk(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
+        """Return the coordinates after the optimizer's step and the proximal one."""
+        stiffness = displacement.split(self.stiffness(displacement.stack))
+        shifted = self._shift(displacement, step) is not None
+        seen = self._seen(displacement, step) if shifted else {}
+        shrunk = {}
+        for key, name, anchor in displacement.stack.members:
+            inner = tuple(map(slice, anchor.shape[1:]))
+            size = self.rule.size(step.groups[name], step.state(name))
+            if isinstance(size, Tensor) and size.ndim:
+                size = size[inner]
+            moved = step.parameters[name].detach()[inner]
+            if shifted:
+                # Where nothing moved, z is to be the same to the bit.
+                moved = displacement.coordinates[key] + (moved - seen[key])
+            shrunk[key] = moved / (stiffness[key] * size).add_(1.0)
+        return shrunk
+
+
+def _replaced(whole: Tensor, inner: tuple[slice, ...], part: Tensor, parameter: Tensor) -> Tensor:
+    """Return a copy of a tensor in which a leading slice is another.
+
+    Args:
+        whole: The tensor.
+        inner: The slice.
+        part: What is to be there; nobody else's, since it may be returned itself.
+        parameter: Whose strides it is to have, which fused optimizers take all tensors to have.
+    """
+    if part.shape == parameter.shape and part.stride() == parameter.stride():
+        return part
+    copy = torch.empty_like(parameter)
+    if part.shape != whole.shape:
+        copy.copy_(whole)
+    copy[inner] = part
+    return copy
+
+
+def _check_dtypes(stacks: Sequence[Stack], step: Step) -> None:
+    """Raise unless the parameters have the dtype of the penalty, in which they will be stepped."""
+    found: dict[tuple[torch.dtype, torch.dtype], list[str]] = {}
+    for stack in stacks:
+        for name in stack.names:
+            dtype = step.parameters[name].dtype
+            if dtype != stack.block.eigenvalues.dtype:
+                found.setdefault((dtype, stack.block.eigenvalues.dtype), []).append(name)
+    for (dtype, expected), names in found.items():
+        if dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{parameters_are(names)} {dtype}, in which small steps are lost; expected "
+                f"{expected} (with torch.autocast for speed), or update='gradient'"
+            )
+        raise ValueError(
+            f"{parameters_are(names)} {dtype}, but the penalty is {expected}; call "
+            f"penalty.to({dtype})"
+        )
