@@ -30,7 +30,8 @@ class Likelihood(ABC):
     """The distribution over labels behind a loss function.
 
     To teach the package a loss, subclass this with three methods, `exact_vectors`, `sampled_vector`
-    and `gradient` (plus `terms` where `mean` does not simply count the rows of the outputs), and
+    and `gradient` (plus `terms` where `mean` does not simply count the rows of the outputs, and
+    `relative_entropies` where predictions can be softened), and
     hand it to `register_likelihood`. Outputs arrive detached, in float32 or better.
 
     Attributes:
@@ -96,6 +97,16 @@ class Likelihood(ABC):
         """Return what a batch adds to the number that `mean` divides by, a scalar."""
         # Counted in float32 or better: half precision does not know 257.
         return self.terms(outputs.to(statistics_dtype(outputs.dtype)), targets).sum()
+
+    def relative_entropies(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """Return how unsure the predictions are, as `temperature="auto"` measures it.
+
+        Returns:
+            The entropy of every prediction that counts in the loss, as a part of the largest there
+            can be, `[predictions]`; None where dividing outputs softens nothing, as in regression.
+        """
+        del outputs, targets
+        return None
 
     def predictions(self, outputs: Tensor) -> int:
         """Number of predictions (such as tokens) in a batch of outputs."""

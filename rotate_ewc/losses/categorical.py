@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -72,6 +73,16 @@ class Categorical(Likelihood):
             weights = self.class_weights.to(outputs)
             kept = kept * weights[torch.where(targets == self.ignore_index, 0, targets).long()]
         return kept.reshape(len(outputs), -1).sum(dim=1)
+
+    def relative_entropies(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """Return `-Σ_c p_c log p_c / log C` where a label has any weight."""
+        if outputs.shape[1] < 2:
+            return None
+        # Classes that a model masks out with -inf have no part in it.
+        entropies = torch.special.entr(outputs.softmax(dim=1)).sum(dim=1)
+        entropies = entropies / math.log(outputs.shape[1])
+        counts = self._strengths(outputs, targets).squeeze(1) > 0
+        return entropies[counts.expand_as(entropies)]
 
     def predictions(self, outputs: Tensor) -> int:
         """All axes but the class axis."""

@@ -128,6 +128,12 @@ class Bernoulli(Elementwise):
         strength = self._strength(outputs, targets)
         return strength * torch.sigmoid(outputs) * torch.sigmoid(-outputs)
 
+    def relative_entropies(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """Return the entropy of every element that has a weight, in bits."""
+        sides = torch.sigmoid(torch.stack([outputs, -outputs]))
+        entropies = torch.special.entr(sides).sum(dim=0) / math.log(2.0)
+        return entropies[self._strength(outputs, targets).expand_as(entropies) > 0]
+
     def sampled_vector(self, outputs: Tensor, targets: Tensor, generator: Generator) -> Tensor:
         """Return `√s (σ - y)` with labels y drawn from σ."""
         drawn = torch.bernoulli(torch.sigmoid(outputs), generator=generator)

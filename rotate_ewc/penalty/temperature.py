@@ -1,0 +1,92 @@
+"""How far predictions are softened for a snapshot, found from the predictions themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from rotate_ewc._utils.numerics import statistics_dtype
+from rotate_ewc.losses import Likelihood
+from rotate_ewc.tracing.passes import batches
+
+TARGET_ENTROPY: Final = 0.8
+_LARGEST_TEMPERATURE: Final = 1e6
+# To a part in a million.
+_BISECTIONS: Final = 24
+
+
+@torch.no_grad()
+def softening_temperature(
+    forward: Callable[[Any], Any],
+    likelihood: Likelihood,
+    data: Iterable[Any],
+    device: torch.device,
+    *,
+    max_bytes: int,
+    progressbar: bool = False,
+) -> float:
+    """Return the temperature at which predictions have a given mean entropy.
+
+    A network that is sure of its examples has next to no Fisher matrix there, however much it will
+    forget of them. Divided by T, its outputs have a larger entropy; T is found by bisection, so
+    that the mean over all predictions is `TARGET_ENTROPY` of the largest possible one (log C for C
+    classes). No labels are looked at, but for which of them count.
+
+    Args:
+        forward: From a batch's inputs to the model's outputs.
+        likelihood: The distribution behind the loss.
+        data: Batches (inputs, targets), gone through once.
+        device: The model's.
+        max_bytes: What outputs may take; of more, every second batch is looked at, or fewer.
+        progressbar: Whether to show progress over batches.
+
+    Returns:
+        At least 1; exactly 1 if the predictions are soft enough, or have no entropy (regression).
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+    stride = 1
+    for number, inputs, targets in batches(
+        data, device, progressbar=progressbar, description="temperature"
+    ):
+        if number % stride:
+            continue
+        outputs = forward(inputs)
+        if not isinstance(outputs, Tensor):
+            return 1.0  # refused by the estimate itself, which says what to do
+        if likelihood.relative_entropies(outputs, targets) is None:
+            return 1.0
+        seen.append((outputs, targets))
+        while len(seen) > 1 and sum(o.nbytes + t.nbytes for o, t in seen) > max_bytes:
+            seen, stride = seen[::2], 2 * stride
+    return _temperature_of(seen, likelihood)
+
+
+def _temperature_of(seen: list[tuple[Tensor, Tensor]], likelihood: Likelihood) -> float:
+    """Return the temperature for outputs and targets by bisection of its logarithm."""
+    if _mean_entropy(seen, likelihood, 1.0) >= TARGET_ENTROPY:
+        return 1.0
+    low, high = 0.0, math.log(_LARGEST_TEMPERATURE)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if _mean_entropy(seen, likelihood, math.exp(middle)) < TARGET_ENTROPY:
+            low = middle
+        else:
+            high = middle
+    return math.exp(low)
+
+
+def _mean_entropy(
+    seen: list[tuple[Tensor, Tensor]], likelihood: Likelihood, temperature: float
+) -> float:
+    """Return the mean over all predictions that count; 1 where none does."""
+    total, count = 0.0, 0
+    for outputs, targets in seen:
+        softened = outputs.to(statistics_dtype(outputs.dtype)) / temperature
+        entropies = likelihood.relative_entropies(softened, targets)
+        if entropies is not None:
+            total, count = total + float(entropies.double().sum()), count + entropies.numel()
+    return total / count if count else 1.0
