@@ -88,9 +88,10 @@ def test_is_the_same_as_a_loop_written_by_hand(
     make_optimizer: MakeOptimizer, update: str, every: int
 ) -> None:
     """Bit for bit; three steps an epoch are a multiple of 1 and 3, but not of 2 or 100."""
-    plugin = RotatedEWCPlugin(30.0, update=update, every=every, seed=5)
+    strength = 3.0 if update == "gradient" else 30.0  # which would diverge
+    plugin = RotatedEWCPlugin(strength, update=update, every=every, seed=5)
     model = trained([plugin], make_optimizer)
-    assert torch.equal(flat(model), flat(by_hand(make_optimizer, update, every)))
+    assert torch.equal(flat(model), flat(by_hand(make_optimizer, update, every, strength)))
     assert plugin.penalty.num_tasks == TASKS
     assert (flat(model) - flat(trained([], make_optimizer))).abs().max() > 1e-3
 
@@ -202,7 +203,7 @@ def test_optimizers_that_do_not_fit(
     ],
 )
 def test_remedies(options: dict[str, Any], make_optimizer: MakeOptimizer) -> None:
-    plugin = RotatedEWCPlugin(30.0, **options)
+    plugin = RotatedEWCPlugin(3.0, **options)
     strategy = naive(make_optimizer, plugin, OwnOptimizer)
     free = naive(make_optimizer, RotatedEWCPlugin(0.0, **options), OwnOptimizer)
     for experience in domain_benchmark(2).train_stream:
