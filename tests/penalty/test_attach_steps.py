@@ -79,11 +79,12 @@ def test_strengths(strength: float, case: str) -> None:
 @pytest.mark.parametrize("loss", [CE, SUMMED])
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
 def test_scale_is_that_of_the_penalty(weighting: str, loss: nn.Module, case: str) -> None:
-    """M_now is in the mean loss alone, and in neither with uniform weights."""
+    """In proportion to the loss: by numbers of examples, M_now divides the mean."""
     model, penalty = consolidated("plain", 2, loss=loss, weighting=weighting, decay=0.7)
     penalty.current_num_data = 25
-    divided = loss is CE and weighting == "examples"
-    follow(model, penalty, case, 2.5 / 25 if divided else 2.5, steps=5)
+    of_all = 25.0 if loss is SUMMED else 1.0
+    scale = 2.5 * of_all / (25.0 if weighting == "examples" else 1.0)
+    follow(model, penalty, case, scale, steps=5)
 
 
 class Odd(nn.Module):
