@@ -132,9 +132,11 @@ class EstimationOptions(TypedDict, total=False):
 class PenaltyOptions(EstimationOptions, total=False):
     """Keyword arguments of `EKFACPenalty`, all of them optional."""
 
+    plasticity: float
     weighting: Weighting | str
     decay: float
-    temperature: float
+    temperature: float | str
+    damping: float
     include: Sequence[str]
     exclude: Sequence[str]
     strict: bool

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import TypeVar
+from typing import Final, TypeVar
 
 EnumType = TypeVar("EnumType", bound=Enum)
+
+AUTO: Final = "auto"
 
 
 def as_choice(name: str, value: object, choices: type[EnumType]) -> EnumType:
@@ -59,6 +61,24 @@ def as_positive_number(name: str, value: object) -> float:
     if number == 0:
         raise ValueError(f"{name} is {value}; expected more than 0")
     return number
+
+
+def as_part(name: str, value: object) -> float:
+    """Return `value` as a float, or raise unless it is a number between zero and one."""
+    number = as_non_negative_number(name, value)
+    if not 0 < number < 1:
+        raise ValueError(f"{name} is {value}; expected more than 0 and less than 1")
+    return number
+
+
+def unless_auto(check: Callable[[str, object], float], name: str, value: object) -> float | None:
+    """Return what a check makes of `value`, or None if it is `"auto"`, which errors offer."""
+    if isinstance(value, str) and value == AUTO:
+        return None
+    try:
+        return check(name, value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}, or {AUTO!r}") from None
 
 
 def as_patterns(name: str, value: object) -> tuple[str, ...]:

@@ -155,6 +155,8 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
         num_tasks: Number of consolidated tasks.
         last_examples: Number of examples of the last one.
         last_loss_terms: Number of its loss terms.
+        found_strength: The strength that was found, where it is: how often, the sum of its
+            logarithms, and how many tasks there were.
         terms: Its terms.
     """
 
@@ -165,6 +167,11 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
     num_tasks: Annotated[int, Meta(ge=0, le=LARGEST_COUNT)]
     last_examples: Annotated[int, Meta(ge=1, le=LARGEST_COUNT)]
     last_loss_terms: Annotated[float, Meta(gt=0, le=float(LARGEST_COUNT))]
+    found_strength: tuple[
+        Annotated[int, Meta(ge=0, le=LARGEST_COUNT)],
+        Annotated[float, Meta(ge=-float(LARGEST_COUNT), le=float(LARGEST_COUNT))],
+        Annotated[int, Meta(ge=0, le=LARGEST_COUNT)],
+    ]
     terms: tuple[TermLayout, ...]
 
     def __post_init__(self) -> None:

@@ -79,7 +79,7 @@ class Categorical(Likelihood):
         if outputs.shape[1] < 2:
             return None
         # Classes that a model masks out with -inf have no part in it.
-        entropies = torch.special.entr(outputs.softmax(dim=1)).sum(dim=1)
+        entropies: Tensor = torch.special.entr(outputs.softmax(dim=1)).sum(dim=1)
         entropies = entropies / math.log(outputs.shape[1])
         counts = self._strengths(outputs, targets).squeeze(1) > 0
         return entropies[counts.expand_as(entropies)]

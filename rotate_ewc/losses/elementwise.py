@@ -131,7 +131,7 @@ class Bernoulli(Elementwise):
     def relative_entropies(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """Return the entropy of every element that has a weight, in bits."""
         sides = torch.sigmoid(torch.stack([outputs, -outputs]))
-        entropies = torch.special.entr(sides).sum(dim=0) / math.log(2.0)
+        entropies: Tensor = torch.special.entr(sides).sum(dim=0) / math.log(2.0)
         return entropies[self._strength(outputs, targets).expand_as(entropies) > 0]
 
     def sampled_vector(self, outputs: Tensor, targets: Tensor, generator: Generator) -> Tensor:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from inspect import ismethod, unwrap
 from types import MethodType, TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,12 @@ from rotate_ewc._utils.parameters import named_parameters
 from rotate_ewc._utils.validation import as_choice, check_positive_integer
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
+from rotate_ewc.penalty.plasticity import Plasticity
 from rotate_ewc.penalty.step_rules import StepRule, known_optimizers, rule_of
 from rotate_ewc.penalty.updates import UpdateKind, make_update
 from rotate_ewc.penalty.updates.base import Step, restart_all
 
+_KEYS: Final = {"update", "num_tasks", "plasticity", "state"}
 Penalty = TypeVar("Penalty", bound=ConsolidatedTasks)
 
 
@@ -95,11 +97,11 @@ class Attachment(Generic[Penalty]):
 
     @property
     def strength(self) -> float:
-        """λ of the next step; it may be changed at any time, and is the penalty's own."""
+        """λ of the next step, that of the penalty; it may be set at any time, also to `"auto"`."""
         return self.penalty.strength
 
     @strength.setter
-    def strength(self, value: float) -> None:
+    def strength(self, value: float | str) -> None:
         self.penalty.strength = value
 
     def detach(self) -> None:
@@ -144,6 +146,7 @@ class Attachment(Generic[Penalty]):
         return {
             "update": self.update.value,
             "num_tasks": self.penalty.num_tasks,
+            "plasticity": self._update.plasticity.state_dict(),
             "state": self._update.state_dict(),
         }
 
@@ -154,7 +157,7 @@ class Attachment(Generic[Penalty]):
             SnapshotError: If it is not whole, not finite, or of another penalty or update; nothing
                 is then changed.
         """
-        if not isinstance(state, Mapping) or set(state) != {"update", "num_tasks", "state"}:
+        if not isinstance(state, Mapping) or set(state) != _KEYS:
             raise SnapshotError(
                 "the state of the handle is none; expected a dictionary that its state_dict() made"
             )
@@ -168,7 +171,9 @@ class Attachment(Generic[Penalty]):
                 f"the state of the handle is of a penalty with {state['num_tasks']} tasks, but "
                 f"this one has {self.penalty.num_tasks}; load the penalty's own state first"
             )
+        plasticity = Plasticity.from_state_dict(state["plasticity"])
         self._update.load_state_dict(state["state"])
+        self._update.resume(plasticity)
 
     def __enter__(self) -> Attachment[Penalty]:
         """Return the handle itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -12,12 +13,15 @@ from rotate_ewc._utils.messages import parameters_are
 from rotate_ewc._utils.parameters import fits, misfits, protected_slice
 from rotate_ewc._utils.validation import (
     as_non_negative_number,
+    as_part,
     as_positive_number,
     check_positive_integer,
+    unless_auto,
 )
 from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.io.header import HEADER
 from rotate_ewc.options import Mode, Weighting
+from rotate_ewc.penalty.plasticity import FoundStrength
 from rotate_ewc.penalty.stability import largest_curvature
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.terms import Stack, Term, stack_terms
@@ -57,13 +61,22 @@ class ConsolidatedTasks(nn.Module):
 
     _places: Final = _Places()
 
-    def __init__(self, mode: Mode, weighting: Weighting, *, strength: float, strict: bool) -> None:
+    def __init__(
+        self,
+        mode: Mode,
+        weighting: Weighting,
+        *,
+        strength: float | str,
+        plasticity: float,
+        strict: bool,
+    ) -> None:
         """Begin without a task.
 
         Args:
             mode: Whether the tasks are merged into one term.
             weighting: What the tasks weigh.
-            strength: λ, at least 0.
+            strength: λ, at least 0; or `"auto"`.
+            plasticity: What is kept of a new task's progress, if the strength is found.
             strict: Whether a protected parameter that is missing, or smaller than it was, is an
                 error.
         """
@@ -71,6 +84,7 @@ class ConsolidatedTasks(nn.Module):
         self.mode = mode
         self.weighting = weighting
         self.strength = strength
+        self.plasticity = as_part("plasticity", plasticity)
         self.strict = strict
         self._terms: list[Term] = []
         self._stacks: tuple[Stack, ...] = ()
@@ -83,21 +97,39 @@ class ConsolidatedTasks(nn.Module):
 
     @property
     def strength(self) -> float:
-        """λ; may be changed at any time, for example along a schedule."""
-        return self._strength
+        """λ; may be set at any time, to a number (as along a schedule) or to `"auto"`.
+
+        With `"auto"` it is found anew, in the steps of an optimizer that the penalty is attached
+        to; until then it is 1, which is Bayes' rule.
+        """
+        return self._found.value if self._strength is None else self._strength
 
     @strength.setter
-    def strength(self, value: float) -> None:
-        self._strength = as_non_negative_number("strength", value)
+    def strength(self, value: float | str) -> None:
+        self._strength = unless_auto(as_non_negative_number, "strength", value)
+        self._found = FoundStrength()
+
+    @property
+    def finds_strength(self) -> bool:
+        """Whether the strength is being found, in the steps of the task at hand."""
+        return self._strength is None and self._found.is_open(self._num_tasks)
+
+    def take_strength(self, strength: float) -> None:
+        """Take a strength that was found in one step into the mean that is used."""
+        self._found.add(strength, self._num_tasks)
 
     @property
     def scale(self) -> float:
         """The factor from what `stacks` hold to the second derivatives of the penalty."""
+        return self.strength * self.scale_of_one
+
+    @property
+    def scale_of_one(self) -> float:
+        """That factor at strength 1."""
         if not self._terms:
-            return self.strength
+            return 1.0
         reduction = self._terms[0].operator.provenance.reduction
-        now = self.current_num_loss_terms
-        return scale_of_penalty(self.strength, now, self.weighting, reduction)
+        return scale_of_penalty(1.0, self.current_num_loss_terms, self.weighting, reduction)
 
     @property
     def max_curvature(self) -> float:
@@ -328,12 +360,14 @@ class ConsolidatedTasks(nn.Module):
             self._num_tasks,
             self._last_examples,
             self._last_loss_terms,
+            replace(self._found),
         )
 
     def _restore(self, state: PenaltyState) -> None:
         self._replace_terms(
             state.terms, state.num_tasks, state.last_examples, state.last_loss_terms
         )
+        self._found = replace(state.found)
 
 
 def _without_dots(key: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -23,13 +24,17 @@ from rotate_ewc._utils.parameters import (
     select_parameters,
     unwrapped,
 )
+from rotate_ewc._utils.preserve_state import undisturbed
+from rotate_ewc._utils.reached_modules import reached_modules
 from rotate_ewc._utils.validation import (
+    AUTO,
     as_choice,
     as_non_negative_number,
     as_patterns,
     as_positive_number,
     check_boolean,
     check_positive_integer,
+    unless_auto,
 )
 from rotate_ewc.curvature.merge import merge
 from rotate_ewc.curvature.operator import EKFACLinearOperator
@@ -37,15 +42,19 @@ from rotate_ewc.errors import SnapshotError
 from rotate_ewc.estimation.estimate import fit_blocks
 from rotate_ewc.io import files
 from rotate_ewc.io.storage_dtype import check_storage_dtype
+from rotate_ewc.linalg.block import Block
 from rotate_ewc.linalg.quadratic import quadratic_form
+from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import EstimationOptions, EstimationSettings, Mode, Weighting
 from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.stability import warn_if_divergent
 from rotate_ewc.penalty.state import PenaltyState
+from rotate_ewc.penalty.temperature import softening_temperature
 from rotate_ewc.penalty.terms import Term
 from rotate_ewc.penalty.updates import UpdateKind
 from rotate_ewc.penalty.weighting import kept_weight
+from rotate_ewc.tracing.passes import check_reiterable
 
 
 class EKFACPenalty(ConsolidatedTasks):
@@ -94,12 +103,14 @@ class EKFACPenalty(ConsolidatedTasks):
     @forwards_keywords(EstimationSettings)
     def __init__(
         self,
-        strength: float = 1.0,
+        strength: float | str = AUTO,
         mode: Mode | str = Mode.MERGED,
         *,
+        plasticity: float = 0.95,
         weighting: Weighting | str = Weighting.EXAMPLES,
         decay: float = 1.0,
-        temperature: float = 1.0,
+        temperature: float | str = AUTO,
+        damping: float = 0.03,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         strict: bool = True,
@@ -109,15 +120,22 @@ class EKFACPenalty(ConsolidatedTasks):
         """Make a penalty that is zero until the first task is consolidated.
 
         Args:
-            strength: λ, at least 0.
+            strength: λ, at least 0. `"auto"` finds it in the steps of an optimizer that the penalty
+                is attached to, while the first task after a consolidation is learned.
             mode: `"merged"` (constant cost) or `"separate"`.
+            plasticity: With strength `"auto"`, the part of the optimizer's progress on a new task
+                that the penalty leaves it, between 0 and 1; more where the tasks hardly meet (see
+                `rotate_ewc.penalty.plasticity`). Less protects more.
             weighting: `"examples"` (all examples weigh as in one loss over the data of all tasks,
                 which is by numbers of loss terms) or `"uniform"`.
             decay: What the weights of earlier tasks are multiplied with whenever a task is
                 consolidated, from 0 to 1 (the γ of online EWC, Schwarz et al. 2018).
             temperature: More than 0. The Fisher matrix is that of the outputs divided by it, times
                 its square to stay in proportion. Above 1 the predictions are softened, so that
-                examples of which the model is sure count too; the strength can then be smaller.
+                examples of which the model is sure count too. `"auto"` softens them, in each
+                snapshot, until their mean entropy is 0.8 of the largest possible.
+            damping: What every eigenvalue is increased by, in units of the mean of its block. It
+                keeps an optimizer from going far in directions that only seem to be free.
             include: Patterns such as `"encoder.*"` for the names of the parameters to protect.
             exclude: Patterns for names to leave out, such as those of unsupported layers.
             strict: Whether a protected parameter that is missing, or smaller than it was, is an
@@ -135,12 +153,15 @@ class EKFACPenalty(ConsolidatedTasks):
             as_choice("mode", mode, Mode),
             as_choice("weighting", weighting, Weighting),
             strength=strength,
+            plasticity=plasticity,
             strict=strict,
         )
         self.decay = as_non_negative_number("decay", decay)
         if self.decay > 1:
             raise ValueError(f"decay is {decay}; expected a number from 0 to 1")
-        self.temperature = as_positive_number("temperature", temperature)
+        unless_auto(as_positive_number, "temperature", temperature)
+        self.temperature = temperature
+        self.damping = as_non_negative_number("damping", damping)
         self.include = as_patterns("include", include)
         self.exclude = as_patterns("exclude", exclude)
         self.settings = EstimationSettings.gather(settings, options)
@@ -188,8 +209,9 @@ class EKFACPenalty(ConsolidatedTasks):
         chosen = name_parameters(params, model)
         named = name_parameters(list(chosen.values()), model)
         self.protected(parameters_of(model))
+        temperature = self._temperature(model, loss_func, data, forward)
         blocks, shapes, provenance = fit_blocks(
-            self._softened(forward or model),
+            _softened(forward or model, temperature),
             loss_func,
             named,
             data,
@@ -197,10 +219,10 @@ class EKFACPenalty(ConsolidatedTasks):
             model=model,
             num_data=num_data,
         )
-        scaled = [b.with_eigenvalues(b.eigenvalues * self.temperature**2) for b in blocks]
-        settings_and_temperature = {**provenance.settings, "temperature": self.temperature}
-        provenance = structs.replace(provenance, settings=settings_and_temperature)
-        operator = EKFACLinearOperator.from_blocks(scaled, shapes, provenance)
+        blocks = tuple(_damped(block, temperature**2, self.damping) for block in blocks)
+        told = {**provenance.settings, "temperature": temperature, "damping": self.damping}
+        provenance = structs.replace(provenance, settings=told)
+        operator = EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
         anchor = {name: named[name].detach().clone() for name in operator.parameter_shapes}
         self._fold_in(operator, anchor, weight, parameters_of(model))
 
@@ -300,17 +322,28 @@ class EKFACPenalty(ConsolidatedTasks):
         penalty._restore(found)
         return penalty
 
-    def _softened(self, forward: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-        """Divide outputs by the temperature."""
-        if self.temperature == 1.0:
-            return forward
-
-        def softened(inputs: Any) -> Any:
-            outputs = forward(inputs)
-            # Others are refused where it is said how to make them tensors.
-            return outputs / self.temperature if isinstance(outputs, Tensor) else outputs
-
-        return softened
+    def _temperature(
+        self,
+        model: nn.Module,
+        loss_func: Callable[..., Any],
+        data: Iterable[Any],
+        forward: Callable[[Any], Tensor] | None,
+    ) -> float:
+        """Return the temperature of a snapshot."""
+        if not isinstance(self.temperature, str):
+            return self.temperature
+        parameters = parameters_of(model)
+        modules = [*model.modules(), *reached_modules(forward or model)]
+        check_reiterable(data)
+        with undisturbed(modules, parameters.values()):
+            return softening_temperature(
+                forward or model,
+                likelihood_of(loss_func),
+                data,
+                next(iter(parameters.values())).device,
+                max_bytes=self.settings.memory_budget,
+                progressbar=bool(self.settings.progressbar),
+            )
 
     def _fold_in(
         self,
@@ -348,11 +381,13 @@ class EKFACPenalty(ConsolidatedTasks):
     def options(self) -> dict[str, Any]:
         """Arguments that make a penalty like this one, as JSON can hold them."""
         return {
-            "strength": self.strength,
+            "strength": AUTO if self._strength is None else self._strength,
             "mode": self.mode.value,
+            "plasticity": self.plasticity,
             "weighting": self.weighting.value,
             "decay": self.decay,
             "temperature": self.temperature,
+            "damping": self.damping,
             "include": list(self.include),
             "exclude": list(self.exclude),
             "strict": self.strict,
@@ -362,6 +397,26 @@ class EKFACPenalty(ConsolidatedTasks):
     def extra_repr(self) -> str:
         """Show strength, mode and tasks."""
         return f"strength={self.strength}, mode={self.mode!r}, tasks={self._num_tasks}"
+
+
+def _softened(forward: Callable[[Any], Tensor], temperature: float) -> Callable[[Any], Tensor]:
+    """Divide outputs by a temperature."""
+    if temperature == 1.0:
+        return forward
+
+    @wraps(forward, assigned=(), updated=())
+    def softened(inputs: Any) -> Any:
+        outputs = forward(inputs)
+        # Others are refused where it is said how to make them tensors.
+        return outputs / temperature if isinstance(outputs, Tensor) else outputs
+
+    return softened
+
+
+def _damped(block: Block, factor: float, damping: float) -> Block:
+    """Return a block with eigenvalues times a factor, and more by a part of their mean."""
+    eigenvalues = block.eigenvalues * factor
+    return block.with_eigenvalues(eigenvalues + damping * eigenvalues.mean())
 
 
 def _overridden(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from rotate_ewc.io.header import (
 )
 from rotate_ewc.io.snapshot import checked_tensor, layout_of, restore, tensors_of
 from rotate_ewc.io.storage_dtype import DTYPES
+from rotate_ewc.penalty.plasticity import FoundStrength
 from rotate_ewc.penalty.terms import Term
 
 
@@ -37,6 +38,7 @@ class PenaltyState:
         num_tasks: Number of consolidated tasks.
         last_examples: Number of examples of the last one.
         last_loss_terms: Number of its loss terms, which the reduction `mean` divides by.
+        found: The strength that was found.
     """
 
     options: Mapping[str, Any]
@@ -46,6 +48,7 @@ class PenaltyState:
     num_tasks: int
     last_examples: int
     last_loss_terms: float
+    found: FoundStrength
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -67,6 +70,7 @@ class PenaltyState:
             num_tasks=self.num_tasks,
             last_examples=self.last_examples,
             last_loss_terms=self.last_loss_terms,
+            found_strength=astuple(self.found),
             terms=tuple(map(_layout, self.terms)),
         )
         device = self.terms[0].operator.device if self.terms else None
@@ -117,6 +121,7 @@ class PenaltyState:
             header.num_tasks,
             header.last_examples,
             header.last_loss_terms,
+            FoundStrength(*header.found_strength),
         )
 
     def check(self, *, mode: str, weighting: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc.losses import Likelihood
-from rotate_ewc.tracing.passes import batches
+from rotate_ewc.tracing.passes import batches, naming_batch, noting_batch
 
 TARGET_ENTROPY: Final = 0.8
 _LARGEST_TEMPERATURE: Final = 1e6
@@ -54,15 +54,28 @@ def softening_temperature(
     ):
         if number % stride:
             continue
-        outputs = forward(inputs)
-        if not isinstance(outputs, Tensor):
-            return 1.0  # refused by the estimate itself, which says what to do
-        if likelihood.relative_entropies(outputs, targets) is None:
+        with naming_batch(number), noting_batch(number):
+            outputs = forward(inputs)
+        if not _can_be_softened(likelihood, outputs, targets):
             return 1.0
         seen.append((outputs, targets))
         while len(seen) > 1 and sum(o.nbytes + t.nbytes for o, t in seen) > max_bytes:
             seen, stride = seen[::2], 2 * stride
     return _temperature_of(seen, likelihood)
+
+
+def _can_be_softened(likelihood: Likelihood, outputs: Any, targets: Tensor) -> bool:
+    """Return whether predictions have an entropy; outputs that do not fit have none.
+
+    Those are refused by the estimate that follows, which knows more to say.
+    """
+    if not isinstance(outputs, Tensor):
+        return False
+    try:
+        likelihood.check(outputs, targets)
+    except (TypeError, ValueError):
+        return False
+    return likelihood.relative_entropies(outputs, targets) is not None
 
 
 def _temperature_of(seen: list[tuple[Tensor, Tensor]], likelihood: Likelihood) -> float:

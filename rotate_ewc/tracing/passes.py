@@ -110,15 +110,10 @@ class Passes:
         self, batch: Batch, generator: Generator, *, with_squares: bool
     ) -> Iterator[CapturedBatch]:
         """Run the model on a batch, and note on its own errors which batch it was."""
-        try:
+        with noting_batch(batch.number):
             yield from self._capturer.capture(
                 batch.inputs, batch.targets, generator, with_squares=with_squares
             )
-        except RuntimeError as error:
-            add_note(error, f"in the model's own passes over batch {batch.number} of data")
-            if is_out_of_memory(error):
-                add_note(error, "smaller batches take less memory, as in training")
-            raise
 
 
 @dataclass
@@ -256,6 +251,18 @@ def batches(
         yield Batch(index, to_device(inputs, device), targets.to(device))
     if index < 0:
         raise ValueError("data is empty; expected at least one batch (inputs, targets)")
+
+
+@contextmanager
+def noting_batch(index: int) -> Iterator[None]:
+    """Note on a model's own errors which batch it was."""
+    try:
+        yield
+    except RuntimeError as error:
+        add_note(error, f"in the model's own passes over batch {index} of data")
+        if is_out_of_memory(error):
+            add_note(error, "smaller batches take less memory, as in training")
+        raise
 
 
 @contextmanager

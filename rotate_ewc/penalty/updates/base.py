@@ -15,6 +15,7 @@ from rotate_ewc._utils.messages import parameters_have, quoted
 from rotate_ewc._utils.parameters import fits
 from rotate_ewc.errors import NotFiniteError, SnapshotError
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
+from rotate_ewc.penalty.plasticity import Plasticity, Progress
 from rotate_ewc.penalty.terms import Stack
 
 # In an optimizer's state of a parameter: the number of tasks in whose eigenbasis it is. It is saved
@@ -130,6 +131,8 @@ class Update(ABC):
         """Take part in no step yet."""
         self.penalty = penalty
         self.stand_ins = StandIns()
+        self.plasticity = Plasticity()
+        self._looked_for = -1
 
     @abstractmethod
     def before(self, step: Step) -> None:
@@ -142,6 +145,25 @@ class Update(ABC):
     def undo(self) -> None:
         """Give model and optimizer back what they had before a step that failed."""
         self.stand_ins.undo()
+
+    def looks(self) -> bool:
+        """Count a step, and return whether the strength of the penalty is to be found in it."""
+        if not self.penalty.finds_strength:
+            return False
+        if self._looked_for != self.penalty.num_tasks:
+            self._looked_for, self.plasticity = self.penalty.num_tasks, Plasticity()
+        return self.plasticity.is_due()
+
+    def resume(self, plasticity: Plasticity) -> None:
+        """Go on with what was seen of the task at hand."""
+        self._looked_for, self.plasticity = self.penalty.num_tasks, plasticity
+
+    def find_strength(self, seen: Mapping[str, Progress]) -> None:
+        """Find the strength in what a step is about to do to every block, by label."""
+        penalty = self.penalty
+        found = self.plasticity.look(seen, penalty.plasticity, penalty.strength)
+        if found is not None:
+            penalty.take_strength(found)
 
     def flush(self, step: Step) -> None:  # noqa: B027
         """Take what was put off since the penalty was last looked at; `step` has no gradients."""

@@ -8,7 +8,10 @@ from torch import Tensor
 
 from rotate_ewc._utils.parameters import fits
 from rotate_ewc.linalg.quadratic import quadratic_gradient
+from rotate_ewc.penalty.consolidated import ConsolidatedTasks
+from rotate_ewc.penalty.step_rules import StepRule
 from rotate_ewc.penalty.updates.base import Step, Update
+from rotate_ewc.penalty.updates.watching import Watch
 
 
 class GradientUpdate(Update):
@@ -18,11 +21,22 @@ class GradientUpdate(Update):
     rates. Four products for each block.
     """
 
+    def __init__(self, penalty: ConsolidatedTasks, rule: StepRule | None = None) -> None:
+        """Keep the rule for the size of the optimizer's steps, if there is one."""
+        super().__init__(penalty)
+        self._watch = Watch(self, rule)
+
     def before(self, step: Step) -> None:
         """Add the penalty's gradient."""
+        self._watch.before(self.penalty.stacks, step)
         blocks = [stack.block for stack in self.penalty.stacks]
         gradients = quadratic_gradient(blocks, self.penalty.deltas(step.parameters))
         add_gradients(self, step, gradients)
+
+    def after(self, step: Step) -> None:
+        """Take the gradient away."""
+        super().after(step)
+        self._watch.after(step)
 
 
 def add_gradients(update: Update, step: Step, gradients: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from rotate_ewc.penalty.step_rules import StepRule
 from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.base import Step, check_gradients, fits_all
 from rotate_ewc.penalty.updates.displaced import DisplacedUpdate
+from rotate_ewc.penalty.updates.watching import Watch
 
 
 class ProximalUpdate(DisplacedUpdate):
@@ -28,6 +29,7 @@ class ProximalUpdate(DisplacedUpdate):
         self._steps = 0
         self._sums: dict[str, float] = {}
         self._sizes: list[tuple[Displacement, float]] = []
+        self._watch = Watch(self, rule)
 
     def begin(self) -> None:
         """Begin in the eigenbases that the penalty has now, with a step size of zero."""
@@ -37,6 +39,7 @@ class ProximalUpdate(DisplacedUpdate):
     def before(self, step: Step) -> None:
         """Find out how far the optimizer will go."""
         moving = self.moving(step)
+        self._watch.before([d.stack for d in moving], step)
         self._sizes = [(d, self._size(d.stack, step)) for d in moving]
         for displacement in moving:
             gradients = [step.gradients[name] for name in displacement.stack.names]
@@ -47,6 +50,7 @@ class ProximalUpdate(DisplacedUpdate):
     def after(self, step: Step) -> None:
         """Count the step, and take the proximal one where it is time."""
         super().after(step)
+        self._watch.after(step)
         self._steps += 1
         for displacement, size in self._sizes:
             key = displacement.stack.block.label

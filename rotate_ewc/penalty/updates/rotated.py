@@ -11,6 +11,7 @@ from rotate_ewc._utils.messages import parameters_are
 from rotate_ewc._utils.parameters import protected_slice
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.displacement import Displacement, without_rounding_errors
+from rotate_ewc.penalty.plasticity import Progress
 from rotate_ewc.penalty.step_rules import StepRule
 from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.base import Step, check_gradients, mark_basis
@@ -39,6 +40,8 @@ class RotatedUpdate(DisplacedUpdate):
         super().__init__(penalty, rule)
         self._anchors: dict[Stack, Mapping[str, Tensor]] = {}
         self._moving: list[Displacement] = []
+        # The gradients in the eigenbasis, in a step in which the strength is to be found.
+        self._looked_at: list[Tensor] = []
 
     def begin(self) -> None:
         """Begin in the eigenbases that the penalty has now."""
@@ -52,6 +55,7 @@ class RotatedUpdate(DisplacedUpdate):
         rotated = [self._rotated_gradient(d.stack, step) for d in moving]
         check_gradients([d.stack for d in moving], rotated)
         self.follow(moving, step)
+        self._looked_at = rotated if self.looks() else []
         names = {name for d in moving for name in d.stack.names}
         for displacement, matrix in zip(moving, rotated, strict=True):
             gradients = displacement.split(matrix)
@@ -70,6 +74,10 @@ class RotatedUpdate(DisplacedUpdate):
 
     def after(self, step: Step) -> None:
         """Take the proximal step, and bring the parameters back from the eigenbasis."""
+        if self._looked_at:
+            pairs = zip(self._moving, self._looked_at, strict=True)
+            self.find_strength({d.stack.block.label: self._progress(d, g, step) for d, g in pairs})
+            self._looked_at = []
         moved = [self._shrunk(displacement, step) for displacement in self._moving]
         whole = {n: step.parameters[n].data for d in self._moving for n in d.stack.names}
         self.stand_ins.take_back()
@@ -84,7 +92,7 @@ class RotatedUpdate(DisplacedUpdate):
     def undo(self) -> None:
         """Give model and optimizer back what they had before a step that failed."""
         super().undo()
-        self._moving = []
+        self._moving, self._looked_at = [], []
 
     def _rotated_gradient(self, stack: Stack, step: Step) -> Tensor:
         gradients = {
@@ -112,6 +120,27 @@ class RotatedUpdate(DisplacedUpdate):
             self._anchors[stack] = displacement.rotate(anchors)
         return self._anchors[stack]
 
+    def _progress(self, displacement: Displacement, gradient: Tensor, step: Step) -> Progress:
+        """Return what the optimizer has just done to a block, before the proximal step."""
+        stack = displacement.stack
+        seen = self._seen(displacement, step)
+        gains, sizes = {}, {}
+        for key, name, anchor in stack.members:
+            inner = tuple(map(slice, anchor.shape[1:]))
+            moved = step.parameters[name].detach()[inner] - seen[key]
+            sizes[key] = self._size(name, inner, step).expand_as(moved)
+            gains[key] = (moved.square() / sizes[key]).nan_to_num(0.0, 0.0)
+        block = stack.block
+        stiffnesses = block.gather(sizes) * block.eigenvalues * self.penalty.scale_of_one
+        return Progress(block.gather(gains), stiffnesses, gradient.square(), block.eigenvalues)
+
+    def _size(self, name: str, inner: tuple[slice, ...], step: Step) -> Tensor:
+        """Return η for the protected part of a parameter."""
+        size = self.rule.size(step.groups[name], step.state(name))
+        if not isinstance(size, Tensor):
+            return step.parameters[name].new_tensor(size)
+        return size[inner] if size.ndim else size
+
     def _shrunk(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
         """Return the coordinates after the optimizer's step and the proximal one."""
         stiffness = displacement.split(self.stiffness(displacement.stack))
@@ -120,9 +149,7 @@ class RotatedUpdate(DisplacedUpdate):
         shrunk = {}
         for key, name, anchor in displacement.stack.members:
             inner = tuple(map(slice, anchor.shape[1:]))
-            size = self.rule.size(step.groups[name], step.state(name))
-            if isinstance(size, Tensor) and size.ndim:
-                size = size[inner]
+            size = self._size(name, inner, step)
             moved = step.parameters[name].detach()[inner]
             if shifted:
                 # Where nothing moved, z is to be the same to the bit.

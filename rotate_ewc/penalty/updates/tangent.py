@@ -17,6 +17,7 @@ from rotate_ewc.penalty.step_rules import StepRule
 from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.base import Step, Update, check_nothing_left
 from rotate_ewc.penalty.updates.gradient import add_gradients
+from rotate_ewc.penalty.updates.watching import Watch, typical_size
 
 # Beyond this a step is as good as infinite; with it, products with eigenvalues are still finite.
 _LARGEST_FACTOR: Final = 1e28
@@ -41,6 +42,7 @@ class TangentUpdate(Update):
         self._rule = rule
         self._every = every
         self._steps = 0
+        self._watch = Watch(self, rule)
         self._stepped: frozenset[str] = frozenset()
         self._stacks: tuple[Stack, ...] = ()
         self._contact: dict[str, Tensor] = {}
@@ -52,11 +54,13 @@ class TangentUpdate(Update):
             self.penalty.protected(step.parameters)
         else:
             self._begin(step)
+        self._watch.before(self._stacks, step)
         add_gradients(self, step, self._gradients)
 
     def after(self, step: Step) -> None:
         """Count the step, and take the next plane where it is time."""
         super().after(step)
+        self._watch.after(step)
         self._steps += 1
         self._stepped = frozenset(step.groups)
         if self._steps >= self._every:
@@ -87,8 +91,9 @@ class TangentUpdate(Update):
         block = stack.block
         moved = {key: deltas[key] - self._contact[key] for key in block.parameters}
         present = [name for name in stack.names if name in step.groups]
-        sizes = [self._typical_size(k, n, step, moved) for k, n, _ in stack.members if n in present]
-        size = sum(sizes) / len(sizes) if sizes else 0.0
+        members = [(key, name) for key, name, _ in stack.members if name in present]
+        sizes = [typical_size(self._rule, step, name, moved[key][0]) for key, name in members]
+        size = self._steps * sum(sizes) / len(sizes) if sizes else 0.0
         factor = min(size * self.penalty.scale, _LARGEST_FACTOR)
         weights = block.eigenvalues / (1.0 + factor * block.eigenvalues)
         changes = block.unrotate(block.rotate(moved) * weights, shapes_of(moved))
@@ -105,15 +110,6 @@ class TangentUpdate(Update):
             # A half that is not trained has not moved along with the other.
             contact = {key: self._contact[key] for key in block.parameters}
             self._gradients.update(quadratic_gradient([block], contact))
-
-    def _typical_size(self, key: str, name: str, step: Step, moved: Mapping[str, Tensor]) -> float:
-        """Return the geometric mean of η over the entries that moved; 0 where none did."""
-        size = self._rule.size(step.groups[name], step.state(name) if self._rule.rotated else {})
-        if not isinstance(size, Tensor) or not size.ndim:
-            return self._steps * float(size)
-        # An entry that never had a gradient does not move, and its size may be enormous.
-        inner = size[tuple(map(slice, moved[key].shape[1:]))][moved[key][0] != 0]
-        return self._steps * float(inner.log().mean().exp()) if inner.numel() else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the plane, and how many steps were taken with it."""

@@ -1,0 +1,226 @@
+"""How strong a penalty is to be, found while a new task is learned; no old data are needed.
+
+**What is kept of the progress.** In the eigenbasis an optimizer wants to move a coordinate by
+`s = η m`, with m its average of gradients and η its step size there. To first order that lowers the
+new loss by `η m² = s² / η`, of which the proximal step leaves a part `1 / (1 + η λ Λ)`, and of the
+whole step
+
+    ρ(λ) = Σ (s² / η) / (1 + η λ Λ)  /  Σ s² / η
+
+over the protected coordinates, which falls from 1 to 0 as λ grows. A λ that is found by ρ depends
+neither on the scale of the Fisher matrix nor on that of the loss (compare natural continual
+learning, Kao et al. 2021: a trust region in the metric of the old tasks).
+
+**What it may cost.** How much to give up depends on whether the tasks get into each other's way.
+With g the new task's gradients, their overlap with the old tasks is, for each block,
+
+    c = (Σ g² Λ / Σ g²) / (Σ Λ² / Σ Λ)
+
+the curvature that they meet, over that which the old tasks' own gradients meet: 1 for a task like
+the old ones, near 0 for one that uses other directions, such as other pixels. It is averaged over
+the blocks by their progress. λ is then where
+
+    ρ(λ) = 1 - (1 - plasticity) c^{3/2}
+
+Tasks that do not meet are penalised little, so that there is room for many of them.
+
+**When.** Every ten steps of the first task that is learned under the penalty; λ is the geometric
+mean of all values found so far. From then on it stays, as in Bayes' rule: what the penalty gains
+with every task is what there is to lose. `docs/results.md` tells how these choices were made, on
+held-out images of streams of many kinds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rotate_ewc.errors import SnapshotError
+
+STEPS_BETWEEN_LOOKS: Final = 10
+_POWER_OF_OVERLAP: Final = 1.5
+_SMALLEST, _LARGEST = math.log(1e-10), math.log(1e10)
+# To a part in a hundred, far less than by what it changes from look to look.
+_TOLERANCE: Final = 1e-2
+_MOST_ITERATIONS: Final = 60
+
+
+@dataclass
+class FoundStrength:
+    """The geometric mean of the strengths that were found while a task was learned.
+
+    Attributes:
+        looks: How many were found.
+        sum_of_logs: Of their logarithms.
+        num_tasks: How many old tasks there were then.
+    """
+
+    looks: int = 0
+    sum_of_logs: float = 0.0
+    num_tasks: int = 0
+
+    @property
+    def value(self) -> float:
+        """λ; 1, which is Bayes' rule, before any was found."""
+        return math.exp(self.sum_of_logs / self.looks) if self.looks else 1.0
+
+    def is_open(self, num_tasks: int) -> bool:
+        """Return whether a task with so many before it is that in which λ is found."""
+        return num_tasks > 0 and (not self.looks or num_tasks == self.num_tasks)
+
+    def add(self, strength: float, num_tasks: int) -> None:
+        """Take one more into the mean."""
+        self.looks += 1
+        self.sum_of_logs += math.log(strength)
+        self.num_tasks = num_tasks
+
+
+class Progress(NamedTuple):
+    """What a step is about to do to one block; all four have an entry for each coordinate.
+
+    Attributes:
+        gains: `s² / η`, by how much it lowers the new loss to first order.
+        stiffnesses: `η Λ`, with Λ the second derivatives of the penalty at strength 1.
+        squares: g², with g the gradient of the new loss; only its direction matters.
+        eigenvalues: Λ, in any unit.
+    """
+
+    gains: Tensor
+    stiffnesses: Tensor
+    squares: Tensor
+    eigenvalues: Tensor
+
+
+class Plasticity:
+    """Looks at steps to find the strength of the penalty that takes part in them."""
+
+    def __init__(self) -> None:
+        """Look at the first step."""
+        self._wait = 0
+        # By block, over the looks of this task: what its gradients met; Σ g²; Σ s² / η.
+        self._sums: dict[str, list[float]] = {}
+
+    def is_due(self) -> bool:
+        """Count a step, and return whether to look at it."""
+        self._wait -= 1
+        return self._wait < 0
+
+    def look(self, seen: Mapping[str, Progress], plasticity: float, start: float) -> float | None:
+        """Return the strength that is right for a step.
+
+        Args:
+            seen: What the step is about to do to every block, by label.
+            plasticity: The part of its progress that a task like the old ones is to keep.
+            start: The strength that there is.
+
+        Returns:
+            λ; None if the step goes nowhere, in which case the next one is to be looked at.
+        """
+        if not all(bool(torch.isfinite(part.sum())) for p in seen.values() for part in p):
+            return None
+        for label, progress in seen.items():
+            self._add(label, progress)
+        part = 1.0 - (1.0 - plasticity) * self.overlap**_POWER_OF_OVERLAP
+        strength = strength_keeping(part, [(p.gains, p.stiffnesses) for p in seen.values()], start)
+        if strength is not None:
+            self._wait = STEPS_BETWEEN_LOOKS - 1
+        return strength
+
+    @property
+    def overlap(self) -> float:
+        """The overlap c over the looks of this task, from 0 to 1; 1 before there was any."""
+        total = sum(gains for _, _, gains in self._sums.values())
+        if not total > 0:
+            return 1.0
+        met = sum(gains * m / squares for m, squares, gains in self._sums.values() if squares > 0)
+        return min(1.0, met / total)
+
+    def _add(self, label: str, progress: Progress) -> None:
+        eigenvalues = progress.eigenvalues
+        largest = eigenvalues.amax()
+        if not bool(largest > 0):
+            return
+        relative = eigenvalues / largest
+        own = relative.square().sum() / relative.sum()
+        met = (progress.squares * relative).sum() / own
+        sums = self._sums.setdefault(label, [0.0, 0.0, 0.0])
+        for place, value in enumerate((met, progress.squares.sum(), progress.gains.sum())):
+            sums[place] += float(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was seen of this task."""
+        sums = {label: list(values) for label, values in self._sums.items()}
+        return {"wait": self._wait, "sums": sums}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Plasticity:
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            SnapshotError: If it is not that.
+        """
+        new = cls()
+        try:
+            new._wait = int(state["wait"])
+            new._sums = {str(k): [float(v) for v in sums] for k, sums in state["sums"].items()}
+            whole = all(
+                len(v) == 3 and min(v) >= 0 and math.isfinite(sum(v)) for v in new._sums.values()
+            )
+        except (AttributeError, KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise SnapshotError(
+                "the state of the handle has a damaged 'plasticity'; expected what its "
+                "state_dict() returned"
+            )
+        return new
+
+
+def strength_keeping(
+    part: float, progress: Sequence[tuple[Tensor, Tensor]], start: float = 1.0
+) -> float | None:
+    """Return the λ at which ρ(λ) has a value: Newton's method in log λ, bracketed.
+
+    Args:
+        part: ρ, between 0 and 1.
+        progress: `s² / η` and `η Λ` of all protected coordinates, block by block.
+        start: Where to begin.
+
+    Returns:
+        λ to about one part in a hundred, from 1e-10 to 1e10; None where the step makes no progress,
+        or the penalty takes nothing of it however strong it is.
+    """
+    low, high = _SMALLEST, _LARGEST
+    position = min(max(math.log(start), low), high)
+    for _ in range(_MOST_ITERATIONS):
+        kept, slope = _kept_part(progress, math.exp(position))
+        if not math.isfinite(kept) or (kept == 1.0 and slope == 0.0):
+            return None
+        low, high = (position, high) if kept > part else (low, position)
+        following = position + (kept - part) / slope if slope > 0 else math.inf
+        if not low < following < high:
+            following = (low + high) / 2
+        if abs(following - position) < _TOLERANCE:
+            return math.exp(following)
+        position = following
+    return math.exp(position)
+
+
+def _kept_part(progress: Sequence[tuple[Tensor, Tensor]], strength: float) -> tuple[float, float]:
+    """Return ρ(λ), and by how much it falls with log λ; 1 and 0 where there is no progress.
+
+    With `k = 1 / (1 + λ η Λ)` these are `Σ g k / Σ g` and `Σ g k (1 - k) / Σ g`.
+    """
+    total = kept = slope = 0.0
+    for gains, stiffnesses in progress:
+        parts = (stiffnesses * strength).add_(1.0).reciprocal_()
+        left = gains * parts
+        total += float(gains.sum())
+        kept += float(left.sum())
+        slope += float(left.sub_(left * parts).sum())
+    return (kept / total, slope / total) if total > 0 else (1.0, 0.0)
