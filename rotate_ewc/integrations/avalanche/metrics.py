@@ -19,8 +19,9 @@ def rotated_ewc_metrics(
     """Return metrics of a `RotatedEWCPlugin`, to be given to Avalanche's `EvaluationPlugin`.
 
     Args:
-        penalty: After every epoch, the penalty and its share of loss plus penalty: means over the
-            epoch's batches where the penalty is in the loss, else the penalty as the epoch ends.
+        penalty: After every epoch, the penalty, its strength, and its share of loss plus penalty:
+            means over the epoch's batches where the penalty is in the loss, else the penalty as the
+            epoch ends.
         consolidation: After every experience, how many seconds its consolidation took, and how many
             bytes the penalty keeps in all.
         traces: After every experience, the trace of the penalty's second derivatives for each block
@@ -73,7 +74,11 @@ class PenaltyMetric(PluginMetric[float]):
                 penalty = float(plugin.penalty(strategy.model))
             total += penalty
         share = penalty / total if total > 0 else 0.0
-        values = {"RotatedEWC_Penalty": penalty, "RotatedEWC_Share": share}
+        values = {
+            "RotatedEWC_Penalty": penalty,
+            "RotatedEWC_Share": share,
+            "RotatedEWC_Strength": plugin.ewc_lambda,
+        }
         return _metric_values(self, strategy, values, add_experience=False)
 
 

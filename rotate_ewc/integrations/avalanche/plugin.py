@@ -19,7 +19,13 @@ from typing_extensions import Unpack
 
 from rotate_ewc._utils.keywords import forwards_keywords
 from rotate_ewc._utils.parameters import parameters_of
-from rotate_ewc._utils.validation import as_choice, as_non_negative_number, check_positive_integer
+from rotate_ewc._utils.validation import (
+    AUTO,
+    as_choice,
+    as_non_negative_number,
+    check_positive_integer,
+    unless_auto,
+)
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.integrations.avalanche.batches import (
     Minibatches,
@@ -78,13 +84,13 @@ class RotatedEWCPlugin(SupervisedPlugin):
 
     Example:
         strategy = Naive(model=model, optimizer=optimizer, criterion=CrossEntropyLoss(),
-                         plugins=[RotatedEWCPlugin(ewc_lambda=3.0)])
+                         plugins=[RotatedEWCPlugin()])
     """
 
     @forwards_keywords(EKFACPenalty, without=("strength",))
     def __init__(
         self,
-        ewc_lambda: float = 1.0,
+        ewc_lambda: float | str = AUTO,
         mode: Mode | str = Mode.MERGED,
         *,
         update: Update | str = Update.ROTATED,
@@ -96,8 +102,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
         """Make a plugin that does nothing until the first experience has ended.
 
         Args:
-            ewc_lambda: Strength of the penalty, at least 0. With a mean loss, 1 is Bayes' rule and
-                3 a good practical value.
+            ewc_lambda: Strength of the penalty, at least 0; `"auto"` finds it in the optimizer's
+                steps while the second experience is learned. With a mean loss, 1 is Bayes' rule.
             mode: `"merged"`: one penalty for all experiences, at constant time and memory; or
                 `"separate"`: one for each experience.
             update: `"rotated"`: the optimizer steps in the eigenbasis, and the exact proximal step
@@ -133,8 +139,13 @@ class RotatedEWCPlugin(SupervisedPlugin):
                 f"every is {every}, but with update='loss' the penalty is in every loss; expected "
                 f"1, or another update"
             )
-        strength = as_non_negative_number("ewc_lambda", ewc_lambda)
-        self.penalty = EKFACPenalty(strength, mode, **penalty_options)
+        strength = unless_auto(as_non_negative_number, "ewc_lambda", ewc_lambda)
+        if strength is None and update is Update.LOSS:
+            raise ValueError(
+                "ewc_lambda is 'auto', which is found in an optimizer's steps, and update 'loss'; "
+                "expected a number such as ewc_lambda=1.0, or another update"
+            )
+        self.penalty = EKFACPenalty(AUTO if strength is None else strength, mode, **penalty_options)
         self.update = update
         self.every = every
         self.num_samples = num_samples
@@ -151,7 +162,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
 
     @property
     def ewc_lambda(self) -> float:
-        """Strength of the penalty."""
+        """Strength of the penalty, as it was given or found."""
         return self.penalty.strength
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ class RotatedEWC(SupervisedTemplate):
 
     Example:
         strategy = RotatedEWC(model=model, optimizer=optimizer, criterion=CrossEntropyLoss(),
-                              ewc_lambda=3.0, train_mb_size=128, train_epochs=2)
+                              train_mb_size=128, train_epochs=2)
     """
 
     @forwards_keywords(RotatedEWCPlugin, SupervisedTemplate)
