@@ -195,12 +195,13 @@ def strength_keeping(
         λ to about one part in a hundred, from 1e-10 to 1e10; None where the step makes no progress,
         or the penalty takes nothing of it however strong it is.
     """
+    held_back = sum(float(gains[stiffnesses > 0].sum()) for gains, stiffnesses in progress)
+    if not 0 < held_back < math.inf:
+        return None
     low, high = _SMALLEST, _LARGEST
     position = min(max(math.log(start), low), high)
     for _ in range(_MOST_ITERATIONS):
         kept, slope = _kept_part(progress, math.exp(position))
-        if not math.isfinite(kept) or (kept == 1.0 and slope == 0.0):
-            return None
         low, high = (position, high) if kept > part else (low, position)
         following = position + (kept - part) / slope if slope > 0 else math.inf
         if not low < following < high:

@@ -1,0 +1,304 @@
+"""The strength that is found while a task is learned, against sums and bisections written out."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rotate_ewc import EKFACPenalty, SnapshotError
+from rotate_ewc.penalty.plasticity import FoundStrength, Plasticity, Progress, strength_keeping
+from tests.helpers.penalties import CE, make, task
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "Adam": {"lr": 1e-2},
+    "AdamW": {"lr": 1e-2, "weight_decay": 0.1},
+    "RMSprop": {"lr": 1e-3},
+    "SGD": {"lr": 1e-2, "momentum": 0.9},
+}
+
+
+def kept(gains: Tensor, stiffnesses: Tensor, strength: float) -> float:
+    total = lost = 0.0
+    for gain, stiffness in zip(gains.tolist(), stiffnesses.tolist(), strict=True):
+        total += gain
+        lost += gain - gain / (1 + strength * stiffness)
+    return 1 - lost / total
+
+
+def bisected(part: float, gains: Tensor, stiffnesses: Tensor) -> float:
+    low, high = -60.0, 60.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        if kept(gains, stiffnesses, math.exp(middle)) > part:
+            low = middle
+        else:
+            high = middle
+    return math.exp(low)
+
+
+def spread(seed: int, decades: float, n: int = 300) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    gains = torch.rand(n, generator=generator, dtype=torch.float64) ** 3
+    exponents = decades * (torch.rand(n, generator=generator, dtype=torch.float64) - 0.5)
+    return gains, 10.0**exponents
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("decades", [0.0, 2.0, 8.0])
+@pytest.mark.parametrize("part", [0.05, 0.5, 0.95, 0.999])
+@pytest.mark.parametrize("start", [1e-8, 1.0, 1e8])
+def test_strength_keeps_the_part(part: float, decades: float, seed: int, start: float) -> None:
+    gains, stiffnesses = spread(seed, decades)
+    halves = [(gains[:100], stiffnesses[:100]), (gains[100:], stiffnesses[100:])]
+    found = strength_keeping(part, halves, start)
+    assert found == pytest.approx(bisected(part, gains, stiffnesses), rel=2e-2)
+
+
+def test_strength_has_bounds() -> None:
+    ones = torch.ones(3, dtype=torch.float64)
+    assert strength_keeping(0.5, [(ones, 1e-30 * ones)]) == pytest.approx(1e10)
+    assert strength_keeping(0.5, [(ones, 1e30 * ones)]) == pytest.approx(1e-10)
+    assert strength_keeping(0.5, [(ones, torch.zeros(3))]) is None
+    assert strength_keeping(0.5, [(torch.zeros(3), ones)]) is None
+    assert strength_keeping(0.5, [(ones * math.nan, ones)]) is None
+
+
+def test_overlap_is_one_for_gradients_like_the_old_ones_and_nothing_elsewhere() -> None:
+    gains, eigenvalues = spread(0, 4.0)
+    for squares, expected in ((7 * eigenvalues, 1.0), (torch.zeros_like(gains), 0.0)):
+        looks = Plasticity()
+        looks.look({"a": Progress(gains, eigenvalues, squares, eigenvalues)}, 0.95, 1.0)
+        assert looks.overlap == pytest.approx(expected)
+    apart = Plasticity()
+    first, second = torch.eye(2, dtype=torch.float64)
+    apart.look({"a": Progress(first + second, first, second, first)}, 0.95, 1.0)
+    assert apart.overlap == 0
+
+
+def test_overlap_is_the_blocks_mean_by_progress_over_all_looks() -> None:
+    generator = torch.Generator().manual_seed(1)
+    looks, seen = Plasticity(), []
+    for _ in range(3):
+        blocks = {}
+        for label, n in (("a", 40), ("b", 7)):
+            gains, stiff, squares, values = torch.rand(4, n, generator=generator).double()
+            blocks[label] = Progress(gains, stiff, squares**4, values**6)
+        seen.append(blocks)
+        looks.look(blocks, 0.95, 1.0)
+    total = met = 0.0
+    for label in ("a", "b"):
+        values, squares, gain = 0.0, 0.0, 0.0
+        for blocks in seen:
+            p = blocks[label]
+            own = sum(v * v for v in p.eigenvalues.tolist()) / sum(p.eigenvalues.tolist())
+            pairs = zip(p.squares.tolist(), p.eigenvalues.tolist(), strict=True)
+            values += sum(s * v for s, v in pairs) / own
+            squares += sum(p.squares.tolist())
+            gain += sum(p.gains.tolist())
+        met, total = met + gain * values / squares, total + gain
+    assert looks.overlap == pytest.approx(met / total, rel=1e-9)
+
+
+def test_less_overlap_keeps_more() -> None:
+    gains, stiffnesses = spread(2, 3.0)
+    overlaps, strengths = [], []
+    for mix in (0.0, 0.5, 0.9):
+        looks = Plasticity()
+        squares = (1 - mix) * stiffnesses + mix * stiffnesses.flip(0)
+        found = looks.look({"a": Progress(gains, stiffnesses, squares, stiffnesses)}, 0.9, 1.0)
+        assert found is not None
+        part = 1 - 0.1 * looks.overlap**1.5
+        assert found == pytest.approx(bisected(part, gains, stiffnesses), rel=2e-2)
+        overlaps.append(looks.overlap)
+        strengths.append(found)
+    assert overlaps == sorted(overlaps, reverse=True)
+    assert strengths == sorted(strengths, reverse=True)
+
+
+def test_mean_is_geometric_and_of_one_task() -> None:
+    found = FoundStrength()
+    assert found.value == 1.0
+    assert not found.is_open(0)
+    assert found.is_open(2)
+    found.add(4.0, 2)
+    found.add(16.0, 2)
+    assert found.value == pytest.approx(8.0)
+    assert found.is_open(2)
+    assert not found.is_open(3)
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, steps: int, begin: int = 0
+) -> None:
+    batches = task("plain", seed, 40)
+    for step in range(begin, begin + steps):
+        inputs, targets = batches[step % 2]
+        optimizer.zero_grad()
+        CE(model(inputs), targets).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("update", ["rotated", "tangent", "gradient"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_attached_optimizers_find_it_in_the_first_task_alone(name: str, update: str) -> None:
+    model = make("plain")
+    optimizer = getattr(torch.optim, name)(model.parameters(), **OPTIMIZERS[name])
+    penalty = EKFACPenalty()
+    handle = penalty.attach(optimizer, model, update)
+    strengths = []
+    for seed in range(3):
+        train(model, optimizer, seed, 25)
+        strengths.append(handle.strength)
+        penalty.consolidate(model, CE, task("plain", seed, 40))
+    assert strengths[0] == 1.0
+    assert strengths[1] not in (0.0, 1.0)
+    assert math.isfinite(strengths[1])
+    assert strengths[2] == strengths[1] == penalty.strength
+    penalty.strength = 3.0
+    assert (penalty.strength, penalty.finds_strength) == (3.0, False)
+    penalty.strength = "auto"
+    assert (penalty.strength, penalty.finds_strength) == (1.0, True)
+
+
+@pytest.mark.parametrize("units", [1e-3, 1e3])
+def test_strength_makes_up_for_the_unit_of_the_fisher_matrix(units: float) -> None:
+    """The same run whatever the first task weighs, but for the tolerance of the search."""
+    outcomes = []
+    for weight in (1.0, units):
+        model = make("plain")
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        penalty = EKFACPenalty()
+        penalty.consolidate(model, CE, task("plain", 0, 40), weight=weight)
+        handle = penalty.attach(optimizer, model)
+        train(model, optimizer, 1, 30)
+        outcomes.append(handle.strength)
+    assert outcomes[1] * units == pytest.approx(outcomes[0], rel=5e-2)
+
+
+def test_first_step_finds_what_a_dense_computation_finds() -> None:
+    """Adam's first step is `lr` per coordinate of the eigenbasis; all is written out from there."""
+    model = make("plain")
+    penalty = EKFACPenalty(plasticity=0.9, fisher_type="type2")
+    penalty.consolidate(model, CE, task("plain", 0, 40))
+    inputs, targets = task("plain", 1, 40)[0]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    handle = penalty.attach(optimizer, model)
+    CE(model(inputs), targets).backward()
+    gains, stiffnesses, met, total = [], [], 0.0, 0.0
+    (term,) = penalty.terms
+    for block in term.operator.blocks:
+        (name,) = block.parameters
+        gradient = dict(model.named_parameters())[name].grad
+        matrix = gradient.reshape(len(gradient), -1)
+        for basis, side in ((block.gradient_basis, 0), (block.activation_basis, 1)):
+            if basis is not None and side == 0:
+                matrix = basis[0].T @ matrix
+            elif basis is not None:
+                matrix = matrix @ basis[0]
+        values = block.eigenvalues[0] / 40
+        sizes = 1e-2 / (matrix.abs() + 1e-8)
+        gain = (1e-2 * matrix / (matrix.abs() + 1e-8)) ** 2 / sizes
+        gains.append(gain.flatten())
+        stiffnesses.append((sizes * values).flatten())
+        own = values.square().sum() / values.sum()
+        overlap = (matrix.square() * values).sum() / matrix.square().sum() / own
+        met, total = met + float(gain.sum() * overlap), total + float(gain.sum())
+    part = 1 - 0.1 * min(1.0, met / total) ** 1.5
+    optimizer.step()
+    expected = bisected(part, torch.cat(gains), torch.cat(stiffnesses))
+    assert handle.strength == pytest.approx(expected, rel=2e-2)
+
+
+def test_a_step_that_goes_nowhere_is_not_taken_for_one() -> None:
+    model = make("plain")
+    penalty = EKFACPenalty()
+    penalty.consolidate(model, CE, task("plain", 0, 40))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    handle = penalty.attach(optimizer, model)
+    train(model, optimizer, 1, 3)
+    assert handle.strength == 1.0
+    optimizer.param_groups[0]["lr"] = 1e-2
+    train(model, optimizer, 1, 1)
+    assert handle.strength != 1.0
+
+
+@pytest.mark.parametrize("update", ["rotated", "tangent", "gradient"])
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+def test_resumed_runs_end_in_the_same_bits(name: str, update: str) -> None:
+    def begin() -> tuple[nn.Module, torch.optim.Optimizer, EKFACPenalty, Any]:
+        model = make("plain")
+        optimizer = getattr(torch.optim, name)(model.parameters(), **OPTIMIZERS[name])
+        penalty = EKFACPenalty()
+        return model, optimizer, penalty, penalty.attach(optimizer, model, update)
+
+    parts = begin()
+    model, optimizer, penalty, handle = parts
+    penalty.consolidate(model, CE, task("plain", 0, 40))
+    train(model, optimizer, 1, 17)
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in parts], file)
+    train(model, optimizer, 1, 30, begin=17)
+
+    file.seek(0)
+    others = begin()
+    for part, state in zip(others, torch.load(file), strict=True):
+        part.load_state_dict(state)
+    train(others[0], others[1], 1, 30, begin=17)
+    assert others[2].strength == penalty.strength
+    for a, b in zip(others[0].parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_files_keep_what_was_found(tmp_path: Any) -> None:
+    model = make("plain")
+    penalty = EKFACPenalty(plasticity=0.8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with penalty.attach(optimizer, model):
+        penalty.consolidate(model, CE, task("plain", 0, 40))
+        train(model, optimizer, 1, 12)
+    penalty.consolidate(model, CE, task("plain", 1, 40))
+    penalty.save(tmp_path / "penalty.safetensors")
+    loaded = EKFACPenalty.load(tmp_path / "penalty.safetensors")
+    assert loaded.strength == penalty.strength != 1.0
+    assert loaded.plasticity == 0.8
+    assert not loaded.finds_strength
+    assert EKFACPenalty.load(tmp_path / "penalty.safetensors", strength=2.0).strength == 2.0
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        None,
+        {},
+        {"wait": "soon", "sums": {}},
+        {"wait": 0, "sums": {"a": [1.0]}},
+        {"wait": 0, "sums": {"a": [1.0, math.nan, 1.0]}},
+        {"wait": 0, "sums": {"a": [1.0, -1.0, 1.0]}},
+    ],
+)
+def test_damaged_states_are_refused(damaged: Any) -> None:
+    model = make("plain")
+    penalty = EKFACPenalty()
+    penalty.consolidate(model, CE, task("plain", 0, 40))
+    handle = penalty.attach(torch.optim.Adam(model.parameters()), model)
+    state = {**handle.state_dict(), "plasticity": damaged}
+    with pytest.raises(SnapshotError, match="plasticity"):
+        handle.load_state_dict(state)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.5, 1.5, math.nan, "0.9", None, True])
+def test_plasticity_is_checked(value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="plasticity is"):
+        EKFACPenalty(plasticity=value)
+
+
+@pytest.mark.parametrize("name", ["strength", "temperature"])
+@pytest.mark.parametrize("value", [-1.0, math.inf, "Auto", "much", None])
+def test_errors_offer_auto(name: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"{name} is .*, or 'auto'"):
+        EKFACPenalty(**{name: value})
