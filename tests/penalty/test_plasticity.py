@@ -61,8 +61,8 @@ def test_strength_keeps_the_part(part: float, decades: float, seed: int, start: 
 
 def test_strength_has_bounds() -> None:
     ones = torch.ones(3, dtype=torch.float64)
-    assert strength_keeping(0.5, [(ones, 1e-30 * ones)]) == pytest.approx(1e10)
-    assert strength_keeping(0.5, [(ones, 1e30 * ones)]) == pytest.approx(1e-10)
+    assert strength_keeping(0.5, [(ones, 1e-30 * ones)]) == pytest.approx(1e10, rel=2e-2)
+    assert strength_keeping(0.5, [(ones, 1e30 * ones)]) == pytest.approx(1e-10, rel=2e-2)
     assert strength_keeping(0.5, [(ones, torch.zeros(3))]) is None
     assert strength_keeping(0.5, [(torch.zeros(3), ones)]) is None
     assert strength_keeping(0.5, [(ones * math.nan, ones)]) is None
@@ -237,7 +237,7 @@ def test_resumed_runs_end_in_the_same_bits(name: str, update: str) -> None:
         return model, optimizer, penalty, penalty.attach(optimizer, model, update)
 
     parts = begin()
-    model, optimizer, penalty, handle = parts
+    model, optimizer, penalty, _ = parts
     penalty.consolidate(model, CE, task("plain", 0, 40))
     train(model, optimizer, 1, 17)
     file = io.BytesIO()
