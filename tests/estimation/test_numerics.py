@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from rotate_ewc import EKFACLinearOperator
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.losses import Likelihood, likelihood_of
 from rotate_ewc.options import FisherType
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import (
     block_bases,
     block_matrix,
@@ -191,7 +192,7 @@ def test_a_vanished_matrix_is_told_once(check: bool) -> None:
         EKFACLinearOperator(model, CE, params, data, check_deterministic=check)
     assert len(caught) == 1
     assert caught[0].filename == __file__
-    penalty = EKFACPenalty()
+    penalty = exact_penalty()
     with pytest.warns(RuntimeWarning, match=VANISHED) as caught:
         penalty.consolidate(model, CE, data)
     assert len(caught) == 1
@@ -202,7 +203,7 @@ def test_a_vanished_matrix_is_told_once(check: bool) -> None:
 @pytest.mark.parametrize("options", [{"fisher_type": "type2"}, {"temperature": 20.0}])
 def test_what_the_warning_recommends_helps(options: dict[str, Any]) -> None:
     x, _ = examples()
-    penalty = EKFACPenalty(**options)
+    penalty = exact_penalty(**options)
     penalty.consolidate(confident(60.0), CE, [(x.float(), torch.zeros(12).long())])
     assert 0 < float(penalty.terms[0].operator.trace) < 100
 
@@ -338,7 +339,7 @@ def test_factors_of_low_rank(kind: str, fisher: str, dtype: torch.dtype) -> None
 def test_tasks_whose_sum_overflows_are_refused(mode: str) -> None:
     """By name, and what was learned before stays."""
     model = net(torch.float32)
-    penalty = EKFACPenalty(mode=mode)
+    penalty = exact_penalty(mode=mode)
     penalty.consolidate(model, CE, [batch()])
     before = copy.deepcopy(penalty.state_dict())
     with pytest.raises(NotFiniteError, match=r"matrix of '0\.weight' .*smaller weights of"):

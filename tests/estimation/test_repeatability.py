@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from rotate_ewc import EKFACLinearOperator
 from rotate_ewc.estimation.repeatability import check_equal
 from rotate_ewc.linalg.block import Block
+from tests.helpers.exact import exact_penalty
 
 CE = nn.CrossEntropyLoss()
 Batch = tuple[Tensor, Tensor]
@@ -198,9 +199,9 @@ def test_a_discriminator_is_in_eval_mode_and_restored_after_a_failure() -> None:
     model, discriminator = nn.Linear(4, 4).double(), network()
     discriminator[2].eval()
     data = batch()
-    penalty = EKFACPenalty(fisher_type="empirical")
+    penalty = exact_penalty(fisher_type="empirical")
     penalty.consolidate(model, CE, [data], forward=lambda x: discriminator(model(x)))
-    expected = EKFACPenalty(fisher_type="empirical")
+    expected = exact_penalty(fisher_type="empirical")
     discriminator.eval()
     expected.consolidate(model, CE, [data], forward=lambda x: discriminator(model(x)))
     # The weight of the task, its number of examples, is in the operator.
@@ -252,7 +253,7 @@ def noisy(kind: str, model: nn.Module, calls: list[int]) -> Callable[[Tensor], A
 def test_random_outputs_are_warned_of(kind: str) -> None:
     model, calls = network(), []
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    penalty = EKFACPenalty()
+    penalty = exact_penalty()
     with pytest.warns(RuntimeWarning, match=r"random: two runs .* training=self.training"):
         penalty.consolidate(model, CE, [batch(), batch(2)], forward=noisy(kind, model, calls))
     assert len(calls) == 3
@@ -266,7 +267,7 @@ def test_random_outputs_are_warned_of(kind: str) -> None:
 def test_models_without_noise_are_not_warned_of(kind: str, runs: int) -> None:
     """And run no more often than before, unless they draw random numbers."""
     model, calls = network(), []
-    EKFACPenalty().consolidate(model, CE, [batch(), batch(2)], forward=noisy(kind, model, calls))
+    exact_penalty().consolidate(model, CE, [batch(), batch(2)], forward=noisy(kind, model, calls))
     assert len(calls) == runs
 
 
@@ -299,5 +300,5 @@ def test_data_in_the_same_tensors_are_no_noise() -> None:
             yield x, y
 
     forward = noisy("no effect", model, calls)
-    EKFACPenalty().consolidate(model, CE, Refilled(), forward=forward)
+    exact_penalty().consolidate(model, CE, Refilled(), forward=forward)
     assert len(calls) > 2

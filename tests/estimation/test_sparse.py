@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from rotate_ewc import EKFACLinearOperator
+from tests.helpers.exact import exact_penalty
 from tests.helpers.exactness import assert_exact_diagonal
 from tests.helpers.oracles import dense_ggn, parameter_shapes
 
@@ -267,4 +268,4 @@ def test_parameters_that_cannot_be_estimated(
     with pytest.raises((ValueError, TypeError), match=message):
         EKFACLinearOperator(model, CE, params, data)
     with pytest.raises((ValueError, TypeError), match=message):
-        EKFACPenalty().consolidate(model, CE, data, params=params)
+        exact_penalty().consolidate(model, CE, data, params=params)

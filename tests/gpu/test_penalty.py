@@ -19,6 +19,7 @@ from rotate_ewc import (
 )
 from tests.helpers import dense_steps
 from tests.helpers.devices import GPU, on
+from tests.helpers.exact import exact_penalty
 from tests.helpers.exactness import assert_exact_diagonal
 from tests.helpers.oracles import assert_close, dense_operator
 from tests.helpers.penalties import (
@@ -42,7 +43,7 @@ def consolidated(
     device: torch.device, name: str = "plain", tasks: int = 2, mode: str = "merged"
 ) -> tuple[nn.Module, EKFACPenalty]:
     """A model on a device that has moved away from its last anchor, and the penalty."""
-    model, penalty = make(name).to(device), EKFACPenalty(STRENGTH, mode, seed=3)
+    model, penalty = make(name).to(device), exact_penalty(STRENGTH, mode, seed=3)
     for t in range(tasks):
         penalty.consolidate(model, CE, task(name, t))
         with torch.no_grad():
@@ -151,7 +152,7 @@ def test_files_know_no_device(
 def test_states_are_loaded_across_devices(device: torch.device) -> None:
     model, penalty = consolidated(torch.device("cpu"))
     (form,) = quadratics(penalty, model)
-    other = EKFACPenalty(STRENGTH, seed=3).to(device)
+    other = exact_penalty(STRENGTH, seed=3).to(device)
     other.load_state_dict(penalty.state_dict())
     value = other.to(device)(model.to(device)).detach()
     assert_close(value.cpu(), form.value(flat(model).cpu()))
@@ -291,7 +292,7 @@ def test_attached_goes_on_with_its_state(device: torch.device, update: str) -> N
 
 def test_calibrated_strength(device: torch.device) -> None:
     """The growth of the loss over that of the quadratic, by a plain loop."""
-    model, penalty = make("plain").to(device), EKFACPenalty(seed=3)
+    model, penalty = make("plain").to(device), exact_penalty(seed=3)
     data = task("plain", 0)
     before = copy.deepcopy(model)
     penalty.consolidate(model, CE, data)

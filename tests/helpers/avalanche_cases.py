@@ -26,6 +26,7 @@ from tests.helpers.avalanche_training import (
     domain_benchmark,
     net,
 )
+from tests.helpers.exact_plugin import exact_plugin
 
 SEED = 11
 
@@ -74,7 +75,7 @@ def build(case: Case) -> Naive:
     """A strategy at its start, and the random generators at theirs."""
     models = {"incremental": Incremental, "multi_head": MultiHead}
     model = models.get(case.model, net)()
-    plugin = RotatedEWCPlugin(
+    plugin = exact_plugin(
         3.0, case.mode, update=case.update, every=case.every, num_samples=16, seed=5
     )
     strategy = Naive(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rotate_ewc import Attachment, EKFACLinearOperator, EKFACPenalty
+from tests.helpers.exact import exact_penalty
 
 CE: Final = nn.CrossEntropyLoss()
 
@@ -176,7 +177,7 @@ class Training:
             self.model = nn.Sequential(
                 nn.Linear(9, 20), nn.LayerNorm(20), nn.ReLU(), nn.Dropout(0.2), nn.Linear(20, 4)
             )
-        self.penalty = EKFACPenalty(
+        self.penalty = exact_penalty(
             2.0, mode=run.mode, separate_weight_and_bias=not run.joint, decay=0.9
         )
         self.optimizer = self._optimizer()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from tests.helpers.exact import exact_penalty
 from tests.helpers.penalties import CE, flat, make, task
 
 PROCESSES, STEPS, RATE = 2, 3, 0.1
@@ -25,7 +26,7 @@ def estimate(seed: int) -> Tensor:
 
 
 def consolidated() -> tuple[nn.Module, EKFACPenalty]:
-    model, penalty = make("plain"), EKFACPenalty(50.0, seed=3)
+    model, penalty = make("plain"), exact_penalty(50.0, seed=3)
     penalty.consolidate(model, CE, task("plain", 0))
     return model, penalty
 

@@ -16,6 +16,7 @@ from rotate_ewc.io.header import OPERATOR
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.penalty.terms import Term
 from rotate_ewc.provenance import Provenance
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import dense_operator
 
 DATA = Path(__file__).parents[1] / "io" / "data"
@@ -77,7 +78,7 @@ def anchor(task: int) -> dict[str, Tensor]:
 
 def penalty() -> EKFACPenalty:
     """The penalty in the files: the operator twice, at different anchors."""
-    made = EKFACPenalty(STRENGTH, "separate", weighting="uniform", decay=0.5)
+    made = exact_penalty(STRENGTH, "separate", weighting="uniform", decay=0.5)
     terms = [Term(operator(), anchor(task), weight) for task, weight in enumerate(WEIGHTS)]
     made._replace_terms(terms, 2, 1000, 2500.5)
     return made

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.provenance import Provenance
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import dense_operator
 
 Loaded = EKFACLinearOperator | EKFACPenalty
@@ -91,7 +92,7 @@ def penalty(mode: str, tasks: int = 2) -> EKFACPenalty:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    learned = EKFACPenalty(2.5, mode, exclude=["2.bias"], seed=7)
+    learned = exact_penalty(2.5, mode, exclude=["2.bias"], seed=7)
     for _ in range(tasks):
         inputs = torch.randn(6, 3, generator=generator)
         targets = torch.randint(2, (6,), generator=generator)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import Shapes, dense_operator
 
 CE = nn.CrossEntropyLoss()
@@ -137,7 +138,7 @@ def consolidated(
     name: str, tasks: int = 1, strength: float = 2.5, loss: nn.Module = CE, **options: Any
 ) -> tuple[nn.Module, EKFACPenalty]:
     """A model that has moved away from its last anchor, and the penalty."""
-    model, penalty = make(name), EKFACPenalty(strength, seed=3, **options)
+    model, penalty = make(name), exact_penalty(strength, seed=3, **options)
     for t in range(tasks):
         penalty.consolidate(model, loss, task(name, t, 9 + t))
         move(model, t)

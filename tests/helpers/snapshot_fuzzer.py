@@ -25,6 +25,7 @@ from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError
 from rotate_ewc.inspection.snapshot_file import read as inspect
 from rotate_ewc.io import files
 from rotate_ewc.io.header import header_text
+from tests.helpers.exact import exact_penalty
 from tests.helpers.honest_snapshots import (
     Honest,
     Loaded,
@@ -129,7 +130,7 @@ def receiver_of(honest: Honest) -> Loaded:
     if honest.kind is EKFACLinearOperator:
         return EKFACLinearOperator.from_state_dict(honest.state)
     header = json.loads(header_text(honest.state))
-    receiver = EKFACPenalty(mode=header["mode"], weighting=header["weighting"])
+    receiver = exact_penalty(mode=header["mode"], weighting=header["weighting"])
     receiver.load_state_dict(honest.state)
     return receiver
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACPenalty
+from tests.helpers.exact import exact_penalty
 from tests.helpers.model_state import ModelState
 from tests.helpers.penalties import CE, Batches
 
@@ -118,7 +119,7 @@ def world(mode: str = "merged", budget: int = ONE_PASS) -> World:
     """Train a step, consolidate a task, and train another step; always the same."""
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    penalty = EKFACPenalty(3.0, mode, memory_budget=budget)
+    penalty = exact_penalty(3.0, mode, memory_budget=budget)
     made = World(model, optimizer, penalty)
     for seed in (0, 1):
         ((x, y), *_) = task(seed)

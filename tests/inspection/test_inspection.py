@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from rotate_ewc import EKFACLinearOperator
 from rotate_ewc.inspection.command import main
 from rotate_ewc.inspection.comparison import compare
 from rotate_ewc.inspection.snapshot_file import read
@@ -22,6 +22,7 @@ from rotate_ewc.io import header
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.provenance import Provenance
 from tests.helpers import golden
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import dense_block
 
 NEWEST = golden.DATA / f"operator-{golden.VERSION}.safetensors"
@@ -228,7 +229,7 @@ def test_diff_takes_the_last_term(tmp_path: Path) -> None:
 
 
 def test_penalties_without_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    EKFACPenalty().save(tmp_path / "empty")
+    exact_penalty().save(tmp_path / "empty")
     assert main(["inspect", str(tmp_path / "empty")]) == 0
     assert "0 tasks in 0 terms" in capsys.readouterr().out
     assert main(["diff", str(tmp_path / "empty"), str(NEWEST)]) == 1

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty
 from rotate_ewc.io.storage_dtype import restored_basis
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import dense_operator
 
 BATCHES = [(torch.randn(40, 12, generator=torch.Generator().manual_seed(i)),) for i in range(2)]
@@ -85,7 +86,7 @@ def test_other_dtypes_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"dtype is .*; expected one of torch.float64, .*bfloat16"):
         estimated().save(tmp_path / "file", dtype=dtype)
     with pytest.raises(ValueError, match="dtype is"):
-        EKFACPenalty().save(tmp_path / "file", dtype=dtype)
+        exact_penalty().save(tmp_path / "file", dtype=dtype)
     assert not list(tmp_path.iterdir())
 
 
@@ -105,7 +106,7 @@ def test_cast_operators_go_through_files(cast: torch.dtype, tmp_path: Path) -> N
 def test_anchors_keep_their_bits(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Linear(12, 5)
-    penalty = EKFACPenalty(2.0)
+    penalty = exact_penalty(2.0)
     data = [(x, torch.arange(40) % 5) for (x,) in BATCHES]
     penalty.consolidate(model, nn.CrossEntropyLoss(), data)
     penalty.save(tmp_path / "penalty", dtype=torch.bfloat16)

@@ -11,6 +11,7 @@ import torch
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError, __version__
 from rotate_ewc.io.header import OPERATOR, PENALTY, header_text
 from tests.helpers import golden
+from tests.helpers.exact import exact_penalty
 
 FORMATS = range(1, golden.VERSION + 1)
 
@@ -34,7 +35,7 @@ def test_dictionaries_of_every_format(version: int, kind: str) -> None:
         loaded = EKFACLinearOperator.from_state_dict(state)
         torch.testing.assert_close(loaded.to_dense(), golden.dense(), rtol=1e-13, atol=1e-13)
         return
-    penalty = EKFACPenalty(golden.STRENGTH, "separate", weighting="uniform")
+    penalty = exact_penalty(golden.STRENGTH, "separate", weighting="uniform")
     penalty.load_state_dict(state)
     assert penalty.num_tasks == 2
     assert penalty(golden.anchor(2)).item() == pytest.approx(golden.penalty_value(), rel=1e-13)
@@ -107,7 +108,7 @@ def test_formats_of_the_future_are_refused_by_name(kind: str) -> None:
     future = {**header_of(state), "format": f"rotate_ewc.{kind}/99", "new": {"field": [1]}}
     state["header"] = json.dumps(future)
     message = rf'format is "rotate_ewc.{kind}/99"; expected .* later version than rotate_ewc 0'
-    penalty = EKFACPenalty(1.0, "separate", weighting="uniform")
+    penalty = exact_penalty(1.0, "separate", weighting="uniform")
     read: Any = (
         EKFACLinearOperator.from_state_dict if kind == "operator" else penalty.load_state_dict
     )

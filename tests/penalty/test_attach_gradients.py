@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rotate_ewc import EKFACPenalty
 from tests.helpers.dense_steps import CASES
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close
 from tests.helpers.penalties import CE, consolidated, flat, make, place, quadratic, task
 
@@ -154,7 +154,7 @@ def test_tangent_that_is_flushed_when_adam_has_forgotten_its_steps() -> None:
 
 def test_size_of_the_implicit_step_is_that_of_entries_that_moved() -> None:
     """From the anchor, where the plane has no gradient; Adam's size of the others is enormous."""
-    model, penalty = make("plain"), EKFACPenalty(2.5, seed=3)
+    model, penalty = make("plain"), exact_penalty(2.5, seed=3)
     penalty.consolidate(model, CE, task("plain", 0))
     form, twin = quadratic(penalty, model, scale=2.5 / 9), copy.deepcopy(model)
     optimizer, reference = (Adam(m.parameters(), lr=0.1) for m in (model, twin))
@@ -198,7 +198,7 @@ def test_tangent_rests_where_the_gradients_cancel(case: str, every: int) -> None
 
 
 def test_tangent_starts_again_after_a_consolidation() -> None:
-    model, penalty = make("plain"), EKFACPenalty(2.5, seed=3)
+    model, penalty = make("plain"), exact_penalty(2.5, seed=3)
     optimizer = SGD(model.parameters(), lr=0.1)
     penalty.attach(optimizer, model, "tangent", 100)
     for done in range(3):

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, NAdam, Optimizer, RMSprop, Rprop
 from torch.optim.lr_scheduler import ExponentialLR, StepLR
 
-from rotate_ewc import EKFACPenalty, NotFiniteError, SnapshotError, register_step_size
+from rotate_ewc import NotFiniteError, SnapshotError, register_step_size
 from rotate_ewc.penalty import step_rules
 from tests.helpers.dense_steps import CASES, advance, dense
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close
 from tests.helpers.penalties import CE, consolidated, flat, make, move, task
 
@@ -148,7 +149,7 @@ def test_one_penalty_for_an_optimizer(other: bool) -> None:
     model, penalty = consolidated("plain", 1)
     optimizer = Adam(model.parameters())
     handle = penalty.attach(optimizer, model)
-    second = EKFACPenalty() if other else penalty
+    second = exact_penalty() if other else penalty
     with pytest.raises(ValueError, match=r"attached already.* detach\(\)"):
         second.attach(optimizer, model)
     handle.detach()
@@ -551,7 +552,7 @@ def test_resumed_runs_end_in_the_same_bits(update: str, every: int, case: str) -
         [model.state_dict(), penalty.state_dict(), optimizer.state_dict(), handle.state_dict()]
     )
     go_on(model, optimizer, range(4, 8))
-    twin, other = make("plain", 9), EKFACPenalty(2.5, seed=3)
+    twin, other = make("plain", 9), exact_penalty(2.5, seed=3)
     resumed = kind(twin.parameters(), **options)
     second = other.attach(resumed, twin, update, every)
     for loading, state in zip((twin, other, resumed, second), saved, strict=True):
@@ -635,7 +636,7 @@ def test_new_rows_follow_the_optimizer(joint: bool, case: str) -> None:
 @pytest.mark.parametrize("kind", [SGD, Adam, RMSprop])
 def test_excluded_parameters_follow_the_optimizer(kind: type[Optimizer]) -> None:
     model = make("plain")
-    penalty = EKFACPenalty(2.5, exclude=["0.*"])
+    penalty = exact_penalty(2.5, exclude=["0.*"])
     penalty.consolidate(model, CE, task("plain", 0))
     move(model, 0)
     oracle, start = dense(penalty, model, kind, {"lr": 0.1}), flat(model)

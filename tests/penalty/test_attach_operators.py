@@ -11,6 +11,7 @@ from rotate_ewc import EKFACPenalty
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.terms import Term
 from tests.helpers.dense_steps import CASES, advance, dense
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close
 from tests.helpers.penalties import flat, move
 from tests.helpers.random_operators import RandomOperator, random_operators
@@ -29,7 +30,7 @@ class Bare(nn.Module):
 
 def penalty_on(random: RandomOperator, model: nn.Module, strength: float) -> EKFACPenalty:
     """A penalty with a given operator, anchored where the model is."""
-    penalty = EKFACPenalty(strength)
+    penalty = exact_penalty(strength)
     anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
     term = Term(random.operator(), anchor, 1.0)
     state = PenaltyState({}, penalty.mode, penalty.weighting, (term,), 1, 1, 1.0)

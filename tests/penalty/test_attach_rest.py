@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adam, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
-from rotate_ewc import EKFACPenalty
 from rotate_ewc.penalty.displacement import without_rounding_errors
 from rotate_ewc.penalty.step_rules import rule_of
 from tests.helpers.dense_steps import CASES
+from tests.helpers.exact import exact_penalty
 from tests.helpers.penalties import CE, Quadratic, consolidated, flat, quadratic, task
 
 
@@ -160,7 +160,7 @@ def test_dead_inputs_stay_where_they_are(kind: type[Optimizer], examples: int, s
     inputs = torch.randn(2, examples, 12)
     inputs[:, :, ::4] = 0.0
     targets = torch.randint(3, (2, examples))
-    penalty = EKFACPenalty(3.0, seed=0)
+    penalty = exact_penalty(3.0, seed=0)
     penalty.consolidate(model, CE, [(inputs[0], targets[0])])
     optimizer = kind(model.parameters(), lr=1e-2)
     penalty.attach(optimizer, model)
@@ -207,7 +207,7 @@ def test_directions_without_a_gradient_are_no_steps(kind: type[Optimizer]) -> No
     inputs[:, :, 1], targets[:, :, 1:3] = inputs[:, :, 0], targets[:, :, :1]
     with torch.no_grad():
         model.weight[1:3], model.bias[1:3] = model.weight[0], model.bias[0]
-    penalty = EKFACPenalty(3.0, fisher_type="empirical")
+    penalty = exact_penalty(3.0, fisher_type="empirical")
     penalty.consolidate(model, loss, [(inputs[0], targets[0])])
     optimizer = kind(model.parameters(), lr=1e-2)
     penalty.attach(optimizer, model)
@@ -225,7 +225,7 @@ def test_directions_without_a_gradient_are_no_steps(kind: type[Optimizer]) -> No
 def test_task_is_learned_and_remembered() -> None:
     """By the one line that a user writes."""
     torch.manual_seed(0)
-    model, penalty = nn.Linear(4, 3).double(), EKFACPenalty(3.0)
+    model, penalty = nn.Linear(4, 3).double(), exact_penalty(3.0)
     optimizer = Adam(model.parameters(), lr=0.05)
     handle = penalty.attach(optimizer, model)
     tasks = [task("plain", seed, 30) for seed in range(2)]

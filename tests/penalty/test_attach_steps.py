@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 
 from rotate_ewc import EKFACPenalty, NotFiniteError
 from tests.helpers.dense_steps import CASES, advance, dense
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close
 from tests.helpers.penalties import (
     CE,
@@ -110,7 +111,7 @@ def test_diagonal_tied_and_scalar_parameters(joint: bool, case: str) -> None:
     """The first have no basis at all, so that nothing is rotated but all could be aliased."""
     torch.manual_seed(0)
     model = Odd().double()
-    penalty = EKFACPenalty(2.5, fisher_type="type2", separate_weight_and_bias=not joint)
+    penalty = exact_penalty(2.5, fisher_type="type2", separate_weight_and_bias=not joint)
     for t in range(2):
         penalty.consolidate(model, CE, [(x.clamp(max=4), y) for x, y in task("transposed", t)])
         move(model, t)
@@ -165,7 +166,7 @@ def test_to_the_bit_the_optimizer_before_the_first_task(update: str, case: str) 
     model, twin, data = make("plain"), make("plain"), task("plain", 0)
     optimizer = kind(model.parameters(), **options)
     reference = kind(twin.parameters(), **options)
-    EKFACPenalty(1e6).attach(optimizer, model, update)
+    exact_penalty(1e6).attach(optimizer, model, update)
     for _ in range(4):
         for net, stepped in ((model, optimizer), (twin, reference)):
             stepped.zero_grad()
@@ -177,7 +178,7 @@ def test_to_the_bit_the_optimizer_before_the_first_task(update: str, case: str) 
 @pytest.mark.parametrize("case", ["sgd-nesterov", "adam", "adagrad", "nadam", "rmsprop-momentum"])
 def test_state_starts_again_with_each_eigenbasis(case: str) -> None:
     """But not that of SGD, which is in no eigenbasis."""
-    model, penalty = make("plain"), EKFACPenalty(2.5, seed=3)
+    model, penalty = make("plain"), exact_penalty(2.5, seed=3)
     kind, options = CASES[case]
     optimizer = kind(model.parameters(), **options)
     penalty.attach(optimizer, model)
@@ -296,7 +297,7 @@ def test_proximal_step_every_few_steps(case: str, every: int) -> None:
 
 
 def test_nothing_is_flushed_before_the_first_task_or_after_a_consolidation() -> None:
-    model, penalty = make("plain"), EKFACPenalty(2.5)
+    model, penalty = make("plain"), exact_penalty(2.5)
     optimizer = SGD(model.parameters(), lr=0.1)
     with penalty.attach(optimizer, model, every=3) as handle:
         for seed in range(2):
@@ -544,7 +545,7 @@ def test_parameters_with_other_strides(case: str) -> None:
     model = nn.Sequential(*layers).double().to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(9, 2, 3, 3, generator=generator).double()
-    penalty = EKFACPenalty(2.5, seed=3)
+    penalty = exact_penalty(2.5, seed=3)
     penalty.consolidate(model, CE, [(inputs, torch.randint(3, (9,), generator=generator))])
     kind, options = CASES[case]
     oracle, start = dense(penalty, model, kind, options), flat(model)

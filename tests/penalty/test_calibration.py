@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from rotate_ewc import EKFACPenalty, calibrated_strength
 from tests.helpers.cases import LOSSES
 from tests.helpers.cases.losses import make_targets
+from tests.helpers.exact import exact_penalty
 from tests.helpers.model_state import ModelState
 from tests.helpers.oracles import Loss, dense_fisher, loss_mass, with_reduction
 from tests.helpers.penalties import (
@@ -75,7 +76,7 @@ def learned(
 ) -> tuple[EKFACPenalty, nn.Module, Batches, nn.Module]:
     """A penalty, a model that has been moved since to the harm of its task, and as it was."""
     model, data = make(name), task(name, 0)
-    penalty = EKFACPenalty(2.5, mode, seed=3, **options)
+    penalty = exact_penalty(2.5, mode, seed=3, **options)
     penalty.consolidate(model, loss, data)
     before = copy.deepcopy(model)
     climb(model, loss, data)
@@ -108,7 +109,7 @@ def test_is_one_where_the_loss_is_quadratic(
 ) -> None:
     """The block of a linear layer and its bias is exact, and at a minimum nothing else counts."""
     model, data = least_squares()
-    penalty = EKFACPenalty(
+    penalty = exact_penalty(
         2.5, mode, weighting=weighting, fisher_type="type2", separate_weight_and_bias=False
     )
     penalty.consolidate(model, loss, data, num_data=num_data)
@@ -122,7 +123,7 @@ def test_is_one_where_only_an_exact_block_has_moved(loss: Loss) -> None:
     model, ((x, _), _) = make("plain"), task("plain", 0)
     residuals = torch.randn(len(x), 3, generator=torch.Generator().manual_seed(1)).double()
     data = [(x, model(x).detach() + residuals - residuals.mean(dim=0))]
-    penalty = EKFACPenalty(fisher_type="type2")
+    penalty = exact_penalty(fisher_type="type2")
     penalty.consolidate(model, loss, data)
     with torch.no_grad():
         model[2].bias.add_(torch.tensor([0.3, -0.1, 0.2]))
@@ -136,7 +137,7 @@ def test_is_the_ratio_of_curvatures_of_other_data() -> None:
         model.bias.zero_()
     # Exact targets, so that the solution is that of other inputs too.
     data = [(x, model(x).detach()) for x, _ in data]
-    penalty = EKFACPenalty(fisher_type="type2")
+    penalty = exact_penalty(fisher_type="type2")
     penalty.consolidate(model, MEAN_SQUARES, data)
     with torch.no_grad():
         model.weight.add_(torch.tensor([0.3, -0.1, 0.2, 0.4]))
@@ -185,7 +186,7 @@ def test_every_loss(name: str, net: str, reduction: str) -> None:
     y = make_targets(LOSSES[name], 7, rows, output_shape)
     # In each batch there are labels that are not ignored.
     data = list(zip(x.split([2, 5]), y.split([2 * rows, 5 * rows]), strict=True))
-    penalty = EKFACPenalty(fisher_type="type2", include=["2.bias"])
+    penalty = exact_penalty(fisher_type="type2", include=["2.bias"])
     penalty.consolidate(model, loss, data)
     before = copy.deepcopy(model)
     climb(model, loss, data)
@@ -281,7 +282,7 @@ def test_wrappers_do_not_matter() -> None:
 def test_a_saved_penalty_is_as_good(mode: str, tmp_path: Any) -> None:
     penalty, model, data, _ = learned(mode=mode)
     torch.save(penalty.state_dict(), tmp_path / "penalty.pt")
-    resumed = EKFACPenalty(mode=mode)
+    resumed = exact_penalty(mode=mode)
     resumed.load_state_dict(torch.load(tmp_path / "penalty.pt", weights_only=True))
     expected = calibrated_strength(penalty, model, CE, data)
     assert calibrated_strength(resumed, model, CE, data) == expected
@@ -302,7 +303,7 @@ def shuffled(data: Batches) -> DataLoader[Any]:
 
 def in_two_modes() -> tuple[EKFACPenalty, nn.Module, Batches, nn.Module]:
     """A model of which one module is not in training mode, with gradients."""
-    model, data, penalty = noisy_net(), task("plain", 0), EKFACPenalty()
+    model, data, penalty = noisy_net(), task("plain", 0), exact_penalty()
     penalty.consolidate(model, CE, data)
     before = copy.deepcopy(model).eval()
     climb(model.eval(), CE, data)
@@ -365,7 +366,7 @@ def test_random_data_are_the_same_before_and_after() -> None:
 
 def test_no_harm_is_no_strength() -> None:
     model, data = make("plain"), task("plain", 0)
-    penalty = EKFACPenalty()
+    penalty = exact_penalty()
     penalty.consolidate(model, CE, data)
     climb(model, CE, data, rate=-0.3)
     with pytest.warns(UserWarning, match="there was no harm to measure") as caught:
@@ -395,7 +396,7 @@ def test_models_that_are_none() -> None:
 @pytest.mark.parametrize("tasks", [0, 2])
 @pytest.mark.parametrize("mode", ["merged", "separate"])
 def test_one_task_must_have_been_consolidated(mode: str, tasks: int) -> None:
-    model, penalty = make("plain"), EKFACPenalty(mode=mode)
+    model, penalty = make("plain"), exact_penalty(mode=mode)
     for t in range(tasks):
         penalty.consolidate(model, CE, task("plain", t))
     move(model, 0)
@@ -404,7 +405,7 @@ def test_one_task_must_have_been_consolidated(mode: str, tasks: int) -> None:
 
 
 def test_a_model_that_has_not_moved() -> None:
-    model, penalty = make("plain"), EKFACPenalty()
+    model, penalty = make("plain"), exact_penalty()
     penalty.consolidate(model, CE, task("plain", 0))
     refused("the model is where it was when the task was consol", penalty=penalty, model=model)
 
@@ -446,7 +447,7 @@ def test_data_that_can_be_read_only_once() -> None:
 def test_labels_that_do_not_fit_the_loss() -> None:
     """A squared error would broadcast them, and answer all the same."""
     model, data = least_squares()
-    penalty = EKFACPenalty(fisher_type="type2")
+    penalty = exact_penalty(fisher_type="type2")
     penalty.consolidate(model, MEAN_SQUARES, data)
     move(model, 1)
     narrow = [(x, y[:, :1]) for x, y in data]
@@ -463,7 +464,7 @@ def test_the_loss_must_be_the_one_that_was_consolidated() -> None:
     """Per example a summed squared error is three times the mean one, of three outputs."""
     model, data = least_squares()
     data = [(x, y.sigmoid()) for x, y in data]
-    penalty = EKFACPenalty(fisher_type="type2")
+    penalty = exact_penalty(fisher_type="type2")
     penalty.consolidate(model, MEAN_SQUARES, data)
     move(model, 1)
     moved = {"penalty": penalty, "model": model, "old_data": data}
@@ -504,7 +505,7 @@ def test_half_precision(weighted: bool, dtype: torch.dtype) -> None:
     """The class weights have the model's dtype, as the loss demands when it is trained."""
     model, data = make("plain").to(dtype), [(x.to(dtype), y) for x, y in task("plain", 0)]
     loss = nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 2.0]) if weighted else None).to(dtype)
-    penalty = EKFACPenalty()
+    penalty = exact_penalty()
     penalty.consolidate(model, loss, data)
     with torch.no_grad():
         model[2].bias.add_(torch.tensor([3.0, -3.0, 0.0], dtype=dtype))
@@ -519,7 +520,7 @@ def test_many_terms_in_half_precision() -> None:
     """They are more than the largest number in that precision."""
     model = nn.Linear(4, 3).half()
     small, large = ((torch.ones(n, 4).half(), torch.ones(n, 3).half()) for n in (9, 30_000))
-    penalty = EKFACPenalty()
+    penalty = exact_penalty()
     penalty.consolidate(model, MEAN_SQUARES, [small])
     with torch.no_grad():
         model.bias.sub_(10)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACPenalty
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close, dense_ggn, dense_operator
 from tests.helpers.penalties import flat, flat_gradient, hessian, shapes_of, unflat
 
@@ -61,7 +62,7 @@ def test_regressions_in_a_row_are_the_joint_regression(
     """
     torch.manual_seed(0)
     model, loss = nn.Linear(4, 3).double(), nn.MSELoss(reduction=reduction)
-    penalty = EKFACPenalty(1.0, mode, **EXACT)
+    penalty = exact_penalty(1.0, mode, **EXACT)
     tasks = [sequences(*size, seed) for seed, size in enumerate(TASKS[:num_tasks])]
     for number, (x, y) in enumerate(tasks):
         penalty.current_num_data = len(x)
@@ -76,7 +77,7 @@ def test_examples_alone_are_enough_where_all_have_the_same_terms(reduction: str)
     """Twelve elements of outputs each; and of the first task, data are only a half."""
     torch.manual_seed(0)
     model, loss = nn.Linear(4, 3).double(), nn.MSELoss(reduction=reduction)
-    penalty = EKFACPenalty(**EXACT)
+    penalty = exact_penalty(**EXACT)
     half, second = sequences(5, 4, 0), sequences(3, 4, 1)
     minimize(model, loss, penalty, *half)
     penalty.consolidate(model, loss, [half], num_data=10)
@@ -128,7 +129,7 @@ def test_what_is_kept_is_the_matrix_of_the_summed_loss(kind: str, reduction: str
     model = Tokens().double()
     loss = nn.CrossEntropyLoss(reduction=reduction, **options)
     summed = nn.CrossEntropyLoss(reduction="sum", **options)
-    penalty = EKFACPenalty(1.0, "separate", **EXACT)
+    penalty = exact_penalty(1.0, "separate", **EXACT)
     for seed, size in enumerate(((4, 50), (4, 2))):
         data = tagged(*size, seed)
         x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
@@ -156,11 +157,11 @@ def test_tasks_of_long_and_short_sequences(mode: str, weighting: str) -> None:
     for reduction in ("mean", "sum"):
         torch.manual_seed(0)
         model, loss = Tokens().double(), nn.CrossEntropyLoss(reduction=reduction)
-        penalty = EKFACPenalty(1.0, mode, weighting=weighting, **EXACT)
+        penalty = exact_penalty(1.0, mode, weighting=weighting, **EXACT)
         traces = []
         for seed, tokens in enumerate((40, 2)):
             data = tagged(6, tokens, seed)
-            alone = EKFACPenalty(1.0, "separate", weighting=weighting, **EXACT)
+            alone = exact_penalty(1.0, "separate", weighting=weighting, **EXACT)
             alone.consolidate(model, loss, data)
             traces.append(alone.terms[0].weight * float(alone.terms[0].operator.trace))
             penalty.consolidate(model, loss, data)
@@ -182,14 +183,14 @@ def test_tasks_of_long_and_short_sequences(mode: str, weighting: str) -> None:
 
 def consolidated(**options: Any) -> EKFACPenalty:
     """A penalty after a task of four examples with six terms each."""
-    penalty, (x, y) = EKFACPenalty(**options), sequences(4, 2, 0)
+    penalty, (x, y) = exact_penalty(**options), sequences(4, 2, 0)
     torch.manual_seed(0)
     penalty.consolidate(nn.Linear(4, 3).double(), nn.MSELoss(), [(x, y)])
     return penalty
 
 
 def test_number_of_terms_of_the_present_task() -> None:
-    penalty = EKFACPenalty()
+    penalty = exact_penalty()
     assert penalty.current_num_loss_terms == 1.0
     penalty.current_num_data = 5
     assert penalty.current_num_loss_terms == 5.0
@@ -228,7 +229,7 @@ def test_bad_numbers_of_terms(value: Any, error: type[Exception], message: str) 
 
 
 def test_state_knows_the_terms_of_the_last_task() -> None:
-    resumed = EKFACPenalty()
+    resumed = exact_penalty()
     resumed.load_state_dict(consolidated().state_dict())
     assert resumed.current_num_loss_terms == 24.0
     resumed.current_num_data = 5
@@ -240,7 +241,7 @@ def test_a_task_of_which_nothing_counts_changes_nothing(weighting: str) -> None:
     """Not even what the next task is taken to be like; only a summed loss has such tasks."""
     torch.manual_seed(0)
     model, loss = Tokens().double(), nn.CrossEntropyLoss(reduction="sum")
-    penalty = EKFACPenalty(1.0, "separate", weighting=weighting, **EXACT)
+    penalty = exact_penalty(1.0, "separate", weighting=weighting, **EXACT)
     x, y = tagged(6, 5, 0)[1]
     penalty.consolidate(model, loss, [(x, y)])
     terms, scale = penalty.current_num_loss_terms, penalty.scale

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from rotate_ewc import EKFACPenalty
+from tests.helpers.exact import exact_penalty
 from tests.helpers.penalties import CE, MODELS, SUMMED, hessian, make, move, task
 
 
 def learned(
     name: str, tasks: int, strength: float = 2.5, loss: nn.Module = CE, **options: Any
 ) -> tuple[nn.Module, EKFACPenalty]:
-    model, penalty = make(name), EKFACPenalty(strength, seed=3, **options)
+    model, penalty = make(name), exact_penalty(strength, seed=3, **options)
     for t in range(tasks):
         penalty.consolidate(model, loss, task(name, t, 9 + t), weight=1.0 + t)
         move(model, t)
@@ -59,7 +60,7 @@ def test_is_a_bound_where_tasks_are_separate(name: str, joint: bool) -> None:
 def test_is_a_bound_where_parameters_have_grown(mode: str) -> None:
     """Terms of different sizes pull at the same entries."""
     torch.manual_seed(0)
-    penalty = EKFACPenalty(2.5, mode, fisher_type="type2")
+    penalty = exact_penalty(2.5, mode, fisher_type="type2")
     penalty.consolidate(nn.Linear(4, 3).double(), CE, task("plain", 0))
     grown = nn.Linear(4, 5).double()
     penalty.consolidate(grown, CE, task("plain", 0, classes=5))
@@ -69,7 +70,7 @@ def test_is_a_bound_where_parameters_have_grown(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["merged", "separate"])
 def test_is_zero_where_there_is_nothing(mode: str) -> None:
-    penalty = EKFACPenalty(2.5, mode)
+    penalty = exact_penalty(2.5, mode)
     assert penalty.max_curvature == 0.0
     assert penalty.check_learning_rate(1e9) is True
     _, penalty = learned("plain", 1, strength=0.0, mode=mode)
@@ -151,4 +152,4 @@ def test_advice_of_the_warning_can_be_followed(strength: float) -> None:
 @pytest.mark.parametrize("rate", [-0.1, float("nan"), True, "0.1", None])
 def test_bad_learning_rates(rate: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=f"learning_rate is {rate!r}"):
-        EKFACPenalty().check_learning_rate(rate)
+        exact_penalty().check_learning_rate(rate)

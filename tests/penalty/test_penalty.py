@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError, merge
+from rotate_ewc import EKFACLinearOperator, SnapshotError, merge
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import dense_operator
 
 CE = nn.CrossEntropyLoss()
@@ -61,7 +62,7 @@ def dense(operator: EKFACLinearOperator) -> Tensor:
 def test_value_and_gradient_are_those_of_the_formula(mode: str) -> None:
     """½ λ Σ_t (N_t / N_now) (θ - θ*)ᵀ F_t (θ - θ*), built from dense matrices."""
     model = net()
-    penalty = EKFACPenalty(2.5, mode, seed=3)
+    penalty = exact_penalty(2.5, mode, seed=3)
     anchors, operators, counts = [], [], (9, 7, 8)
     for t, count in enumerate(counts):
         data = task(t, count)
@@ -94,7 +95,7 @@ def test_value_and_gradient_are_those_of_the_formula(mode: str) -> None:
 @pytest.mark.parametrize("joint", [False, True])
 def test_gradcheck(joint: bool) -> None:
     model = net()
-    penalty = EKFACPenalty(1.3, "separate", separate_weight_and_bias=not joint)
+    penalty = exact_penalty(1.3, "separate", separate_weight_and_bias=not joint)
     for t in range(2):
         penalty.consolidate(model, CE, task(t))
         move(model, t)
@@ -110,7 +111,7 @@ def test_gradcheck(joint: bool) -> None:
 
 def test_torch_func_sees_through_it() -> None:
     model = net()
-    penalty = EKFACPenalty(2.0)
+    penalty = exact_penalty(2.0)
     penalty.consolidate(model, CE, task(0))
     move(model, 1)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
@@ -121,7 +122,7 @@ def test_torch_func_sees_through_it() -> None:
 
 
 def test_is_zero_before_the_first_task_and_at_the_anchor() -> None:
-    model, penalty = net(), EKFACPenalty(3.0)
+    model, penalty = net(), exact_penalty(3.0)
     assert penalty(model).item() == 0.0
     assert penalty(model).dtype == torch.float64
     penalty.consolidate(model, CE, task(0))
@@ -131,7 +132,7 @@ def test_is_zero_before_the_first_task_and_at_the_anchor() -> None:
 
 
 def test_strength_can_be_changed() -> None:
-    model, penalty = net(), EKFACPenalty(1.0)
+    model, penalty = net(), exact_penalty(1.0)
     penalty.consolidate(model, CE, task(0))
     move(model, 0)
     before = penalty(model).item()
@@ -146,7 +147,7 @@ def test_strength_can_be_changed() -> None:
 
 @pytest.mark.parametrize("mode", ["merged", "separate"])
 def test_consolidating_a_model_that_shrank_is_refused(mode: str) -> None:
-    penalty = EKFACPenalty(1.0, mode)
+    penalty = exact_penalty(1.0, mode)
     data = [(torch.randn(9, 4), torch.randint(2, (9,)))]
     penalty.consolidate(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), CE, data)
     with pytest.raises(ValueError, match=r"'0.weight' has shape \[4, 4\], but the penalty"):
@@ -161,7 +162,7 @@ def test_consolidating_a_model_that_shrank_is_refused(mode: str) -> None:
 def test_batching_of_summed_and_mean_losses() -> None:
     """With a summed loss the counts are inside the operator, so nothing is weighted twice."""
     model = net()
-    mean, total = EKFACPenalty(1.0, seed=1), EKFACPenalty(1.0, seed=1)
+    mean, total = exact_penalty(1.0, seed=1), exact_penalty(1.0, seed=1)
     mean.consolidate(model, CE, task(0))
     total.consolidate(model, nn.CrossEntropyLoss(reduction="sum"), task(0))
     move(model, 0)
@@ -171,7 +172,7 @@ def test_batching_of_summed_and_mean_losses() -> None:
 
 def test_sample_stands_for_its_task() -> None:
     model = net()
-    sample, whole = EKFACPenalty(1.0, seed=1), EKFACPenalty(1.0, seed=1)
+    sample, whole = exact_penalty(1.0, seed=1), exact_penalty(1.0, seed=1)
     sample.consolidate(model, CE, task(0), num_data=900)
     whole.consolidate(model, CE, task(0))
     move(model, 0)
@@ -183,7 +184,7 @@ def test_new_heads_and_grown_layers_are_free() -> None:
     torch.manual_seed(0)
     old = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
     data = [(torch.randn(9, 4).double(), torch.randint(2, (9,)))]
-    penalty = EKFACPenalty(1.0)
+    penalty = exact_penalty(1.0)
     penalty.consolidate(old, CE, data)
     grown = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Linear(5, 5)).double()
     with torch.no_grad():
@@ -205,14 +206,14 @@ def test_new_heads_and_grown_layers_are_free() -> None:
 
 @pytest.mark.parametrize("mode", ["merged", "separate"])
 def test_state_goes_through_torch_save_without_pickle(mode: str, tmp_path: Any) -> None:
-    model, penalty = net(), EKFACPenalty(2.0, mode)
+    model, penalty = net(), exact_penalty(2.0, mode)
     for t in range(2):
         penalty.consolidate(model, CE, task(t))
         move(model, t)
     torch.save(penalty.state_dict(), tmp_path / "penalty.pt")
     state = torch.load(tmp_path / "penalty.pt", weights_only=True)
     before = copy.deepcopy(model.state_dict())
-    resumed = EKFACPenalty(2.0, mode)
+    resumed = exact_penalty(2.0, mode)
     resumed.load_state_dict(state)
     assert torch.equal(resumed(model), penalty(model))
     for name, value in model.state_dict().items():
@@ -228,7 +229,7 @@ def test_state_as_part_of_a_larger_module() -> None:
     class Learner(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model, self.penalty = net(), EKFACPenalty(1.0)
+            self.model, self.penalty = net(), exact_penalty(1.0)
 
     learner, resumed = Learner(), Learner()
     learner.penalty.consolidate(learner.model, CE, task(0))
@@ -274,7 +275,7 @@ def spoil(state: dict[str, Any], how: str) -> dict[str, Any]:
     ],
 )
 def test_bad_state_is_refused_and_changes_nothing(how: str, message: str) -> None:
-    model, penalty, other = net(), EKFACPenalty(1.0), EKFACPenalty(1.0)
+    model, penalty, other = net(), exact_penalty(1.0), exact_penalty(1.0)
     penalty.consolidate(model, CE, task(0))
     other.consolidate(model, CE, task(1))
     move(model, 0)
@@ -287,11 +288,11 @@ def test_bad_state_is_refused_and_changes_nothing(how: str, message: str) -> Non
 
 def test_state_of_another_mode_is_refused() -> None:
     with pytest.raises(SnapshotError, match="mode 'merged'; expected 'separate'"):
-        EKFACPenalty(1.0, "separate").load_state_dict(EKFACPenalty(1.0).state_dict())
+        exact_penalty(1.0, "separate").load_state_dict(exact_penalty(1.0).state_dict())
 
 
 def test_failed_consolidation_leaves_the_penalty_as_it_was() -> None:
-    model, penalty = net(), EKFACPenalty(1.0)
+    model, penalty = net(), exact_penalty(1.0)
     penalty.consolidate(model, CE, task(0))
     move(model, 0)
     before = penalty(model).item()
@@ -304,7 +305,7 @@ def test_failed_consolidation_leaves_the_penalty_as_it_was() -> None:
 
 
 def test_moves_and_casts_with_to() -> None:
-    model, penalty = net(), EKFACPenalty(1.0)
+    model, penalty = net(), exact_penalty(1.0)
     penalty.consolidate(model, CE, task(0))
     move(model, 0)
     expected = penalty(model).item()
@@ -318,7 +319,7 @@ def test_moves_and_casts_with_to() -> None:
 
 
 def test_wrong_model_is_refused_by_name() -> None:
-    model, penalty = net(), EKFACPenalty(1.0)
+    model, penalty = net(), exact_penalty(1.0)
     penalty.consolidate(model, CE, task(0))
     with pytest.raises(
         ValueError, match=r"'0.weight', .* are protected by the penalty, but the model"
@@ -347,18 +348,18 @@ def test_wrong_model_is_refused_by_name() -> None:
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str, error: type[Exception]) -> None:
     with pytest.raises(error, match=message):
-        EKFACPenalty(**arguments)
+        exact_penalty(**arguments)
 
 
 def test_chosen_parameters_only() -> None:
-    model, penalty = net(), EKFACPenalty(1.0)
+    model, penalty = net(), exact_penalty(1.0)
     model[3].bias.requires_grad_(False)
     penalty.consolidate(model, CE, task(0))
     assert list(penalty.terms[0].anchor) == ["0.weight", "0.bias", "3.weight"]
-    only = EKFACPenalty(1.0)
+    only = exact_penalty(1.0)
     only.consolidate(model, CE, task(0), params=[model[3].bias])
     assert list(only.terms[0].anchor) == ["3.bias"]
-    renamed = EKFACPenalty(1.0)
+    renamed = exact_penalty(1.0)
     renamed.consolidate(model, CE, task(0), params={"mine": model[3].bias})
     move(model, 0)
     torch.testing.assert_close(renamed(model), only(model), rtol=0.0, atol=0.0)
@@ -367,13 +368,13 @@ def test_chosen_parameters_only() -> None:
 
 def test_names_are_chosen_by_patterns() -> None:
     model = net()
-    penalty = EKFACPenalty(1.0, include=["*.weight", "3.*"], exclude=["0.*"])
+    penalty = exact_penalty(1.0, include=["*.weight", "3.*"], exclude=["0.*"])
     penalty.consolidate(model, CE, task(0))
     assert list(penalty.terms[0].anchor) == ["3.weight", "3.bias"]
     with_unseen = nn.Sequential(model[0], Unseen().double(), *model[1:])
     with pytest.raises(ValueError, match=r"exclude=\['1.weight'\]"):
-        EKFACPenalty(1.0).consolidate(with_unseen, CE, task(0))
-    penalty = EKFACPenalty(1.0, exclude=["1.*"])
+        exact_penalty(1.0).consolidate(with_unseen, CE, task(0))
+    penalty = exact_penalty(1.0, exclude=["1.*"])
     penalty.consolidate(with_unseen, CE, task(0))
     assert list(penalty.terms[0].anchor) == ["0.weight", "0.bias", "4.weight", "4.bias"]
 
@@ -381,8 +382,8 @@ def test_names_are_chosen_by_patterns() -> None:
 def test_parameters_without_a_rule_are_skipped_or_diagonal() -> None:
     model = nn.Sequential(net()[0], Unseen().double(), *net()[2:])
     names = [name for name, _ in model.named_parameters()]
-    skipping = EKFACPenalty(1.0, unsupported="skip")
-    diagonal = EKFACPenalty(1.0, unsupported="diagonal", fisher_type="type2")
+    skipping = exact_penalty(1.0, unsupported="skip")
+    diagonal = exact_penalty(1.0, unsupported="diagonal", fisher_type="type2")
     with pytest.warns(UserWarning, match=r"no rule .*'1.weight'; they are left out"):
         skipping.consolidate(model, CE, task(0))
     with pytest.warns(UserWarning, match=r"no rule .*'1.weight'; .*exact diagonal"):
@@ -397,7 +398,7 @@ def test_parameters_without_a_rule_are_skipped_or_diagonal() -> None:
     expected = 0.5 * 0.5**2 * summed / 9
     assert diagonal(model).item() == pytest.approx(expected)
     assert expected > 0
-    restored = EKFACPenalty(1.0, unsupported="skip")
+    restored = exact_penalty(1.0, unsupported="skip")
     restored.load_state_dict(skipping.state_dict())
     assert restored(model).item() == 0.0
 
@@ -412,11 +413,11 @@ def test_parameters_without_a_rule_are_skipped_or_diagonal() -> None:
 )
 def test_patterns_that_choose_nothing(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        EKFACPenalty(**arguments).consolidate(net(), CE, task(0))
+        exact_penalty(**arguments).consolidate(net(), CE, task(0))
 
 
 def test_compiled_model_has_the_same_parameters() -> None:
-    model, penalty = net(), EKFACPenalty(1.0)
+    model, penalty = net(), exact_penalty(1.0)
     compiled = torch.compile(model, backend="eager")
     penalty.consolidate(compiled, CE, task(0))
     move(model, 0)
@@ -424,4 +425,4 @@ def test_compiled_model_has_the_same_parameters() -> None:
 
 
 def test_shows_what_it_is() -> None:
-    assert repr(EKFACPenalty(3.0)) == "EKFACPenalty(strength=3.0, mode='merged', tasks=0)"
+    assert repr(exact_penalty(3.0)) == "EKFACPenalty(strength=3.0, mode='merged', tasks=0)"

@@ -27,6 +27,7 @@ from rotate_ewc import (
 )
 from rotate_ewc.io import files
 from rotate_ewc.io.header import header_text
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close, dense_operator
 from tests.helpers.penalties import CE, SUMMED, flat, flat_gradient, move
 
@@ -47,7 +48,7 @@ def fisher(model: nn.Linear, temperature: float = 1.0) -> Tensor:
 
 
 def learned(model: nn.Module, **options: Any) -> EKFACPenalty:
-    penalty = EKFACPenalty(**{"fisher_type": "type2", **options})
+    penalty = exact_penalty(**{"fisher_type": "type2", **options})
     penalty.consolidate(model, CE, DATA)
     return penalty
 
@@ -56,7 +57,7 @@ def learned(model: nn.Module, **options: Any) -> EKFACPenalty:
 
 
 def test_defaults() -> None:
-    penalty = EKFACPenalty()
+    penalty = exact_penalty()
     assert penalty.strength == 1.0
     assert penalty.mode == "merged"
     assert penalty.weighting == "examples"
@@ -82,7 +83,7 @@ def test_settings_are_handed_on() -> None:
         "memory_budget": 1000,
         "progressbar": True,
     }
-    penalty = EKFACPenalty(
+    penalty = exact_penalty(
         fisher_type="empirical", kfac_approx="reduce", unsupported="skip", **options
     )
     assert penalty.settings == EstimationSettings(
@@ -124,12 +125,12 @@ def test_only_strength_and_mode_are_positional() -> None:
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
-        EKFACPenalty(**arguments)
+        exact_penalty(**arguments)
 
 
 @pytest.mark.parametrize("decay", [0, 1, 0.5])
 def test_decays(decay: float) -> None:
-    assert EKFACPenalty(decay=decay).decay == decay
+    assert exact_penalty(decay=decay).decay == decay
 
 
 # --- what is learned ---
@@ -158,7 +159,7 @@ def test_weights_of_tasks(
     """The tasks are one, so that merging is exact; they stand for other numbers of examples."""
     model, strength, counts, weights = linear(), 2.5, (30, 70, 50), (1.0, 0.3, 2.0)
     matrix, anchor = fisher(model), flat(model)
-    penalty = EKFACPenalty(strength, mode, weighting=weighting, decay=decay, fisher_type="type2")
+    penalty = exact_penalty(strength, mode, weighting=weighting, decay=decay, fisher_type="type2")
     for count, weight in zip(counts, weights, strict=True):
         penalty.consolidate(model, loss, DATA, num_data=count, weight=weight)
     penalty.current_num_data = now
@@ -178,7 +179,7 @@ def test_weights_of_tasks(
 
 def test_tasks_have_the_weight_one_unless_told() -> None:
     model = linear()
-    told, untold = EKFACPenalty(fisher_type="type2"), EKFACPenalty(fisher_type="type2")
+    told, untold = exact_penalty(fisher_type="type2"), exact_penalty(fisher_type="type2")
     untold.consolidate(model, CE, DATA)
     told.consolidate(model, CE, DATA, weight=1.0)
     move(model, 1)
@@ -206,7 +207,7 @@ def test_operators_tell_the_temperature() -> None:
 def test_weights_that_single_precision_cannot_hold(mode: str) -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 3, bias=False)
-    penalty = EKFACPenalty(mode=mode, fisher_type="type2")
+    penalty = exact_penalty(mode=mode, fisher_type="type2")
     data = [(INPUTS.float(), TARGETS)]
     with pytest.raises(ValueError, match="Fisher matrix of 'weight' is not finite"):
         penalty.consolidate(model, CE, data, weight=1e39)
@@ -230,7 +231,7 @@ def test_model_is_evaluated_and_left_in_its_mode() -> None:
 def test_tensors_that_are_not_the_models_are_named_as_they_were_given() -> None:
     model = linear()
     with pytest.raises(ValueError, match=r"^params 'mine' \(shape \[3, 4\]\) is not a parameter"):
-        EKFACPenalty().consolidate(model, CE, DATA, params={"mine": model.weight.clone()})
+        exact_penalty().consolidate(model, CE, DATA, params={"mine": model.weight.clone()})
 
 
 def test_each_task_has_a_seed_of_its_own() -> None:
@@ -238,7 +239,7 @@ def test_each_task_has_a_seed_of_its_own() -> None:
     model = linear()
 
     def traces(seed: int, tasks: int) -> list[float]:
-        penalty = EKFACPenalty(mode="separate", seed=seed, mc_samples=5)
+        penalty = exact_penalty(mode="separate", seed=seed, mc_samples=5)
         for _ in range(tasks):
             penalty.consolidate(model, CE, DATA)
         return [float(term.operator.trace) for term in penalty.terms]
@@ -263,7 +264,7 @@ def test_forward_and_sizes_of_batches() -> None:
     """Inputs that are no tensor: what the model makes of them, and how many they are."""
     model = linear()
     data = [({"rows": INPUTS.repeat(3, 1)}, TARGETS.repeat(3)), ({"rows": INPUTS}, TARGETS)]
-    penalty = EKFACPenalty(fisher_type="type2", batch_size_fn=lambda inputs: len(inputs["rows"]))
+    penalty = exact_penalty(fisher_type="type2", batch_size_fn=lambda inputs: len(inputs["rows"]))
     penalty.consolidate(model, CE, data, forward=lambda inputs: model(inputs["rows"]))
     assert penalty.terms[0].operator.num_data == 4
     dense = dense_operator(penalty.terms[0].operator.blocks, {"weight": (3, 4)})
@@ -286,7 +287,7 @@ def test_bytes_of_everything_that_is_kept() -> None:
     ],
 )
 def test_bad_arguments_of_a_task_are_named(arguments: dict[str, Any], message: str) -> None:
-    penalty = EKFACPenalty()
+    penalty = exact_penalty()
     with pytest.raises((ValueError, TypeError), match=message):
         penalty.consolidate(linear(), CE, DATA, **arguments)
     assert penalty.num_tasks == 0
@@ -294,7 +295,7 @@ def test_bad_arguments_of_a_task_are_named(arguments: dict[str, Any], message: s
 
 def test_wrapped_models_have_plain_names() -> None:
     model = linear()
-    penalty = EKFACPenalty(fisher_type="type2")
+    penalty = exact_penalty(fisher_type="type2")
     penalty.consolidate(nn.DataParallel(model), CE, DATA)
     assert list(penalty.terms[0].anchor) == ["weight"]
     move(model, 1)
@@ -304,7 +305,7 @@ def test_wrapped_models_have_plain_names() -> None:
 def test_parameters_that_an_earlier_task_had_and_this_one_lacks() -> None:
     """Merged terms keep the anchors of what was not consolidated again."""
     model = linear(bias=True)
-    penalty = EKFACPenalty(fisher_type="type2")
+    penalty = exact_penalty(fisher_type="type2")
     penalty.consolidate(model, CE, DATA, params=[model.weight])
     first = model.weight.detach().clone()
     move(model, 1)
@@ -327,7 +328,7 @@ def test_parameters_that_an_earlier_task_had_and_this_one_lacks() -> None:
 
 
 def test_nothing_learned_yet() -> None:
-    penalty = EKFACPenalty(3.0)
+    penalty = exact_penalty(3.0)
     assert penalty({}).item() == 0.0
     assert penalty({}).shape == ()
     half = {"w": torch.ones(2, dtype=torch.bfloat16), "v": torch.ones(2)}
@@ -339,7 +340,7 @@ def test_nothing_learned_yet() -> None:
 
 
 def test_examples_have_one_loss_term_each_until_a_task_says_otherwise() -> None:
-    penalty = EKFACPenalty(3.0)
+    penalty = exact_penalty(3.0)
     assert penalty.current_num_loss_terms == 1
     penalty.current_num_data = 12
     assert penalty.current_num_loss_terms == 12
@@ -409,7 +410,7 @@ def test_deltas_are_computed_in_the_precision_of_the_blocks() -> None:
     """The difference of two numbers of half precision is known better than they are."""
     torch.manual_seed(0)
     model = nn.Linear(4, 3, bias=False).bfloat16()
-    penalty = EKFACPenalty(fisher_type="type2")
+    penalty = exact_penalty(fisher_type="type2")
     penalty.consolidate(model, CE, [(INPUTS.bfloat16(), TARGETS)])
     with torch.no_grad():
         model.weight.mul_(1.5)
@@ -428,15 +429,15 @@ def test_state_has_plain_keys_under_a_prefix() -> None:
     plain, below = penalty.state_dict(), nn.ModuleDict({"p": penalty}).state_dict()
     assert set(below) == {f"p.{key}" for key in plain}
     assert "header" in plain
-    other = nn.ModuleDict({"p": EKFACPenalty(3.0)})
+    other = nn.ModuleDict({"p": exact_penalty(3.0)})
     other.load_state_dict(below)
     assert other["p"].num_tasks == 1
     assert set(other["p"].state_dict()) == set(plain)
 
 
 def test_state_before_the_first_task() -> None:
-    penalty = EKFACPenalty(3.0)
-    penalty.load_state_dict(EKFACPenalty().state_dict())
+    penalty = exact_penalty(3.0)
+    penalty.load_state_dict(exact_penalty().state_dict())
     assert penalty.num_tasks == 0
     assert penalty(linear()).item() == 0.0
 
@@ -446,7 +447,7 @@ def test_state_before_the_first_task() -> None:
 def test_state_brings_everything_back(mode: str, weighting: str) -> None:
     model = linear()
     options = {"mode": mode, "weighting": weighting}
-    penalty, resumed = EKFACPenalty(2.0, **options), EKFACPenalty(2.0, **options)
+    penalty, resumed = exact_penalty(2.0, **options), exact_penalty(2.0, **options)
     for count in (7, 13):
         penalty.consolidate(model, CE, DATA, num_data=count, weight=0.5)
         move(model, count)
@@ -471,7 +472,7 @@ def test_casts_reach_everything_inside_other_modules() -> None:
 
 
 def test_casts_change_nothing_but_tensors() -> None:
-    penalty = EKFACPenalty(3.0)
+    penalty = exact_penalty(3.0)
     for count in (7, 13):
         penalty.consolidate(linear(), CE, DATA, num_data=count)
     assert penalty.scale == 3.0 / 13

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rotate_ewc import EKFACPenalty, SnapshotError
+from tests.helpers.exact import exact_penalty
 
 CE = nn.CrossEntropyLoss()
 
@@ -31,7 +32,7 @@ class Learner(nn.Module):
         self.network = nn.Sequential(
             nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 3)
         )
-        self.penalty = EKFACPenalty(2.0, mode, fisher_type="empirical")
+        self.penalty = exact_penalty(2.0, mode, fisher_type="empirical")
 
     def forward(self, x: Tensor) -> Any:
         return self.network(x).sum() + self.penalty(self.network)
@@ -131,9 +132,9 @@ def test_writing_into_a_state_changes_nothing(learner: Learner) -> None:
 
 def test_names_with_dots_and_percent_signs_come_back() -> None:
     layer = nn.ModuleDict({"x%2Ey": nn.Linear(4, 3), "x": nn.ModuleDict({"y": nn.Linear(3, 3)})})
-    penalty = EKFACPenalty()
+    penalty = exact_penalty()
     penalty.consolidate(layer, CE, task(0), forward=lambda x: layer["x"]["y"](layer["x%2Ey"](x)))
-    other = EKFACPenalty()
+    other = exact_penalty()
     other.load_state_dict(penalty.state_dict())
     assert set(other.terms[0].anchor) == {name for name, _ in layer.named_parameters()}
 
@@ -306,7 +307,7 @@ def test_a_fresh_penalty_loads_whatever_fits_and_one_with_tasks_goes_back() -> N
     learner.penalty.load_state_dict(state)
     assert learner.penalty.num_tasks == 1
     assert learner.penalty(learner.network).item() == pytest.approx(first, rel=1e-4)
-    learner.penalty.load_state_dict(EKFACPenalty().state_dict())
+    learner.penalty.load_state_dict(exact_penalty().state_dict())
     assert learner.penalty.num_tasks == 0
 
 
@@ -322,7 +323,7 @@ def of_other(what: str) -> EKFACPenalty:
         loss = nn.CrossEntropyLoss(reduction="sum")
     elif what == "incomparable":
         model = nn.Sequential(nn.Linear(3, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
-    made = EKFACPenalty(2.0)
+    made = exact_penalty(2.0)
     width = 3 if what == "incomparable" else 4
     data = [(x[:, :width], y) for x, y in task(0)]
     forward = model["other"] if what == "names" else model  # type: ignore[index]
@@ -348,7 +349,7 @@ def test_states_of_other_models_are_refused_by_penalties_with_tasks(
     after = learner.penalty.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
-    EKFACPenalty().load_state_dict(other.state_dict())
+    exact_penalty().load_state_dict(other.state_dict())
 
 
 def test_states_of_grown_and_smaller_models_fit() -> None:

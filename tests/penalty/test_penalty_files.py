@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACPenalty, EstimationSettings, SnapshotError
+from tests.helpers.exact import exact_penalty
 
 CE = nn.CrossEntropyLoss()
 OPTIONS: dict[str, Any] = {
@@ -46,7 +47,7 @@ def learned(**options: Any) -> tuple[nn.Module, EKFACPenalty]:
     torch.manual_seed(0)
     model, penalty = (
         nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)),
-        EKFACPenalty(**options),
+        exact_penalty(**options),
     )
     for number in range(2):
         penalty.consolidate(model, CE, task(number))
@@ -82,7 +83,7 @@ def test_all_options_are_saved(tmp_path: Path) -> None:
     assert set(OPTIONS) == set(arguments) - {"batch_size_fn", "settings"}
     same = {"include", "fisher_type"}  # others sample no labels, of which there are two
     assert all(OPTIONS[name] != arguments[name].default for name in set(OPTIONS) - same)
-    penalty = EKFACPenalty(**OPTIONS)
+    penalty = exact_penalty(**OPTIONS)
     penalty.save(tmp_path / "empty")
     loaded = EKFACPenalty.load(tmp_path / "empty")
     assert loaded.settings == penalty.settings
@@ -100,7 +101,7 @@ def test_options_can_be_changed_on_the_way_in(tmp_path: Path) -> None:
 
 
 def test_options_that_are_not_given_are_those_that_were_saved(tmp_path: Path) -> None:
-    penalty = EKFACPenalty(2.0, decay=0.5, seed=3, mc_samples=4)
+    penalty = exact_penalty(2.0, decay=0.5, seed=3, mc_samples=4)
     penalty.save(tmp_path / "penalty")
     loaded = EKFACPenalty.load(tmp_path / "penalty", strength=10.0, mc_samples=5)
     assert loaded.settings == EstimationSettings(seed=3, mc_samples=5)
@@ -108,7 +109,7 @@ def test_options_that_are_not_given_are_those_that_were_saved(tmp_path: Path) ->
 
 
 def test_settings_given_as_a_whole_replace_those_that_were_saved(tmp_path: Path) -> None:
-    EKFACPenalty(2.0, decay=0.5, seed=3, mc_samples=4).save(tmp_path / "penalty")
+    exact_penalty(2.0, decay=0.5, seed=3, mc_samples=4).save(tmp_path / "penalty")
     settings = EstimationSettings(seed=8, fisher_type="type2")
     loaded = EKFACPenalty.load(tmp_path / "penalty", settings=settings, memory_budget=1000)
     assert loaded.settings == EstimationSettings(seed=8, fisher_type="type2", memory_budget=1000)
@@ -127,7 +128,7 @@ def test_settings_given_as_a_whole_replace_those_that_were_saved(tmp_path: Path)
 def test_options_that_do_not_fit(
     options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
-    EKFACPenalty().save(tmp_path / "penalty")
+    exact_penalty().save(tmp_path / "penalty")
     with pytest.raises(error, match=message):
         EKFACPenalty.load(tmp_path / "penalty", **options)
 
@@ -135,7 +136,7 @@ def test_options_that_do_not_fit(
 def test_a_file_can_be_put_into_a_penalty_of_other_options(tmp_path: Path) -> None:
     """As with `load_state_dict` of optimizers and modules, options are those of the object."""
     model, penalty = learned(strength=1.0)
-    other = EKFACPenalty(2.0)
+    other = exact_penalty(2.0)
     other.load_state_dict(penalty.state_dict())
     assert other.strength == 2.0
     assert other(model).item() == pytest.approx(2 * penalty(model).item(), rel=1e-6)
@@ -143,12 +144,12 @@ def test_a_file_can_be_put_into_a_penalty_of_other_options(tmp_path: Path) -> No
 
 def test_permissions_are_those_of_other_files(tmp_path: Path) -> None:
     path = tmp_path / "penalty"
-    EKFACPenalty().save(path)
+    exact_penalty().save(path)
     (tmp_path / "other").touch()
     mode = stat.S_IMODE((tmp_path / "other").stat().st_mode)
     assert stat.S_IMODE(path.stat().st_mode) == mode
     path.chmod(0o640)
-    EKFACPenalty().save(path)
+    exact_penalty().save(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rotate_ewc import EKFACPenalty
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close
 from tests.helpers.penalties import (
     CE,
@@ -27,7 +28,7 @@ from tests.helpers.penalties import (
 
 def learned(mode: str = "merged") -> tuple[nn.Module, EKFACPenalty, Quadratic]:
     """A model after one task, the penalty, and what it must be."""
-    model, penalty = make("grouped"), EKFACPenalty(2.5, mode)
+    model, penalty = make("grouped"), exact_penalty(2.5, mode)
     penalty.consolidate(model, CE, task("grouped", 0))
     move(model, 0)
     (term,) = penalty.terms

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACPenalty
+from tests.helpers.exact import exact_penalty
 
 CE = nn.CrossEntropyLoss()
 MESSAGE = "'1.weight', '1.bias' has grown, but does not begin with what it was when"
@@ -24,7 +25,7 @@ def task(classes: int = 3) -> list[tuple[Tensor, Tensor]]:
 def learned(mode: str = "merged", strict: bool = True) -> tuple[EKFACPenalty, nn.Sequential]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
-    penalty = EKFACPenalty(2.0, mode, strict=strict)
+    penalty = exact_penalty(2.0, mode, strict=strict)
     penalty.consolidate(model, CE, task())
     return penalty, model
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from rotate_ewc import EKFACLinearOperator
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import dense_operator
 
 CE = nn.CrossEntropyLoss()
@@ -49,7 +50,7 @@ def test_every_task_has_its_own_layers(form: str, joint: bool, mode: str) -> Non
     model = Heads(form).double()
     names = [name for name, _ in model.named_parameters() if not name.startswith("trunk")]
     options = {"fisher_type": "type2", "separate_weight_and_bias": not joint}
-    penalty = EKFACPenalty(mode=mode, weighting="uniform", exclude=["trunk.*"], **options)
+    penalty = exact_penalty(mode=mode, weighting="uniform", exclude=["trunk.*"], **options)
     exact, start = torch.zeros(()), flat(model)
     for task in (1, 0, 2):
         model.task = task

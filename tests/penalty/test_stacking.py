@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotate_ewc import EKFACPenalty
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close, dense_operator
 from tests.helpers.penalties import (
     CE,
@@ -62,7 +63,7 @@ def consolidate(
 
 
 def separate(**options: Any) -> EKFACPenalty:
-    penalty = EKFACPenalty(STRENGTH, "separate", seed=3, **options)
+    penalty = exact_penalty(STRENGTH, "separate", seed=3, **options)
     penalty.current_num_data = NOW
     return penalty
 
@@ -127,7 +128,7 @@ def test_growth_between_tasks() -> None:
 def test_another_dtype_between_tasks() -> None:
     """The terms stay in the dtypes they were estimated in, and can be multiplied with."""
     model = make("plain").float()
-    penalty = EKFACPenalty(STRENGTH, "separate", fisher_type="type2")
+    penalty = exact_penalty(STRENGTH, "separate", fisher_type="type2")
     for dtype in (torch.float32, torch.float64):
         model.to(dtype)
         data = [(inputs.to(dtype), targets) for inputs, targets in task("plain", 1)]
@@ -194,7 +195,7 @@ def test_number_of_operations_does_not_grow(name: str, joint: bool) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_merged_tasks_cost_as_much_as_one(name: str) -> None:
-    model, penalty = make(name), EKFACPenalty(STRENGTH)
+    model, penalty = make(name), exact_penalty(STRENGTH)
     counts, sizes = {}, {}
     for t in range(12):
         penalty.consolidate(model, CE, task(name, t))
@@ -292,7 +293,7 @@ def test_state_and_copies(name: str, tmp_path: Any) -> None:
 def test_consolidating_a_shrunk_model_where_not_strict(mode: str) -> None:
     """The penalty goes on with what is left; nothing is broken for later."""
     torch.manual_seed(0)
-    penalty = EKFACPenalty(STRENGTH, mode, strict=False)
+    penalty = exact_penalty(STRENGTH, mode, strict=False)
     wide = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).double()
     narrow = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
     penalty.consolidate(wide, CE, task("plain", 0))
@@ -304,7 +305,7 @@ def test_consolidating_a_shrunk_model_where_not_strict(mode: str) -> None:
     value.backward()
     assert value.item() > 0
     assert narrow[0].weight.grad.abs().sum() > 0
-    resumed = EKFACPenalty(STRENGTH, mode, strict=False)
+    resumed = exact_penalty(STRENGTH, mode, strict=False)
     resumed.load_state_dict(penalty.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

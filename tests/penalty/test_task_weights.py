@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACPenalty, SnapshotError
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import Shapes, assert_close, block_indices, block_matrix, partial_traces
 from tests.helpers.penalties import (
     CE,
@@ -84,7 +85,7 @@ def expected(forms: list[Quadratic], omegas: list[float], mode: str, shapes: Sha
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
 @pytest.mark.parametrize("mode", ["merged", "separate"])
 def test_formula(mode: str, weighting: str, decay: float, loss: nn.Module) -> None:
-    penalty = EKFACPenalty(STRENGTH, mode, weighting=weighting, decay=decay, seed=3)
+    penalty = exact_penalty(STRENGTH, mode, weighting=weighting, decay=decay, seed=3)
     model, forms = learn(penalty, loss)
     theta = flat(model)
     for now in (None, NOW):
@@ -107,7 +108,7 @@ def test_formula(mode: str, weighting: str, decay: float, loss: nn.Module) -> No
 
 @pytest.mark.parametrize("mode", ["merged", "separate"])
 def test_task_of_no_weight_is_not_protected(mode: str) -> None:
-    penalty = EKFACPenalty(STRENGTH, mode, seed=3)
+    penalty = exact_penalty(STRENGTH, mode, seed=3)
     model, forms = learn(penalty, CE, (0, 1, 0))
     middle = forms[1]._replace(weight=STRENGTH * COUNTS[1] / COUNTS[2])
     if mode == "merged":
@@ -115,14 +116,14 @@ def test_task_of_no_weight_is_not_protected(mode: str) -> None:
         for _ in range(2):  # merged twice more, with nothing: projected onto its own basis
             middle = middle._replace(matrix=merged([middle.matrix], shapes_of(model)))
     assert_close(penalty(model).detach(), middle.value(flat(model)))
-    nothing = EKFACPenalty(STRENGTH, mode)
+    nothing = exact_penalty(STRENGTH, mode)
     learn(nothing, CE, (0, 0, 0))
     assert nothing(model).item() == nothing.max_curvature == 0.0
     assert nothing.num_tasks == 3
 
 
 def test_number_of_current_examples_does_not_matter_without_counts() -> None:
-    penalty = EKFACPenalty(STRENGTH, weighting="uniform")
+    penalty = exact_penalty(STRENGTH, weighting="uniform")
     model, _ = learn(penalty, CE)
     before = penalty(model).item()
     penalty.current_num_data = NOW
@@ -134,10 +135,10 @@ def test_number_of_current_examples_does_not_matter_without_counts() -> None:
 @pytest.mark.parametrize("mode", ["merged", "separate"])
 def test_state_keeps_the_weights(mode: str, weighting: str, loss: nn.Module, tmp_path: Any) -> None:
     options = {"mode": mode, "weighting": weighting, "decay": DECAY}
-    penalty = EKFACPenalty(STRENGTH, **options)
+    penalty = exact_penalty(STRENGTH, **options)
     model, _ = learn(penalty, loss)
     torch.save(penalty.state_dict(), tmp_path / "penalty.pt")
-    resumed = EKFACPenalty(STRENGTH, **options)
+    resumed = exact_penalty(STRENGTH, **options)
     resumed.load_state_dict(torch.load(tmp_path / "penalty.pt", weights_only=True))
     assert [t.weight for t in resumed.terms] == [t.weight for t in penalty.terms]
     assert resumed(model).item() == penalty(model).item() > 0
@@ -149,9 +150,9 @@ def test_state_keeps_the_weights(mode: str, weighting: str, loss: nn.Module, tmp
 
 
 def test_state_of_another_weighting_is_refused() -> None:
-    state = EKFACPenalty(weighting="uniform").state_dict()
+    state = exact_penalty(weighting="uniform").state_dict()
     with pytest.raises(SnapshotError, match="weighting 'uniform'; expected 'examples'"):
-        EKFACPenalty().load_state_dict(state)
+        exact_penalty().load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_state_of_another_weighting_is_refused() -> None:
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str, error: type[Exception]) -> None:
     with pytest.raises(error, match=message):
-        EKFACPenalty(**arguments)
+        exact_penalty(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, error: type[Exce
     ],
 )
 def test_bad_weights(weight: Any, error: type[Exception]) -> None:
-    model, penalty = make("plain"), EKFACPenalty()
+    model, penalty = make("plain"), exact_penalty()
     with pytest.raises(error, match=f"weight is {weight!r}"):
         penalty.consolidate(model, CE, task("plain", 0), weight=weight)
     assert penalty.num_tasks == 0
@@ -193,7 +194,7 @@ def test_bad_weights(weight: Any, error: type[Exception]) -> None:
     ("value", "error"), [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError)]
 )
 def test_bad_numbers_of_current_examples(value: Any, error: type[Exception]) -> None:
-    penalty = EKFACPenalty()
+    penalty = exact_penalty()
     with pytest.raises(error, match=f"current_num_data is {value!r}"):
         penalty.current_num_data = value
     assert penalty.current_num_data is None

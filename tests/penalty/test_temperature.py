@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from rotate_ewc import EKFACPenalty
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close, dense_operator
 from tests.helpers.penalties import CE, make, move, task
 
@@ -27,7 +28,7 @@ def fisher(model: nn.Module, inputs: Tensor, temperature: float) -> Tensor:
 
 
 def consolidated(temperature: float, model: nn.Module, **options: Any) -> EKFACPenalty:
-    penalty = EKFACPenalty(2.0, fisher_type="type2", temperature=temperature, **options)
+    penalty = exact_penalty(2.0, fisher_type="type2", temperature=temperature, **options)
     penalty.consolidate(model, CE, task("plain", 0))
     return penalty
 
@@ -53,7 +54,7 @@ def test_trace_and_biases_are_those_of_the_softened_model(temperature: float, jo
 
 def test_one_is_no_temperature() -> None:
     model = make("plain")
-    penalty = EKFACPenalty(2.0, fisher_type="type2")
+    penalty = exact_penalty(2.0, fisher_type="type2")
     penalty.consolidate(model, CE, task("plain", 0))
     other = consolidated(1.0, model)
     move(model, 1)
@@ -73,7 +74,7 @@ def test_squared_error_has_no_temperature() -> None:
     model, data = make("plain"), [(x, torch.zeros(len(x), 3).double()) for x, _ in task("plain", 0)]
     values = []
     for temperature in (1.0, 4.0):
-        penalty = EKFACPenalty(2.0, fisher_type="type2", temperature=temperature)
+        penalty = exact_penalty(2.0, fisher_type="type2", temperature=temperature)
         penalty.consolidate(model, nn.MSELoss(), data)
         values.append(penalty.terms[0].operator.trace)
     assert_close(values[1], values[0])
@@ -81,7 +82,7 @@ def test_squared_error_has_no_temperature() -> None:
 
 def test_a_forward_function_is_softened_too() -> None:
     model = make("plain")
-    penalty = EKFACPenalty(2.0, fisher_type="type2", temperature=3.0)
+    penalty = exact_penalty(2.0, fisher_type="type2", temperature=3.0)
     penalty.consolidate(model, CE, task("plain", 0), forward=lambda x: model(x))
     expected = consolidated(3.0, model)
     assert torch.equal(penalty.terms[0].operator.trace, expected.terms[0].operator.trace)
@@ -93,4 +94,4 @@ def test_a_forward_function_is_softened_too() -> None:
 )
 def test_bad_temperatures(value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=f"temperature is '?{value}"):
-        EKFACPenalty(3.0, temperature=value)
+        exact_penalty(3.0, temperature=value)

@@ -25,6 +25,7 @@ from rotate_ewc import (
     merge,
 )
 from rotate_ewc.linalg.block import Block
+from tests.helpers.exact import exact_penalty
 
 CE = nn.CrossEntropyLoss()
 
@@ -62,7 +63,7 @@ def estimate(model: nn.Module, batches: Any = None, **options: Any) -> EKFACLine
 
 
 def consolidated(model: nn.Module, **options: Any) -> EKFACPenalty:
-    penalty = EKFACPenalty(**options)
+    penalty = exact_penalty(**options)
     penalty.consolidate(model, CE, data())
     return penalty
 
@@ -361,7 +362,7 @@ def followed(message: str, model: nn.Module, batches: Any) -> Tensor:
     source = re.search(FORWARD, message)
     assert source is not None, message
     forward = eval(source[1], {"model": model})
-    penalty = EKFACPenalty(mode="separate")
+    penalty = exact_penalty(mode="separate")
     penalty.consolidate(model, CE, batches, forward=forward)
     found = estimate(model, batches, model_func=forward)
     assert torch.equal(found.to_dense(), penalty.terms[0].operator.to_dense())
@@ -396,7 +397,7 @@ def test_outputs_of_transformers(temperature: float) -> None:
     batches = [(batch, batch.pop("labels"))]
 
     def call() -> None:
-        EKFACPenalty(temperature=temperature).consolidate(
+        exact_penalty(temperature=temperature).consolidate(
             model, CE, batches, forward=lambda batch: model(**batch)
         )
 
@@ -596,7 +597,7 @@ def test_optimizers_with_sparse_gradients() -> None:
 
     def step(sparse: bool) -> None:
         model = Words(sparse=sparse)
-        penalty = EKFACPenalty()
+        penalty = exact_penalty()
         penalty.consolidate(model, CE, [(torch.arange(5), labels(5))])
         CE(model(torch.arange(5)), labels(5)).backward()
         attached_step(penalty, model)
@@ -609,7 +610,7 @@ def test_optimizers_with_sparse_gradients() -> None:
 def test_calibration_needs_one_task() -> None:
     model = net()
     arguments: Any = (model, CE, data())
-    message = refusal(lambda: calibrated_strength(EKFACPenalty(), *arguments))
+    message = refusal(lambda: calibrated_strength(exact_penalty(), *arguments))
     assert "after the second task has been trained and before it is consolidated" in message
     penalty = consolidated(model)
     with torch.no_grad():
@@ -620,6 +621,6 @@ def test_calibration_needs_one_task() -> None:
 
 
 def test_loss_before_the_model() -> None:
-    message = refusal(lambda: EKFACPenalty().consolidate(nn.MSELoss(), net(), data(6)))  # type: ignore[arg-type]
+    message = refusal(lambda: exact_penalty().consolidate(nn.MSELoss(), net(), data(6)))  # type: ignore[arg-type]
     assert "model is MSELoss" in message
-    EKFACPenalty().consolidate(net(), nn.CrossEntropyLoss(), data(6))
+    exact_penalty().consolidate(net(), nn.CrossEntropyLoss(), data(6))

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from rotate_ewc import EKFACLinearOperator
+from tests.helpers.exact import exact_penalty
 
 CE = nn.CrossEntropyLoss()
 BUILDERS = [
     pytest.param(lambda *a, **k: EKFACLinearOperator(*a, **k), id="operator"),
-    pytest.param(lambda m, loss, p, d: EKFACPenalty().consolidate(m, loss, d, params=p), id="pen"),
+    pytest.param(lambda m, loss, p, d: exact_penalty().consolidate(m, loss, d, params=p), id="pen"),
 ]
 
 

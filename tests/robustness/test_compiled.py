@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from rotate_ewc import EKFACLinearOperator
+from tests.helpers.exact import exact_penalty
 
 CE = nn.CrossEntropyLoss()
 
@@ -99,7 +100,7 @@ def test_same_bits_and_no_compilation(
     before = counter.compilations
     params = dict(model.named_parameters())
     found = EKFACLinearOperator(compiled, CE, params, data())
-    penalty = EKFACPenalty()
+    penalty = exact_penalty()
     penalty.consolidate(model, CE, data(), forward=compiled)
     assert counter.compilations == before
     assert same(found.state_dict(), expected.state_dict())

@@ -31,6 +31,7 @@ from tests.helpers.determinism_cases import (
     differences,
     same,
 )
+from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import dense_operator
 
 
@@ -208,8 +209,8 @@ def test_what_is_loaded_has_the_same_value_and_gradient(mode: str, joint: bool) 
     def learn(penalty: EKFACPenalty, task: int) -> None:
         penalty.consolidate(model, CE, case.data(task))
 
-    penalty = EKFACPenalty(mode=mode, separate_weight_and_bias=not joint)
-    resumed = EKFACPenalty(mode=mode, separate_weight_and_bias=not joint)
+    penalty = exact_penalty(mode=mode, separate_weight_and_bias=not joint)
+    resumed = exact_penalty(mode=mode, separate_weight_and_bias=not joint)
     for task in range(3):
         learn(penalty, task)
         if task:

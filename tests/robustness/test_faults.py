@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import rotate_ewc
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty, merge
+from rotate_ewc import EKFACLinearOperator, merge
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.linalg import eigh, kronecker
+from tests.helpers.exact import exact_penalty
 from tests.helpers.penalties import CE
 from tests.helpers.worlds import (
     NUM_BATCHES,
@@ -125,7 +126,7 @@ def test_targets_that_are_not_finite(value: float) -> None:
     made = world()
     data = [(x, torch.randn(len(x), 3).double()) for x, _ in task(1)]
     data[1][1][0, 1] = value
-    made.penalty = EKFACPenalty(fisher_type="empirical")
+    made.penalty = exact_penalty(fisher_type="empirical")
     with pytest.raises(ValueError, match=r"batch 1 of data: .* of '\d.\w+' are not finite"):
         made.penalty.consolidate(made.model, torch.nn.MSELoss(), data)
     assert made.penalty.num_tasks == 0

@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError
+from rotate_ewc import EKFACLinearOperator, SnapshotError
 from rotate_ewc.io import files
 from rotate_ewc.io.header import header_text
+from tests.helpers.exact import exact_penalty
 from tests.helpers.honest_snapshots import (
     Honest,
     check_consistent,
@@ -219,7 +220,7 @@ def test_every_field_of_the_header(honest: dict[str, Honest], name: str, wrong: 
             if kind is EKFACLinearOperator:
                 loaded.append(EKFACLinearOperator.from_state_dict(bad))
             else:
-                loaded.append(EKFACPenalty(mode="separate"))
+                loaded.append(exact_penalty(mode="separate"))
                 loaded[0].load_state_dict(bad)
 
         told = message_of(load)

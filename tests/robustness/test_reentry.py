@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty
 from tests.helpers.determinism_cases import CE, differences
+from tests.helpers.exact import exact_penalty
 from tests.helpers.exactness import assert_exact_diagonal
 from tests.helpers.model_state import ModelState
 from tests.helpers.oracles import dense_ggn, parameter_shapes
@@ -159,7 +160,7 @@ def test_failure_of_the_inner_one(place: str) -> None:
 @pytest.mark.parametrize("mode", ["merged", "separate"])
 def test_penalty_inside_the_forward_pass(mode: str) -> None:
     """Looked at while another task is consolidated, it is what it was before."""
-    model, penalty = net(), EKFACPenalty(mode=mode)
+    model, penalty = net(), exact_penalty(mode=mode)
     penalty.consolidate(model, CE, batches())
     with torch.no_grad():
         model[4].weight.add_(1.0)
@@ -474,7 +475,7 @@ def test_parameters_that_were_made_in_inference_mode() -> None:
     with pytest.raises(ValueError, match=message):
         estimate(model, batches())
     with pytest.raises(ValueError, match=message):
-        EKFACPenalty().consolidate(model, CE, batches())
+        exact_penalty().consolidate(model, CE, batches())
 
 
 # ------------------------------------------------------------------ loaders with processes
@@ -499,7 +500,7 @@ def test_loaders_with_worker_processes(method: str, budget: int) -> None:
 
 
 def learned(model: nn.Module, mode: str = "merged", **options: Any) -> EKFACPenalty:
-    penalty = EKFACPenalty(mode=mode, **options)
+    penalty = exact_penalty(mode=mode, **options)
     for task in range(2):
         penalty.consolidate(model, CE, batches(task))
     return penalty
@@ -535,7 +536,7 @@ def test_two_penalties_on_one_model(modes: tuple[str, str]) -> None:
     options: list[dict[str, Any]] = [{"seed": 1}, {"seed": 2, "exclude": ["0.*"], "strength": 3.0}]
     model[0].bias.requires_grad_(True)
     alone = [learned(model, mode, **own) for mode, own in zip(modes, options, strict=True)]
-    together = [EKFACPenalty(mode=mode, **own) for mode, own in zip(modes, options, strict=True)]
+    together = [exact_penalty(mode=mode, **own) for mode, own in zip(modes, options, strict=True)]
     for task in range(2):
         for penalty in together:
             penalty.consolidate(model, CE, batches(task))

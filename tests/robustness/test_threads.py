@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty
 from rotate_ewc.linalg import eigh
 from tests.helpers.determinism_cases import CE, Estimation, differences
+from tests.helpers.exact import exact_penalty
 from tests.helpers.exactness import assert_exact_diagonal
 from tests.helpers.model_state import ModelState
 from tests.helpers.oracles import dense_ggn, parameter_shapes
@@ -218,7 +219,7 @@ def test_training_beside_an_estimation() -> None:
     models, data = [meeting_net(0), meeting_net(1)], batches(0)
 
     def train() -> dict[str, Any]:
-        penalty = EKFACPenalty()
+        penalty = exact_penalty()
         optimizer = torch.optim.SGD(models[1].parameters(), lr=0.1, momentum=0.9)
         for x, y in data:
             optimizer.zero_grad()
@@ -241,8 +242,8 @@ def test_training_beside_an_estimation() -> None:
 def test_penalties_in_threads_on_one_model() -> None:
     """Consolidated at once, each has what it would have had alone."""
     model = meeting_net(0)
-    penalties = [EKFACPenalty(mode=mode) for mode in ("merged", "separate")]
-    alone = [EKFACPenalty(mode=mode) for mode in ("merged", "separate")]
+    penalties = [exact_penalty(mode=mode) for mode in ("merged", "separate")]
+    alone = [exact_penalty(mode=mode) for mode in ("merged", "separate")]
 
     def learn(penalty: EKFACPenalty, seed: int) -> None:
         for task in range(2):

@@ -28,6 +28,7 @@ from rotate_ewc import (
 )
 from rotate_ewc._utils.validation import as_choice
 from rotate_ewc.options import Choice
+from tests.helpers.exact import exact_penalty
 
 CHOICES = [FisherType, KFACType, Mode, Reduction, Unsupported, Weighting]
 FIELDS = {field.name: field for field in dataclasses.fields(EstimationSettings)}
@@ -61,7 +62,7 @@ def test_strings_become_members() -> None:
     assert settings.fisher_type is FisherType.TYPE2
     assert settings.kfac_approx is KFACType.REDUCE
     assert settings.unsupported is Unsupported.SKIP
-    penalty = EKFACPenalty(mode="separate", weighting="Uniform")
+    penalty = exact_penalty(mode="separate", weighting="Uniform")
     assert penalty.mode is Mode.SEPARATE
     assert penalty.weighting is Weighting.UNIFORM
 
@@ -86,10 +87,10 @@ def test_single_options_replace_those_of_the_settings() -> None:
 def test_penalty_takes_every_setting(name: str, value: object) -> None:
     assert getattr(EstimationSettings(), name) != value
     expected = EstimationSettings(**{name: value})
-    assert EKFACPenalty(**{name: value}).settings == expected
-    assert EKFACPenalty(settings=expected).settings == expected
+    assert exact_penalty(**{name: value}).settings == expected
+    assert exact_penalty(settings=expected).settings == expected
     settings = EstimationSettings(**{**OTHERS, "fisher_type": "mc", name: value})
-    assert EKFACPenalty(settings=settings, **{name: value}).settings == settings
+    assert exact_penalty(settings=settings, **{name: value}).settings == settings
 
 
 def test_types_of_options_are_those_of_the_settings() -> None:
@@ -169,7 +170,7 @@ def test_other_spellings_are_understood(spelling: str, member: Choice) -> None:
 
 def test_fisher_types_in_all_spellings_are_settings() -> None:
     assert EstimationSettings(fisher_type="type-2").fisher_type is FisherType.TYPE2
-    assert EKFACPenalty(fisher_type="Type_2").settings.fisher_type is FisherType.TYPE2
+    assert exact_penalty(fisher_type="Type_2").settings.fisher_type is FisherType.TYPE2
 
 
 @pytest.mark.parametrize("kind", CHOICES)
@@ -190,9 +191,9 @@ def test_samples_without_sampling_are_refused(fisher_type: str) -> None:
     with pytest.raises(ValueError, match=message):
         EstimationSettings(fisher_type=fisher_type, mc_samples=5)
     with pytest.raises(ValueError, match=message):
-        EKFACPenalty(settings=EstimationSettings(mc_samples=5), fisher_type=fisher_type)
+        exact_penalty(settings=EstimationSettings(mc_samples=5), fisher_type=fisher_type)
     # What the message advises:
     assert EstimationSettings(fisher_type="mc", mc_samples=5).mc_samples == 5
     assert EstimationSettings(fisher_type=fisher_type, mc_samples=1).mc_samples == 1
     many = EstimationSettings(mc_samples=5)
-    assert EKFACPenalty(settings=many, fisher_type=fisher_type, mc_samples=1).num_tasks == 0
+    assert exact_penalty(settings=many, fisher_type=fisher_type, mc_samples=1).num_tasks == 0

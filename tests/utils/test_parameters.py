@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty, merge
+from rotate_ewc import EKFACLinearOperator, merge
 from rotate_ewc._utils.messages import left_out, listed, parameters_are
 from rotate_ewc._utils.parameters import named_parameters
+from tests.helpers.exact import exact_penalty
 from tests.helpers.penalties import flat
 
 CE = nn.CrossEntropyLoss()
@@ -98,9 +99,9 @@ def test_operators(wrap: Callable[[Any], nn.Module]) -> None:
 
 def test_snapshots_fit_with_and_without_wrappers(wrap: Callable[[Any], nn.Module]) -> None:
     for first, second in ((Net(), wrap(Net())), (wrap(Net()), Net())):
-        penalty = EKFACPenalty()
+        penalty = exact_penalty()
         penalty.consolidate(first, CE, data())
-        loaded = EKFACPenalty()
+        loaded = exact_penalty()
         loaded.load_state_dict(penalty.state_dict())
         loaded.consolidate(second, CE, data(1))
         assert list(loaded.terms[0].anchor) == NAMES
@@ -122,14 +123,14 @@ def test_snapshots_fit_with_and_without_wrappers(wrap: Callable[[Any], nn.Module
 
 def test_patterns_see_plain_names(wrap: Callable[[Any], nn.Module]) -> None:
     model = wrap(Net())
-    penalty = EKFACPenalty(include=["head.*", "submodule.*"], exclude=["*.bias"])
+    penalty = exact_penalty(include=["head.*", "submodule.*"], exclude=["*.bias"])
     penalty.consolidate(model, CE, data())
     assert list(penalty.terms[0].anchor) == ["submodule.weight", "head.weight"]
 
 
 def test_names_and_patterns_that_were_read_off_a_compiled_model() -> None:
     model = regionally(Net())
-    penalty = EKFACPenalty(include=["head._orig_mod.*"])
+    penalty = exact_penalty(include=["head._orig_mod.*"])
     penalty.consolidate(model, CE, data())
     assert list(penalty.terms[0].anchor) == ["head.weight", "head.bias"]
     assert penalty(dict(model.named_parameters())) == penalty(model)
@@ -140,7 +141,7 @@ def test_names_and_patterns_that_were_read_off_a_compiled_model() -> None:
 
 def test_messages_have_plain_names() -> None:
     model = regionally(Net())
-    penalty = EKFACPenalty()
+    penalty = exact_penalty()
     penalty.consolidate(model, CE, data())
     del model.head._orig_mod.bias
     with pytest.raises(ValueError, match=r"parameter 'head\.bias' is protected by the penalty"):

@@ -14,7 +14,6 @@ from avalanche.training.plugins import ReplayPlugin
 from avalanche.training.supervised import Naive
 from torch import Tensor, nn
 
-from rotate_ewc import EKFACPenalty
 from rotate_ewc.integrations.avalanche import RotatedEWC, RotatedEWCPlugin
 from tests.helpers.avalanche_training import (
     CE,
@@ -25,6 +24,8 @@ from tests.helpers.avalanche_training import (
     domain_benchmark,
     net,
 )
+from tests.helpers.exact import exact_penalty
+from tests.helpers.exact_plugin import exact_plugin
 
 
 def run(model: nn.Module, experiences: Any, plugins: list[Any], **options: Any) -> Naive:
@@ -43,10 +44,10 @@ def test_is_the_same_as_a_loop_written_by_hand(mode: str) -> None:
     """Bit for bit: the plugin adds nothing to, and leaves nothing out of, the penalty module."""
     benchmark = domain_benchmark()
     trained = net(dropout=0.0)
-    plugin = RotatedEWCPlugin(3.0, mode, update="loss", num_samples=16, seed=5)
+    plugin = exact_plugin(3.0, mode, update="loss", num_samples=16, seed=5)
     run(trained, benchmark.train_stream, [plugin], shuffle=False)
 
-    model, penalty = net(dropout=0.0), EKFACPenalty(3.0, mode, seed=5)
+    model, penalty = net(dropout=0.0), exact_penalty(3.0, mode, seed=5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for t in range(3):
         x, y = dataset(t).tensors
@@ -68,7 +69,7 @@ def test_penalty_changes_training() -> None:
     """Guards against a penalty that is always zero."""
     benchmark = domain_benchmark()
     free, held = net(), net()
-    for model, plugins in ((free, []), (held, [RotatedEWCPlugin(1000.0)])):
+    for model, plugins in ((free, []), (held, [exact_plugin(1000.0)])):
         torch.manual_seed(1)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
         strategy = Naive(
@@ -102,7 +103,7 @@ def test_estimation_leaves_modes_and_gradients() -> None:
 
 @pytest.mark.parametrize("mode", ["merged", "separate"])
 def test_growing_classifier(mode: str) -> None:
-    plugin, model = RotatedEWCPlugin(1.0, mode, update="loss"), Incremental()
+    plugin, model = exact_plugin(1.0, mode, update="loss"), Incremental()
     benchmark = class_benchmark(task_labels=False)
     strategy = run(model, [benchmark.train_stream[0]], [plugin])
     assert plugin.penalty.terms[0].anchor["classifier.classifier.weight"].shape == (2, 8)
@@ -113,12 +114,12 @@ def test_growing_classifier(mode: str) -> None:
 
 
 def test_multi_head_classifier() -> None:
-    plugin, model = RotatedEWCPlugin(1.0), MultiHead()
+    plugin, model = exact_plugin(1.0), MultiHead()
     run(model, class_benchmark(task_labels=True).train_stream, [plugin])
     blocks = {block.label: block for block in plugin.penalty.terms[0].operator.blocks}
     heads = [f"classifier.classifiers.{t}.classifier.weight" for t in (0, 1)]
     assert all(blocks[head].trace > 0 for head in heads)
-    alone = RotatedEWCPlugin(1.0, "separate", update="loss")
+    alone = exact_plugin(1.0, "separate", update="loss")
     run(MultiHead(), class_benchmark(task_labels=True).train_stream, [alone])
     first = {block.label: block for block in alone.penalty.terms[0].operator.blocks}
     assert heads[1] not in first or first[heads[1]].trace == 0
@@ -146,7 +147,7 @@ def test_online_stream_consolidates_at_task_boundaries(size: int, boundaries: bo
     benchmark = split_online_stream(
         domain_benchmark(2).train_stream, experience_size=size, access_task_boundaries=boundaries
     )
-    plugin = RotatedEWCPlugin(1.0)
+    plugin = exact_plugin(1.0)
     counts = []
     strategy = run(net(), [], [plugin])
     for experience in benchmark:
@@ -158,16 +159,16 @@ def test_online_stream_consolidates_at_task_boundaries(size: int, boundaries: bo
 
 def test_state_continues_in_a_new_plugin() -> None:
     experiences = list(domain_benchmark().train_stream)
-    whole = RotatedEWCPlugin(3.0)
+    whole = exact_plugin(3.0)
     reference = net()
     strategy = run(reference, experiences[:2], [whole], shuffle=False)
     torch.manual_seed(3)
     strategy.train(experiences[2], shuffle=False)
 
-    first, model = RotatedEWCPlugin(3.0), net()
+    first, model = exact_plugin(3.0), net()
     run(model, experiences[:2], [first], shuffle=False)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    resumed = RotatedEWCPlugin(3.0)
+    resumed = exact_plugin(3.0)
     resumed.load_state_dict(first.state_dict())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, weights[name])
@@ -181,12 +182,12 @@ def test_state_continues_in_a_new_plugin() -> None:
 def test_state_continues_in_the_middle_of_an_online_task(stop: int) -> None:
     """Bit for bit, wherever the run was stopped."""
     parts = list(split_online_stream(domain_benchmark(2).train_stream, experience_size=8))
-    whole, model = RotatedEWCPlugin(3.0), net(dropout=0.0)
+    whole, model = exact_plugin(3.0), net(dropout=0.0)
     run(model, parts, [whole], shuffle=False)
 
-    first, other = RotatedEWCPlugin(3.0), net(dropout=0.0)
+    first, other = exact_plugin(3.0), net(dropout=0.0)
     run(other, parts[:stop], [first], shuffle=False)
-    resumed = RotatedEWCPlugin(3.0)
+    resumed = exact_plugin(3.0)
     resumed.load_state_dict(first.state_dict())
     run(other, parts[stop:], [resumed], shuffle=False)
     assert resumed.penalty.num_tasks == whole.penalty.num_tasks == 2
@@ -198,13 +199,13 @@ def test_state_continues_in_the_middle_of_an_online_task(stop: int) -> None:
     "damage", [None, "{}", "no JSON", '{"sub_experiences": -1}', '{"sub_experiences": "2"}']
 )
 def test_damaged_progress_is_refused(damage: str | None) -> None:
-    source, model = RotatedEWCPlugin(3.0), net()
+    source, model = exact_plugin(3.0), net()
     run(model, [domain_benchmark(1).train_stream[0]], [source])
     state = source.state_dict()
     state["progress"] = damage
     if damage is None:
         del state["progress"]
-    plugin = RotatedEWCPlugin(3.0)
+    plugin = exact_plugin(3.0)
     with pytest.raises(ValueError, match="snapshot key 'progress' is missing or damaged"):
         plugin.load_state_dict(state)
     assert plugin.penalty.num_tasks == 0
@@ -212,7 +213,7 @@ def test_damaged_progress_is_refused(damage: str | None) -> None:
 
 def test_plugin_can_be_pickled() -> None:
     """Avalanche's checkpoints pickle whole strategies."""
-    plugin, model = RotatedEWCPlugin(3.0), net()
+    plugin, model = exact_plugin(3.0), net()
     run(model, [domain_benchmark(1).train_stream[0]], [plugin])
     with torch.no_grad():
         model[0].weight.add_(0.1)
@@ -221,7 +222,7 @@ def test_plugin_can_be_pickled() -> None:
 
 
 def test_sample_is_drawn_over_all_classes() -> None:
-    plugin = RotatedEWCPlugin(1.0, num_samples=16, estimation_mb_size=16)
+    plugin = exact_plugin(1.0, num_samples=16, estimation_mb_size=16)
     seen: list[Tensor] = []
     consolidate = plugin.penalty.consolidate
 
@@ -250,7 +251,7 @@ def test_sample_is_drawn_over_all_classes() -> None:
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str, error: type[Exception]) -> None:
     with pytest.raises(error, match=message):
-        RotatedEWCPlugin(**arguments)
+        exact_plugin(**arguments)
 
 
 def test_unsupported_criterion_is_named() -> None:

@@ -22,6 +22,7 @@ from rotate_ewc.options import (
     Unsupported,
 )
 from tests.helpers.avalanche_training import domain_benchmark, net
+from tests.helpers.exact_plugin import exact_plugin
 
 PLUGIN = inspect.signature(RotatedEWCPlugin).parameters
 STRATEGY = inspect.signature(RotatedEWC).parameters
@@ -97,8 +98,8 @@ def test_plugin_takes_every_argument(name: str) -> None:
     """And it arrives where it acts, with nothing else changed."""
     given, expected = OTHERS[name]
     needed = {"update": "loss"} if name == "mode" else {}
-    before = settings_of(RotatedEWCPlugin(**needed))
-    after = settings_of(RotatedEWCPlugin(**{**needed, name: given}))
+    before = settings_of(exact_plugin(**needed))
+    after = settings_of(exact_plugin(**{**needed, name: given}))
     assert before[name] != expected
     assert after == {**before, name: expected}
 
@@ -123,7 +124,7 @@ def test_arguments_are_keywords() -> None:
     positional = [n for n, p in PLUGIN.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == ["ewc_lambda", "mode"]
     with pytest.raises(TypeError, match="positional arguments"):
-        RotatedEWCPlugin(1.0, "merged", "loss")
+        exact_plugin(1.0, "merged", "loss")
     assert all(p.kind is p.KEYWORD_ONLY for p in STRATEGY.values())
 
 
@@ -157,7 +158,7 @@ def test_strategy_hands_on_what_every_strategy_takes() -> None:
 @pytest.mark.parametrize("name", ["ewc_lamda", "lambda_", "decay_factor"])
 def test_unknown_arguments_are_named(name: str) -> None:
     with pytest.raises(TypeError, match=name):
-        RotatedEWCPlugin(**{name: 1.0})
+        exact_plugin(**{name: 1.0})
     with pytest.raises(TypeError, match=name):
         ready(**{name: 1.0})
 
@@ -205,7 +206,7 @@ def test_unknown_arguments_are_named(name: str) -> None:
 def test_bad_values_are_named(name: str, value: Any, error: type[Exception]) -> None:
     """Where the plugin is made, not hours later at the end of the first task."""
     with pytest.raises(error, match=rf"^{name}(\[0\])? is .*expected"):
-        RotatedEWCPlugin(**{name: value})
+        exact_plugin(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["ewc_lambda", "num_samples", "memory_budget"])
@@ -242,7 +243,7 @@ def test_strategies_share_nothing() -> None:
 
 def test_lists_of_patterns_are_copied() -> None:
     patterns = ["0.*"]
-    plugin = RotatedEWCPlugin(include=patterns)
+    plugin = exact_plugin(include=patterns)
     patterns.append("3.*")
     model = net()
     strategy = Naive(

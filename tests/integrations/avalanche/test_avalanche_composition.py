@@ -29,10 +29,10 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import TensorDataset
 
-from rotate_ewc import EKFACPenalty
-from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
 from tests.helpers.avalanche_cases import plugin_of
 from tests.helpers.avalanche_training import CE, dataset, domain_benchmark, flat, net
+from tests.helpers.exact import exact_penalty
+from tests.helpers.exact_plugin import exact_plugin
 
 TASKS, EPOCHS, NORM, LR, GAMMA, LAMBDA = 3, 2, 0.4, 0.05, 0.5, 8.0
 UPDATES = ["rotated", "tangent", "gradient", "loss"]
@@ -66,7 +66,7 @@ class Run:
         self.model = net(dropout=0.0).double()
         optimizer = optimizer_for(update, self.model, options.get("every", 1))
         self.plugins: dict[str, Any] = {
-            "ewc": RotatedEWCPlugin(LAMBDA, update=update, seed=5, **options),
+            "ewc": exact_plugin(LAMBDA, update=update, seed=5, **options),
             "clip": ClipPlugin(),
             "schedule": LRSchedulerPlugin(ExponentialLR(optimizer, GAMMA)),
             "lwf": LwFPlugin(alpha=1.0),
@@ -191,7 +191,7 @@ def test_every_plugin_has_an_effect(name: str, update: str) -> None:
 @cache
 def by_hand(update: str, *, clip_penalty: bool = False) -> nn.Module:
     """A plain loop with a schedule, clipping and the penalty."""
-    model, penalty = net(dropout=0.0), EKFACPenalty(LAMBDA, seed=5)
+    model, penalty = net(dropout=0.0), exact_penalty(LAMBDA, seed=5)
     optimizer = optimizer_for(update, model)
     if update != "loss":
         penalty.attach(optimizer, model, update)
@@ -282,7 +282,7 @@ def test_snapshot_is_of_the_experience_alone(order: tuple[str, ...]) -> None:
     run = Run(order, "loss", mode="separate")
     for t in run:
         x, y = double_dataset(t).tensors
-        penalty = EKFACPenalty(LAMBDA, "separate", seed=5 + t)
+        penalty = exact_penalty(LAMBDA, "separate", seed=5 + t)
         penalty.consolidate(
             run.model, CE, [(x[rows], y[rows]) for rows in torch.arange(24).split(8)]
         )
@@ -299,7 +299,7 @@ def test_snapshot_is_of_the_experience_alone(order: tuple[str, ...]) -> None:
 def test_two_plugins_share_a_strength() -> None:
     """λ/2 and λ/2 are λ, bit for bit but for rounding."""
     runs = [Run(["ewc"], "gradient"), Run([], "gradient")]
-    halves = [RotatedEWCPlugin(LAMBDA / 2, update=u, seed=5) for u in ("gradient", "loss")]
+    halves = [exact_plugin(LAMBDA / 2, update=u, seed=5) for u in ("gradient", "loss")]
     runs[1].strategy.plugins[:0] = halves
     one, two = (run.weights() for run in runs)
     torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
@@ -311,14 +311,14 @@ def test_two_plugins_share_a_model() -> None:
     parts = Run([], "gradient")
     patterns = {"gradient": ["0.*"], "loss": ["3.*"]}
     parts.strategy.plugins[:0] = [
-        RotatedEWCPlugin(LAMBDA, update=u, seed=5, include=p) for u, p in patterns.items()
+        exact_plugin(LAMBDA, update=u, seed=5, include=p) for u, p in patterns.items()
     ]
     torch.testing.assert_close(whole.weights(), parts.weights(), rtol=0, atol=1e-12)
 
 
 def test_two_plugins_in_one_optimizer_are_refused() -> None:
     run = Run(["ewc"], "rotated")
-    run.strategy.plugins.insert(0, RotatedEWCPlugin(LAMBDA))
+    run.strategy.plugins.insert(0, exact_plugin(LAMBDA))
     with pytest.raises(ValueError, match=r"has a penalty attached already; .* penalty to the loss"):
         run.weights()
 
@@ -366,7 +366,7 @@ def test_schedules_by_iteration(every: int, granularity: Any) -> None:
     for order in permutations(["ewc", "schedule"]):
         run = Run([], "rotated", every=every)
         plugins = {
-            "ewc": RotatedEWCPlugin(LAMBDA, every=every, seed=5),
+            "ewc": exact_plugin(LAMBDA, every=every, seed=5),
             "schedule": LRSchedulerPlugin(
                 ExponentialLR(run.strategy.optimizer, 0.8), step_granularity=granularity
             ),

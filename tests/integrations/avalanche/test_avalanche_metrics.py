@@ -15,10 +15,11 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import Naive
 from torch import nn
 
-from rotate_ewc import EKFACPenalty
 from rotate_ewc.integrations.avalanche import RotatedEWCPlugin, rotated_ewc_metrics
 from rotate_ewc.integrations.avalanche.metrics import ConsolidationMetric
 from tests.helpers.avalanche_training import dataset, domain_benchmark, net
+from tests.helpers.exact import exact_penalty
+from tests.helpers.exact_plugin import exact_plugin
 
 CE = nn.CrossEntropyLoss()
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -34,7 +35,7 @@ def train(
     evaluator: EvaluationPlugin, options: str = "rotated", tasks: int = 2, evaluate: bool = False
 ) -> tuple[nn.Module, RotatedEWCPlugin]:
     """Train without shuffling, on three batches a task and epoch."""
-    plugin, model = RotatedEWCPlugin(10.0, seed=5, **OPTIONS[options]), net(dropout=0.0)
+    plugin, model = exact_plugin(10.0, seed=5, **OPTIONS[options]), net(dropout=0.0)
     sgd = torch.optim.SGD(model.parameters(), lr=0.05)
     strategy = Naive(
         model=model, optimizer=sgd, criterion=CE, train_mb_size=8, train_epochs=2,
@@ -58,7 +59,7 @@ def values(evaluator: EvaluationPlugin, name: str) -> list[float]:
 def test_penalty_and_share_are_means_over_batches() -> None:
     evaluator = EvaluationPlugin(rotated_ewc_metrics())
     train(evaluator, "loss")
-    model, penalty = net(dropout=0.0), EKFACPenalty(10.0, seed=5)
+    model, penalty = net(dropout=0.0), exact_penalty(10.0, seed=5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     expected, shares = [], []
     for t in range(2):
@@ -190,7 +191,7 @@ def test_no_consolidation_no_values() -> None:
     stream = split_online_stream(domain_benchmark(1).train_stream, experience_size=8)
     strategy = Naive(
         model=(model := net()), optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
-        criterion=CE, train_mb_size=8, plugins=[RotatedEWCPlugin(10.0)], evaluator=evaluator,
+        criterion=CE, train_mb_size=8, plugins=[exact_plugin(10.0)], evaluator=evaluator,
     )  # fmt: skip
     counts = []
     for part in stream:

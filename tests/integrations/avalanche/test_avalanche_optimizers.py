@@ -15,7 +15,6 @@ from avalanche.training.supervised import Naive
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from rotate_ewc import EKFACPenalty
 from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
 from tests.helpers.avalanche_training import (
     CE,
@@ -28,6 +27,8 @@ from tests.helpers.avalanche_training import (
     flat,
     net,
 )
+from tests.helpers.exact import exact_penalty
+from tests.helpers.exact_plugin import exact_plugin
 
 LR = 0.02
 
@@ -37,7 +38,7 @@ def adam(model: nn.Module) -> Optimizer:
 
 
 def plugin_with(strength: float = 30.0, **options: Any) -> RotatedEWCPlugin:
-    return RotatedEWCPlugin(strength, seed=5, **options)
+    return exact_plugin(strength, seed=5, **options)
 
 
 def naive(
@@ -120,7 +121,7 @@ def test_online_streams_are_the_same_as_by_hand() -> None:
     parts = list(split_online_stream(domain_benchmark(2).train_stream, experience_size=8))
     model, plugin = net(dropout=0.0), plugin_with()
     strategy = naive(model, adam(model), [plugin])
-    expected, penalty = net(dropout=0.0), EKFACPenalty(30.0, seed=5)
+    expected, penalty = net(dropout=0.0), exact_penalty(30.0, seed=5)
     optimizer = adam(expected)
     penalty.attach(optimizer, expected)
     for number, part in enumerate(parts, start=1):
@@ -290,7 +291,7 @@ def test_copies_go_on_by_themselves(stop: int, copied: Callable[[Any], Any]) -> 
 
 def with_a_new_optimizer_for_each_task(model: nn.Module, stream: Any, strength: float) -> None:
     """By hand; nothing that one remembers is of any use after a consolidation."""
-    penalty = EKFACPenalty(strength, seed=5)
+    penalty = exact_penalty(strength, seed=5)
     for experience in stream:
         torch.manual_seed(1)  # new parameters are drawn
         avalanche_model_adaptation(model, experience)

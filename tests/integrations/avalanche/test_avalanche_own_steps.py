@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
 from tests.helpers.avalanche_training import CE, MultiHead, class_benchmark
+from tests.helpers.exact_plugin import exact_plugin
 from tests.helpers.exactness import assert_exact_diagonal
 from tests.helpers.oracles import dense_ggn, parameter_shapes
 
@@ -141,7 +142,7 @@ def check_exact(strategy: Naive, plugin: RotatedEWCPlugin, function: Any, x: Any
 @pytest.mark.parametrize("kind", [Masked, MaskedLoss, KeywordLoss])
 def test_masked_outputs(kind: type[Naive]) -> None:
     x, y = seeded(20, 6), labels(20)
-    plugin = RotatedEWCPlugin(mode="separate", update="loss", fisher_type="type2")
+    plugin = exact_plugin(mode="separate", update="loss", fisher_type="type2")
     strategy = trained(kind, plain(x, y), plugin)
     check_exact(strategy, plugin, lambda model, x: model(x)[:, :SEEN], x, y)
 
@@ -149,7 +150,7 @@ def test_masked_outputs(kind: type[Naive]) -> None:
 def test_masking_matters() -> None:
     """Guards against an oracle that does not mask."""
     x, y = seeded(20, 6), labels(20)
-    plugin = RotatedEWCPlugin(mode="separate", update="loss", fisher_type="type2")
+    plugin = exact_plugin(mode="separate", update="loss", fisher_type="type2")
     strategy = trained(Masked, plain(x, y), plugin)
     with pytest.raises(AssertionError):
         check_exact(strategy, plugin, lambda model, x: model(x), x, y)
@@ -158,7 +159,7 @@ def test_masking_matters() -> None:
 @pytest.mark.parametrize("memory_budget", [2**30, 1])
 def test_tokens_are_rows_of_the_loss(memory_budget: int) -> None:
     x, y = seeded(9, 3, 6), labels(9, 3)
-    plugin = RotatedEWCPlugin(
+    plugin = exact_plugin(
         mode="separate", update="loss", fisher_type="type2", memory_budget=memory_budget
     )
     strategy = trained(Tokens, plain(x, y), plugin)
@@ -169,7 +170,7 @@ def test_tokens_are_rows_of_the_loss(memory_budget: int) -> None:
 def test_minibatches_that_are_dictionaries(memory_budget: int) -> None:
     x, y, scale = seeded(20, 6), labels(20), seeded(20, 1).exp()
     data = AvalancheDataset([Rows(features=x, labels=y, scale=scale)])
-    plugin = RotatedEWCPlugin(
+    plugin = exact_plugin(
         mode="separate", update="loss", fisher_type="type2", memory_budget=memory_budget
     )
     strategy = trained(Named, data, plugin)
@@ -184,7 +185,7 @@ def test_task_labels_reach_an_own_forward() -> None:
             outputs: Tensor = super().forward()
             return outputs / 2
 
-    plugin, model = RotatedEWCPlugin(mode="separate", update="loss"), MultiHead()
+    plugin, model = exact_plugin(mode="separate", update="loss"), MultiHead()
     strategy = Halved(
         model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.05), criterion=CE,
         train_mb_size=8, plugins=[plugin], evaluator=None,
@@ -267,7 +268,7 @@ class Dictionary(Naive):
 def test_what_cannot_be_consolidated_is_refused_before_training(
     kind: type[Naive], criterion: nn.Module, error: type[Exception], message: str
 ) -> None:
-    model, plugin = net(), RotatedEWCPlugin()
+    model, plugin = net(), exact_plugin()
     strategy = kind(
         model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.05), criterion=criterion,
         train_mb_size=8, plugins=[plugin], evaluator=None,

@@ -30,6 +30,8 @@ from tests.helpers.avalanche_training import (
     flat,
     net,
 )
+from tests.helpers.exact import exact_penalty
+from tests.helpers.exact_plugin import exact_plugin
 
 LR, LAMBDA = 0.05, 3.0
 UPDATES = ["loss", "rotated", "tangent"]
@@ -96,7 +98,7 @@ def consolidate_by_hand(model: nn.Module, penalty: EKFACPenalty, batches: list[B
 
 
 def by_hand(model: nn.Module, stream: Any, update: str, mode: str) -> EKFACPenalty:
-    penalty = EKFACPenalty(LAMBDA, mode, seed=5)
+    penalty = exact_penalty(LAMBDA, mode, seed=5)
     for experience in stream:
         torch.manual_seed(1)  # new rows are drawn
         avalanche_model_adaptation(model, experience)
@@ -124,7 +126,7 @@ def test_growing_heads_are_the_same_as_by_hand(
 ) -> None:
     """Bit for bit, with task labels for several heads and without for one that grows."""
     stream = class_stream(task_labels=make is MultiHead).train_stream
-    model, plugin = make(), RotatedEWCPlugin(LAMBDA, mode, update=update, seed=5)
+    model, plugin = make(), exact_plugin(LAMBDA, mode, update=update, seed=5)
     strategy = naive(model, [plugin], optimizer_for(update, model))
     for experience in stream:
         torch.manual_seed(1)
@@ -142,7 +144,7 @@ def test_growing_heads_are_the_same_as_by_hand(
 def test_rows_that_grew_in_an_evaluation_are_free(update: str) -> None:
     """Evaluating on what is yet to come grows the classifier; the old rows alone are held."""
     benchmark = class_stream(task_labels=False)
-    model, plugin = Incremental(), RotatedEWCPlugin(LAMBDA, update=update, seed=5)
+    model, plugin = Incremental(), exact_plugin(LAMBDA, update=update, seed=5)
     strategy = naive(model, [plugin], optimizer_for(update, model))
     strategy.train(benchmark.train_stream[0])
     strategy.eval(benchmark.test_stream)
@@ -163,7 +165,7 @@ def test_rows_that_grew_in_an_evaluation_are_free(update: str) -> None:
 @pytest.mark.parametrize("update", UPDATES)
 def test_head_that_was_made_in_an_evaluation_is_free(update: str) -> None:
     benchmark = class_stream(task_labels=True)
-    model, plugin = MultiHead(), RotatedEWCPlugin(LAMBDA, update=update, seed=5)
+    model, plugin = MultiHead(), exact_plugin(LAMBDA, update=update, seed=5)
     strategy = naive(model, [plugin], optimizer_for(update, model))
     strategy.train(benchmark.train_stream[0])
     strategy.eval(benchmark.test_stream)
@@ -189,7 +191,7 @@ def test_heads_that_grow_in_the_middle_of_a_task(
 ) -> None:
     """As they do where the whole test stream is evaluated after every epoch."""
     benchmark = class_stream(task_labels=make is MultiHead)
-    model, plugin = make(), RotatedEWCPlugin(LAMBDA, update=update, seed=5)
+    model, plugin = make(), exact_plugin(LAMBDA, update=update, seed=5)
     strategy = Naive(
         model=model, optimizer=optimizer_for(update, model), criterion=CE, train_mb_size=8,
         train_epochs=2, eval_mb_size=24, plugins=[plugin], evaluator=None, eval_every=1,
@@ -223,8 +225,8 @@ def other_layer(kind: str) -> nn.Module:
 def test_layer_that_is_replaced(update: str, kind: str) -> None:
     """Another layer by the same name is held to where the first was, as by hand."""
     stream = domain_benchmark(2).train_stream
-    model, plugin = two_layers(), RotatedEWCPlugin(LAMBDA, update=update, seed=5)
-    expected, penalty = two_layers(), EKFACPenalty(LAMBDA, seed=5)
+    model, plugin = two_layers(), exact_plugin(LAMBDA, update=update, seed=5)
+    expected, penalty = two_layers(), exact_penalty(LAMBDA, seed=5)
     strategy = naive(model, [plugin], optimizer_for(update, model))
     for experience in stream:
         if plugin.penalty.num_tasks == 1:
@@ -241,7 +243,7 @@ def test_layer_that_is_replaced(update: str, kind: str) -> None:
 def test_layer_that_is_missing_is_named(update: str) -> None:
     """Before anything is learned or remembered."""
     stream, model = domain_benchmark(2).train_stream, two_layers()
-    plugin = RotatedEWCPlugin(LAMBDA, update=update)
+    plugin = exact_plugin(LAMBDA, update=update)
     strategy = naive(model, [plugin], optimizer_for(update, model))
     strategy.train(stream[0])
     model[2] = other_layer("without bias")
@@ -269,12 +271,12 @@ def test_online_streams_are_the_same_as_by_hand(
             originals, size, access_task_boundaries=boundaries, seed=4, **options
         )
 
-    model, plugin = net(dropout=0.0), RotatedEWCPlugin(LAMBDA, update="loss", seed=5)
+    model, plugin = net(dropout=0.0), exact_plugin(LAMBDA, update="loss", seed=5)
     strategy, taken = naive(model, [plugin]), []
     for part in stream():
         strategy.train(part, shuffle=False)
         taken.append(plugin.penalty.num_tasks)
-    expected, penalty = net(dropout=0.0), EKFACPenalty(LAMBDA, seed=5)
+    expected, penalty = net(dropout=0.0), exact_penalty(LAMBDA, seed=5)
     for part, tasks in zip(stream(), taken, strict=True):
         whole = part.logging().origin_experience
         penalty.current_num_data = len(whole.dataset)
@@ -294,7 +296,7 @@ def test_streams_without_tasks() -> None:
         domain_benchmark(2).train_stream, experience_size=6, iters_per_virtual_epoch=4, beta=4,
         shuffle=True,
     )  # fmt: skip
-    plugin, taken = RotatedEWCPlugin(LAMBDA), []
+    plugin, taken = exact_plugin(LAMBDA), []
     strategy = naive(net(), [plugin])
     for part in stream:
         strategy.train(part)
@@ -316,7 +318,7 @@ def test_last_batches_of_one(sizes: tuple[int, int], fisher_type: str) -> None:
     found = []
     for size in (1, 8, 24, 100):
         model = net(dropout=0.0).double()
-        plugin = RotatedEWCPlugin(0.5, estimation_mb_size=size, fisher_type=fisher_type, seed=5)
+        plugin = exact_plugin(0.5, estimation_mb_size=size, fisher_type=fisher_type, seed=5)
         strategy = naive(model, [plugin])
         for seed, n in enumerate(sizes):
             x, y = dataset(seed, n).tensors
@@ -341,7 +343,7 @@ def normalized() -> nn.Sequential:
 
 def test_batch_normalization_and_a_last_batch_of_one() -> None:
     """Nothing to normalize with in training; in a snapshot there is no need to."""
-    model, plugin = normalized(), RotatedEWCPlugin(LAMBDA)
+    model, plugin = normalized(), exact_plugin(LAMBDA)
     strategy = naive(model, [plugin])
     for experience in benchmark_of(9, 9).train_stream:
         strategy.train(experience, drop_last=True)
@@ -363,7 +365,7 @@ class FreezePlugin(SupervisedPlugin):
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("first", [True, False])
 def test_frozen_layers_stay_frozen(first: bool, update: str) -> None:
-    model, plugin = normalized(), RotatedEWCPlugin(LAMBDA, update=update)
+    model, plugin = normalized(), exact_plugin(LAMBDA, update=update)
     plugins = [FreezePlugin(), plugin]
     strategy = naive(model, plugins if first else plugins[::-1], optimizer_for(update, model))
     model[1].eval()
@@ -425,7 +427,7 @@ def test_a_strength_of_zero_changes_nothing(options: dict[str, Any], noisy: bool
     """
     runs = []
     benchmark = noisy_benchmark() if noisy else domain_benchmark(2)
-    for plugins in ([], [RotatedEWCPlugin(0.0, **options)]):
+    for plugins in ([], [exact_plugin(0.0, **options)]):
         model = normalized()
         strategy = naive(model, [ReplayPlugin(mem_size=8), *plugins])
         seed_all()
@@ -449,9 +451,9 @@ def test_snapshot_is_of_the_evaluation_transforms() -> None:
     groups = {"train": (shifted, None), "eval": (None, None)}
     data = as_classification_dataset(dataset(0), transform_groups=groups)
     benchmark = benchmark_from_datasets(train=[data])
-    model, plugin = net(dropout=0.0), RotatedEWCPlugin(LAMBDA, seed=5)
+    model, plugin = net(dropout=0.0), exact_plugin(LAMBDA, seed=5)
     naive(model, [plugin]).train(benchmark.train_stream[0])
-    seen, other = (EKFACPenalty(LAMBDA, seed=5) for _ in range(2))
+    seen, other = (exact_penalty(LAMBDA, seed=5) for _ in range(2))
     consolidate_by_hand(model, seen, batches_of(dataset(0)))
     consolidate_by_hand(model, other, [(shifted(x), t, y) for x, t, y in batches_of(dataset(0))])
     traces = [p.terms[0].operator.trace for p in (plugin.penalty, seen, other)]
@@ -496,7 +498,7 @@ def test_is_avalanches_own_where_that_is_exact(
 ) -> None:
     """With batches of one example theirs is the empirical Fisher matrix; and λ is twice theirs."""
     plugins = [
-        RotatedEWCPlugin(6.0, fisher_type="empirical", **ours),
+        exact_plugin(6.0, fisher_type="empirical", **ours),
         EWCPlugin(3.0, **theirs),
         EWCPlugin(6.0, **theirs),
     ]

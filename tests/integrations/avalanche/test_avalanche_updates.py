@@ -13,7 +13,6 @@ from avalanche.training.supervised import Naive
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam, NAdam, Optimizer, Rprop
 
-from rotate_ewc import EKFACPenalty
 from rotate_ewc.integrations.avalanche import RotatedEWC, RotatedEWCPlugin
 from tests.helpers.avalanche_training import (
     CE,
@@ -27,6 +26,8 @@ from tests.helpers.avalanche_training import (
     sgd,
     trained,
 )
+from tests.helpers.exact import exact_penalty
+from tests.helpers.exact_plugin import exact_plugin
 
 LR = 0.02
 
@@ -56,7 +57,7 @@ def by_hand(
     schedule: float = 1.0,
 ) -> nn.Module:
     """A plain loop, in which the penalty stays attached over all tasks."""
-    model, penalty = net(dropout=0.0), EKFACPenalty(strength, seed=5)
+    model, penalty = net(dropout=0.0), exact_penalty(strength, seed=5)
     optimizer = make_optimizer(model)
     rates = [group["lr"] for group in optimizer.param_groups]
     with penalty.attach(optimizer, model, update, every) as handle:
@@ -89,7 +90,7 @@ def test_is_the_same_as_a_loop_written_by_hand(
 ) -> None:
     """Bit for bit; three steps an epoch are a multiple of 1 and 3, but not of 2 or 100."""
     strength = 3.0 if update == "gradient" else 30.0  # which would diverge
-    plugin = RotatedEWCPlugin(strength, update=update, every=every, seed=5)
+    plugin = exact_plugin(strength, update=update, every=every, seed=5)
     model = trained([plugin], make_optimizer)
     assert torch.equal(flat(model), flat(by_hand(make_optimizer, update, every, strength)))
     assert plugin.penalty.num_tasks == TASKS
@@ -98,14 +99,14 @@ def test_is_the_same_as_a_loop_written_by_hand(
 
 @pytest.mark.parametrize("strength", [0.0, 1e8])
 def test_strengths(strength: float) -> None:
-    model = trained([RotatedEWCPlugin(strength, seed=5)], adam)
+    model = trained([exact_plugin(strength, seed=5)], adam)
     assert torch.equal(flat(model), flat(by_hand(adam, strength=strength)))
 
 
 @pytest.mark.parametrize(("make_optimizer", "every"), [(sgd, 1), (sgd, 2), (adam, 1)])
 def test_learning_rate_schedule(make_optimizer: MakeOptimizer, every: int) -> None:
     """Avalanche's plugin for them starts every task at the same rate."""
-    model = trained([RotatedEWCPlugin(30.0, every=every, seed=5)], make_optimizer, schedule=0.5)
+    model = trained([exact_plugin(30.0, every=every, seed=5)], make_optimizer, schedule=0.5)
     expected = by_hand(make_optimizer, every=every, schedule=0.5)
     assert torch.equal(flat(model), flat(expected))
     assert not torch.equal(flat(model), flat(by_hand(make_optimizer, every=every)))
@@ -115,7 +116,7 @@ def test_learning_rate_schedule(make_optimizer: MakeOptimizer, every: int) -> No
 @pytest.mark.parametrize("make_optimizer", [sgd, adam])
 def test_enormous_strengths_are_stable(make_optimizer: MakeOptimizer, strength: float) -> None:
     """And hold the model where it was."""
-    plugin = RotatedEWCPlugin(strength, seed=5)
+    plugin = exact_plugin(strength, seed=5)
     held, free = trained([plugin], make_optimizer), trained([], make_optimizer)
     assert bool(flat(held).isfinite().all())
     plugin.penalty.strength = 1.0
@@ -139,7 +140,7 @@ def wrapped(model: nn.Module) -> Any:
 
 def attached(model: nn.Module) -> Optimizer:
     optimizer = sgd(model)
-    EKFACPenalty().attach(optimizer, model)
+    exact_penalty().attach(optimizer, model)
     return optimizer
 
 
@@ -177,7 +178,7 @@ def test_optimizers_that_do_not_fit(
     message: str,
 ) -> None:
     """Refused before anything is learned, with a remedy."""
-    plugin = RotatedEWCPlugin(3.0, **options)
+    plugin = exact_plugin(3.0, **options)
     strategy = naive(make_optimizer, plugin, OwnOptimizer)
     before, hooks = (
         flat(strategy.model),
@@ -203,9 +204,9 @@ def test_optimizers_that_do_not_fit(
     ],
 )
 def test_remedies(options: dict[str, Any], make_optimizer: MakeOptimizer) -> None:
-    plugin = RotatedEWCPlugin(3.0, **options)
+    plugin = exact_plugin(3.0, **options)
     strategy = naive(make_optimizer, plugin, OwnOptimizer)
-    free = naive(make_optimizer, RotatedEWCPlugin(0.0, **options), OwnOptimizer)
+    free = naive(make_optimizer, exact_plugin(0.0, **options), OwnOptimizer)
     for experience in domain_benchmark(2).train_stream:
         for each in (strategy, free):
             each.train(experience, shuffle=False)
@@ -215,7 +216,7 @@ def test_remedies(options: dict[str, Any], make_optimizer: MakeOptimizer) -> Non
 
 def test_optimizers_whose_gradients_act_for_ever() -> None:
     """Once there is a penalty: before, their steps are not looked at."""
-    plugin = RotatedEWCPlugin(3.0)
+    plugin = exact_plugin(3.0)
     strategy = naive(without_end, plugin)
     first, second = domain_benchmark(2).train_stream
     strategy.train(first)
@@ -244,7 +245,7 @@ def test_optimizers_whose_gradients_act_for_ever() -> None:
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str, error: type[Exception]) -> None:
     with pytest.raises(error, match=message):
-        RotatedEWCPlugin(**arguments)
+        exact_plugin(**arguments)
     model = net()
     with pytest.raises(error, match=message):
         RotatedEWC(model=model, optimizer=sgd(model), evaluator=None, **arguments)
@@ -259,12 +260,12 @@ def plain_sgd(model: nn.Module) -> Optimizer:
 
 @pytest.mark.parametrize("update", ["loss", "gradient"])
 def test_warns_once_for_each_task(update: str) -> None:
-    probe = RotatedEWCPlugin(1.0, update=update)
+    probe = exact_plugin(1.0, update=update)
     trained([probe], plain_sgd)
     strength = 20 / (0.05 * probe.penalty.max_curvature)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        plugin = RotatedEWCPlugin(strength, update=update)
+        plugin = exact_plugin(strength, update=update)
         trained([plugin], plain_sgd)
     texts = [str(w.message) for w in caught if "will diverge" in str(w.message)]
     assert len(texts) == TASKS - 1
@@ -276,10 +277,10 @@ def test_warns_once_for_each_task(update: str) -> None:
 
 
 def test_advice_of_the_warning_can_be_followed() -> None:
-    model = trained([RotatedEWCPlugin(1e8, update="rotated")], plain_sgd)
+    model = trained([exact_plugin(1e8, update="rotated")], plain_sgd)
     assert bool(flat(model).isfinite().all())
     with pytest.warns(UserWarning, match="will diverge"), pytest.raises(ValueError, match="finite"):
-        trained([RotatedEWCPlugin(1e8, update="loss")], plain_sgd)
+        trained([exact_plugin(1e8, update="loss")], plain_sgd)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +296,7 @@ def test_does_not_warn(arguments: dict[str, Any], make_optimizer: MakeOptimizer)
     """Of rates that are low enough, of adaptive optimizers, of updates that are stable."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trained([RotatedEWCPlugin(**arguments)], make_optimizer)
+        trained([exact_plugin(**arguments)], make_optimizer)
     assert not [w for w in caught if "diverge" in str(w.message)]
 
 
@@ -303,7 +304,7 @@ def test_does_not_warn(arguments: dict[str, Any], make_optimizer: MakeOptimizer)
 
 
 def test_weighting_and_decay_are_handed_on() -> None:
-    plugin = RotatedEWCPlugin(3.0, "separate", update="loss", weighting="uniform", decay=0.5)
+    plugin = exact_plugin(3.0, "separate", update="loss", weighting="uniform", decay=0.5)
     trained([plugin])
     assert [term.weight for term in plugin.penalty.terms] == [0.25, 0.5, 1.0]
 
@@ -321,7 +322,7 @@ def test_strategy_takes_the_same_arguments() -> None:
     [(adam, {}), (sgd, {"update": "tangent", "every": 4, "weighting": "uniform", "decay": 0.5})],
 )
 def test_strategy_is_the_plugin(make_optimizer: MakeOptimizer, options: dict[str, Any]) -> None:
-    reference = trained([RotatedEWCPlugin(30.0, seed=5, **options)], make_optimizer)
+    reference = trained([exact_plugin(30.0, seed=5, **options)], make_optimizer)
     model = net(dropout=0.0)
     strategy = RotatedEWC(
         model=model, optimizer=make_optimizer(model), ewc_lambda=30.0, seed=5, train_mb_size=8,
