@@ -9,7 +9,7 @@ from typing import Annotated
 
 from benchmarks.command import keep, make_console, start
 from benchmarks.configuration import MethodNames, StreamOptions
-from benchmarks.methods import DEFAULT_METHODS, METHODS, Variant, is_own
+from benchmarks.methods import AUTO, DEFAULT_METHODS, METHODS, Variant, is_own
 from benchmarks.option_types import number, several
 
 NAME = "permuted_mnist"
@@ -37,7 +37,7 @@ def run(options: Options) -> int:
     """Run every method at every seed, and present the results."""
     from benchmarks import experiment
     from benchmarks.report.accuracy import draw
-    from benchmarks.report.tables import results_table
+    from benchmarks.report.tables import closing_lines, results_table
     from benchmarks.results import FORMAT
 
     configuration, images, streams = start(options)
@@ -53,7 +53,7 @@ def run(options: Options) -> int:
     make_console().print(results_table(records, title))
     picture = results.with_suffix(".png")
     draw(records, title).savefig(picture)
-    print(f"Wrote {results} and {picture}.")
+    print(f"Wrote {results} and {picture}.\n", *closing_lines(records), sep="\n")
     return 0
 
 
@@ -66,8 +66,10 @@ def variants(options: Options) -> list[Variant]:
             notes = [f"[λ={value:g}]" if len(baselines) > 1 else "" for value in baselines]
             found += [Variant(name, *pair) for pair in zip(baselines, notes, strict=True)]
         else:
-            default = METHODS[name].default_strength
-            found.append(Variant(name, options.ewc_lambda if is_own(name) else default))
+            method, given = METHODS[name], options.ewc_lambda
+            takes_it = method.attached or given != AUTO
+            strength = given if is_own(name) and takes_it else method.default_strength
+            found.append(Variant(name, strength))
     return found
 
 

@@ -233,10 +233,9 @@ class SplitImages(Scenario):
 
 
 def load_data(configuration: Configuration, data_root: Path) -> ImageData:
-    """Load the images to be used, or raise ``DataUnavailableError`` if CIFAR is not to be had."""
-    kinds = {"split_cifar10": data_sets.CIFAR10, "split_cifar100": data_sets.CIFAR100}
-    kind = kinds.get(configuration.scenario)
-    data = data_sets.load(kind, data_root) if kind else data_sets.load_images(data_root)
+    """Load the images to be used; ``ValueError`` if a folder has no such images."""
+    folder = configuration.images
+    data = data_sets.load_images(data_root) if folder is None else data_sets.load_folder(folder)
     data = data.limited(configuration.training_images)
     return data.for_validation() if configuration.validate else data
 
@@ -247,7 +246,8 @@ def make_scenario(configuration: Configuration, data: ImageData, seed: int) -> S
         return PermutedImages(data, configuration.tasks, seed)
     if configuration.scenario == "rotated_mnist":
         return RotatedImages(data, configuration.tasks, seed)
-    return SplitImages(data, configuration.tasks, configuration.increment, configuration.scenario)
+    source = "mnist" if configuration.images is None else data.source
+    return SplitImages(data, configuration.tasks, configuration.increment, f"split_{source}")
 
 
 def training_experiences(scenario: Scenario, *, jointly: bool) -> list[Any]:

@@ -77,7 +77,7 @@ def _run(job: Job, data_root: Path, threads: int) -> Record:
 
     torch.set_num_threads(threads)
     # The images are those of all runs with these options, whatever else differs.
-    kept = ("scenario", "training_images", "validate")
+    kept = ("scenario", "images", "training_images", "validate")
     options = {name: getattr(job.configuration, name) for name in kept}
     data = _images(Configuration(**options), data_root)
     scenario = make_scenario(job.configuration, data, job.seed)
