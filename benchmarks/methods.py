@@ -23,7 +23,7 @@ DEFAULT_TEMPERATURE: float | str = 1.0
 OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop", "sgd": "SGD"}
 SGD_MOMENTUM = 0.9
 # Adam's rates are those of steps that are divided by the size of the gradient; SGD's are longer.
-SGD_FACTOR = 50.0
+SGD_FACTOR = 20.0
 
 
 @dataclass(frozen=True)

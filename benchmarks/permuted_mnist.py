@@ -66,11 +66,15 @@ def variants(options: Options) -> list[Variant]:
             notes = [f"[λ={value:g}]" if len(baselines) > 1 else "" for value in baselines]
             found += [Variant(name, *pair) for pair in zip(baselines, notes, strict=True)]
         else:
-            method, given = METHODS[name], options.ewc_lambda
-            takes_it = method.attached or given != AUTO
-            strength = given if is_own(name) and takes_it else method.default_strength
-            found.append(Variant(name, strength))
+            found.append(Variant(name, strength_of(name, options)))
     return found
+
+
+def strength_of(name: str, options: StreamOptions) -> float | str | None:
+    """The strength of a method: that of ``--ewc-lambda`` where the method is ours and takes it."""
+    method, given = METHODS[name], options.ewc_lambda
+    takes_it = is_own(name) and (method.attached or given != AUTO)
+    return given if takes_it else method.default_strength
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ SEPARATE_TASKS, QUICK_TASKS = 10, 2
 class Options(MeasuringOptions):
     """Time what the penalty costs in a training step, here and in other packages.
 
-    Its value and gradient, and whole steps (Adam) with and without it. The models are
+    Its value and gradient, and whole steps of Adam: plain, with the penalty in the loss, and with
+    the penalty attached to the optimizer. The models are
 
       small   MLP 784-100-100-10, batches of 250
       a       MLP 784-400-400-10, batches of 250
@@ -24,9 +25,8 @@ class Options(MeasuringOptions):
 
     Merged penalties after some numbers of tasks, and, but for e, tasks kept separate and as many
     penalties called one by one. Peers have the matrix of one task, over linear layers and
-    convolutions. After the most tasks also steps with the penalty's tangent plane; for the MLPs
-    steps with a proximal one now and then, and those of RotatedAdam. Last, how long it takes to
-    load a snapshot, and to import the package.
+    convolutions. Attached steps are after the most tasks. Last, how long it takes to load a
+    snapshot, and to import the package.
 
     All contenders of a case take turns within one process; the median of each turn counts. Ratios
     are within a round, and medians over rounds. The data are noise: cost depends on shapes alone.

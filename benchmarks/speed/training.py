@@ -20,7 +20,7 @@ LARGEST_FACTORS = {names.NNGEOMETRY: 10.0, names.CURVLINOPS: 1.01}
 # Steps of networks with many products are long enough to need few of them.
 REPETITIONS = {names.TINY_MLP: 20, names.SMALL_MLP: 20}
 FEW_REPETITIONS = 3
-STEPS_PER_CALL = {names.TANGENT: names.TANGENT_EVERY, names.PROXIMAL: names.PROXIMAL_EVERY}
+STEPS_PER_CALL = {names.TANGENT: names.TANGENT_EVERY}
 
 
 def measure(case: str, options: Options) -> Training:
@@ -62,14 +62,15 @@ def enter(case: str, history: History) -> tuple[dict[str, Work], dict[str, Resul
     """
     workload, merged = history.workload, history.merged
     last = merged[max(merged)]
-    works = {names.STEP: steps.plain_step(workload)}
+    works = {
+        names.STEP: steps.training_steps(workload),
+        names.ATTACHED: steps.training_steps(workload, last, "rotated"),
+        names.GRADIENT: steps.training_steps(workload, last, "gradient"),
+        names.TANGENT: steps.training_steps(workload, last, "tangent", names.TANGENT_EVERY),
+    }
     for tasks, penalty in merged.items():
         name = names.after(names.STEP_WITH_PENALTY, tasks)
-        works[name] = steps.plain_step(workload, penalty)
-    works[names.TANGENT] = steps.tangent_steps(workload, last)
-    if case in names.PERCEPTRONS:
-        works[names.PROXIMAL] = steps.proximal_steps(workload, last)
-        works[names.ROTATED] = steps.rotated_step(workload, last)
+        works[name] = steps.training_steps(workload, penalty)
     for tasks, penalty in merged.items():
         works[names.after(names.PENALTY, tasks)] = steps.value_and_gradient(workload, penalty)
     ours = names.ours_beside_peers(case)

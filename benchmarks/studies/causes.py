@@ -26,27 +26,27 @@ if TYPE_CHECKING:
     from benchmarks.data import ImageData
 
 NAME = "causes"
-FORMAT = "rotate_ewc.benchmarks.causes/1"
-OPTIMIZERS = ("adam", "rotated-adam")
+FORMAT = "rotate_ewc.benchmarks.causes/2"
+UPDATES = ("loss", "rotated")
 CURVATURES = ("stored", "refreshed", "exact")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Learn a stream of permuted-MNIST tasks with two optimizers under three curvatures.
+    """Learn a stream of permuted-MNIST tasks in two ways under three curvatures.
 
     What a better curvature gains is lost by snapshots that are out of date (refreshed against
-    stored) or approximate (exact against refreshed); what the other optimizer gains is lost in
-    training, not in what the penalty knows. The oracles keep the old images, and are no methods to
+    stored) or approximate (exact against refreshed); what the other way gains is lost in training,
+    not in what the penalty knows. The oracles keep the old images, and are no methods to
     be used.
 
     Accuracies are those on a sixth of the training images that is held out. Writes causes.json
     after every run, and prints a table.
 
     Attributes:
-        optimizers: adam: Adam, with the penalty in the loss. rotated-adam: Adam in the eigenbasis
-            of the snapshots, with their proximal step (where the curvature is exact, its penalty is
-            in the loss, and the snapshots lend the basis only).
+        updates: loss: Adam, with the penalty in the loss. rotated: Adam with the penalty attached,
+            which steps in the eigenbasis of the snapshots (where the curvature is exact, its
+            penalty is in the loss, and the snapshots lend the basis only).
         curvatures: stored: snapshots taken when their tasks ended, and merged. refreshed: snapshots
             of all tasks taken again, at the latest parameters, after every task. exact: the
             Gauss-Newton matrix of the whole network at the latest parameters, without blocks or
@@ -65,7 +65,7 @@ class Options:
         output: Where the results go.
     """
 
-    optimizers: Annotated[tuple[str, ...], several(one_of(OPTIMIZERS))] = OPTIMIZERS
+    updates: Annotated[tuple[str, ...], several(one_of(UPDATES))] = UPDATES
     curvatures: Annotated[tuple[str, ...], several(one_of(CURVATURES))] = CURVATURES
     tasks: Count = 20
     epochs: Count = 2
@@ -85,7 +85,7 @@ class Options:
 class Outcome:
     """The results of one combination at one seed."""
 
-    optimizer: str  # one of :data:`OPTIMIZERS`
+    update: str  # one of :data:`UPDATES`
     curvature: str  # one of :data:`CURVATURES`
     seed: int
     accuracies: list[float]  # on all tasks, after the last
@@ -100,7 +100,7 @@ def run(options: Options) -> int:
     use_threads(options.threads)
     data = load_images(options.data_root).for_validation()
     print(data.announcement, flush=True)
-    left_out = ("optimizers", "curvatures", "seeds", "threads", "data_root", "output")
+    left_out = ("updates", "curvatures", "seeds", "threads", "data_root", "output")
     settings = dataclasses.asdict(options)
     document = {
         "format": FORMAT,
@@ -111,7 +111,7 @@ def run(options: Options) -> int:
     outcomes = keep(_outcomes(options, data), options.output / f"{NAME}.json", document)
     headings = ("all tasks", "first", "middle", "last")
     title = "Accuracy after the last task [%]"
-    print_table(title, ["optimizer", "curvature"], headings, rows_of(outcomes))
+    print_table(title, ["update", "curvature"], headings, rows_of(outcomes))
     return 0
 
 
@@ -121,7 +121,7 @@ def rows_of(outcomes: Iterable[Outcome]) -> Iterator[tuple[str, ...]]:
 
     groups: dict[tuple[str, str], list[list[float]]] = {}
     for outcome in outcomes:
-        groups.setdefault((outcome.optimizer, outcome.curvature), []).append(outcome.accuracies)
+        groups.setdefault((outcome.update, outcome.curvature), []).append(outcome.accuracies)
     for names, group in groups.items():
         last = len(group[0]) - 1
         single = ([one[place] for one in group] for place in (0, last // 2, last))
@@ -142,13 +142,13 @@ def _outcomes(options: Options, data: "ImageData") -> Iterator[Outcome]:
         scenario = PermutedImages(data, options.tasks, seed)
         old = OldTasks(scenario, data.train_inputs, data.train_labels)
         for curvature in options.curvatures:
-            for optimizer in options.optimizers:
-                title = f"{optimizer}, {curvature}, seed {seed}"
-                one = Run(old, options, optimizer=optimizer, curvature=curvature, seed=seed)
+            for update in options.updates:
+                title = f"{update}, {curvature}, seed {seed}"
+                one = Run(old, options, update=update, curvature=curvature, seed=seed)
                 bar: Any
                 with tqdm(total=steps, desc=title, disable=not sys.stderr.isatty()) as bar:
                     for task in range(options.tasks):
                         one.learn(task, bar.update)
                 reached = accuracies(one.model, scenario, torch.device("cpu"))
                 print(f"{title}: {100 * fmean(reached):.2f} %", flush=True)
-                yield Outcome(optimizer, curvature, seed, reached)
+                yield Outcome(update, curvature, seed, reached)

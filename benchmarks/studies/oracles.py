@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from torch.optim import Adam, Optimizer
+from torch.optim import Adam
 
 from benchmarks.scenarios import PermutedImages
 from benchmarks.speed.networks import perceptron
 from benchmarks.studies.causes import Options
-from rotate_ewc import EKFACPenalty, RotatedAdam
+from rotate_ewc import EKFACPenalty
 
 SNAPSHOT_BATCH = 500
 
@@ -70,12 +70,12 @@ class Run:
     """A network, its optimizer and its penalty, task after task."""
 
     def __init__(
-        self, old: OldTasks, options: Options, *, optimizer: str, curvature: str, seed: int
+        self, old: OldTasks, options: Options, *, update: str, curvature: str, seed: int
     ) -> None:
         """Start with an untrained network; PyTorch's global random state is set."""
         torch.manual_seed(seed)
         self._old, self._options, self._seed = old, options, seed
-        self._rotates, self._curvature = optimizer == "rotated-adam", curvature
+        self._attaches, self._curvature = update == "rotated", curvature
         scenario = old.scenario
         self.model = perceptron(scenario.features, *options.hidden, scenario.classes)
         # Snapshots that only lend their basis do not pull.
@@ -101,11 +101,11 @@ class Run:
             tell()
         self._look_back(task)
 
-    def _make_optimizer(self) -> Optimizer:
-        rate = self._options.learning_rate
-        if self._rotates:
-            return RotatedAdam(self.model, self._penalty, lr=rate)
-        return Adam(self.model.parameters(), lr=rate)
+    def _make_optimizer(self) -> Adam:
+        optimizer = Adam(self.model.parameters(), lr=self._options.learning_rate)
+        if self._attaches:
+            self._penalty.attach(optimizer, self.model)
+        return optimizer
 
     def _penalty_in_loss(self, tasks: int) -> Tensor:
         if tasks == 0:
@@ -113,7 +113,7 @@ class Run:
         if self._curvature == "exact":
             images = self._old.sample(tasks, self._options.exact_samples)
             return self._options.ewc_lambda * exact_penalty(self.model, self._anchor, images, tasks)
-        return torch.zeros(()) if self._rotates else self._penalty(self.model)
+        return torch.zeros(()) if self._attaches else self._penalty(self.model)
 
     def _look_back(self, task: int) -> None:
         """Take the snapshots that the curvature asks for."""
@@ -123,10 +123,10 @@ class Run:
         if self._curvature == "stored":
             batches = self._old.batches(task, examples)
             self._penalty.consolidate(self.model, nn.CrossEntropyLoss(), batches)
-        elif self._curvature == "refreshed" or self._rotates:
+        elif self._curvature == "refreshed" or self._attaches:
             every = [self._old.batches(old, examples) for old in range(task + 1)]
             self._penalty = EKFACPenalty(self._strength, seed=self._seed)
             for batches in every:
                 self._penalty.consolidate(self.model, nn.CrossEntropyLoss(), batches)
-            if self._rotates:
+            if self._attaches:
                 self._optimizer = self._make_optimizer()
