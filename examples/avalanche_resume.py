@@ -17,7 +17,6 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from rotate_ewc import RotatedAdam
 from rotate_ewc.integrations.avalanche import RotatedEWC
 
 
@@ -43,9 +42,9 @@ digits = load_digits()
 labels = torch.tensor(digits.target)
 benchmark = benchmark_from_datasets(train=[make_task(seed) for seed in range(5)])
 model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
-optimizer = RotatedAdam(model, lr=3e-3)
+optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 strategy = RotatedEWC(
-    model=model, optimizer=optimizer, update="optimizer", ewc_lambda=30.0,
+    model=model, optimizer=optimizer, ewc_lambda=30.0,
     train_mb_size=32, train_epochs=5, evaluator=EvaluationPlugin(),
 )  # fmt: skip
 checkpoint = Path("checkpoint.dill")

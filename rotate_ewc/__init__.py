@@ -1,7 +1,7 @@
 """Elastic weight consolidation in a rotated basis, for PyTorch.
 
-`EKFACPenalty` is what a training loop needs: `consolidate` after each task, and the penalty in the
-loss of later ones. `EKFACLinearOperator` is the Fisher matrix by itself, and
+`EKFACPenalty` is what a training loop needs: `attach` has any optimizer's steps respect it, and
+`consolidate` remembers each task. `EKFACLinearOperator` is the Fisher matrix by itself, and
 `rotate_ewc.integrations.avalanche` has a plugin for Avalanche.
 """
 
@@ -24,10 +24,7 @@ from rotate_ewc.options import (
 from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.calibration import calibrated_strength
 from rotate_ewc.penalty.penalty import EKFACPenalty
-from rotate_ewc.penalty.rotated_adam import RotatedAdam
 from rotate_ewc.penalty.step_rules import register_step_size
-from rotate_ewc.penalty.step_size import step_sizes_of
-from rotate_ewc.penalty.tangent import TangentPenalty
 from rotate_ewc.penalty.terms import Stack, Term
 from rotate_ewc.penalty.updates import UpdateKind
 from rotate_ewc.provenance import Provenance
@@ -48,10 +45,8 @@ __all__ = [
     "PenaltyOptions",
     "Provenance",
     "Reduction",
-    "RotatedAdam",
     "SnapshotError",
     "Stack",
-    "TangentPenalty",
     "Term",
     "Unsupported",
     "UpdateKind",
@@ -61,5 +56,4 @@ __all__ = [
     "merge",
     "register_likelihood",
     "register_step_size",
-    "step_sizes_of",
 ]

@@ -24,7 +24,7 @@ all, goes on. `detach` forgets averages that are in an eigenbasis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from inspect import ismethod, unwrap
 from types import MethodType, TracebackType
@@ -88,6 +88,8 @@ class Attachment(Generic[Penalty]):
             self.optimizer.register_step_pre_hook(before),
             self.optimizer.register_step_post_hook(after),
         )
+        # What a scheduler has put there, if one has.
+        self._own_step: Callable[..., Any] | None = vars(self.optimizer).get("step")
         self._guard = _guarded(self.optimizer, self._undo)
         self.optimizer.step = self._guard  # type: ignore[method-assign]
 
@@ -103,7 +105,8 @@ class Attachment(Generic[Penalty]):
     def detach(self) -> None:
         """Let the optimizer step by itself again; averages in an eigenbasis start again.
 
-        Parameters and their gradients stay as they are. A second call does nothing.
+        What is left to `flush` is taken; else parameters and their gradients stay as they are. A
+        second call does nothing.
         """
         self._undo()
         if not self._hooks:
@@ -114,7 +117,23 @@ class Attachment(Generic[Penalty]):
         # A scheduler may have wrapped the guard, which does nothing from now on.
         if vars(self.optimizer).get("step") is self._guard:
             del self.optimizer.step
+            if self._own_step is not None:
+                self.optimizer.step = self._own_step  # type: ignore[method-assign]
         restart_all(self.optimizer)
+        self.flush()
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Take the penalty's part of the steps for which `every` has put it off.
+
+        To be called where training pauses, such as before evaluations and consolidations. With
+        `every=1` there is nothing to do.
+        """
+        self._undo()
+        if self.penalty.stacks:
+            parameters = named_parameters(self.model)
+            groups = {name: group for name, _, group in self._held(parameters)}
+            self._update.flush(Step(self.optimizer, parameters, {}, groups))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run needs to go on to the bit, with the states of the others.
@@ -202,17 +221,12 @@ class Attachment(Generic[Penalty]):
     def _gather(self) -> Step:
         """Find what is about to be stepped, and refuse what cannot be."""
         parameters = named_parameters(self.model)
-        names = {id(parameter): name for name, parameter in parameters.items()}
         protected = {name for stack in self.penalty.stacks for name in stack.names}
         held, gradients, groups = set(), {}, {}
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                name = names.get(id(parameter))
-                if name is None:
-                    continue
-                held.add(name)
-                if parameter.grad is not None:
-                    gradients[name], groups[name] = parameter.grad.detach(), group
+        for name, parameter, group in self._held(parameters):
+            held.add(name)
+            if parameter.grad is not None:
+                gradients[name], groups[name] = parameter.grad.detach(), group
         if not held & protected:
             raise ValueError(
                 "the optimizer has none of the model's parameters that the penalty protects, as if "
@@ -231,6 +245,16 @@ class Attachment(Generic[Penalty]):
                 f"training; expected ordinary tensors, each with all of its numbers"
             )
         return Step(self.optimizer, parameters, gradients, groups)
+
+    def _held(
+        self, parameters: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """Yield names, tensors and options of the model's parameters that the optimizer has."""
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if (name := names.get(id(parameter))) is not None:
+                    yield name, parameter, group
 
 
 def _evaluated(
@@ -298,14 +322,15 @@ def _check_optimizer(optimizer: Optimizer, update: UpdateKind) -> StepRule | Non
     if isinstance(optimizer, LBFGS):
         raise ValueError(
             f"optimizer is {name}, which evaluates the loss at several points in each step; "
-            f"expected another one, or add penalty(model) to the loss"
+            f"expected another one, or add penalty(model) to the loss (in the Avalanche plugin: "
+            f"update='loss')"
         )
     hooks = optimizer._optimizer_step_pre_hooks.values()
     owners = (unwrap(hook, stop=ismethod) for hook in hooks)
     if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in owners):
         raise ValueError(
             "the optimizer has a penalty attached already; expected one without: call detach() of "
-            "the handle that attach returned"
+            "the handle that attach returned, or add the other penalty to the loss"
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(

@@ -41,7 +41,6 @@ from rotate_ewc.linalg.quadratic import quadratic_form
 from rotate_ewc.options import EstimationOptions, EstimationSettings, Mode, Weighting
 from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
-from rotate_ewc.penalty.proximal import check_step_size, shrink_towards_anchors_
 from rotate_ewc.penalty.stability import warn_if_divergent
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.terms import Term
@@ -52,8 +51,8 @@ from rotate_ewc.penalty.weighting import kept_weight
 class EKFACPenalty(ConsolidatedTasks):
     """Elastic weight consolidation in a rotated basis.
 
-    After each task, `consolidate` estimates the Fisher matrix F_t at the solution θ*_t. On later
-    tasks, the penalty is added to the loss:
+    After each task, `consolidate` estimates the Fisher matrix F_t at the solution θ*_t. Later tasks
+    are learned under the penalty
 
         ½ · strength · Σ_t ω_t (θ - θ*_t)ᵀ F_t (θ - θ*_t),   ω_t = w_t · decay^(T - t) · M_t / M_now
 
@@ -68,8 +67,8 @@ class EKFACPenalty(ConsolidatedTasks):
     solution: time and memory do not depend on the number of tasks. In mode `"separate"` every task
     keeps its operator and its own anchor.
 
-    The penalty can be used without being added to the loss: `proximal_step_` moves the parameters
-    after the optimizer did, stably for any strength.
+    `attach` has the steps of any optimizer respect the penalty, stably for any strength. Or it can
+    be added to the loss, as `penalty(model)`, which large strengths need small learning rates for.
 
     Example:
         >>> import torch
@@ -78,16 +77,18 @@ class EKFACPenalty(ConsolidatedTasks):
         >>> _ = torch.manual_seed(0)
         >>> model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()
         >>> old_task = [(torch.randn(16, 4), torch.randint(3, (16,)))]
+        >>> new_task = [(torch.randn(16, 4), torch.randint(3, (16,)))]
+        >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         >>> penalty = EKFACPenalty(strength=3.0)
-        >>> penalty(model).item()
-        0.0
-        >>> penalty.consolidate(model, criterion, old_task)
-        >>> with torch.no_grad():
-        ...     _ = model.weight.add_(0.1)
-        >>> loss = penalty(model)
-        >>> loss.backward()
-        >>> model.weight.grad is not None
-        True
+        >>> handle = penalty.attach(optimizer, model)
+        >>> for task in (old_task, new_task):
+        ...     for x, y in task:
+        ...         optimizer.zero_grad()
+        ...         criterion(model(x), y).backward()
+        ...         optimizer.step()
+        ...     penalty.consolidate(model, criterion, task)
+        >>> penalty.num_tasks
+        2
     """
 
     @forwards_keywords(EstimationSettings)
@@ -238,9 +239,11 @@ class EKFACPenalty(ConsolidatedTasks):
                 follows. `"tangent"`: a constant gradient is added, and renewed every few steps;
                 cheap. `"gradient"`: the penalty's gradient is added, for any optimizer.
             every: After how many steps the tangent is renewed, or for SGD the proximal step taken.
+                Call `flush` of the handle where the steps since then should count, such as before
+                `consolidate`.
 
         Returns:
-            A handle, with `detach`, `strength`, `state_dict` and `load_state_dict`.
+            A handle, with `detach`, `flush`, `strength`, `state_dict` and `load_state_dict`.
 
         Raises:
             ValueError: If the optimizer has none of the model's parameters, its step size is not
@@ -249,36 +252,6 @@ class EKFACPenalty(ConsolidatedTasks):
             TypeError: If an argument has the wrong type.
         """
         return Attachment(self, optimizer, model, update, every)
-
-    @torch.no_grad()
-    def proximal_step_(
-        self, model: nn.Module | Mapping[str, Tensor], step_size: float | Mapping[str, float]
-    ) -> None:
-        """Move the parameters towards the anchor, in place: an implicit step on the penalty.
-
-        The step is `θ ← argmin ½ |θ' - θ|² + η · penalty(θ')`, elementwise in the eigenbasis:
-
-            θ ← θ* + Q [Qᵀ(θ - θ*) / (1 + η λ Λ)]
-
-        It is stable for every strength: in the limit, the directions that matter to old tasks do
-        not move at all. Take it after the optimizer's step on the loss without the penalty, or
-        after every k-th with k times the step size. The gradients are not touched.
-
-        Args:
-            model: The model, or its parameters by name.
-            step_size: η, that of the optimizer: the learning rate, for SGD with momentum μ divided
-                by `1 - μ`. Or one for each parameter, by name.
-
-        Raises:
-            ValueError: If the mode is not `"merged"`, a step size is out of range, or a protected
-                parameter is missing or has lost its shape.
-        """
-        self.check_merged()
-        check_step_size(step_size)
-        parameters = parameters_of(model)
-        if self._stacks and self.scale > 0:
-            deltas = self.deltas(parameters)
-            shrink_towards_anchors_(self._stacks, parameters, deltas, step_size, self.scale)
 
     def check_learning_rate(self, learning_rate: float) -> bool:
         """Return whether gradient descent on the penalty converges at a rate, and warn if not."""

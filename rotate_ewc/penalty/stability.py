@@ -34,8 +34,9 @@ def warn_if_divergent(learning_rate: float, curvature: float, strength: float) -
         f"the penalty will diverge under gradient descent: learning rate {learning_rate:g} × its "
         f"largest curvature {curvature:.4g} (strength {strength:g}) is {product:.3g}, more than 2; "
         f"lower the learning rate to {_rounded_down(2 / curvature)} or the strength to "
-        f"{_rounded_down(strength * 2 / product)}, or use proximal_step_ (in the Avalanche plugin "
-        f"update='proximal'), which is stable at any strength"
+        f"{_rounded_down(strength * 2 / product)}, or leave the loss without it and call "
+        f"penalty.attach(optimizer, model) (in the Avalanche plugin update='rotated'), which is "
+        f"stable at any strength"
     )
     return False
 

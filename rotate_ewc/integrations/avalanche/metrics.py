@@ -68,7 +68,7 @@ class PenaltyMetric(PluginMetric[float]):
         """Return the penalty and its share."""
         plugin = _plugin(strategy)
         penalty, total = self.result(), float(self._loss) / max(self._batches, 1)
-        if plugin.update is not Update.PENALTY:
+        if plugin.update is not Update.LOSS:
             with torch.no_grad():
                 penalty = float(plugin.penalty(strategy.model))
             total += penalty

@@ -32,34 +32,26 @@ from rotate_ewc.integrations.avalanche.batches import (
 from rotate_ewc.integrations.avalanche.loss_terms import LossTerms
 from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import Choice, Mode, PenaltyOptions
+from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.penalty import EKFACPenalty
-from rotate_ewc.penalty.rotated_adam import RotatedAdam
-from rotate_ewc.penalty.step_size import StepSizes, check_optimizer, learning_rate_of, step_sizes_of
-from rotate_ewc.penalty.tangent import TangentPenalty
 from rotate_ewc.tracing.counting import ExampleCounter
 
 PROGRESS: Final = "progress"
+ATTACHMENT: Final = "attachment"
 
 
 class Update(Choice):
     """How the penalty acts on the parameters in training.
 
-    `PENALTY`: it is added to every loss. `TANGENT`: the gradient of its tangent plane is added to
-    every gradient of the loss, and the plane is renewed by an implicit step (`TangentPenalty`).
-    `PROXIMAL`: the parameters are moved after the optimizer's step (`EKFACPenalty.proximal_step_`),
-    which is stable for every strength. `OPTIMIZER`: the strategy's optimizer is a
-    `RotatedAdam(model, lr=...)`, which gets the plugin's penalty.
+    `ROTATED`, `TANGENT` and `GRADIENT`: it takes part in the steps of the strategy's optimizer, as
+    `EKFACPenalty.attach` explains. `LOSS`: it is added to every loss, which is for mode
+    `"separate"` and for optimizers that no penalty can be attached to.
     """
 
-    PENALTY = "penalty"
+    ROTATED = "rotated"
     TANGENT = "tangent"
-    PROXIMAL = "proximal"
-    OPTIMIZER = "optimizer"
-
-    @property
-    def implicit(self) -> bool:
-        """Whether it moves the parameters after every so many steps of the optimizer."""
-        return self in (Update.TANGENT, Update.PROXIMAL)
+    GRADIENT = "gradient"
+    LOSS = "loss"
 
 
 class RotatedEWCPlugin(SupervisedPlugin):
@@ -74,11 +66,13 @@ class RotatedEWCPlugin(SupervisedPlugin):
     with M the numbers of loss terms, such as examples or tokens. Where examples have several, or
     none, M_now is known after the first epoch; until then it is that of the minibatches so far.
     (Avalanche's `EWCPlugin` has no ½ and no such numbers: for the same Fisher matrix its
-    `ewc_lambda` is half of this one.) Nothing is registered on the model or the optimizer.
+    `ewc_lambda` is half of this one.) The penalty is attached to the strategy's optimizer while a
+    task is trained; between tasks the optimizer steps by itself, and the model is never touched.
 
     Attributes:
         penalty: The `EKFACPenalty` at work.
-        penalty_in_loss: What was added to the last loss.
+        attachment: The handle of the penalty in the optimizer's steps; None between tasks.
+        penalty_in_loss: What was added to the last loss; 0 where the penalty is attached.
         consolidation_seconds: How long the consolidation of the last experience took; None if it
             did not end a task.
 
@@ -93,9 +87,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
         ewc_lambda: float = 1.0,
         mode: Mode | str = Mode.MERGED,
         *,
-        update: Update | str = Update.PENALTY,
+        update: Update | str = Update.ROTATED,
         every: int = 1,
-        step_size: float | None = None,
         num_samples: int | None = None,
         estimation_mb_size: int | None = None,
         **penalty_options: Unpack[PenaltyOptions],
@@ -107,13 +100,12 @@ class RotatedEWCPlugin(SupervisedPlugin):
                 3 a good practical value.
             mode: `"merged"`: one penalty for all experiences, at constant time and memory; or
                 `"separate"`: one for each experience.
-            update: `"penalty"`, `"tangent"`, `"proximal"` or `"optimizer"`: how the penalty acts,
-                see `Update`. The last three need mode `"merged"`.
-            every: After how many steps of the optimizer an implicit or proximal step is taken, of
-                so many times its size; the cost is divided by it. What is left over when an epoch
-                ends is taken then.
-            step_size: That of the implicit or proximal step; None takes the optimizer's own, which
-                must then be SGD, Adam or AdamW with one learning rate.
+            update: `"rotated"`: the optimizer steps in the eigenbasis, and the exact proximal step
+                follows. `"tangent"`: a constant gradient is added, and renewed every few steps;
+                cheap. `"gradient"`: the penalty's gradient is added, for any optimizer. `"loss"`:
+                the penalty is added to the loss, as is needed with mode `"separate"`.
+            every: After how many steps the tangent is renewed, or for SGD the proximal step taken;
+                the cost is divided by it. What is left over when an epoch ends is taken then.
             num_samples: Examples to draw from each experience for its estimate; None takes all. A
                 few thousand are usually as good.
             estimation_mb_size: Mini-batch size of the estimate, which changes its speed but not its
@@ -131,27 +123,29 @@ class RotatedEWCPlugin(SupervisedPlugin):
         check_positive_integer("estimation_mb_size", estimation_mb_size, optional=True)
         check_positive_integer("every", every)
         update, mode = as_choice("update", update, Update), as_choice("mode", mode, Mode)
-        if update is not Update.PENALTY and mode is not Mode.MERGED:
-            raise ValueError(f"update is {update!r} and mode {mode!r}; expected mode 'merged'")
-        if step_size is not None:
-            step_size = as_non_negative_number("step_size", step_size)
-        if not update.implicit and (every != 1 or step_size is not None):
+        if update is not Update.LOSS and mode is not Mode.MERGED:
             raise ValueError(
-                f"every is {every} and step_size {step_size}, but update {update!r}; expected them "
-                f"with update 'tangent' or 'proximal' only"
+                f"mode is {mode!r} and update {update!r}, which needs one eigenbasis for all "
+                f"experiences; expected mode='merged', or update='loss'"
+            )
+        if update is Update.LOSS and every != 1:
+            raise ValueError(
+                f"every is {every}, but with update='loss' the penalty is in every loss; expected "
+                f"1, or another update"
             )
         strength = as_non_negative_number("ewc_lambda", ewc_lambda)
         self.penalty = EKFACPenalty(strength, mode, **penalty_options)
         self.update = update
         self.every = every
-        self.step_size = step_size
         self.num_samples = num_samples
         self.estimation_mb_size = estimation_mb_size
         self.penalty_in_loss: Tensor | float = 0.0
         self.consolidation_seconds: float | None = None
-        self._tangent = TangentPenalty(self.penalty) if update is Update.TANGENT else None
+        self.attachment: Attachment[EKFACPenalty] | None = None
+        self._optimizer: Optimizer | None = None
+        # A saved attachment's state, until there is an optimizer to attach to.
+        self._saved_attachment: Mapping[str, Any] | None = None
         self._sub_experiences = 0
-        self._waiting, self._waiting_updates = 0.0, 0
         self._learning_rate_checked = False
         self._loss_terms: LossTerms | None = None
 
@@ -161,62 +155,49 @@ class RotatedEWCPlugin(SupervisedPlugin):
         return self.penalty.strength
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Tell the penalty how many examples the task at hand has."""
+        """Attach the penalty to the optimizer, and tell it how many examples the task has."""
         dataset = whole_task(strategy.experience).dataset
         self.penalty.current_num_data = len(dataset)
         self._learning_rate_checked = False
         self._loss_terms = None
         if self.penalty.num_tasks > 0:
             self._loss_terms = LossTerms(likelihood_of(strategy._criterion))
-        if self.update.implicit and self.step_size is None:
-            check_optimizer(strategy.optimizer)
-        if self._tangent is not None:
-            # Weights may have been loaded, and a run that is resumed has no tangent either.
-            self._tangent.forget()
-        self._connect(strategy.optimizer)
         # What will not do is refused before anything is learned.
         self.penalty.protected(parameters_of(strategy.model))
         check_steps(strategy, self._minibatches(dataset.eval(), strategy))
+        if self.update is not Update.LOSS:
+            self._attach(strategy)
 
     def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Add the penalty to the loss."""
+        """Add the penalty to the loss, if it is not attached to the optimizer."""
         self._count_loss_terms(strategy)
-        if self.update is Update.PENALTY and self.penalty.num_tasks > 0:
+        if self.penalty.num_tasks == 0:
+            return
+        if self.update in (Update.LOSS, Update.GRADIENT):
             self._check_learning_rate(strategy.optimizer)
+        if self.update is Update.LOSS:
             penalty = self.penalty(strategy.model)
             self.penalty_in_loss = penalty.detach()
             strategy.loss = strategy.loss + penalty
 
-    def after_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Add the gradient of the tangent plane, before others clip in `before_update`."""
-        if self._tangent is not None:
-            self._tangent.add_gradient_(strategy.model)
-
-    def after_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Take an implicit or proximal step, after every so many steps of the optimizer."""
-        if not self.update.implicit or self.penalty.num_tasks == 0:
-            return
-        own = self.step_size is None
-        self._waiting += learning_rate_of(strategy.optimizer) if own else self.step_size or 0.0
-        self._waiting_updates += 1
-        if self._waiting_updates == self.every:
-            self._implicit_step(strategy)
-
     def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Take the step for the updates that are left over.
+        """Take the penalty's part of the steps that are left over from `every`.
 
         Not at the end of the experience: there other plugins have gone back to the best weights,
         or are looking at them, before this one or after it.
         """
-        self._implicit_step(strategy)
+        if self.attachment is not None:
+            self.attachment.flush()
         self._tell_loss_terms()
         self._loss_terms = None
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Consolidate, at the end of a task."""
+        """Detach from the optimizer and consolidate, at the end of a task."""
         self.consolidation_seconds = None
         if not self._ends_task(strategy.experience):
             return
+        # Averages in the eigenbasis would start again in the next one.
+        self._detach()
         start = time.perf_counter()
         dataset = whole_task(strategy.experience).dataset
         settings = self.penalty.settings
@@ -237,15 +218,20 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self.consolidation_seconds = time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the snapshot of the penalty: a flat dictionary of tensors and a JSON string.
+        """Return the snapshot of the penalty, with where the plugin is in the stream.
 
         To be saved between experiences, or between the parts into which an online stream cuts them.
         """
         progress = {"sub_experiences": self._sub_experiences}
-        return {**self.penalty.state_dict(), PROGRESS: json.dumps(progress)}
+        state = {**self.penalty.state_dict(), PROGRESS: json.dumps(progress)}
+        attachment = self._attachment_state()
+        return state if attachment is None else {**state, ATTACHMENT: attachment}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state; the model's weights are not touched.
+
+        The state of the penalty's part in an optimizer's steps is read as the next experience
+        begins.
 
         Raises:
             ValueError: If the state is not whole or not consistent, naming the key.
@@ -259,19 +245,52 @@ class RotatedEWCPlugin(SupervisedPlugin):
                 f"snapshot key {PROGRESS!r} is missing or damaged ({error}); expected the state of "
                 f"a RotatedEWCPlugin"
             ) from None
-        self.penalty.load_state_dict({k: v for k, v in state.items() if k != PROGRESS})
-        self._sub_experiences = int(sub_experiences)
-
-    def _connect(self, optimizer: Optimizer) -> None:
-        """Give the penalty to a `RotatedAdam`, which must not obey it unknown to this plugin."""
-        rotated = isinstance(optimizer, RotatedAdam)
-        if rotated != (self.update is Update.OPTIMIZER):
-            raise ValueError(
-                f"update is {self.update!r} and the optimizer {type(optimizer).__name__}; expected "
-                f"update 'optimizer' with RotatedAdam, and only with it"
+        attachment = state.get(ATTACHMENT)
+        saved = attachment.get("update") if isinstance(attachment, Mapping) else attachment
+        if attachment is not None and saved != self.update.value:
+            raise SnapshotError(
+                f"snapshot key {ATTACHMENT!r} has update {saved!r}, in the middle of a task; "
+                f"expected {self.update.value!r}, that of this plugin"
             )
-        if isinstance(optimizer, RotatedAdam):
-            optimizer.penalty = self.penalty
+        own = (PROGRESS, ATTACHMENT)
+        self.penalty.load_state_dict({k: v for k, v in state.items() if k not in own})
+        self._sub_experiences = int(sub_experiences)
+        self._saved_attachment = attachment
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles have, whose optimizers have no hooks.
+
+        They attach themselves again when the next experience begins.
+        """
+        saved = self._attachment_state()
+        return {**vars(self), "attachment": None, "_optimizer": None, "_saved_attachment": saved}
+
+    def _attach(self, strategy: Any) -> None:
+        """Attach the penalty to a strategy's optimizer, if it is not attached to it already."""
+        attached = self.attachment
+        if attached is not None and (
+            self._optimizer is not strategy.optimizer or attached.model is not strategy.model
+        ):
+            self._detach()
+        if self.attachment is None:
+            self.attachment = self.penalty.attach(
+                strategy.optimizer, strategy.model, self.update.value, self.every
+            )
+            self._optimizer = strategy.optimizer
+        if self._saved_attachment is not None:
+            self.attachment.load_state_dict(self._saved_attachment)
+            self._saved_attachment = None
+
+    def _detach(self) -> None:
+        attached, self.attachment, self._optimizer = self.attachment, None, None
+        if attached is not None:
+            attached.detach()
+
+    def _attachment_state(self) -> Mapping[str, Any] | None:
+        """Return the state of the attachment; one that is still to be loaded comes first."""
+        if self._saved_attachment is not None or self.attachment is None:
+            return self._saved_attachment
+        return self.attachment.state_dict()
 
     def _count_loss_terms(self, strategy: Any) -> None:
         """Count the loss terms of a minibatch of the first epoch."""
@@ -289,19 +308,6 @@ class RotatedEWCPlugin(SupervisedPlugin):
         mean = 0.0 if self._loss_terms is None else self._loss_terms.per_example()
         if mean > 0 and self.penalty.current_num_data is not None:
             self.penalty.current_num_loss_terms = self.penalty.current_num_data * mean
-
-    def _implicit_step(self, strategy: Any) -> None:
-        """Take the step for all updates since the last one."""
-        if self._waiting_updates:
-            parameters = parameters_of(strategy.model)
-            sizes: StepSizes = self._waiting
-            if self.step_size is None:
-                sizes = step_sizes_of(strategy.optimizer, parameters, self._waiting)
-            if self._tangent is None:
-                self.penalty.proximal_step_(parameters, sizes)
-            else:
-                self._tangent.refresh_(parameters, sizes)
-        self._waiting, self._waiting_updates = 0.0, 0
 
     def _check_learning_rate(self, optimizer: Optimizer) -> None:
         """Warn once for each task if plain gradient descent will diverge.

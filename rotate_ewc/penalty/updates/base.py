@@ -143,6 +143,9 @@ class Update(ABC):
         """Give model and optimizer back what they had before a step that failed."""
         self.stand_ins.undo()
 
+    def flush(self, step: Step) -> None:  # noqa: B027
+        """Take what was put off since the penalty was last looked at; `step` has no gradients."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and numbers that a resumed run needs."""
         return {}

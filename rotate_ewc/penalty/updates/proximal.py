@@ -52,8 +52,13 @@ class ProximalUpdate(DisplacedUpdate):
             key = displacement.stack.block.label
             self._sums[key] = self._sums.get(key, 0.0) + size
         self._sizes = []
-        if self._steps < self._every:
-            return
+        if self._steps >= self._every:
+            self.flush(step)
+
+    def flush(self, step: Step) -> None:
+        """Take the proximal step for all steps since the last one."""
+        if self._stacks is not self.penalty.stacks:
+            return  # these steps were taken before a consolidation
         sums, self._sums, self._steps = self._sums, {}, 0
         for displacement in self.displacements:
             size = sums.get(displacement.stack.block.label, 0.0)

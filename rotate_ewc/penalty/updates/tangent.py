@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from torch import Tensor
@@ -40,6 +41,7 @@ class TangentUpdate(Update):
         self._rule = rule
         self._every = every
         self._steps = 0
+        self._stepped: frozenset[str] = frozenset()
         self._stacks: tuple[Stack, ...] = ()
         self._contact: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
@@ -56,12 +58,23 @@ class TangentUpdate(Update):
         """Count the step, and take the next plane where it is time."""
         super().after(step)
         self._steps += 1
-        if self._steps < self._every:
-            return
-        self._steps = 0
+        self._stepped = frozenset(step.groups)
+        if self._steps >= self._every:
+            self._renew(step)
+
+    def flush(self, step: Step) -> None:
+        """Take the next plane early."""
+        if self._steps and self._stacks is self.penalty.stacks:
+            # An optimizer that has forgotten its state does not know how far it went.
+            known = {n for n in self._stepped if not self._rule.rotated or step.state(n)}
+            groups = {name: group for name, group in step.groups.items() if name in known}
+            self._renew(replace(step, groups=groups))
+
+    def _renew(self, step: Step) -> None:
         deltas = self.penalty.deltas(step.parameters)
         for stack in self._stacks:
             self._move(stack, step, deltas)
+        self._steps = 0
 
     def _begin(self, step: Step) -> None:
         deltas = self.penalty.deltas(step.parameters)
@@ -97,10 +110,10 @@ class TangentUpdate(Update):
         """Return the geometric mean of η over the entries that moved; 0 where none did."""
         size = self._rule.size(step.groups[name], step.state(name) if self._rule.rotated else {})
         if not isinstance(size, Tensor) or not size.ndim:
-            return self._every * float(size)
+            return self._steps * float(size)
         # An entry that never had a gradient does not move, and its size may be enormous.
         inner = size[tuple(map(slice, moved[key].shape[1:]))][moved[key][0] != 0]
-        return self._every * float(inner.log().mean().exp()) if inner.numel() else 0.0
+        return self._steps * float(inner.log().mean().exp()) if inner.numel() else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the plane, and how many steps were taken with it."""
