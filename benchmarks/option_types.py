@@ -131,9 +131,9 @@ _seeds = several(whole_number(0, LARGEST_SEED, metavar="SEED"))
 Seeds = Annotated[tuple[int, ...], _seeds]
 OptionalSeeds = Annotated[tuple[int, ...] | None, _seeds]
 Threads = Annotated[int | None, whole_number(1), default("PyTorch's choice")]
-Folder = Annotated[
-    Path, _spec(Path, "FOLDER", "a folder", lambda path: path.is_dir() or not path.exists())
-]
+_folder = _spec(Path, "FOLDER", "a folder", lambda path: path.is_dir() or not path.exists())
+Folder = Annotated[Path, _folder]
+OptionalFolder = Annotated[Path | None, _folder]
 Device = Annotated[
     str, _spec(str, "DEVICE", "a device that PyTorch can use here, as cpu or cuda:0", _usable)
 ]

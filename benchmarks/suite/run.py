@@ -25,6 +25,7 @@ from benchmarks.option_types import (
     Count,
     CountOrZero,
     Folder,
+    OptionalFolder,
     OptionalSeeds,
     Seeds,
     Threads,
@@ -88,7 +89,7 @@ class Options(Training):
 
     scenario: tyro.conf.Positional[Scenario]
     increment: Increments = None
-    images: Annotated[Folder | None, default("none: split_images is left out of all")] = None
+    images: Annotated[OptionalFolder, default("none: split_images is left out of all")] = None
     methods: MethodNames = tuple(METHODS)
     search_values: Annotated[int | None, whole_number(0), default("5; with --quick: 3")] = None
     search_seeds: Seeds = (0,)

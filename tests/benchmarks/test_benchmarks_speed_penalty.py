@@ -24,8 +24,8 @@ from tests.benchmarks.helpers import refused
 ROUNDS = {
     "step": [2.0, 4.0, 10.0],
     "step with penalty, 1 task": [3.0, 5.0, 12.0],
-    "step with tangent, k=20": [2.2, 5.0, 11.0],
-    "RotatedAdam step": [2.5, 5.0, 12.5],
+    "step, attached": [2.5, 5.0, 12.5],
+    "step, attached, tangent, k=20": [2.2, 5.0, 11.0],
     "penalty, 1 task": [1.0, 3.0, 5.0],
     "penalty, 50 tasks": [1.0, 6.0, 5.5],
     "curvlinops": [3.0, 9.0, 5.0],
@@ -85,11 +85,11 @@ def test_ratios_are_medians_over_rounds_of_ratios_within_a_round() -> None:
     assert found["penalty, 50 / 1 tasks"].value == 1.1  # of 1, 2, 5.5/5
     assert found["curvlinops / penalty, 1 task"].value == 3.0  # of 3, 3, 1
     assert found["10 penalties one by one / separate penalty, 10 tasks"].value == 1.5
-    # Of 1/2, 1/4, 2/10, and of 2/20, 1/4, 1/10, and always 1/4.
+    # Of 1/2, 1/4, 2/10.
     assert found["step with penalty, 1 task: overhead"].value == pytest.approx(25)
-    assert found["step with tangent, k=20: overhead"].value == pytest.approx(10)
-    assert found["RotatedAdam step: overhead"].value == pytest.approx(25)
-    assert found["step, and a proximal one every 10th: overhead"].value is None
+    assert found["step, attached / step (to be at most 4)"].value == pytest.approx(1.25)
+    assert found["step, attached, tangent, k=20 / step"].value == pytest.approx(1.1)
+    assert found["step, attached, gradient / step"].value is None
     assert found["penalty, 1 task / nngeometry"].value is None
 
 
@@ -100,7 +100,9 @@ def test_what_is_wrong_is_not_compared() -> None:
 def test_cases_are_compared_by_what_they_have() -> None:
     transformer = compared("e")
     assert "curvlinops / penalty of known layers, 1 task" in transformer
-    assert not any("one by one" in label or "Adam" in label for label in transformer)
+    assert "step, attached / step (to be at most 1.4)" in transformer
+    assert "step, attached / step" in compared("small")
+    assert not any("one by one" in label for label in transformer)
 
 
 def cells(table: Table) -> list[tuple[str, ...]]:
@@ -126,7 +128,7 @@ def test_the_figure_has_a_panel_for_each_case() -> None:
 def test_the_table_has_ratios_and_percentages() -> None:
     values = dict(cells(comparisons_table(record())))
     assert values["10 penalties one by one / separate penalty, 10 tasks"] == "1.50"
-    assert values["RotatedAdam step: overhead"] == "25.0 %"
+    assert values["step with penalty, 1 task: overhead"] == "25.0 %"
     assert values["penalty, 1 task / nngeometry"] == "–"
 
 
@@ -148,11 +150,11 @@ def test_everything_is_measured_and_written(
     *timed, first, second = found["results"]
     assert [one["name"] for one in timed] == [
         "step",
+        "step, attached",
+        "step, attached, gradient",
+        "step, attached, tangent, k=20",
         "step with penalty, 1 task",
         "step with penalty, 2 tasks",
-        "step with tangent, k=20",
-        "step, and a proximal one every 10th",
-        "RotatedAdam step",
         "penalty, 1 task",
         "penalty, 2 tasks",
         "separate penalty, 2 tasks",

@@ -1,8 +1,6 @@
 """The studies: what they measure, and from command line to file with small images."""
 
-import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-import rotate_ewc
 from benchmarks import data as data_sets
-from benchmarks import experiment
 from benchmarks.__main__ import main
-from benchmarks.configuration import Configuration
 from benchmarks.data import ImageData
-from benchmarks.methods import Variant
 from benchmarks.scenarios import PermutedImages
-from benchmarks.studies import calibrate as study
-from benchmarks.studies.calibrate import Calibration, calibrate, first_images, rows_of
 from benchmarks.studies.oracles import OldTasks, exact_penalty
-from rotate_ewc import EKFACPenalty, calibrated_strength
-from tests.benchmarks.helpers import DOUBLE, make_record
-
-CONFIGURATION = Configuration(
-    tasks=2, epochs=5, hidden=(6,), batch_size=8, learning_rate=1e-2, fisher_samples=40
-)
-
-
-@pytest.fixture
-def scenario(learnable_images: ImageData) -> PermutedImages:
-    return PermutedImages(learnable_images, tasks=2, seed=3)
+from tests.benchmarks.helpers import DOUBLE
 
 
 @pytest.fixture
@@ -48,65 +30,13 @@ def call(name: str, words: str, folder: Path) -> Any:
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", study.METHODS)
-def test_the_strength_is_that_of_the_second_solution_before_it_is_consolidated(
-    name: str, scenario: PermutedImages, learnable_images: ImageData, monkeypatch: Any
-) -> None:
-    seen: list[tuple[EKFACPenalty, nn.Module]] = []
-
-    def spy(penalty: EKFACPenalty, model: nn.Module, *arguments: Any) -> float:
-        seen.append((copy.deepcopy(penalty), copy.deepcopy(model)))
-        return calibrated_strength(penalty, model, *arguments)
-
-    monkeypatch.setattr(rotate_ewc, "calibrated_strength", spy)
-    variant = Variant(name, 1.0)
-    found = calibrate(variant, scenario, CONFIGURATION, seed=3)
-    ((penalty, model),) = seen
-    assert (penalty.num_tasks, penalty.strength) == (1, 1.0)
-    old = learnable_images.train_inputs[:, scenario.permutations[0]]
-    expected = calibrated_strength(
-        penalty, model, nn.CrossEntropyLoss(), [(old, learnable_images.train_labels)]
-    )
-    assert found.strength == pytest.approx(expected, rel=1e-5)
-    assert found.strength > 0
-    assert found.old_images == 120
-    assert (found.record.method, found.record.seed, found.record.strength) == (name, 3, 1.0)
-    # Measuring changes nothing.
-    plain = experiment.run(variant, scenario, CONFIGURATION, seed=3, quiet=True)
-    assert plain.accuracy_matrix == found.record.accuracy_matrix
-
-
-def test_old_data_are_the_first_images_of_the_first_task(
-    scenario: PermutedImages, learnable_images: ImageData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(study, "OLD_IMAGES", 50)
-    monkeypatch.setattr(study, "OLD_BATCH_SIZE", 30)
-    data = first_images(scenario)
-    assert [len(labels) for _, labels in data] == [30, 20]
-    permuted = learnable_images.train_inputs[:50, scenario.permutations[0]]
-    assert torch.equal(torch.cat([inputs for inputs, _ in data]), permuted)
-    labels = torch.cat([labels for _, labels in data])
-    assert torch.equal(labels, learnable_images.train_labels[:50])
-
-
-def test_calibrations_are_tabulated_with_their_medians() -> None:
-    record = make_record("rotated-ewc", [[0.9, 0.1], [0.8, 0.6]])
-    found = [Calibration(s, 9, replace(record, seed=n)) for n, s in enumerate((1.0, 7.0, 2.0))]
-    rows = list(
-        rows_of([*found, Calibration(3.0, 9, make_record("rotated-adam", [[0.5] * 2] * 2))])
-    )
-    assert rows[0] == ("rotated-ewc", "0", "1.00", "80.00", "60.00")
-    assert rows[3] == ("rotated-ewc", "median", "2.00", "80.00", "60.00")
-    assert rows[4:] == [("rotated-adam", "0", "3.00", "50.00", "50.00")]
-
-
 def test_both_precisions_are_stored(images: ImageData, tmp_path: Path, capsys: Any) -> None:
     words = "--epochs 2 --hidden 6 --batch-size 20 --lr 0.01 --fisher-samples 40 --tasks 3"
-    words += " --methods rotated-ewc rotated-adam --seeds 3"
+    words += " --methods rotated-ewc rotated-ewc-loss --seeds 3"
     records = call("storage", words, tmp_path)["records"]
     found = {(one["record"]["method"], one["precision"]): one for one in records}
     assert len(found) == 4
-    for method in ("rotated-ewc", "rotated-adam"):
+    for method in ("rotated-ewc", "rotated-ewc-loss"):
         whole, half = found[method, "float32"], found[method, "bfloat16"]
         # Two tasks follow a first one, and nothing changes where all bits are stored.
         assert whole["penalty_errors"] == [0.0, 0.0]
@@ -171,14 +101,14 @@ def test_causes_of_every_combination(images: ImageData, tmp_path: Path, capsys: 
     words = "--tasks 2 --epochs 6 --batch-size 20 --hidden 8 --exact-samples 50 --seeds 3"
     document = call("causes", f"{words} --lr 0.02 --fisher-samples 100", tmp_path)
     records = document["records"]
-    assert [(r["curvature"], r["optimizer"], r["seed"]) for r in records] == [
-        (curvature, optimizer, 3)
+    assert [(r["curvature"], r["update"], r["seed"]) for r in records] == [
+        (curvature, update, 3)
         for curvature in ("stored", "refreshed", "exact")
-        for optimizer in ("adam", "rotated-adam")
+        for update in ("loss", "rotated")
     ]
     assert all(min(record["accuracies"]) > 0.5 for record in records)
     assert document["settings"]["hidden"] == [8]
     assert document["settings"]["learning_rate"] == 0.02
     printed = capsys.readouterr().out
     assert "Accuracies are those on the last 20 training images" in printed
-    assert "rotated-adam  refreshed" in printed
+    assert "rotated   refreshed" in printed
