@@ -76,7 +76,6 @@ GRADIENT = "step, attached, gradient"
 TARGETS = {SMALL_MLP: 4.0, CNN: 1.15, TRANSFORMER: 1.4}
 # To be completed by a number of tasks.
 PENALTY, SEPARATE, STEP_WITH_PENALTY = "penalty", "separate penalty", "step with penalty"
-ONE_BY_ONE = "{} penalties one by one"
 
 
 def after(quantity: str, tasks: int) -> str:

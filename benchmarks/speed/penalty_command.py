@@ -23,10 +23,9 @@ class Options(MeasuringOptions):
       c       CNN with four convolutions and two linear layers, batches of 250 images
       e       Transformer of four blocks of width 256, batches of 16 sequences of 128 tokens
 
-    Merged penalties after some numbers of tasks, and, but for e, tasks kept separate and as many
-    penalties called one by one. Peers have the matrix of one task, over linear layers and
-    convolutions. Attached steps are after the most tasks. Last, how long it takes to load a
-    snapshot, and to import the package.
+    Merged penalties after some numbers of tasks, and, but for e, tasks kept separate. Peers have
+    the matrix of one task, over linear layers and convolutions. Attached steps are after the most
+    tasks. Last, how long it takes to load a snapshot, and to import the package.
 
     All contenders of a case take turns within one process; the median of each turn counts. Ratios
     are within a round, and medians over rounds. The data are noise: cost depends on shapes alone.

@@ -96,10 +96,6 @@ def compare(record: Training) -> list[Comparison]:
     ours = names.ours_beside_peers(record.case)
     quotient(ours, names.NNGEOMETRY)
     quotient(names.CURVLINOPS, ours)
-    if record.case in names.WITH_SEPARATE:
-        tasks = record.separate_tasks
-        quotient(names.ONE_BY_ONE.format(tasks), names.after(names.SEPARATE, tasks))
-
     target = names.TARGETS.get(record.case)
     bound = f" (to be at most {target:g})" if target else ""
     quotient(names.ATTACHED, names.STEP, f"{names.ATTACHED} / {names.STEP}{bound}")

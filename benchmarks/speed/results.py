@@ -115,7 +115,6 @@ class Training(_Case):
     parameters: int  # their number
     repetitions: int  # calls of each contender in its turn
     tasks: list[int]  # numbers of tasks of the merged penalties, rising
-    separate_tasks: int
 
     @property
     def place(self) -> tuple[Any, ...]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 from torch.optim import Adam
 from tqdm import tqdm
 
@@ -33,14 +32,10 @@ class History:
     known: EKFACPenalty  # of the layers that every contender knows, after the first task
     merged: dict[int, EKFACPenalty]  # merged penalties by number of tasks
     separate: dict[int, EKFACPenalty]  # penalties that keep tasks separate, by number of tasks
-    single: list[EKFACPenalty]  # penalties of one task each, for the first tasks
 
 
 def live(
-    workload: Workload,
-    tasks: Collection[int],
-    separate_tasks: Collection[int] = (),
-    single_tasks: int = 0,
+    workload: Workload, tasks: Collection[int], separate_tasks: Collection[int] = ()
 ) -> History:
     """Consolidate random tasks, one after the other, and move the model after each.
 
@@ -48,7 +43,6 @@ def live(
         workload: The model, which is moved, and the batch to step on.
         tasks: Numbers of tasks of the merged penalties.
         separate_tasks: Numbers of tasks of the penalties that keep tasks separate.
-        single_tasks: Number of penalties of one task each; no more than there are tasks.
     """
     model = workload.model
     known = {id(parameter) for parameter in workload.known_parameters}
@@ -61,7 +55,7 @@ def live(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        first, single = _task(workload), []
+        first = _task(workload)
         of_known = _after(first, EKFACPenalty(include=include))
         last = max([*tasks, *separate_tasks])
         for done in tqdm(range(1, 1 + last), unit="task", disable=None):
@@ -71,12 +65,10 @@ def live(
                     _after(task, penalty)
                 if done in numbers:
                     copies[done] = copy.deepcopy(penalty)
-            if done <= single_tasks:
-                single.append(_after(task, EKFACPenalty()))
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(MOVE * torch.randn_like(parameter))
-    return History(workload, first, of_known, merged, separate, single)
+    return History(workload, first, of_known, merged, separate)
 
 
 def _task(workload: Workload) -> Workload:
@@ -92,19 +84,11 @@ def _after(task: Workload, penalty: EKFACPenalty) -> EKFACPenalty:
     return penalty
 
 
-def value_and_gradient(workload: Workload, *penalties: EKFACPenalty) -> Work:
-    """A penalty, or the sum of several, forward and backward for all that is not frozen."""
+def value_and_gradient(workload: Workload, penalty: EKFACPenalty) -> Work:
+    """A penalty, forward and backward for all that is not frozen."""
     own = copy.deepcopy(workload.model)
     parameters = [parameter for parameter in own.parameters() if parameter.requires_grad]
-
-    def work() -> tuple[Tensor, ...]:
-        first, *others = penalties
-        value = first(own)
-        for other in others:
-            value = value + other(own)
-        return torch.autograd.grad(value, parameters)
-
-    return work
+    return lambda: torch.autograd.grad(penalty(own), parameters)
 
 
 def training_steps(

@@ -27,7 +27,7 @@ def measure(case: str, options: Options) -> Training:
     """Consolidate tasks, and time everything that is there then."""
     workload = build_step(case, quick=options.quick)
     separate = options.separate_tasks if case in names.WITH_SEPARATE else 0
-    history = live(workload, options.tasks, [separate] if separate else [], separate)
+    history = live(workload, options.tasks, [separate] if separate else [])
     works, known = enter(case, history)
     repetitions = 1 if options.quick else REPETITIONS.get(case, FEW_REPETITIONS)
     times = time_in_rounds(
@@ -49,7 +49,6 @@ def measure(case: str, options: Options) -> Training:
         parameters=sum(parameter.numel() for parameter in workload.model.parameters()),
         repetitions=repetitions,
         tasks=list(options.tasks),
-        separate_tasks=options.separate_tasks,
     )
 
 
@@ -84,8 +83,6 @@ def enter(case: str, history: History) -> tuple[dict[str, Work], dict[str, Resul
     for tasks, penalty in history.separate.items():
         name = names.after(names.SEPARATE, tasks)
         works[name] = steps.value_and_gradient(workload, penalty)
-        name = names.ONE_BY_ONE.format(tasks)
-        works[name] = steps.value_and_gradient(workload, *history.single)
     return works, results
 
 

@@ -166,6 +166,5 @@ print(sorted({"torch", "avalanche", "matplotlib", "rich"} & set(sys.modules)))
         "('a', 'c')",
         "(1, 4)",
         "('linear', 'mse')",
-        "(2, 5)",
         "[]",
     ]
