@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rotate_ewc.curvature.operator import EKFACLinearOperator
-from rotate_ewc.errors import SnapshotError
 from rotate_ewc.io import files
 from rotate_ewc.io.header import (
     HEADER,
     OPERATOR,
     PENALTY,
-    TANGENT,
-    OperatorHeader,
     PenaltyHeader,
     read_any_header,
 )
@@ -62,13 +59,9 @@ def read(path: str | os.PathLike[str]) -> SnapshotFile:
             options, num_tasks = header.options, header.num_tasks
             terms = PenaltyState.restore(header, state).terms
             operators = tuple(term.operator for term in terms)
-        elif isinstance(header, OperatorHeader):
+        else:
             tensors = {key: value for key, value in state.items() if key != HEADER}
             operators = (EKFACLinearOperator.from_blocks(*restore(header, tensors)),)
-        else:
-            raise SnapshotError(
-                f"snapshot is of format {TANGENT!r}; expected {OPERATOR!r} or {PENALTY!r}"
-            )
     return SnapshotFile(
         path=os.fspath(path),
         file_bytes=Path(path).stat().st_size,

@@ -31,7 +31,6 @@ HEADER: Final = "header"
 LIBRARY: Final = f"rotate_ewc {__version__}"
 OPERATOR: Final = "rotate_ewc.operator/1"
 PENALTY: Final = "rotate_ewc.penalty/1"
-TANGENT: Final = "rotate_ewc.tangent/1"
 
 BASES: Final = ("gradient_basis", "activation_basis")
 
@@ -181,18 +180,8 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
             raise ValueError(f"terms have reductions {reductions}; expected the same for all")
 
 
-class TangentHeader(_Object, frozen=True, tag_field="format", tag=TANGENT):
-    """The header of a tangent's snapshot.
-
-    Attributes:
-        tasks: Number of tasks of its penalty.
-    """
-
-    tasks: int
-
-
-AnyHeader = OperatorHeader | PenaltyHeader | TangentHeader
-HeaderType = TypeVar("HeaderType", OperatorHeader, PenaltyHeader, TangentHeader)
+AnyHeader = OperatorHeader | PenaltyHeader
+HeaderType = TypeVar("HeaderType", OperatorHeader, PenaltyHeader)
 
 
 def write_header(header: AnyHeader, device: torch.device | None = None) -> Tensor:
@@ -288,8 +277,8 @@ def _explained(message: str, text: str) -> str:
     path, found = _located(rest.rstrip("`"), text)
     if path == "format":
         return (
-            f"snapshot format is {found:.99}; expected {OPERATOR!r}, {PENALTY!r} or {TANGENT!r}: "
-            f"perhaps it was written by a later version than {LIBRARY}"
+            f"snapshot format is {found:.99}; expected {OPERATOR!r} or {PENALTY!r}: perhaps it was "
+            f"written by a later version than {LIBRARY}"
         )
     if (choices := _CHOICES.get(path.rpartition(".")[2])) is not None and found.startswith('"'):
         # msgspec does not say which there are.

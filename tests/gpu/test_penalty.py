@@ -9,16 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from rotate_ewc import (
     EKFACLinearOperator,
     EKFACPenalty,
-    RotatedAdam,
-    TangentPenalty,
     calibrated_strength,
     merge,
 )
-from tests.helpers.dense_adam import advance, dense
+from tests.helpers import dense_steps
 from tests.helpers.devices import GPU, on
 from tests.helpers.exactness import assert_exact_diagonal
 from tests.helpers.oracles import assert_close, dense_operator
@@ -125,10 +124,11 @@ def test_a_penalty_that_was_left_behind_is_named(device: torch.device) -> None:
     message = r"(is|are) on cuda:0, but the penalty on cpu; call penalty.to\('cuda:0'\)"
     with pytest.raises(ValueError, match=message):
         penalty(model)
-    with pytest.raises(ValueError, match=message):
-        penalty.proximal_step_(model, 0.1)
-    with pytest.raises(ValueError, match=message):
-        TangentPenalty(penalty)(model)
+    for update in ("rotated", "tangent", "gradient"):
+        optimizer = torch.optim.Adam(model.parameters())
+        give(model, 0)
+        with penalty.attach(optimizer, model, update), pytest.raises(ValueError, match=message):
+            optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -196,80 +196,97 @@ def test_merged_with_one_that_has_grown(device: torch.device) -> None:
     assert_exact_diagonal(merge(operators).to("cpu"), exact, shapes)
 
 
+def give(model: nn.Module, seed: int) -> list[Tensor]:
+    """Give a model random gradients; return them on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients = [
+        torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in model.parameters()
+    ]
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        p.grad = gradient.to(p.device)
+    return gradients
+
+
+CASES = ["sgd-nesterov", "adam", "adam-fused", "adamw", "adam-amsgrad", "nadam", "adagrad"]
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", MODELS)
-def test_proximal_step(device: torch.device, name: str) -> None:
+def test_attached(device: torch.device, name: str, case: str) -> None:
     model, penalty = consolidated(device, name)
-    (form,), before = quadratics(penalty, model), flat(model).cpu()
-    penalty.proximal_step_(model, 0.5)
-    system = torch.eye(len(before)).double() + 0.5 * form.weight * form.matrix
-    expected = form.anchor + torch.linalg.solve(system, before - form.anchor)
-    assert_close(flat(model).cpu() - before, expected - before)
-
-
-def test_tangent(device: torch.device) -> None:
-    """The plane at a point of contact, and the implicit step on what it leaves out."""
-    model, penalty = consolidated(device)
-    (form,), contact = quadratics(penalty, model), flat(model).cpu()
-    tangent = TangentPenalty(penalty)
-    tangent(model)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(0.9)
-    before = flat(model).cpu()
-    value = tangent(model)
-    value.backward()
-    plane = form.value(contact) + form.gradient(contact) @ (before - contact)
-    assert_close(value.detach().cpu(), plane)
-    assert_close(flat_gradient(model).cpu(), form.gradient(contact))
-    tangent.refresh_(model, 0.5)
-    system = torch.eye(len(before)).double() + 0.5 * form.weight * form.matrix
-    expected = contact + torch.linalg.solve(system, before - contact)
-    assert_close(flat(model).cpu() - before, expected - before)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_rotated_adam(device: torch.device, name: str) -> None:
-    model, penalty = consolidated(device, name)
-    optimizer = RotatedAdam(model, penalty, lr=0.1)
+    kind, options = dense_steps.CASES[case]
     home = at_home(penalty)
     assert isinstance(home, EKFACPenalty)
-    oracle, start = dense(home, at_home(model), lr=0.1), flat(model).cpu()
+    oracle = dense_steps.dense(home, at_home(model), kind, options)
+    optimizer, start = kind(model.parameters(), **options), flat(model).cpu()
+    penalty.attach(optimizer, model)
     for seed in range(4):
-        generator = torch.Generator().manual_seed(seed)
-        gradients = [
-            torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in model.parameters()
-        ]
-        for p, gradient in zip(model.parameters(), gradients, strict=True):
-            p.grad = gradient.to(device)
-        expected = advance(oracle, gradients, penalty.scale)
+        expected = dense_steps.advance(oracle, give(model, seed), penalty.scale)
         optimizer.step()
         assert_close(flat(model).cpu() - start, expected - start)
 
 
-def test_rotated_adam_goes_on_with_its_state(device: torch.device) -> None:
+def test_attached_to_a_capturable_optimizer(device: torch.device) -> None:
+    """Its number of steps is on the device too."""
+    model, penalty = consolidated(device)
+    home = at_home(penalty)
+    assert isinstance(home, EKFACPenalty)
+    oracle = dense_steps.dense(home, at_home(model), torch.optim.Adam, {"lr": 0.1})
+    capturable = device.type == "cuda"
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, capturable=capturable)
+    penalty.attach(optimizer, model)
+    start = flat(model).cpu()
+    for seed in range(4):
+        expected = dense_steps.advance(oracle, give(model, seed), penalty.scale)
+        optimizer.step()
+        assert_close(flat(model).cpu() - start, expected - start)
+
+
+def test_tangent(device: torch.device) -> None:
+    """The gradient at a point of contact, and the implicit step on what the plane leaves out."""
+    model, penalty = consolidated(device)
+    (form,), contact = quadratics(penalty, model), flat(model).cpu()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    penalty.attach(optimizer, model, "tangent", 2)
+    at = contact
+    for seed in range(2):
+        gradient = torch.cat([g.flatten() for g in give(model, seed)])
+        optimizer.step()
+        at = at - 0.1 * (gradient + form.gradient(contact))
+    system = torch.eye(len(at)).double() + 0.2 * form.weight * form.matrix
+    expected = contact + torch.linalg.solve(system, at - contact)
+    assert_close(flat(model).cpu() - contact, expected - contact)
+
+
+def test_gradient(device: torch.device) -> None:
+    model, penalty = consolidated(device)
+    (form,), start = quadratics(penalty, model), flat(model).cpu()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    penalty.attach(optimizer, model, "gradient")
+    gradient = torch.cat([g.flatten() for g in give(model, 0)])
+    optimizer.step()
+    assert_close(flat(model).cpu() - start, -0.1 * (gradient + form.gradient(start)))
+
+
+@pytest.mark.parametrize("update", ["rotated", "tangent"])
+def test_attached_goes_on_with_its_state(device: torch.device, update: str) -> None:
     """As `torch.optim` does, it moves the state that it loads to the parameters."""
     model, penalty = consolidated(device)
-    optimizer = RotatedAdam(model, penalty, lr=0.1)
-    ((x, y), _) = on(device, task("plain", 0))
-    CE(model(x), y).backward()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    handle = penalty.attach(optimizer, model, update)
+    give(model, 0)
     optimizer.step()
-    state = copy.deepcopy(optimizer.state_dict())
-    state["state"] = {
-        index: {
-            key: value.cpu() if isinstance(value, Tensor) else value for key, value in s.items()
-        }
-        for index, s in state["state"].items()
-    }
-    other = RotatedAdam(model, penalty, lr=0.1)
-    other.load_state_dict(state)
-    before = [p.detach().clone() for p in model.parameters()]
-    optimizer.step()
-    expected = flat(model)
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), before, strict=True):
-            p.copy_(value)
-    other.step()
-    assert_close(flat(model), expected)
+    states = (optimizer.state_dict(), handle.state_dict())
+    saved = tree_map_only(Tensor, lambda tensor: tensor.cpu().clone(), states)
+    twin = copy.deepcopy(model)
+    other = torch.optim.Adam(twin.parameters(), lr=0.1)
+    second = penalty.attach(other, twin, update)
+    other.load_state_dict(saved[0])
+    second.load_state_dict(saved[1])
+    for net, stepped in ((model, optimizer), (twin, other)):
+        give(net, 1)
+        stepped.step()
+    assert_close(flat(twin), flat(model))
 
 
 def test_calibrated_strength(device: torch.device) -> None:

@@ -17,7 +17,6 @@ from avalanche.training.supervised import Naive
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from rotate_ewc import RotatedAdam
 from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
 from tests.helpers.avalanche_training import (
     CE,
@@ -35,7 +34,7 @@ SEED = 11
 class Case:
     """What is trained, and how."""
 
-    update: str = "penalty"
+    update: str = "rotated"
     optimizer: str = "sgd"
     mode: str = "merged"
     model: str = "net"
@@ -66,8 +65,6 @@ def experiences_of(case: Case) -> list[Any]:
 
 
 def optimizer_of(case: Case, model: nn.Module) -> Optimizer:
-    if case.optimizer == "rotated":
-        return RotatedAdam(model, lr=0.02)
     if case.optimizer == "adam":
         return Adam(model.parameters(), lr=0.02)
     return SGD(model.parameters(), lr=0.05, momentum=0.5)

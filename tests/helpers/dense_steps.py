@@ -21,8 +21,8 @@ from torch.optim import (
 )
 
 from rotate_ewc import EKFACPenalty
-from tests.helpers.dense_adam import Coordinates, coordinates
-from tests.helpers.penalties import flat
+from tests.helpers.oracles import block_indices, kronecker_basis
+from tests.helpers.penalties import flat, positions, shapes_of
 
 Options = dict[str, Any]
 Case = tuple[type[Optimizer], Options]
@@ -59,12 +59,46 @@ CASES: dict[str, Case] = {
 }
 
 
+class Coordinates(NamedTuple):
+    """Eigenvectors in columns, eigenvalues and anchor over the flat parameters of a model.
+
+    Each coordinate has the place of an entry: the one that its block has in its own layout. Where
+    nothing is protected, the basis is the identity, and eigenvalues and anchor are zero.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    anchor: Tensor
+
+
 class Dense(NamedTuple):
     """An optimizer of the coordinates, of which every parameter of a model has a part."""
 
     at: Coordinates
     parts: list[nn.Parameter]
     optimizer: Optimizer
+
+
+def coordinates(penalty: EKFACPenalty, model: nn.Module) -> Coordinates:
+    shapes, size = shapes_of(model), len(flat(model))
+    basis = torch.eye(size, dtype=torch.float64)
+    eigenvalues, anchor = torch.zeros(size).double(), torch.zeros(size).double()
+    for term in penalty.terms:
+        inner = {name: tuple(shape) for name, shape in term.operator.parameter_shapes.items()}
+        where = positions(inner, shapes)
+        for block in term.operator.blocks:
+            groups = len(block.eigenvalues)
+            entries = block_indices(inner, block.parameters, groups, block.transposed)
+            for index, vectors, values in zip(
+                where[entries].flatten(start_dim=1),
+                kronecker_basis(block),
+                block.eigenvalues.flatten(start_dim=1),
+                strict=True,
+            ):
+                basis[index[:, None], index] = vectors.double()
+                eigenvalues[index] = values.double()
+        anchor[where] = torch.cat([term.anchor[name].flatten() for name in inner]).double()
+    return Coordinates(basis, eigenvalues, anchor)
 
 
 def dense(

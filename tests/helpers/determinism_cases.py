@@ -15,13 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rotate_ewc import (
-    EKFACLinearOperator,
-    EKFACPenalty,
-    RotatedAdam,
-    TangentPenalty,
-    step_sizes_of,
-)
+from rotate_ewc import Attachment, EKFACLinearOperator, EKFACPenalty
 
 CE: Final = nn.CrossEntropyLoss()
 
@@ -156,12 +150,11 @@ class Run:
 
 
 RUNS: Final = [
-    *(Run("penalty", name, mode) for name in ("sgd", "adam") for mode in ("merged", "separate")),
-    *(Run(way, name) for way in ("proximal", "tangent") for name in ("sgd", "adam")),
-    Run("optimizer", "rotated"),
+    *(Run("loss", name, mode) for name in ("sgd", "adam") for mode in ("merged", "separate")),
+    *(Run(way, name) for way in ("rotated", "tangent", "gradient") for name in ("sgd", "adam")),
     *(
         Run(way, name, joint=True)
-        for way, name in (("penalty", "adam"), ("tangent", "sgd"), ("optimizer", "rotated"))
+        for way, name in (("loss", "adam"), ("tangent", "sgd"), ("rotated", "adam"))
     ),
 ]
 
@@ -186,13 +179,15 @@ class Training:
         self.penalty = EKFACPenalty(
             2.0, mode=run.mode, separate_weight_and_bias=not run.joint, decay=0.9
         )
-        self.tangent = TangentPenalty(self.penalty) if run.way == "tangent" else None
         self.optimizer = self._optimizer()
+        self.handle: Attachment[EKFACPenalty] | None = None
+        if run.way != "loss":
+            every = EVERY if run.way == "tangent" or run.optimizer == "sgd" else 1
+            every = 1 if run.way == "gradient" else every
+            self.handle = self.penalty.attach(self.optimizer, self.model, run.way, every)
         self.done = 0
 
     def _optimizer(self) -> Optimizer:
-        if self.run.optimizer == "rotated":
-            return RotatedAdam(self.model, self.penalty, lr=0.01)
         if self.run.optimizer == "adam":
             return torch.optim.Adam(self.model.parameters(), lr=0.01)
         return torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
@@ -202,26 +197,18 @@ class Training:
         while self.done < end:
             task, step = divmod(self.done, EVENTS)
             if step < STEPS:
-                self._step(*batch(task, step), last_of_some=(step + 1) % EVERY == 0)
+                self._step(*batch(task, step))
             else:
                 self.penalty.consolidate(self.model, CE, [batch(task, s) for s in range(4)])
             self.done += 1
 
-    def _step(self, x: Tensor, y: Tensor, *, last_of_some: bool) -> None:
+    def _step(self, x: Tensor, y: Tensor) -> None:
         self.optimizer.zero_grad()
         loss = CE(self.model(x), y)
-        if self.run.way == "penalty":
+        if self.handle is None:
             loss = loss + self.penalty(self.model)
-        elif self.tangent is not None:
-            loss = loss + self.tangent(self.model)
         loss.backward()
         self.optimizer.step()
-        if last_of_some and self.run.way in ("proximal", "tangent"):
-            sizes = step_sizes_of(self.optimizer, dict(self.model.named_parameters()), EVERY * 0.01)
-            if self.tangent is None:
-                self.penalty.proximal_step_(self.model, sizes)
-            else:
-                self.tangent.refresh_(self.model, sizes)
 
     def state(self) -> dict[str, Any]:
         """What has to be saved to go on."""
@@ -230,7 +217,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "penalty": self.penalty.state_dict(),
-            "tangent": {} if self.tangent is None else self.tangent.state_dict(),
+            "handle": {} if self.handle is None else self.handle.state_dict(),
             "random": torch.get_rng_state(),
         }
 
@@ -239,8 +226,8 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.penalty.load_state_dict(state["penalty"])
-        if self.tangent is not None:
-            self.tangent.load_state_dict(state["tangent"])
+        if self.handle is not None:
+            self.handle.load_state_dict(state["handle"])
         torch.set_rng_state(state["random"])
 
     def outcome(self) -> dict[str, Any]:

@@ -75,6 +75,11 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def place(model: nn.Module, vector: Tensor) -> None:
+    """Set every parameter from a flat vector of them all."""
+    nn.utils.vector_to_parameters(vector.clone(), model.parameters())
+
+
 def flat_gradient(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -97,6 +102,11 @@ class Quadratic(NamedTuple):
 
     def gradient(self, theta: Tensor) -> Tensor:
         return self.weight * self.matrix @ (theta - self.anchor)
+
+    def proximal(self, theta: Tensor, size: float) -> Tensor:
+        """Minimise `½ |θ' - θ|² + size · value(θ')`."""
+        system = torch.eye(len(theta)).to(theta) + size * self.weight * self.matrix
+        return self.anchor + torch.linalg.solve(system, theta - self.anchor)
 
 
 def positions(inner: Shapes, outer: Shapes) -> Tensor:

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError, TangentPenalty
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty
 from rotate_ewc.inspection.command import main
 from rotate_ewc.inspection.comparison import compare
 from rotate_ewc.inspection.snapshot_file import read
 from rotate_ewc.inspection.summary import summaries
-from rotate_ewc.io import files, header
+from rotate_ewc.io import header
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.provenance import Provenance
 from tests.helpers import golden
@@ -264,12 +264,6 @@ def test_headers_are_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("operator", "penalty"):
         read(golden.DATA / f"{kind}-{golden.VERSION}.safetensors")
     assert len(calls) == 2
-
-
-def test_tangents_are_not_files(tmp_path: Path) -> None:
-    files.save(TangentPenalty(EKFACPenalty()).state_dict(), tmp_path / "tangent")
-    with pytest.raises(SnapshotError, match=r"format 'rotate_ewc.tangent/1'; expected"):
-        read(tmp_path / "tangent")
 
 
 def test_as_a_program() -> None:

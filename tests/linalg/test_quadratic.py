@@ -1,24 +1,17 @@
-"""The quadratic form, its gradients and the proximal step, against dense matrices."""
+"""The quadratic form and its gradients, against dense matrices."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotate_ewc.linalg.quadratic import quadratic_form, quadratic_gradient
-from rotate_ewc.penalty.proximal import (
-    check_step_size,
-    shrink_towards_anchors_,
-    step_sizes_by_stack,
-)
-from rotate_ewc.penalty.terms import Stack
 from tests.helpers.oracles import assert_close
 from tests.helpers.random_operators import Layout, RandomOperator
 
@@ -140,101 +133,3 @@ def test_two_products_for_the_value_and_two_for_the_gradient() -> None:
         value.backward()
     assert forward.calls["bmm"] == backward.calls["bmm"] == 1 + 2 + 1
     assert not any(name.startswith("zeros") for name in backward.calls)
-
-
-# --- the proximal step ---
-
-
-def stacks(anchor: Mapping[str, Tensor]) -> list[Stack]:
-    return [
-        Stack(block.parameters, block, tuple(anchor[name][None] for name in block.parameters))
-        for block in BLOCKS
-    ]
-
-
-@pytest.mark.parametrize("scale", [0.5, 30.0])
-def test_proximal_step_solves_the_dense_system(scale: float) -> None:
-    start, anchor, dense = drawn(1), drawn(2), OPERATOR.dense()
-    parameters = split(start.clone())
-    deltas = {name: t[None] for name, t in split(start - anchor).items()}
-    sizes = {name: 0.2 + 0.1 * i for i, name in enumerate(NAMES)}
-    shrink_towards_anchors_(stacks(split(anchor)), parameters, deltas, sizes, scale)
-    # A joint block takes the mean of its two, which commutes with its matrix.
-    means = {
-        name: sum(sizes[n] for n in block.parameters) / len(block.parameters)
-        for block in BLOCKS
-        for name in block.parameters
-    }
-    eta = joined({n: torch.full(s, means[n], dtype=torch.float64) for n, s in SHAPES.items()})
-    system = torch.eye(len(dense), dtype=torch.float64) + scale * eta[:, None] * dense
-    expected = anchor + torch.linalg.solve(system, start - anchor)
-    assert_close(joined(parameters) - start, expected - start)
-
-
-def test_proximal_step_of_other_precision() -> None:
-    """Displacements and parameters in single precision are rotated in that of the blocks."""
-    anchor, dense = drawn(2), OPERATOR.dense()
-    parameters = {name: t.float() for name, t in split(drawn(1)).items()}
-    start = joined({name: t.double() for name, t in parameters.items()})
-    deltas = {name: t[None].float() for name, t in split(start - anchor).items()}
-    shrink_towards_anchors_(stacks(split(anchor)), parameters, deltas, 0.3, 2.0)
-    system = torch.eye(len(dense), dtype=torch.float64) + 0.6 * dense
-    expected = anchor + torch.linalg.solve(system, start - anchor)
-    assert {tensor.dtype for tensor in parameters.values()} == {torch.float32}
-    assert_close(joined(parameters).double(), expected, tolerance=1e-6)
-
-
-def test_parameters_that_do_not_fit_stay() -> None:
-    """One that is missing or too small is left alone, whatever its block holds."""
-    start, anchor = drawn(1), drawn(2)
-    parameters = split(start.clone())
-    deltas = {name: t[None] for name, t in split(start - anchor).items()}
-    small, missing = NAMES[0], NAMES[2]
-    parameters[small] = parameters[small][:1].clone()
-    kept = parameters[small].clone()
-    del parameters[missing]
-    shrink_towards_anchors_(stacks(split(anchor)), parameters, deltas, 0.3, 2.0)
-    assert torch.equal(parameters[small], kept)
-    assert missing not in parameters
-    for name in set(NAMES) - {small, missing}:
-        assert not torch.equal(parameters[name], split(start)[name])
-
-
-def test_every_step_size_is_looked_up_before_anything_moves() -> None:
-    start = drawn(1)
-    parameters = split(start.clone())
-    deltas = {name: t[None] for name, t in split(start).items()}
-    sizes = dict.fromkeys(NAMES[:-1], 0.1)
-    with pytest.raises(ValueError, match=f"no entry for the parameter '{NAMES[-1]}'"):
-        shrink_towards_anchors_(stacks(split(drawn(2))), parameters, deltas, sizes, 1.0)
-    assert torch.equal(joined(parameters), start)
-
-
-def test_step_sizes() -> None:
-    class Named:
-        names = ("a", "b")
-
-    stack: Any = Named()
-    for given, expected in ((2, 2.0), ({"a": 1, "b": 2, "c": 9}, 1.5), ({"a": 1, "b": 1}, 1.0)):
-        found = step_sizes_by_stack(given, [stack])
-        assert found == {stack: expected}
-        assert isinstance(found[stack], float)
-    with pytest.raises(ValueError, match="step_size has no entry for the parameter 'b'; expected"):
-        step_sizes_by_stack({"a": 1}, [stack])
-    with pytest.raises(ValueError, match="step_size has no entry for the parameter 'a', 'b'; exp"):
-        step_sizes_by_stack({}, [stack])
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: check_step_size(-1.0), "^step_size is -1.0"),
-        (lambda: check_step_size(float("inf")), "^step_size is inf"),
-        (lambda: check_step_size({"a": 0.0, "b": -2.0}), r"^step_size\['b'\] is -2.0"),
-    ],
-)
-def test_bad_step_sizes(call: Callable[[], None], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
-    assert check_step_size(0.0) is None
-    assert check_step_size({"a": 0, "b": 1e9}) is None

@@ -14,17 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rotate_ewc import EKFACPenalty
 from tests.helpers.dense_steps import CASES
 from tests.helpers.oracles import assert_close
-from tests.helpers.penalties import CE, consolidated, flat, make, quadratic, task
+from tests.helpers.penalties import CE, consolidated, flat, make, place, quadratic, task
 
 
 def give(model: nn.Module, gradient: Tensor) -> None:
     sizes = [p.numel() for p in model.parameters()]
     for p, part in zip(model.parameters(), gradient.split(sizes), strict=True):
         p.grad = part.reshape(p.shape).clone()
-
-
-def place(model: nn.Module, vector: Tensor) -> None:
-    nn.utils.vector_to_parameters(vector.clone(), model.parameters())
 
 
 def random_gradient(model: nn.Module, seed: int) -> Tensor:
@@ -113,6 +109,47 @@ def test_tangent_plane(case: str, every: int, joint: bool) -> None:
         if (step + 1) % every == 0:
             place(twin, plane.refresh(flat(twin), size))
     assert_close(flat(model) - start, flat(twin) - start, 1e-9)
+
+
+@pytest.mark.parametrize("frozen", ["0.weight", None])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_tangent_that_is_flushed(steps: int, frozen: str | None) -> None:
+    """By the size of the steps since the last plane, and after it the next one is full again."""
+    model, penalty = consolidated("plain", 1)
+    form, twin = quadratic(penalty, model, scale=2.5 / 9), copy.deepcopy(model)
+    optimizer, reference = (SGD(m.parameters(), lr=0.1) for m in (model, twin))
+    handle = penalty.attach(optimizer, model, "tangent", 3)
+    plane, start = Plane(form, flat(twin)), flat(model)
+    free = torch.cat([torch.full((p.numel(),), n != frozen) for n, p in model.named_parameters()])
+    for count in (steps, 3):
+        for step in range(count):
+            gradient = random_gradient(model, step)
+            for net, own in ((model, gradient), (twin, gradient + plane.gradient)):
+                give(net, own)
+                for name, p in net.named_parameters():
+                    p.grad = None if name == frozen else p.grad
+            optimizer.step()
+            reference.step()
+        optimizer.zero_grad()
+        handle.flush()
+        # Blocks are of one parameter each, so that one that is frozen has no part in the others.
+        place(twin, torch.where(free, plane.refresh(flat(twin), 0.1 * count), flat(twin)))
+        assert_close(flat(model) - start, flat(twin) - start, 1e-9)
+        before = flat(model)
+        handle.flush()
+        assert torch.equal(flat(model), before)
+
+
+def test_tangent_that_is_flushed_when_adam_has_forgotten_its_steps() -> None:
+    model, penalty = consolidated("plain", 1)
+    optimizer = Adam(model.parameters(), lr=0.1)
+    handle = penalty.attach(optimizer, model, "tangent", 3)
+    give(model, random_gradient(model, 0))
+    optimizer.step()
+    optimizer.state.clear()
+    before = flat(model)
+    handle.detach()
+    assert torch.equal(flat(model), before)
 
 
 def test_size_of_the_implicit_step_is_that_of_entries_that_moved() -> None:

@@ -455,6 +455,19 @@ def test_detached_optimizers_step_by_themselves(update: str, case: str) -> None:
     assert torch.equal(flat(model), flat(twin))
 
 
+def test_detached_optimizers_have_the_step_of_their_scheduler() -> None:
+    """Or else it would warn that it was overridden."""
+    model, penalty = consolidated("plain", 1)
+    optimizer = Adam(model.parameters(), lr=0.1)
+    scheduler = ExponentialLR(optimizer, 0.9)
+    step = optimizer.step
+    penalty.attach(optimizer, model).detach()
+    assert optimizer.step == step
+    draw(model, 0)
+    optimizer.step()
+    scheduler.step()
+
+
 @pytest.mark.parametrize("first", [False, True])
 def test_schedulers_before_and_after(first: bool) -> None:
     """They wrap `step` too; and a failing step is undone all the same."""

@@ -14,7 +14,18 @@ from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 from rotate_ewc import EKFACPenalty, NotFiniteError
 from tests.helpers.dense_steps import CASES, advance, dense
 from tests.helpers.oracles import assert_close
-from tests.helpers.penalties import CE, MODELS, consolidated, flat, make, move, task
+from tests.helpers.penalties import (
+    CE,
+    MODELS,
+    SUMMED,
+    consolidated,
+    flat,
+    make,
+    move,
+    place,
+    quadratic,
+    task,
+)
 
 
 def draw(model: nn.Module, seed: int) -> list[Tensor | None]:
@@ -62,6 +73,89 @@ def test_strengths(strength: float, case: str) -> None:
     """With a strength of 0 they are the optimizer's own steps, in rotated coordinates."""
     model, penalty = consolidated("plain", 1, strength)
     follow(model, penalty, case, strength / 9, steps=8)
+
+
+@pytest.mark.parametrize("case", ["sgd-nesterov", "adam"])
+@pytest.mark.parametrize("loss", [CE, SUMMED])
+@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+def test_scale_is_that_of_the_penalty(weighting: str, loss: nn.Module, case: str) -> None:
+    """In proportion to the loss: by numbers of examples, M_now divides the mean."""
+    model, penalty = consolidated("plain", 2, loss=loss, weighting=weighting, decay=0.7)
+    penalty.current_num_data = 25
+    of_all = 25.0 if loss is SUMMED else 1.0
+    scale = 2.5 * of_all / (25.0 if weighting == "examples" else 1.0)
+    follow(model, penalty, case, scale, steps=5)
+
+
+class Odd(nn.Module):
+    """A tied weight, a scalar, blocks without a basis, and a filter with other strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(6, 4)
+        self.norm = nn.LayerNorm(4)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.filter = nn.Conv2d(1, 2, (2, 2)).to(memory_format=torch.channels_last)
+        self.mixed = nn.Linear(12, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        seen = self.norm(self.words(tokens)) * self.scale
+        features = self.mixed(self.filter(seen[:, None]).flatten(1).tanh())
+        return nn.functional.linear(features, self.words.weight)
+
+
+@pytest.mark.parametrize("case", ["sgd-nesterov", "adam"])
+@pytest.mark.parametrize("joint", [False, True])
+def test_diagonal_tied_and_scalar_parameters(joint: bool, case: str) -> None:
+    """The first have no basis at all, so that nothing is rotated but all could be aliased."""
+    torch.manual_seed(0)
+    model = Odd().double()
+    penalty = EKFACPenalty(2.5, fisher_type="type2", separate_weight_and_bias=not joint)
+    for t in range(2):
+        penalty.consolidate(model, CE, [(x.clamp(max=4), y) for x, y in task("transposed", t)])
+        move(model, t)
+    state = {key: value.clone() for key, value in penalty.state_dict().items()}
+    follow(model, penalty, case, 2.5 / 9)
+    assert all(torch.equal(value, state[key]) for key, value in penalty.state_dict().items())
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("update", ["rotated", "tangent", "gradient"])
+def test_gradients_that_cannot_be_written_to(update: str, graph: bool) -> None:
+    """Expanded ones, and those that have a gradient function themselves."""
+    model, penalty = consolidated("plain", 1)
+    twin = copy.deepcopy(model)
+    for net in (model, twin):
+        parameters = list(net.parameters())
+        value = sum(p.sum() + 0.1 * p.square().sum() for p in parameters)
+        slopes = torch.autograd.grad(value, parameters, create_graph=graph)
+        optimizer = Adam(net.parameters(), lr=0.1)
+        for p, slope in zip(parameters, slopes, strict=True):
+            expanded = torch.ones(1, dtype=p.dtype).expand(p.shape)
+            p.grad = slope if graph else expanded
+            if net is twin:
+                p.grad = p.grad.detach().clone()
+        with penalty.attach(optimizer, net, update):
+            optimizer.step()
+    assert torch.equal(flat(model), flat(twin))
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("update", ["rotated", "tangent", "gradient"])
+def test_step_under_autocast_is_in_full_precision(update: str) -> None:
+    model, penalty = consolidated("plain", 1)
+    penalty.float()
+    found = []
+    for inside in (True, False):
+        net = copy.deepcopy(model).float()
+        optimizer = Adam(net.parameters(), lr=0.1)
+        with penalty.attach(optimizer, net, update):
+            for step in range(3):
+                draw(net, step)
+                with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                    optimizer.step()
+        found.append(flat(net))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -174,12 +268,12 @@ def test_frozen_halves(frozen: str, case: str) -> None:
 @pytest.mark.parametrize("every", [2, 5])
 @pytest.mark.parametrize("case", ["sgd-decay", "sgd-nesterov"])
 def test_proximal_step_every_few_steps(case: str, every: int) -> None:
-    """By the sum of the step sizes, while the learning rate falls."""
+    """By the sum of the step sizes, while the learning rate falls; what is left is flushed."""
     model, penalty = consolidated("plain", 1)
     kind, options = CASES[case]
-    twin = copy.deepcopy(model)
+    form, twin = quadratic(penalty, model, 2.5 / 9), copy.deepcopy(model)
     optimizer, reference = (kind(m.parameters(), **options) for m in (model, twin))
-    penalty.attach(optimizer, model, every=every)
+    handle = penalty.attach(optimizer, model, every=every)
     schedulers = [ExponentialLR(o, 0.8) for o in (optimizer, reference)]
     total, start = 0.0, flat(model)
     factor = 1.0 / (1.0 - options.get("momentum", 0.0))
@@ -189,11 +283,31 @@ def test_proximal_step_every_few_steps(case: str, every: int) -> None:
             stepped.step()
         total += reference.param_groups[0]["lr"] * factor
         if (step + 1) % every == 0:
-            penalty.proximal_step_(twin, total)
+            place(twin, form.proximal(flat(twin), total))
             total = 0.0
         for scheduler in schedulers:
             scheduler.step()
         assert_close(flat(model) - start, flat(twin) - start, 1e-9)
+    expected = form.proximal(flat(twin), total)
+    assert (expected - flat(model)).abs().max() > 1e-4
+    for end in (handle.flush, handle.flush, handle.detach):
+        end()
+        assert_close(flat(model) - start, expected - start, 1e-9)
+
+
+def test_nothing_is_flushed_before_the_first_task_or_after_a_consolidation() -> None:
+    model, penalty = make("plain"), EKFACPenalty(2.5)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with penalty.attach(optimizer, model, every=3) as handle:
+        for seed in range(2):
+            for step in range(2):
+                draw(model, step)
+                optimizer.step()
+            if seed:
+                penalty.consolidate(model, CE, task("plain", 0))
+            before = flat(model)
+            handle.flush()
+            assert torch.equal(flat(model), before)
 
 
 @pytest.mark.parametrize("case", ["sgd-momentum", "adam", "adamw"])
@@ -293,15 +407,14 @@ def test_proximal_steps_start_again_after_a_consolidation() -> None:
         draw(model, step)
         optimizer.step()
     penalty.consolidate(model, CE, task("plain", 3, 10))
-    twin = copy.deepcopy(model)
+    form, twin = quadratic(penalty, model, 2.5 / 10), copy.deepcopy(model)
     for step in range(2, 5):
         draw(model, step)
         optimizer.step()
         with torch.no_grad():
             for p, gradient in zip(twin.parameters(), draw(model, step), strict=True):
                 p.sub_(0.1 * gradient)
-    penalty.proximal_step_(twin, 3 * 0.1)
-    assert_close(flat(model), flat(twin), 1e-9)
+    assert_close(flat(model), form.proximal(flat(twin), 3 * 0.1), 1e-9)
 
 
 @pytest.mark.parametrize("case", ["sgd-momentum", "adam", "adamw", "rmsprop"])

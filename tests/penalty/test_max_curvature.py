@@ -118,13 +118,13 @@ def test_warning_tells_the_numbers() -> None:
     assert f"curvature {penalty.max_curvature:.4g}" in text
     assert "strength 2.5" in text
     assert "is 6, more than 2" in text
-    assert "proximal_step_" in text
+    assert "update='rotated'" in text
     assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("strength", [0.3, 1.0, 2.5, 7.7, 40.0])
 def test_advice_of_the_warning_can_be_followed(strength: float) -> None:
-    _, penalty = learned("plain", 2, strength)
+    model, penalty = learned("plain", 2, strength)
     rate = 7 / penalty.max_curvature
     with pytest.warns(UserWarning, match="will diverge") as caught:
         penalty.check_learning_rate(rate)
@@ -135,6 +135,17 @@ def test_advice_of_the_warning_can_be_followed(strength: float) -> None:
         assert penalty.check_learning_rate(float(advised[1]))
         penalty.strength = float(advised[2])
         assert penalty.check_learning_rate(rate)
+    penalty.strength = strength
+    call = re.search(r"call (penalty\.attach\(.*?\))", str(caught[0].message))
+    assert call is not None
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    eval(call[1], {"penalty": penalty, "optimizer": optimizer, "model": model})
+    first = penalty(model).item()
+    for _ in range(100):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert penalty(model).item() < 0.1 * first
 
 
 @pytest.mark.parametrize("rate", [-0.1, float("nan"), True, "0.1", None])

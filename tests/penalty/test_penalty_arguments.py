@@ -376,11 +376,10 @@ def test_missing_parameters_are_left_out_with_one_warning() -> None:
     "call",
     [
         lambda penalty, parameters: penalty(parameters),
-        lambda penalty, parameters: penalty.proximal_step_(parameters, 0.1),
         lambda penalty, parameters: penalty.deltas(parameters),
         lambda penalty, _: penalty.consolidate(linear(), CE, DATA),
     ],
-    ids=["value", "step", "deltas", "consolidate"],
+    ids=["value", "deltas", "consolidate"],
 )
 def test_warning_points_at_the_line_of_the_user(call: Callable[..., Any]) -> None:
     """Whatever frames of this package and of torch lie in between."""
@@ -518,40 +517,7 @@ def test_casts_reach_what_was_added_to_a_penalty() -> None:
     assert penalty.child.weight.device == torch.device("cpu")
 
 
-# --- steps and rates ---
-
-
-@pytest.mark.parametrize("strength", [0.01, 1.0, 2.5])
-def test_proximal_step_by_the_formula(strength: float) -> None:
-    model = linear()
-    penalty = learned(model, strength=strength)
-    matrix, anchor = fisher(model), flat(model)
-    move(model, 1)
-    system = torch.eye(12, dtype=torch.float64) + 0.7 * strength * matrix
-    start = flat(model)
-    expected = anchor + torch.linalg.solve(system, start - anchor)
-    assert penalty.proximal_step_(model, 0.7) is None
-    assert_close(flat(model) - start, expected - start)
-    assert model.weight.grad is None
-
-
-def test_no_strength_moves_nothing() -> None:
-    """Not even by rounding: there and back through a basis would."""
-    model = linear()
-    penalty = learned(model, strength=0.0)
-    move(model, 1)
-    before = model.weight.detach().clone()
-    penalty.proximal_step_(model, 0.7)
-    assert torch.equal(model.weight, before)
-
-
-def test_proximal_step_of_separate_terms_says_why_not() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"^penalty has mode 'separate'; expected 'merged': the terms of separate tasks "
-        r"have no common eigenbasis in which to take a step$",
-    ):
-        learned(linear(), mode="separate").proximal_step_(linear(), 0.1)
+# --- learning rates ---
 
 
 def test_learning_rates() -> None:

@@ -41,9 +41,17 @@ def replaced(model: nn.Sequential, outputs: int, *, copied: bool) -> nn.Sequenti
     return model
 
 
+def attached_step(penalty: EKFACPenalty, model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with penalty.attach(optimizer, model):
+        optimizer.step()
+
+
 EVALUATIONS: dict[str, Callable[[EKFACPenalty, nn.Module], object]] = {
     "value": lambda penalty, model: penalty(model),
-    "step": lambda penalty, model: penalty.proximal_step_(model, 0.1),
+    "step": attached_step,
     "consolidation": lambda penalty, model: penalty.consolidate(model, CE, task()),
 }
 

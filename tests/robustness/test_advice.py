@@ -21,8 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from rotate_ewc import (
     EKFACLinearOperator,
     EKFACPenalty,
-    RotatedAdam,
-    TangentPenalty,
     calibrated_strength,
     merge,
 )
@@ -555,20 +553,16 @@ def test_parameters_that_do_not_fit(change: Callable[[nn.Module], dict[str, Tens
         lenient(change(model))
 
 
-def test_proximal_steps_in_separate_mode() -> None:
-    model = net()
-    message = refusal(lambda: consolidated(model, mode="separate").proximal_step_(model, 0.1))
-    consolidated(model, mode=written(message, r"expected ('\w+')")).proximal_step_(model, 0.1)
+def attached_step(penalty: EKFACPenalty, model: nn.Module) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    with penalty.attach(optimizer, model):
+        optimizer.step()
 
 
-def test_step_sizes_for_all() -> None:
+def test_attached_in_separate_mode() -> None:
     model = net()
-    names = [name for name, _ in model.named_parameters()]
-    penalty = consolidated(model)
-    for step in (penalty.proximal_step_, TangentPenalty(penalty).refresh_):
-        message = refusal(lambda step=step: step(model, {names[0]: 0.1}))
-        assert ", ".join(map(repr, names[1:])) in message
-        step(model, dict.fromkeys(names, 0.1))
+    message = refusal(lambda: attached_step(consolidated(model, mode="separate"), model))
+    attached_step(consolidated(model, mode=written(message, r"expected ('\w+')")), model)
 
 
 def test_optimizers_of_joint_blocks() -> None:
@@ -580,7 +574,7 @@ def test_optimizers_of_joint_blocks() -> None:
         CE(model(data()[0][0]), labels()).backward()
         if half:
             model[0].bias.grad = None
-        RotatedAdam(model, penalty, lr=0.1).step()
+        attached_step(penalty, model)
 
     message = refusal(lambda: step(penalty, half=True))
     assert "Train all of them" in message
@@ -602,9 +596,10 @@ def test_optimizers_with_sparse_gradients() -> None:
 
     def step(sparse: bool) -> None:
         model = Words(sparse=sparse)
-        optimizer = RotatedAdam(model, lr=0.1)
+        penalty = EKFACPenalty()
+        penalty.consolidate(model, CE, [(torch.arange(5), labels(5))])
         CE(model(torch.arange(5)), labels(5)).backward()
-        optimizer.step()
+        attached_step(penalty, model)
 
     message = refusal(lambda: step(True))
     assert "'a.weight', 'b.weight'" in message

@@ -172,7 +172,7 @@ def test_saving_does_not_disturb(run: Run, wholes: tuple[dict[str, Any], dict[st
     assert differences(training.outcome(), wholes[0][str(run)]) == []
 
 
-@pytest.mark.parametrize("left_out", ["optimizer", "penalty", "tangent", "random"])
+@pytest.mark.parametrize("left_out", ["optimizer", "penalty", "handle", "random"])
 def test_every_part_of_the_state_matters(left_out: str) -> None:
     """Or the runs would not show that it is restored."""
     torch.manual_seed(5)
@@ -184,12 +184,12 @@ def test_every_part_of_the_state_matters(left_out: str) -> None:
     resumed = Training(training.run)
     kept = {**state, left_out: resumed.state()[left_out]}
     if left_out == "penalty":
-        # A tangent is that of a penalty, and is refused without it.
-        with pytest.raises(ValueError, match="snapshot is of a penalty with 1 tasks, but this one"):
+        # The state of a handle is that of a penalty, and is refused without it.
+        with pytest.raises(ValueError, match="is of a penalty with 1 tasks, but this one has 0"):
             resumed.load(kept)
-        kept["tangent"] = resumed.state()["tangent"]
-    elif left_out == "tangent":
-        kept["tangent"] = {"header": state["tangent"]["header"]}
+        kept["handle"] = resumed.state()["handle"]
+    elif left_out == "handle":
+        kept["handle"] = {**state["handle"], "state": {}}
     resumed.load(kept)
     resumed.until(END)
     assert "/value" in differences(resumed.outcome(), expected)

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty, RotatedAdam
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty
 from tests.helpers.determinism_cases import CE, differences
 from tests.helpers.exactness import assert_exact_diagonal
 from tests.helpers.model_state import ModelState
@@ -555,12 +555,14 @@ def test_two_penalties_on_one_model(modes: tuple[str, str]) -> None:
 
 
 def test_one_penalty_in_the_optimizer_and_one_in_the_loss() -> None:
-    """A step of `RotatedAdam` sees the second as part of the loss."""
+    """A step with the first attached sees the second as part of the loss."""
     model, other = net().eval(), net().eval()
     for m in (model, other):
         m[0].bias.requires_grad_(True)
     first, second = learned(model, seed=1), learned(model, seed=2)
-    optimizers = [RotatedAdam(m, first, lr=0.01) for m in (model, other)]
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, other)]
+    for m, optimizer in zip((model, other), optimizers, strict=True):
+        first.attach(optimizer, m)
     x, y = batches()[0]
     for _ in range(3):
         for m, optimizer in zip((model, other), optimizers, strict=True):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty, RotatedAdam, TangentPenalty, merge
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty, merge
 from rotate_ewc._utils.messages import left_out, listed, parameters_are
 from rotate_ewc._utils.parameters import named_parameters
+from tests.helpers.penalties import flat
 
 CE = nn.CrossEntropyLoss()
 
@@ -110,9 +111,13 @@ def test_snapshots_fit_with_and_without_wrappers(wrap: Callable[[Any], nn.Module
         assert value > 0
         assert torch.equal(value, loaded(named_parameters(second)))
         value.backward()
-        loaded.proximal_step_(second, 0.1)
-        TangentPenalty(loaded).refresh_(second, 0.1)
-        RotatedAdam(second, loaded, lr=0.1).step()
+        before = flat(second)
+        for update in ("rotated", "tangent", "gradient"):
+            optimizer = torch.optim.Adam(second.parameters(), lr=0.1)
+            with loaded.attach(optimizer, second, update):
+                optimizer.step()
+            assert not torch.equal(flat(second), before)
+            before = flat(second)
 
 
 def test_patterns_see_plain_names(wrap: Callable[[Any], nn.Module]) -> None:

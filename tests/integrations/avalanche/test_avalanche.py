@@ -43,7 +43,7 @@ def test_is_the_same_as_a_loop_written_by_hand(mode: str) -> None:
     """Bit for bit: the plugin adds nothing to, and leaves nothing out of, the penalty module."""
     benchmark = domain_benchmark()
     trained = net(dropout=0.0)
-    plugin = RotatedEWCPlugin(3.0, mode, num_samples=16, seed=5)
+    plugin = RotatedEWCPlugin(3.0, mode, update="loss", num_samples=16, seed=5)
     run(trained, benchmark.train_stream, [plugin], shuffle=False)
 
     model, penalty = net(dropout=0.0), EKFACPenalty(3.0, mode, seed=5)
@@ -102,7 +102,7 @@ def test_estimation_leaves_modes_and_gradients() -> None:
 
 @pytest.mark.parametrize("mode", ["merged", "separate"])
 def test_growing_classifier(mode: str) -> None:
-    plugin, model = RotatedEWCPlugin(1.0, mode), Incremental()
+    plugin, model = RotatedEWCPlugin(1.0, mode, update="loss"), Incremental()
     benchmark = class_benchmark(task_labels=False)
     strategy = run(model, [benchmark.train_stream[0]], [plugin])
     assert plugin.penalty.terms[0].anchor["classifier.classifier.weight"].shape == (2, 8)
@@ -118,7 +118,7 @@ def test_multi_head_classifier() -> None:
     blocks = {block.label: block for block in plugin.penalty.terms[0].operator.blocks}
     heads = [f"classifier.classifiers.{t}.classifier.weight" for t in (0, 1)]
     assert all(blocks[head].trace > 0 for head in heads)
-    alone = RotatedEWCPlugin(1.0, "separate")
+    alone = RotatedEWCPlugin(1.0, "separate", update="loss")
     run(MultiHead(), class_benchmark(task_labels=True).train_stream, [alone])
     first = {block.label: block for block in alone.penalty.terms[0].operator.blocks}
     assert heads[1] not in first or first[heads[1]].trace == 0
@@ -242,6 +242,7 @@ def test_sample_is_drawn_over_all_classes() -> None:
         ({"ewc_lambda": -1.0}, "ewc_lambda is -1.0", ValueError),
         ({"ewc_lambda": None}, "ewc_lambda is None", TypeError),
         ({"mode": "online"}, "mode is 'online'", ValueError),
+        ({"mode": "separate"}, "update 'rotated', .* mode='merged', or update='loss'", ValueError),
         ({"num_samples": 0}, "num_samples is 0", ValueError),
         ({"estimation_mb_size": 2.5}, "estimation_mb_size is 2.5", TypeError),
         ({"fisher_type": "x"}, "fisher_type is 'x'", ValueError),

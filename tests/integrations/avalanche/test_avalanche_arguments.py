@@ -39,7 +39,7 @@ def settings_of(plugin: RotatedEWCPlugin) -> dict[str, Any]:
     found = {name: getattr(penalty.settings, name, None) for name in PLUGIN}
     for name in ("mode", "weighting", "decay", "temperature", "include", "exclude", "strict"):
         found[name] = getattr(penalty, name)
-    told = ("ewc_lambda", "update", "every", "step_size", "num_samples", "estimation_mb_size")
+    told = ("ewc_lambda", "update", "every", "num_samples", "estimation_mb_size")
     for name in told:
         found[name] = getattr(plugin, name)
     return found
@@ -50,9 +50,8 @@ def settings_of(plugin: RotatedEWCPlugin) -> dict[str, Any]:
 OTHERS: dict[str, tuple[Any, Any]] = {
     "ewc_lambda": (7, 7.0),
     "mode": ("separate", "separate"),
-    "update": ("proximal", "proximal"),
+    "update": ("loss", "loss"),
     "every": (3, 3),
-    "step_size": (0.25, 0.25),
     "weighting": ("uniform", "uniform"),
     "decay": (0.5, 0.5),
     "temperature": (2, 2.0),
@@ -79,7 +78,7 @@ def test_all_arguments_are_known_here() -> None:
 
 
 def test_typed_options_are_those_of_the_signature() -> None:
-    own = ("ewc_lambda", "mode", "update", "every", "step_size", "num_samples")
+    own = ("ewc_lambda", "mode", "update", "every", "num_samples")
     typed = PenaltyOptions.__optional_keys__
     assert set(PLUGIN) == {*own, "estimation_mb_size", *typed}
     assert PenaltyOptions.__required_keys__ == set()
@@ -97,7 +96,7 @@ def test_settings_as_a_whole(make: Any) -> None:
 def test_plugin_takes_every_argument(name: str) -> None:
     """And it arrives where it acts, with nothing else changed."""
     given, expected = OTHERS[name]
-    needed = {"update": "proximal"} if name in ("every", "step_size") else {}
+    needed = {"update": "loss"} if name == "mode" else {}
     before = settings_of(RotatedEWCPlugin(**needed))
     after = settings_of(RotatedEWCPlugin(**{**needed, name: given}))
     assert before[name] != expected
@@ -107,7 +106,7 @@ def test_plugin_takes_every_argument(name: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_strategy_hands_on_every_argument(name: str) -> None:
     given, expected = OTHERS[name]
-    needed = {"update": "proximal"} if name in ("every", "step_size") else {}
+    needed = {"update": "loss"} if name == "mode" else {}
     before, after = ready(**needed), ready(**{**needed, name: given})
     assert settings_of(after.rotated_ewc) == {**settings_of(before.rotated_ewc), name: expected}
 
@@ -124,7 +123,7 @@ def test_arguments_are_keywords() -> None:
     positional = [n for n, p in PLUGIN.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == ["ewc_lambda", "mode"]
     with pytest.raises(TypeError, match="positional arguments"):
-        RotatedEWCPlugin(1.0, "merged", "penalty")
+        RotatedEWCPlugin(1.0, "merged", "loss")
     assert all(p.kind is p.KEYWORD_ONLY for p in STRATEGY.values())
 
 
@@ -178,7 +177,6 @@ def test_unknown_arguments_are_named(name: str) -> None:
         ("mode", None, ValueError),
         ("update", None, ValueError),
         ("every", -1, ValueError),
-        ("step_size", float("inf"), ValueError),
         ("weighting", None, ValueError),
         ("decay", -0.5, ValueError),
         ("decay", None, TypeError),

@@ -25,17 +25,17 @@ from avalanche.training.plugins import (
 from avalanche.training.supervised import Naive
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import TensorDataset
 
-from rotate_ewc import EKFACPenalty, RotatedAdam, TangentPenalty
+from rotate_ewc import EKFACPenalty
 from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
 from tests.helpers.avalanche_cases import plugin_of
 from tests.helpers.avalanche_training import CE, dataset, domain_benchmark, flat, net
 
 TASKS, EPOCHS, NORM, LR, GAMMA, LAMBDA = 3, 2, 0.4, 0.05, 0.5, 8.0
-UPDATES = ["penalty", "tangent", "proximal", "optimizer"]
+UPDATES = ["rotated", "tangent", "gradient", "loss"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Metric Top1_Acc_Stream used by the EarlyStopping")
 
@@ -52,10 +52,11 @@ class ClipPlugin(SupervisedPlugin):
         self.clipped += int(norm > NORM)
 
 
-def optimizer_for(update: str, model: nn.Module, lr: float = LR) -> Optimizer:
-    if update == "optimizer":
-        return RotatedAdam(model, lr=lr)
-    return SGD(model.parameters(), lr=lr, momentum=0.5)
+def optimizer_for(update: str, model: nn.Module, every: int = 1) -> Optimizer:
+    """One with averages where they are in an eigenbasis."""
+    if update == "rotated" and every == 1:
+        return Adam(model.parameters(), lr=LR)
+    return SGD(model.parameters(), lr=LR, momentum=0.5)
 
 
 class Run:
@@ -63,7 +64,7 @@ class Run:
 
     def __init__(self, names: Sequence[str], update: str, epochs: int = EPOCHS, **options: Any):
         self.model = net(dropout=0.0).double()
-        optimizer = optimizer_for(update, self.model)
+        optimizer = optimizer_for(update, self.model, options.get("every", 1))
         self.plugins: dict[str, Any] = {
             "ewc": RotatedEWCPlugin(LAMBDA, update=update, seed=5, **options),
             "clip": ClipPlugin(),
@@ -133,12 +134,12 @@ def spread(names: Sequence[str], update: str, **options: Any) -> float:
 @pytest.mark.parametrize(
     ("update", "others"),
     [
-        ("penalty", ["lwf", "clip", "schedule"]),
-        ("penalty", ["lwf", "replay"]),
+        ("loss", ["lwf", "clip", "schedule"]),
+        ("loss", ["lwf", "replay"]),
         ("tangent", ["lwf", "clip", "schedule"]),
         ("tangent", ["lwf", "replay"]),
-        ("proximal", ["lwf", "replay"]),
-        ("optimizer", ["lwf", "replay"]),
+        ("rotated", ["lwf", "clip", "schedule"]),
+        ("rotated", ["lwf", "replay"]),
     ],
 )
 def test_order_of_plugins_does_not_matter(update: str, others: list[str]) -> None:
@@ -149,9 +150,9 @@ def test_order_of_plugins_does_not_matter(update: str, others: list[str]) -> Non
 @pytest.mark.parametrize(
     ("names", "update"),
     [
-        *((["clip", "schedule"], update) for update in ("penalty", "tangent", "proximal")),
-        *((["replay", "clip"], update) for update in ("penalty", "optimizer")),
-        *((["replay", "stop"], update) for update in ("tangent", "proximal", "optimizer")),
+        *((["clip", "schedule"], update) for update in UPDATES),
+        *((["replay", "clip"], update) for update in ("loss", "rotated")),
+        *((["replay", "stop"], update) for update in ("tangent", "rotated", "gradient")),
     ],
 )
 def test_order_does_not_matter_bit_for_bit(names: list[str], update: str) -> None:
@@ -164,10 +165,10 @@ def test_order_beside_early_stopping(update: str) -> None:
     assert spread(["ewc", "stop", "lwf"], update, epochs=6) < 1e-12
 
 
-@pytest.mark.parametrize("update", ["tangent", "proximal"])
+@pytest.mark.parametrize("update", ["tangent", "rotated"])
 @pytest.mark.parametrize("names", [["lwf", "stop"], ["theirs"], ["mas"]])
 def test_order_with_steps_that_are_left_over(names: list[str], update: str) -> None:
-    """Six steps a task: two of them wait for an implicit step when the task ends."""
+    """Three steps an epoch, after each of which they are flushed."""
     assert spread(["ewc", *names], update, every=4) < 1e-12
 
 
@@ -188,66 +189,45 @@ def test_every_plugin_has_an_effect(name: str, update: str) -> None:
 
 
 @cache
-def by_hand(update: str, *, clip_penalty: bool = True) -> nn.Module:
+def by_hand(update: str, *, clip_penalty: bool = False) -> nn.Module:
     """A plain loop with a schedule, clipping and the penalty."""
     model, penalty = net(dropout=0.0), EKFACPenalty(LAMBDA, seed=5)
     optimizer = optimizer_for(update, model)
-    tangent = TangentPenalty(penalty)
-    if isinstance(optimizer, RotatedAdam):
-        optimizer.penalty = penalty
+    if update != "loss":
+        penalty.attach(optimizer, model, update)
     for t in range(TASKS):
         x, y = dataset(t).tensors
         penalty.current_num_data, parts = len(x), torch.arange(24).split(8)
         for epoch in range(EPOCHS):
             optimizer.param_groups[0]["lr"] = LR * GAMMA**epoch
             for rows in parts:
+                optimizer.zero_grad()
                 loss = CE(model(x[rows]), y[rows])
-                _step(model, optimizer, penalty, tangent, loss, update, clip_penalty)
+                (loss + penalty(model) if clip_penalty else loss).backward()
+                clip_grad_norm_(model.parameters(), NORM)
+                if update == "loss" and not clip_penalty and penalty.num_tasks > 0:
+                    penalty(model).backward()
+                optimizer.step()
         penalty.consolidate(model, CE, [(x[rows], y[rows]) for rows in parts])
     return model
-
-
-def _step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    penalty: EKFACPenalty,
-    tangent: TangentPenalty,
-    loss: Tensor,
-    update: str,
-    clip_penalty: bool,
-) -> None:
-    optimizer.zero_grad()
-    if update == "penalty" and clip_penalty:
-        loss = loss + penalty(model)
-    loss.backward()
-    if update == "tangent":
-        tangent.add_gradient_(model)
-    clip_grad_norm_(model.parameters(), NORM)
-    if update == "penalty" and not clip_penalty and penalty.num_tasks > 0:
-        penalty(model).backward()
-    optimizer.step()
-    size = optimizer.param_groups[0]["lr"] / (1.0 - 0.5)
-    if update == "tangent":
-        tangent.refresh_(model, size)
-    if update == "proximal":
-        penalty.proximal_step_(model, size)
 
 
 @pytest.mark.parametrize("order", list(permutations(["ewc", "clip", "schedule"])), ids="-".join)
 @pytest.mark.parametrize("update", UPDATES)
 def test_is_the_same_as_a_loop_written_by_hand(update: str, order: tuple[str, ...]) -> None:
-    """Bit for bit: what is clipped is the gradient of loss and penalty together."""
+    """Bit for bit: what is clipped is the gradient of the loss, with the penalty if it is there."""
     run = Run(order, update)
     run.model.float()
     for experience in domain_benchmark(TASKS).train_stream:
         run.strategy.train(experience, shuffle=False)
-    assert torch.equal(flat(run.model), flat(by_hand(update)))
+    expected = by_hand(update, clip_penalty=update == "loss")
+    assert torch.equal(flat(run.model), flat(expected))
     assert run.plugins["clip"].clipped > 0
 
 
 def test_clipping_the_loss_alone_is_something_else() -> None:
     """Guards the test above."""
-    difference = flat(by_hand("penalty")) - flat(by_hand("penalty", clip_penalty=False))
+    difference = flat(by_hand("loss")) - flat(by_hand("loss", clip_penalty=True))
     assert difference.abs().max() > 1e-4
 
 
@@ -286,7 +266,7 @@ def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("order", list(permutations(["ewc", "stop"])), ids="-".join)
 @pytest.mark.parametrize("every", [4, 5])
-@pytest.mark.parametrize("update", ["tangent", "proximal"])
+@pytest.mark.parametrize("update", ["tangent", "rotated"])
 def test_steps_do_not_move_restored_weights(
     update: str, every: int, order: tuple[str, ...]
 ) -> None:
@@ -299,7 +279,7 @@ def test_steps_do_not_move_restored_weights(
 @pytest.mark.parametrize("order", list(permutations(["ewc", "replay", "theirs"])), ids="-".join)
 def test_snapshot_is_of_the_experience_alone(order: tuple[str, ...]) -> None:
     """Not of what is replayed, and not in the order in which it was trained."""
-    run = Run(order, "penalty", mode="separate")
+    run = Run(order, "loss", mode="separate")
     for t in run:
         x, y = double_dataset(t).tensors
         penalty = EKFACPenalty(LAMBDA, "separate", seed=5 + t)
@@ -318,8 +298,8 @@ def test_snapshot_is_of_the_experience_alone(order: tuple[str, ...]) -> None:
 
 def test_two_plugins_share_a_strength() -> None:
     """λ/2 and λ/2 are λ, bit for bit but for rounding."""
-    runs = [Run(["ewc"], "penalty"), Run([], "penalty")]
-    halves = [RotatedEWCPlugin(LAMBDA / 2, seed=5) for _ in range(2)]
+    runs = [Run(["ewc"], "gradient"), Run([], "gradient")]
+    halves = [RotatedEWCPlugin(LAMBDA / 2, update=u, seed=5) for u in ("gradient", "loss")]
     runs[1].strategy.plugins[:0] = halves
     one, two = (run.weights() for run in runs)
     torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
@@ -327,21 +307,31 @@ def test_two_plugins_share_a_strength() -> None:
 
 def test_two_plugins_share_a_model() -> None:
     """One protects the first layer, the other the last, and each knows its own."""
-    whole = Run(["ewc"], "penalty")
-    parts = Run([], "penalty")
-    patterns = (["0.*"], ["3.*"])
-    parts.strategy.plugins[:0] = [RotatedEWCPlugin(LAMBDA, seed=5, include=p) for p in patterns]
+    whole = Run(["ewc"], "gradient")
+    parts = Run([], "gradient")
+    patterns = {"gradient": ["0.*"], "loss": ["3.*"]}
+    parts.strategy.plugins[:0] = [
+        RotatedEWCPlugin(LAMBDA, update=u, seed=5, include=p) for u, p in patterns.items()
+    ]
     torch.testing.assert_close(whole.weights(), parts.weights(), rtol=0, atol=1e-12)
 
 
-def test_plugin_goes_on_in_another_strategy() -> None:
+def test_two_plugins_in_one_optimizer_are_refused() -> None:
+    run = Run(["ewc"], "rotated")
+    run.strategy.plugins.insert(0, RotatedEWCPlugin(LAMBDA))
+    with pytest.raises(ValueError, match=r"has a penalty attached already; .* penalty to the loss"):
+        run.weights()
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_plugin_goes_on_in_another_strategy(update: str) -> None:
     """With the same model it is the same run."""
-    first, whole = Run(["ewc"], "penalty"), Run(["ewc"], "penalty")
+    first, whole = Run(["ewc"], update), Run(["ewc"], update)
     experiences = double_benchmark().train_stream
     for experience in experiences:
         whole.strategy.train(experience, shuffle=False, reset_optimizer_state=True)
     for experience in experiences:
-        optimizer = optimizer_for("penalty", first.model)
+        optimizer = optimizer_for(update, first.model)
         strategy = Naive(
             model=first.model, optimizer=optimizer, criterion=CE, train_mb_size=8,
             train_epochs=EPOCHS, plugins=[first.plugins["ewc"]], evaluator=None,
@@ -370,13 +360,13 @@ def test_plugin_in_a_strategy_with_another_model(update: str) -> None:
 
 @pytest.mark.parametrize("granularity", ["epoch", "iteration"])
 @pytest.mark.parametrize("every", [1, 4])
-def test_schedules_by_iteration_and_proximal_steps(every: int, granularity: Any) -> None:
+def test_schedules_by_iteration(every: int, granularity: Any) -> None:
     """Every step counts with the rate it was made with, wherever the plugins stand."""
     runs = []
     for order in permutations(["ewc", "schedule"]):
-        run = Run([], "proximal")
+        run = Run([], "rotated", every=every)
         plugins = {
-            "ewc": RotatedEWCPlugin(LAMBDA, update="proximal", every=every, seed=5),
+            "ewc": RotatedEWCPlugin(LAMBDA, every=every, seed=5),
             "schedule": LRSchedulerPlugin(
                 ExponentialLR(run.strategy.optimizer, 0.8), step_granularity=granularity
             ),

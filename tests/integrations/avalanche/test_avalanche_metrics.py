@@ -15,31 +15,30 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.supervised import Naive
 from torch import nn
 
-from rotate_ewc import EKFACPenalty, RotatedAdam
+from rotate_ewc import EKFACPenalty
 from rotate_ewc.integrations.avalanche import RotatedEWCPlugin, rotated_ewc_metrics
 from rotate_ewc.integrations.avalanche.metrics import ConsolidationMetric
 from tests.helpers.avalanche_training import dataset, domain_benchmark, net
 
 CE = nn.CrossEntropyLoss()
 OPTIONS: dict[str, dict[str, Any]] = {
-    "penalty": {},
-    "separate": {"mode": "separate"},
+    "rotated": {},
+    "loss": {"update": "loss"},
+    "separate": {"update": "loss", "mode": "separate"},
     "tangent": {"update": "tangent", "every": 2},
-    "proximal": {"update": "proximal"},
-    "optimizer": {"update": "optimizer"},
+    "gradient": {"update": "gradient"},
 }
 
 
 def train(
-    evaluator: EvaluationPlugin, options: str = "penalty", tasks: int = 2, evaluate: bool = False
+    evaluator: EvaluationPlugin, options: str = "rotated", tasks: int = 2, evaluate: bool = False
 ) -> tuple[nn.Module, RotatedEWCPlugin]:
     """Train without shuffling, on three batches a task and epoch."""
     plugin, model = RotatedEWCPlugin(10.0, seed=5, **OPTIONS[options]), net(dropout=0.0)
     sgd = torch.optim.SGD(model.parameters(), lr=0.05)
     strategy = Naive(
-        model=model, optimizer=RotatedAdam(model, lr=0.05) if options == "optimizer" else sgd,
-        criterion=CE, train_mb_size=8, train_epochs=2, eval_mb_size=24, plugins=[plugin],
-        evaluator=evaluator,
+        model=model, optimizer=sgd, criterion=CE, train_mb_size=8, train_epochs=2,
+        eval_mb_size=24, plugins=[plugin], evaluator=evaluator,
     )  # fmt: skip
     benchmark = domain_benchmark(tasks)
     for experience in benchmark.train_stream:
@@ -58,7 +57,7 @@ def values(evaluator: EvaluationPlugin, name: str) -> list[float]:
 
 def test_penalty_and_share_are_means_over_batches() -> None:
     evaluator = EvaluationPlugin(rotated_ewc_metrics())
-    train(evaluator)
+    train(evaluator, "loss")
     model, penalty = net(dropout=0.0), EKFACPenalty(10.0, seed=5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     expected, shares = [], []
@@ -82,7 +81,7 @@ def test_penalty_and_share_are_means_over_batches() -> None:
     assert 0.0 < shares[-1] < 1.0
 
 
-@pytest.mark.parametrize("options", ["tangent", "proximal", "optimizer"])
+@pytest.mark.parametrize("options", ["rotated", "tangent", "gradient"])
 def test_penalty_that_is_not_in_the_loss_is_that_of_the_moment(options: str) -> None:
     evaluator = EvaluationPlugin(rotated_ewc_metrics())
     seen: list[float] = []
@@ -93,11 +92,9 @@ def test_penalty_that_is_not_in_the_loss_is_that_of_the_moment(options: str) -> 
             super().after_training_exp(strategy, *args, **kwargs)
 
     model = net(dropout=0.0)
-    rotated = options == "optimizer"
     strategy = Naive(
         model=model, criterion=CE, train_mb_size=8, evaluator=evaluator,
-        optimizer=RotatedAdam(model, lr=0.05) if rotated else torch.optim.SGD(model.parameters()),
-        plugins=[Watch(10.0, **OPTIONS[options])],
+        optimizer=torch.optim.SGD(model.parameters()), plugins=[Watch(10.0, **OPTIONS[options])],
     )  # fmt: skip
     for experience in domain_benchmark(3).train_stream:
         strategy.train(experience, shuffle=False)

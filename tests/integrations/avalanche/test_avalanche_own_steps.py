@@ -141,7 +141,7 @@ def check_exact(strategy: Naive, plugin: RotatedEWCPlugin, function: Any, x: Any
 @pytest.mark.parametrize("kind", [Masked, MaskedLoss, KeywordLoss])
 def test_masked_outputs(kind: type[Naive]) -> None:
     x, y = seeded(20, 6), labels(20)
-    plugin = RotatedEWCPlugin(mode="separate", fisher_type="type2")
+    plugin = RotatedEWCPlugin(mode="separate", update="loss", fisher_type="type2")
     strategy = trained(kind, plain(x, y), plugin)
     check_exact(strategy, plugin, lambda model, x: model(x)[:, :SEEN], x, y)
 
@@ -149,7 +149,7 @@ def test_masked_outputs(kind: type[Naive]) -> None:
 def test_masking_matters() -> None:
     """Guards against an oracle that does not mask."""
     x, y = seeded(20, 6), labels(20)
-    plugin = RotatedEWCPlugin(mode="separate", fisher_type="type2")
+    plugin = RotatedEWCPlugin(mode="separate", update="loss", fisher_type="type2")
     strategy = trained(Masked, plain(x, y), plugin)
     with pytest.raises(AssertionError):
         check_exact(strategy, plugin, lambda model, x: model(x), x, y)
@@ -158,7 +158,9 @@ def test_masking_matters() -> None:
 @pytest.mark.parametrize("memory_budget", [2**30, 1])
 def test_tokens_are_rows_of_the_loss(memory_budget: int) -> None:
     x, y = seeded(9, 3, 6), labels(9, 3)
-    plugin = RotatedEWCPlugin(mode="separate", fisher_type="type2", memory_budget=memory_budget)
+    plugin = RotatedEWCPlugin(
+        mode="separate", update="loss", fisher_type="type2", memory_budget=memory_budget
+    )
     strategy = trained(Tokens, plain(x, y), plugin)
     check_exact(strategy, plugin, lambda model, x: model(x).flatten(0, 1), x, y.flatten())
 
@@ -167,7 +169,9 @@ def test_tokens_are_rows_of_the_loss(memory_budget: int) -> None:
 def test_minibatches_that_are_dictionaries(memory_budget: int) -> None:
     x, y, scale = seeded(20, 6), labels(20), seeded(20, 1).exp()
     data = AvalancheDataset([Rows(features=x, labels=y, scale=scale)])
-    plugin = RotatedEWCPlugin(mode="separate", fisher_type="type2", memory_budget=memory_budget)
+    plugin = RotatedEWCPlugin(
+        mode="separate", update="loss", fisher_type="type2", memory_budget=memory_budget
+    )
     strategy = trained(Named, data, plugin)
     check_exact(strategy, plugin, lambda model, x: model(x)[:, :SEEN], x * scale, y)
 
@@ -180,7 +184,7 @@ def test_task_labels_reach_an_own_forward() -> None:
             outputs: Tensor = super().forward()
             return outputs / 2
 
-    plugin, model = RotatedEWCPlugin(mode="separate"), MultiHead()
+    plugin, model = RotatedEWCPlugin(mode="separate", update="loss"), MultiHead()
     strategy = Halved(
         model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.05), criterion=CE,
         train_mb_size=8, plugins=[plugin], evaluator=None,
@@ -285,6 +289,6 @@ def test_other_terms_are_added_before_the_backward_pass() -> None:
             strategy.loss = strategy.loss + strategy.model[0].weight.square().sum()
 
     x, y = seeded(20, 6), labels(20)
-    plugin = Regularised(mode="separate", fisher_type="type2")
+    plugin = Regularised(mode="separate", update="loss", fisher_type="type2")
     strategy = trained(Naive, plain(x, y), plugin)
     check_exact(strategy, plugin, lambda model, x: model(x), x, y)
