@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -234,10 +234,15 @@ class SplitImages(Scenario):
 
 def load_data(configuration: Configuration, data_root: Path) -> ImageData:
     """Load the images to be used; ``ValueError`` if a folder has no such images."""
-    folder = configuration.images
-    data = data_sets.load_images(data_root) if folder is None else data_sets.load_folder(folder)
+    data = loaded(configuration.images, data_root)
     data = data.limited(configuration.training_images)
     return data.for_validation() if configuration.validate else data
+
+
+@lru_cache(maxsize=1)
+def loaded(folder: Path | None, data_root: Path) -> ImageData:
+    """The images of a folder, or else MNIST; a call mostly asks for what the last one did."""
+    return data_sets.load_images(data_root) if folder is None else data_sets.load_folder(folder)
 
 
 def make_scenario(configuration: Configuration, data: ImageData, seed: int) -> Scenario:

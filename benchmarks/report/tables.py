@@ -245,7 +245,7 @@ def closing_lines(records: Sequence[Record]) -> list[str]:
         lines.append(f"  {name} keeps {means[label]:.1f} %{distance}; it forgets {lost} points.")
     if len(ranked) > 1:
         best = "plain training" if ranked[0] == "naive" else ranked[0]
-        lines.append(f"{best} protects what was learned best.")
+        lines.append(f"What was learned is protected best by {best}.")
     return lines if ranked else []
 
 

@@ -6,6 +6,13 @@ import pytest
 import torch
 
 from benchmarks.data import ImageData
+from benchmarks.scenarios import loaded
+
+
+@pytest.fixture(autouse=True)
+def forget_images() -> None:
+    """Tests have images of their own in the same folders."""
+    loaded.cache_clear()
 
 
 @pytest.fixture

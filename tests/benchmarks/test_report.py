@@ -194,7 +194,7 @@ def test_the_last_words_say_how_far_methods_are_from_joint_training() -> None:
         "25.0 points.",
         "  plain training keeps 61.0 %, 34.5 points below training on all tasks at once; it "
         "forgets 25.0 points.",
-        "rotated-ewc protects what was learned best.",
+        "What was learned is protected best by rotated-ewc.",
     ]
     ahead = make_record("ewc", [[0.99]])
     assert closing_lines([ahead, make_record("joint", [[0.98]])])[1] == (
