@@ -246,7 +246,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
                 f"a RotatedEWCPlugin"
             ) from None
         attachment = state.get(ATTACHMENT)
-        saved = attachment.get("update") if isinstance(attachment, Mapping) else attachment
+        saved = attachment.get("update") if isinstance(attachment, Mapping) else None
         if attachment is not None and saved != self.update.value:
             raise SnapshotError(
                 f"snapshot key {ATTACHMENT!r} has update {saved!r}, in the middle of a task; "

@@ -272,6 +272,9 @@ def test_states_of_another_update_in_the_middle_of_a_task_are_refused(update: st
     other = plugin_of(build(Case(update, "adam", model="online")))
     with pytest.raises(SnapshotError, match=f"update 'rotated', in the .* expected '{update}'"):
         other.load_state_dict(state)
+    for damaged in (update, {}, 3):
+        with pytest.raises(SnapshotError, match="key 'attachment' has update None"):
+            other.load_state_dict({**state, "attachment": damaged})
     assert other.penalty.num_tasks == 0
 
 
