@@ -276,7 +276,9 @@ def setting_lines(experiment: Experiment) -> list[str]:
     options = [
         f"{name.replace('_', ' ')} {_in_words(value)}"
         for name, value in experiment.setting.items()
-        if name not in NOT_SAID and (name != "increment" or experiment.scenario.startswith("split"))
+        if value is not None
+        and name not in NOT_SAID
+        and (name != "increment" or experiment.scenario.startswith("split"))
     ]
     tested = {record.seed for record in records if not record.for_validation}
     searched = {record.seed for record in records if record.for_validation}
