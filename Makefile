@@ -14,7 +14,7 @@ DIST ?= dist
 help: ## Show the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
-bench: $(VENV)/.installed-bench ## Learn ten permuted-MNIST tasks with six methods
+bench: $(VENV)/.installed-bench ## Learn ten permuted-MNIST tasks with five methods
 	@$(VENV)/bin/python -m benchmarks.permuted_mnist $(BENCH)
 
 suite: $(VENV)/.installed-bench ## Run the benchmark suite, by default a small version of everything

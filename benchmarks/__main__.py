@@ -33,11 +33,6 @@ COMMANDS = {
     "speed": Command("speed.command", "time and memory of snapshots"),
     "speed-penalty": Command("speed.penalty_command", "what a penalty adds to a training step"),
     "peers": Command("peers.command", "exactness, compared with other libraries"),
-    "study-calibrate": Command("studies.calibrate", "λ from the first two tasks alone"),
-    "study-causes": Command("studies.causes", "why long streams of tasks lose accuracy"),
-    "study-constant-cost": Command(
-        "studies.constant_cost", "what a penalty costs after many tasks"
-    ),
     "study-storage": Command("studies.storage", "snapshots in files: bytes, time and accuracy"),
 }
 

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from benchmarks.methods import METHODS
+from benchmarks.methods import DEFAULT_STRENGTH, DEFAULT_TEMPERATURE, METHODS, OPTIMIZERS
 from benchmarks.option_types import (
     Count,
     Device,
     Folder,
     Positive,
-    PositiveOrZero,
+    PositiveOrAuto,
     Seeds,
+    StrengthOrAuto,
     Threads,
     default,
     described,
@@ -28,18 +29,17 @@ from benchmarks.option_types import (
 )
 
 DATA_ROOT_VARIABLE = "ROTATE_EWC_DATA"
-OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "linear")
 FISHER_TYPES = ("mc", "type2", "empirical")
 INCREMENTS = ("task", "domain", "class")
+IMAGES = "split_images"
 
 # What differs from permuted MNIST.
 SCENARIO_DEFAULTS: dict[str, dict[str, Any]] = {
     "permuted_mnist": {},
     "rotated_mnist": {},
     "split_mnist": {"tasks": 5, "epochs": 4, "batch_size": 128},
-    "split_cifar10": {"tasks": 5, "epochs": 10, "batch_size": 128, "hidden": (256,)},
-    "split_cifar100": {"tasks": 10, "epochs": 20, "batch_size": 128, "hidden": (256,)},
+    IMAGES: {"tasks": 5, "epochs": 3, "batch_size": 32, "hidden": (128,)},
 }
 # The digits are a fortieth of MNIST: this makes about as many steps per task.
 DIGITS_DEFAULTS: dict[str, Any] = {"epochs": 10, "batch_size": 32}
@@ -75,36 +75,42 @@ class Training:
         hidden: Widths of the hidden layers.
         batch_size: Examples per training step.
         learning_rate: Step size of the optimizer.
-        optimizer: adam, or sgd with momentum 0.9; its state is kept from task to task. rotated-adam
-            has its own.
+        optimizer: adam, adamw, rmsprop, or sgd with momentum 0.9; its state is kept from task to
+            task. ncl always has the last.
         schedule: constant, or linear: the step size falls to zero in every task.
         warm_up: Part of every task, from 0 to 1, in which the step size rises from zero.
-        proximal_every: Steps of the optimizer for each proximal step of rotated-ewc-proximal, and
-            for each tangent plane of rotated-ewc-tangent.
+        every: Steps of the optimizer for each tangent plane of rotated-ewc-tangent.
         fisher_samples: Examples per snapshot of the rotated methods, 0 for all.
         fisher_type: Labels in the rotated methods' Fisher matrix: mc samples them from the model,
             type2 is the exact expectation over the model's, empirical takes the data's.
-        temperature: What the outputs are divided by in the rotated methods' snapshots; above 1,
-            examples of which the network is sure count too.
+        temperature: What the outputs are divided by in the rotated methods' snapshots, or auto;
+            above 1, examples of which the network is sure count too.
+        plasticity: The part of the progress on a new task, between 0 and 1, that a strength which
+            is auto leaves.
         device: PyTorch device to train on.
     """
 
-    tasks: Annotated[OptionalCount, default("10; split MNIST and CIFAR-10: 5")] = None
+    tasks: Annotated[OptionalCount, default("10; split streams: 5")] = None
     epochs: Annotated[
-        OptionalCount, default("2; split MNIST: 4; CIFAR: 10 and 20; the digits: 10")
+        OptionalCount, default("2; split MNIST: 4; split images: 3; the digits: 10")
     ] = None
-    hidden: Annotated[Widths, default("100 100; CIFAR: 256")] = None
-    batch_size: Annotated[OptionalCount, default("250; split streams: 128; the digits: 32")] = None
+    hidden: Annotated[Widths, default("100 100; split images: 128")] = None
+    batch_size: Annotated[
+        OptionalCount, default("250; split MNIST: 128; split images and the digits: 32")
+    ] = None
     learning_rate: Annotated[Positive, renamed("lr")] = 1e-3
     optimizer: Annotated[str, one_of(OPTIMIZERS)] = "adam"
     schedule: Annotated[str, one_of(SCHEDULES)] = "constant"
     warm_up: Annotated[float, number(zero=True, largest=1.0)] = 0.0
-    proximal_every: Count = 10
+    every: Count = 10
     fisher_samples: Annotated[int | None, whole_number(0), default("10000; with --quick: 1000")] = (
         None
     )
     fisher_type: Annotated[str, one_of(FISHER_TYPES)] = "mc"
-    temperature: Positive = 1.0
+    temperature: PositiveOrAuto = DEFAULT_TEMPERATURE
+    plasticity: Annotated[
+        float | None, number(zero=False, below=1.0), default("the package's own")
+    ] = None
     device: Device = "cpu"
 
 
@@ -121,6 +127,8 @@ class Configuration(Training):
         validate: Whether to test on training images that are held out, rather than on the test
             images.
         replay: Examples in a replay buffer that every method has besides; 0 for none.
+        images: Folder of the images of ``"split_images"``, which no result depends on: records and
+            files have the name of the data.
     """
 
     tasks: int = 10
@@ -133,10 +141,12 @@ class Configuration(Training):
     training_images: int = 0
     validate: bool = False
     replay: int = 0
+    images: Path | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The options as plain values for JSON."""
+        """The options as plain values for JSON, but for the folder of images."""
         plain = dataclasses.asdict(self)
+        del plain["images"]
         return {n: list(value) if isinstance(value, tuple) else value for n, value in plain.items()}
 
 
@@ -145,7 +155,7 @@ class StreamOptions(Training):
     """Options of the commands that learn one stream of permuted-MNIST tasks.
 
     Attributes:
-        ewc_lambda: Strength of the rotated methods.
+        ewc_lambda: Strength of the rotated methods, or auto, which in the loss is the default.
         validate: Hold out a sixth of the training images and report accuracies on them, rather than
             on the test images: options are chosen by these.
         seeds: Every method is run once with each; a seed determines the permutations, the initial
@@ -155,7 +165,7 @@ class StreamOptions(Training):
         threads: CPU threads of PyTorch.
     """
 
-    ewc_lambda: PositiveOrZero = 3.0
+    ewc_lambda: StrengthOrAuto = DEFAULT_STRENGTH
     validate: bool = False
     seeds: Seeds = (0,)
     data_root: DataRoot = field(default_factory=default_data_root)

@@ -1,4 +1,4 @@
-"""Images in memory: MNIST, or scikit-learn's digits where it cannot be had, and CIFAR.
+"""Images in memory: MNIST, or scikit-learn's digits where it cannot be had, and those of folders.
 
 All come as flat, normalised ``float32`` tensors. The digits (8 by 8 pixels) need no download, so
 that every benchmark runs on a machine without a network; their figures are not comparable with
@@ -12,7 +12,6 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,56 +19,26 @@ from torch import Tensor
 NETWORK_TIMEOUT_SECONDS = 10.0
 DIGITS_TEST_IMAGES = 300
 VALIDATION_PART = 6
+FOLDER_SHAPE = (3, 32, 32)
 
-
-class DataUnavailableError(Exception):
-    """A data set can be neither read nor downloaded; the message completes "NAME ..."."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A data set of torchvision."""
-
-    name: str
-    folder: str  # where torchvision keeps it, below the folder of all data
-    files: tuple[str, ...]  # what must be there, or else it is downloaded
-    means: tuple[float, ...]  # of the training pixels, by channel
-    deviations: tuple[float, ...]
-    shape: tuple[int, ...]  # channels, height and width
-    classes: int
-
-
+MNIST_FOLDER = "MNIST/raw"  # below that of all data
 MNIST_FILES = tuple(
     f"{part}-{content}-ubyte"
     for part in ("train", "t10k")
     for content in ("images-idx3", "labels-idx1")
 )
-MNIST = Kind("MNIST", "MNIST/raw", MNIST_FILES, (0.1307,), (0.3081,), (1, 28, 28), 10)
-CIFAR10 = Kind(
-    "CIFAR-10",
-    "cifar-10-batches-py",
-    files=(".",),
-    means=(0.4914, 0.4822, 0.4465),
-    deviations=(0.2470, 0.2435, 0.2616),
-    shape=(3, 32, 32),
-    classes=10,
-)
-CIFAR100 = Kind(
-    "CIFAR-100",
-    "cifar-100-python",
-    files=(".",),
-    means=(0.5071, 0.4865, 0.4409),
-    deviations=(0.2673, 0.2564, 0.2762),
-    shape=(3, 32, 32),
-    classes=100,
-)
+MNIST_MEAN, MNIST_DEVIATION = 0.1307, 0.3081  # of the training pixels, from 0 to 1
+
+
+class DataUnavailableError(Exception):
+    """MNIST can be neither read nor downloaded; the message completes "MNIST ..."."""
 
 
 @dataclass(frozen=True)
 class ImageData:
     """A training and a test set of images."""
 
-    source: str  # ``"mnist"``, ``"digits"``, ``"cifar10"`` or ``"cifar100"``
+    source: str  # ``"mnist"``, ``"digits"``, or the name of a folder
     announcement: str  # one line that tells a reader which data these are and where they are from
     train_inputs: Tensor  # normalised pixels, ``float32`` ``[N, D]``
     train_labels: Tensor  # classes, ``int64`` ``[N]``
@@ -108,35 +77,76 @@ class ImageData:
 def load_images(data_root: Path) -> ImageData:
     """Load MNIST from a folder or the network, or else the digits; nothing is printed."""
     try:
-        return load(MNIST, data_root)
+        return load_mnist(data_root)
     except DataUnavailableError as error:
         return load_digits(why=str(error))
 
 
-def load(kind: Kind, data_root: Path) -> ImageData:
-    """Load, or download, a data set; ``DataUnavailableError`` if it is damaged or cannot be had."""
-    from torchvision import datasets
+def load_mnist(data_root: Path) -> ImageData:
+    """Load or download MNIST; ``DataUnavailableError`` if it is damaged or cannot be had."""
+    from torchvision.datasets import MNIST
 
-    make = getattr(datasets, kind.name.replace("-", ""))
-    folder = data_root / kind.folder
+    folder = data_root / MNIST_FOLDER
     origin = f"from {data_root}"
-    if not all((folder / name).exists() for name in kind.files):
-        _download(lambda: make(data_root, download=True), folder, data_root)
+    if not all((folder / name).exists() for name in MNIST_FILES):
+        _download(lambda: MNIST(data_root, download=True), folder, data_root)
         origin = f"downloaded to {data_root}"
     try:
-        training, test = make(data_root, train=True), make(data_root, train=False)
+        training, test = MNIST(data_root, train=True), MNIST(data_root, train=False)
     # Damaged files fail in a check or in a parser, in whatever way their bytes make them fail.
     except Exception as error:
         raise DataUnavailableError(f"in {data_root} is damaged ({_reason(error)})") from error
+    shape = (1, 28, 28)
+    inputs = (one.data.float() / 255 for one in (training, test))
+    train_inputs, test_inputs = (
+        (pixels.flatten(1) - MNIST_MEAN) / MNIST_DEVIATION for pixels in inputs
+    )
     return ImageData(
-        source=make.__name__.lower(),
-        announcement=f"Data: {kind.name} {_sizes(len(training), len(test), kind.shape)} {origin}.",
-        train_inputs=_normalised(training.data, kind),
-        train_labels=torch.as_tensor(training.targets).long(),
-        test_inputs=_normalised(test.data, kind),
-        test_labels=torch.as_tensor(test.targets).long(),
-        shape=kind.shape,
-        classes=kind.classes,
+        source="mnist",
+        announcement=f"Data: MNIST {_sizes(len(training), len(test), shape)} {origin}.",
+        train_inputs=train_inputs,
+        train_labels=training.targets.long(),
+        test_inputs=test_inputs,
+        test_labels=test.targets.long(),
+        shape=shape,
+    )
+
+
+def load_folder(folder: Path) -> ImageData:
+    """Load images in colour from ``train/CLASS`` and ``test/CLASS`` below a folder.
+
+    They are scaled to one size, training images put into a random order that is always the same,
+    and channels normalised by their training pixels. ``ValueError`` if there are no such images.
+    """
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import Compose, PILToTensor, Resize
+
+    prepare = Compose([Resize(FOLDER_SHAPE[1:]), PILToTensor()])
+    try:
+        training, test = (ImageFolder(folder / part, prepare) for part in ("train", "test"))
+        if training.classes != test.classes:
+            raise ValueError("the classes in train and test differ")
+        train_inputs, test_inputs = (
+            torch.stack([image for image, _ in one]) for one in (training, test)
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"images: got {folder}, expected train/CLASS and test/CLASS with images for every "
+            f"class ({_reason(error)})"
+        ) from error
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
+    train_inputs, test_inputs = train_inputs[order].float(), test_inputs.float()
+    deviation, mean = torch.std_mean(train_inputs, dim=(0, 2, 3), keepdim=True)
+    sizes = _sizes(len(training), len(test), FOLDER_SHAPE)
+    return ImageData(
+        source=folder.resolve().name,
+        announcement=f"Data: {len(training.classes)} classes of images {sizes} from {folder}.",
+        train_inputs=train_inputs.sub_(mean).div_(deviation).flatten(1),
+        train_labels=torch.tensor(training.targets)[order],
+        test_inputs=test_inputs.sub_(mean).div_(deviation).flatten(1),
+        test_labels=torch.tensor(test.targets),
+        shape=FOLDER_SHAPE,
+        classes=len(training.classes),
     )
 
 
@@ -163,15 +173,6 @@ def load_digits(why: str = "was not asked for") -> ImageData:
         test_labels=torch.from_numpy(test_classes).long(),
         shape=shape,
     )
-
-
-def _normalised(pixels: Any, kind: Kind) -> Tensor:
-    """Bring images ``uint8`` ``[N, H, W(, C)]`` to ``float32`` ``[N, D]``, channels first."""
-    scaled = torch.as_tensor(pixels).float().div_(255)
-    if kind.shape[0] == 1:
-        return scaled.sub_(kind.means[0]).div_(kind.deviations[0]).flatten(1)
-    scaled.sub_(torch.tensor(kind.means)).div_(torch.tensor(kind.deviations))
-    return scaled.permute(0, 3, 1, 2).flatten(1)
 
 
 def _sizes(training: int, test: int, shape: tuple[int, ...]) -> str:

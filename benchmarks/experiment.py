@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from benchmarks.avalanche_names import ReplayPlugin, SupervisedPlugin, avalanche_forward
 from benchmarks.configuration import Configuration
@@ -16,7 +17,7 @@ from benchmarks.metrics import average_accuracy, backward_transfer, forgetting
 from benchmarks.models import make_model
 from benchmarks.results import Record
 from benchmarks.scenarios import Scenario, training_experiences
-from benchmarks.timing import Stopwatch, penalty_milliseconds, time_callback
+from benchmarks.timing import Stopwatch, time_callback
 from benchmarks.versions import versions
 from rotate_ewc.errors import NotFiniteError
 
@@ -49,7 +50,7 @@ def run(
     if plugin is not None:
         time_callback(plugin, "after_training_exp", estimation)
 
-    # The schedule first, so that a proximal step is as long as the step that it follows.
+    # The schedule first, so that everything in a step has its learning rate.
     plugins: list[Any] = [Schedule(configuration.schedule == "linear", configuration.warm_up)]
     plugins += [*extra_plugins] if plugin is None else [*extra_plugins, plugin]
     if configuration.replay:
@@ -68,8 +69,7 @@ def run(
         accuracy_matrix=matrix,
         training_seconds=training.seconds - estimation.seconds,
         estimation_seconds=estimation.seconds,
-        penalty_ms_per_step=penalty_milliseconds(plugin, strategy, experiences[-1]),
-        state_bytes=state_bytes(plugin, strategy.model),
+        state_bytes=state_bytes(plugin, strategy.model, strategy.optimizer),
         trained_jointly=jointly,
         configuration={
             **configuration.as_dict(),
@@ -185,9 +185,13 @@ class Schedule(SupervisedPlugin, supports_distributed=True):  # type: ignore[mis
         return falling * rising
 
 
-def state_bytes(plugin: Any | None, model: nn.Module) -> int:
-    """Bytes of all tensors that a plugin holds but the network's own; shared memory counts once."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+def state_bytes(plugin: Any | None, model: nn.Module, optimizer: Optimizer) -> int:
+    """Bytes of all tensors that a plugin holds but the network's and the optimizer's.
+
+    Shared memory counts once.
+    """
+    others = _tensors([model.state_dict(), optimizer], set())
+    known = {tensor.untyped_storage().data_ptr() for tensor in others}
     kept = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in _tensors(plugin, set())

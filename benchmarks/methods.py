@@ -15,14 +15,22 @@ if TYPE_CHECKING:
 
     from benchmarks.configuration import Configuration
 
+AUTO = "auto"  # the package finds the number
+# λ and temperature where nobody says anything else.
+DEFAULT_STRENGTH: float | str = 1.0
+DEFAULT_TEMPERATURE: float | str = 1.0
+
+OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop", "sgd": "SGD"}
 SGD_MOMENTUM = 0.9
+# Adam's rates are those of steps that are divided by the size of the gradient; SGD's are longer.
+SGD_FACTOR = 20.0
 
 
 @dataclass(frozen=True)
 class PluginSettings:
     """What a method's plugin is made from; all examples are used where ``samples`` is None."""
 
-    strength: float
+    strength: Any  # λ: a number, or :data:`AUTO`
     samples: int | None
     seed: int
     options: "Configuration"
@@ -58,21 +66,25 @@ def _published(name: str) -> MakePlugin:
     return make
 
 
-def _rotated_ewc(mode: str, update: str) -> MakePlugin:
-    """Elastic weight consolidation in the rotated basis, in one of its modes and updates."""
+def _rotated_ewc(update: str, mode: str) -> MakePlugin:
+    """Elastic weight consolidation in the rotated basis, in one of its updates and modes."""
 
     def make(settings: PluginSettings) -> Any:
         from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
 
-        return RotatedEWCPlugin(
+        options = settings.options
+        found = {} if options.plasticity is None else {"plasticity": options.plasticity}
+        plugin: Any = RotatedEWCPlugin  # which options it has depends on the version
+        return plugin(
             ewc_lambda=settings.strength,
             mode=mode,
             update=update,
-            every=settings.options.proximal_every if update in ("proximal", "tangent") else 1,
-            temperature=settings.options.temperature,
-            fisher_type=settings.options.fisher_type,
+            every=options.every if update == "tangent" else 1,
+            temperature=options.temperature,
+            fisher_type=options.fisher_type,
             num_samples=settings.samples,
             seed=settings.seed,
+            **found,
         )
 
     return make
@@ -86,24 +98,27 @@ class Method:
         make_plugin: Makes the plugin that sets the method apart, or None for plain training.
         default_strength: λ by default: that of the plugin's own signature, else 1; None where there
             is no λ.
+        attached: Whether the penalty takes part in the optimizer's steps, in which the package can
+            find λ.
         centre: Middle of the range of λ that is searched, a power of ten; see
             :mod:`benchmarks.suite.sweep`.
         trained_jointly: Whether all tasks are learned at once.
-        rotates_adam: Whether the optimizer is Adam in the eigenbasis of the plugin's penalty,
-            whatever ``--optimizer`` says.
+        needs_sgd: Whether the optimizer is SGD with momentum, whatever ``--optimizer`` says.
         by_default: Whether ``permuted-mnist`` runs it when no methods are named.
     """
 
     make_plugin: MakePlugin
-    default_strength: float | None = 1.0
+    default_strength: float | str | None = 1.0
+    attached: bool = False
     centre: float = 1.0
     trained_jointly: bool = False
-    rotates_adam: bool = False
+    needs_sgd: bool = False
     by_default: bool = False
 
 
-def _ours(mode: str, update: str = "penalty", **others: bool) -> Method:
-    return Method(_rotated_ewc(mode, update), **others)
+def _attached(update: str, *, by_default: bool = False) -> Method:
+    make = _rotated_ewc(update, "merged")
+    return Method(make, DEFAULT_STRENGTH, attached=True, by_default=by_default)
 
 
 METHODS: dict[str, Method] = {
@@ -120,11 +135,12 @@ METHODS: dict[str, Method] = {
     "r-ewc": Method(_published("PublishedRotatedEWC"), centre=100.0),
     "kronecker-laplace": Method(_published("KroneckerLaplace")),
     "diagonal-ewc": Method(_published("DiagonalFisherEWC"), centre=10.0),
-    "rotated-ewc": _ours("merged", by_default=True),
-    "rotated-ewc-separate": _ours("separate", by_default=True),
-    "rotated-ewc-tangent": _ours("merged", "tangent"),
-    "rotated-ewc-proximal": _ours("merged", "proximal"),
-    "rotated-adam": _ours("merged", "optimizer", rotates_adam=True, by_default=True),
+    "ncl": Method(_published("NaturalContinualLearning"), needs_sgd=True),
+    "rotated-ewc": _attached("rotated", by_default=True),
+    "rotated-ewc-tangent": _attached("tangent"),
+    "rotated-ewc-gradient": _attached("gradient"),
+    "rotated-ewc-loss": Method(_rotated_ewc("loss", "merged"), by_default=True),
+    "rotated-ewc-separate": Method(_rotated_ewc("loss", "separate")),
     "joint": Method(_no_plugin, None, trained_jointly=True, by_default=True),
 }
 DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.by_default)
@@ -140,7 +156,7 @@ class Variant:
     """A method with its strength settled."""
 
     name: str  # key in :data:`METHODS`
-    strength: float | None  # λ; None where there is none
+    strength: float | str | None  # λ, or :data:`AUTO`; None where there is none
     note: str = ""  # what tables and plots add to the name
 
     @property
@@ -168,17 +184,18 @@ def make_plugin(
 def make_optimizer(
     model: "nn.Module", configuration: "Configuration", method: Method
 ) -> "Optimizer":
-    """Make the optimizer of a configuration, or that of a method which has its own."""
+    """Make the optimizer of a configuration, or SGD for a method that needs it.
+
+    SGD in the place of another optimizer has :data:`SGD_FACTOR` times the learning rate.
+    """
     from torch import optim
 
-    from rotate_ewc import RotatedAdam
-
-    rate = configuration.learning_rate
-    if method.rotates_adam:
-        return RotatedAdam(model, lr=rate)
-    if configuration.optimizer == "adam":
-        return optim.Adam(model.parameters(), lr=rate)
-    return optim.SGD(model.parameters(), lr=rate, momentum=SGD_MOMENTUM)
+    name, rate = configuration.optimizer, configuration.learning_rate
+    if method.needs_sgd and name != "sgd":
+        name, rate = "sgd", SGD_FACTOR * rate
+    options = {"momentum": SGD_MOMENTUM} if name == "sgd" else {}
+    made: Optimizer = getattr(optim, OPTIMIZERS[name])(model.parameters(), lr=rate, **options)
+    return made
 
 
 def make_strategy(

@@ -13,7 +13,7 @@ from benchmarks.speed.networks import perceptron
 if TYPE_CHECKING:
     from benchmarks.scenarios import Scenario
 
-CHANNELS = (32, 64, 128)
+CHANNELS = (32, 64, 64)
 
 
 def make_model(scenario: "Scenario", hidden: Sequence[int]) -> nn.Module:
@@ -30,11 +30,12 @@ def make_model(scenario: "Scenario", hidden: Sequence[int]) -> nn.Module:
 
 
 def convolutions(shape: Sequence[int]) -> tuple[list[nn.Module], int]:
-    """Three 3×3 convolutions with ReLU, from flattened images to ``[N, F]``, and ``F``."""
+    """3×3 convolutions with ReLU and maxima, from flattened images to ``[N, F]``, and ``F``."""
     channels, height, width = shape
     layers: list[nn.Module] = [nn.Unflatten(1, tuple(shape))]
     for channels_in, channels_out in pairwise((channels, *CHANNELS)):
-        layers += [nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.ReLU()]
+        layers.append(nn.MaxPool2d(2, ceil_mode=True))
         height, width = (height + 1) // 2, (width + 1) // 2
     return [*layers, nn.Flatten()], CHANNELS[-1] * height * width
 

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from benchmarks.methods import AUTO
+
 Spec = PrimitiveConstructorSpec[Any]
 
 LARGEST_SEED = 2**32 - 1
@@ -49,13 +51,21 @@ def whole_number(smallest: int, largest: int | None = None, *, metavar: str = "N
     return _spec(int, metavar, expected, lambda n: smallest <= n <= (largest or math.inf))
 
 
-def number(*, zero: bool, largest: float = math.inf, metavar: str = "X") -> Spec:
-    """Finite numbers above zero, and zero too where ``zero`` says so, up to a largest."""
+def number(
+    *, zero: bool, largest: float = math.inf, below: float = math.inf, auto: bool = False
+) -> Spec:
+    """Finite numbers above zero, or from zero, up to a largest or below a bound; or ``"auto"``."""
     expected = f"a finite number {'≥' if zero else '>'} 0"
-    if math.isfinite(largest):
-        expected += f" and ≤ {largest:g}"
+    expected += f" and ≤ {largest:g}" * math.isfinite(largest)
+    expected += f" and < {below:g}" * math.isfinite(below) + ", or auto" * auto
     smallest = 0.0 if zero else math.ulp(0.0)
-    return _spec(float, metavar, expected, lambda x: smallest <= x <= largest and x < math.inf)
+
+    def convert(word: str) -> float | str:
+        return AUTO if auto and word == AUTO else float(word)
+
+    return _spec(
+        convert, "X", expected, lambda x: x == AUTO or (smallest <= x <= largest and x < below)
+    )
 
 
 def one_of(names: Iterable[str], *, metavar: str = "NAME") -> Spec:
@@ -115,13 +125,15 @@ Count = Annotated[int, whole_number(1)]
 CountOrZero = Annotated[int, whole_number(0)]
 Positive = Annotated[float, number(zero=False)]
 PositiveOrZero = Annotated[float, number(zero=True)]
+PositiveOrAuto = Annotated[float | str, number(zero=False, auto=True)]
+StrengthOrAuto = Annotated[float | str, number(zero=True, auto=True)]
 _seeds = several(whole_number(0, LARGEST_SEED, metavar="SEED"))
 Seeds = Annotated[tuple[int, ...], _seeds]
 OptionalSeeds = Annotated[tuple[int, ...] | None, _seeds]
 Threads = Annotated[int | None, whole_number(1), default("PyTorch's choice")]
-Folder = Annotated[
-    Path, _spec(Path, "FOLDER", "a folder", lambda path: path.is_dir() or not path.exists())
-]
+_folder = _spec(Path, "FOLDER", "a folder", lambda path: path.is_dir() or not path.exists())
+Folder = Annotated[Path, _folder]
+OptionalFolder = Annotated[Path | None, _folder]
 Device = Annotated[
     str, _spec(str, "DEVICE", "a device that PyTorch can use here, as cpu or cuda:0", _usable)
 ]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from benchmarks.command import keep, make_console, start
 from benchmarks.configuration import MethodNames, StreamOptions
-from benchmarks.methods import DEFAULT_METHODS, METHODS, Variant, is_own
+from benchmarks.methods import AUTO, DEFAULT_METHODS, METHODS, Variant, is_own
 from benchmarks.option_types import number, several
 
 NAME = "permuted_mnist"
@@ -37,7 +37,7 @@ def run(options: Options) -> int:
     """Run every method at every seed, and present the results."""
     from benchmarks import experiment
     from benchmarks.report.accuracy import draw
-    from benchmarks.report.tables import results_table
+    from benchmarks.report.tables import closing_lines, results_table
     from benchmarks.results import FORMAT
 
     configuration, images, streams = start(options)
@@ -53,7 +53,7 @@ def run(options: Options) -> int:
     make_console().print(results_table(records, title))
     picture = results.with_suffix(".png")
     draw(records, title).savefig(picture)
-    print(f"Wrote {results} and {picture}.")
+    print(f"Wrote {results} and {picture}.\n", *closing_lines(records), sep="\n")
     return 0
 
 
@@ -66,9 +66,15 @@ def variants(options: Options) -> list[Variant]:
             notes = [f"[λ={value:g}]" if len(baselines) > 1 else "" for value in baselines]
             found += [Variant(name, *pair) for pair in zip(baselines, notes, strict=True)]
         else:
-            default = METHODS[name].default_strength
-            found.append(Variant(name, options.ewc_lambda if is_own(name) else default))
+            found.append(Variant(name, strength_of(name, options)))
     return found
+
+
+def strength_of(name: str, options: StreamOptions) -> float | str | None:
+    """The strength of a method: that of ``--ewc-lambda`` where the method is ours and takes it."""
+    method, given = METHODS[name], options.ewc_lambda
+    takes_it = is_own(name) and (method.attached or given != AUTO)
+    return given if takes_it else method.default_strength
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A file holds one or more runs of one scenario::
 
-    {"format": "rotate_ewc.benchmarks/2", "scenario": "permuted_mnist", "records": [...]}
+    {"format": "rotate_ewc.benchmarks/3", "scenario": "permuted_mnist", "records": [...]}
 
 with one object per record, its keys being the fields of :class:`Record`. The suite keeps every run
 in a file of its own, whose name ends in a digest of all options that can change the result: so an
@@ -22,7 +22,7 @@ from benchmarks.configuration import Configuration
 from benchmarks.files import write_document
 from benchmarks.methods import Variant
 
-FORMAT = "rotate_ewc.benchmarks/2"
+FORMAT = "rotate_ewc.benchmarks/3"
 DIGEST_LENGTH = 10
 
 
@@ -39,7 +39,6 @@ class Record:
     accuracy_matrix: list[list[float]]  # ``[T][T]``; joint training has equal rows
     training_seconds: float  # with the penalty, without estimation and evaluation
     estimation_seconds: float  # what the method does at the ends of tasks
-    penalty_ms_per_step: float  # value and gradient, after the last task; 0 without
     state_bytes: int  # held between tasks, besides the network: anchors, importances, copies
     trained_jointly: bool
     configuration: dict[str, Any]  # the options of the run, data source and thread count
@@ -47,9 +46,9 @@ class Record:
     diverged: bool = False  # whether parameters, or squares of activations, became infinite
 
     @property
-    def strength(self) -> float | None:
-        """The λ of the run; None for methods that have none."""
-        strength: float | None = self.configuration["strength"]
+    def strength(self) -> float | str | None:
+        """The λ of the run, or ``"auto"``; None for methods that have none."""
+        strength: float | str | None = self.configuration["strength"]
         return strength
 
     @property
@@ -92,8 +91,13 @@ class Job:
 
     def __str__(self) -> str:
         """Method, strength, seed and purpose, for messages."""
-        strength = "" if self.variant.strength is None else f", λ = {self.variant.strength:g}"
+        strength = "" if self.variant.strength is None else f", λ = {self._strength}"
         return f"{self.scenario}, {self._purpose}: {self.variant.label}{strength}, seed {self.seed}"
+
+    @property
+    def _strength(self) -> str:
+        strength = self.variant.strength
+        return f"{strength:g}" if isinstance(strength, float) else str(strength)
 
     @property
     def _purpose(self) -> str:
@@ -117,7 +121,7 @@ class Job:
         """Where the record is kept, inside a folder of results."""
         text = json.dumps(self.identity, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
-        strength = "" if self.variant.strength is None else f"_{self.variant.strength:g}"
+        strength = "" if self.variant.strength is None else f"_{self._strength}"
         name = f"{self.variant.name}{strength}_seed{self.seed}_{self._purpose}_{digest}.json"
         return folder / self.scenario / name
 

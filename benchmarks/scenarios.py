@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -233,12 +233,16 @@ class SplitImages(Scenario):
 
 
 def load_data(configuration: Configuration, data_root: Path) -> ImageData:
-    """Load the images to be used, or raise ``DataUnavailableError`` if CIFAR is not to be had."""
-    kinds = {"split_cifar10": data_sets.CIFAR10, "split_cifar100": data_sets.CIFAR100}
-    kind = kinds.get(configuration.scenario)
-    data = data_sets.load(kind, data_root) if kind else data_sets.load_images(data_root)
+    """Load the images to be used; ``ValueError`` if a folder has no such images."""
+    data = loaded(configuration.images, data_root)
     data = data.limited(configuration.training_images)
     return data.for_validation() if configuration.validate else data
+
+
+@lru_cache(maxsize=1)
+def loaded(folder: Path | None, data_root: Path) -> ImageData:
+    """The images of a folder, or else MNIST; a call mostly asks for what the last one did."""
+    return data_sets.load_images(data_root) if folder is None else data_sets.load_folder(folder)
 
 
 def make_scenario(configuration: Configuration, data: ImageData, seed: int) -> Scenario:
@@ -247,7 +251,8 @@ def make_scenario(configuration: Configuration, data: ImageData, seed: int) -> S
         return PermutedImages(data, configuration.tasks, seed)
     if configuration.scenario == "rotated_mnist":
         return RotatedImages(data, configuration.tasks, seed)
-    return SplitImages(data, configuration.tasks, configuration.increment, configuration.scenario)
+    source = "mnist" if configuration.images is None else data.source
+    return SplitImages(data, configuration.tasks, configuration.increment, f"split_{source}")
 
 
 def training_experiences(scenario: Scenario, *, jointly: bool) -> list[Any]:

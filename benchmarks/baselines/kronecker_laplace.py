@@ -65,7 +65,7 @@ class KroneckerLaplace(QuadraticPlugin, supports_distributed=True):  # type: ign
         layers: dict[str, Any] = dict(model.named_modules())
         terms = []
         for name, factors in self.factors.items():
-            change = _joint_matrix(layers[name]) - self.anchor[name]
+            change = joint_matrix(layers[name]) - self.anchor[name]
             with torch.no_grad():
                 # The gradient of the quadratic form. Given to the graph as a constant, it costs
                 # two products of matrices in place of the six of a backward pass.
@@ -81,7 +81,7 @@ class KroneckerLaplace(QuadraticPlugin, supports_distributed=True):  # type: ign
             before = self.factors.get(name)
             self.factors[name] = new if before is None else before + new
         layers = trained_layers(strategy.model)
-        self.anchor = {name: _joint_matrix(layers[name]).detach().clone() for name in self.factors}
+        self.anchor = {name: joint_matrix(layers[name]).detach().clone() for name in self.factors}
 
 
 def kronecker_factors(
@@ -102,7 +102,7 @@ def kronecker_factors(
     }
 
 
-def _joint_matrix(layer: Layer) -> Tensor:
+def joint_matrix(layer: Layer) -> Tensor:
     """Return a layer's bias, if it has one, and weight as one matrix ``[d_out, 1 + d_in]``."""
     weight = layer.weight.flatten(1)
     return weight if layer.bias is None else torch.cat([layer.bias.unsqueeze(1), weight], 1)

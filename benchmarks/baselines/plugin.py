@@ -1,4 +1,4 @@
-"""What the baselines have in common: a quadratic penalty that is estimated after every task."""
+"""What the baselines have in common: something quadratic that is estimated after every task."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ BATCH_SIZE = 256
 DRAWING, LABELLING = 0, 1
 
 
-class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[misc, call-arg]
-    """Adds a penalty to the loss from the second task on.
+class EstimatingPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[misc, call-arg]
+    """Looks at the examples of every task when it ends.
 
     Attributes:
-        strength: λ, which multiplies the penalty.
+        strength: What is searched.
         tasks: Number of tasks that are protected.
     """
 
     def __init__(self, strength: float, *, samples: int | None = None, seed: int = 0) -> None:
-        """Take λ ≥ 0, how many examples of a task to estimate on (None for all), and a seed."""
+        """Take a strength ≥ 0, how many examples of a task to look at (None for all), a seed."""
         super().__init__()
         if not strength >= 0:
             raise ValueError(f"strength: got {strength}, expected at least 0")
@@ -37,11 +37,6 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         self._samples = samples
         self._seed = seed
 
-    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Add the penalty to the loss."""
-        if self.tasks > 0:
-            strategy.loss = strategy.loss + self.penalty(strategy.model)
-
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Protect the task that has been learned."""
         examples = Examples(strategy, samples=self._samples, seed=self._seed, task=self.tasks)
@@ -49,12 +44,21 @@ class QuadraticPlugin(SupervisedPlugin, supports_distributed=True):  # type: ign
         self.tasks += 1
 
     @abstractmethod
-    def penalty(self, model: nn.Module) -> Tensor:
-        """Return the penalty, a scalar with a gradient."""
-
-    @abstractmethod
     def consolidate(self, strategy: Any, examples: "Examples") -> None:
         """Estimate on the examples of a task, and anchor the weights of ``strategy.model``."""
+
+
+class QuadraticPlugin(EstimatingPlugin, supports_distributed=True):  # type: ignore[call-arg]
+    """Adds a penalty to the loss from the second task on, times λ, its strength."""
+
+    def before_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Add the penalty to the loss."""
+        if self.tasks > 0:
+            strategy.loss = strategy.loss + self.penalty(strategy.model)
+
+    @abstractmethod
+    def penalty(self, model: nn.Module) -> Tensor:
+        """Return the penalty, a scalar with a gradient."""
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,12 @@ STYLES = {
     "r-ewc": Style("#882255", (0, (4, 1, 1, 1, 1, 1)), "p", filled=False),
     "kronecker-laplace": Style("#117733", (0, (9, 2)), "h", filled=False),
     "diagonal-ewc": Style("#44AA99", (0, (1, 2)), ">"),
+    "ncl": Style("#AA4499", (0, (6, 1, 1, 1, 1, 1)), "d"),
     "rotated-ewc": Style("#D55E00", "-", "o", width=OWN_WIDTH),
     "rotated-ewc-separate": Style("#0072B2", (0, (6, 2, 1, 2)), "D", filled=False, width=OWN_WIDTH),
     "rotated-ewc-tangent": Style("#56B4E9", (0, (5, 1, 1, 1)), "D", width=OWN_WIDTH),
-    "rotated-ewc-proximal": Style("#009E73", (0, (3, 1, 1, 1)), "^", width=OWN_WIDTH),
-    "rotated-adam": Style("#CC79A7", (0, (8, 2)), "P", width=OWN_WIDTH),
+    "rotated-ewc-gradient": Style("#009E73", (0, (3, 1, 1, 1)), "^", width=OWN_WIDTH),
+    "rotated-ewc-loss": Style("#CC79A7", (0, (8, 2)), "P", width=OWN_WIDTH),
     "joint": Style("#000000", (0, (1, 3)), "", width=1.5),
 }
 OTHER_STYLES = (

@@ -32,8 +32,8 @@ NOTES = (
     f"{DIVERGED} in at least one run the parameters became infinite.",
     f"Width: decades of λ in which at most {POINTS:g} points are lost; ≥ where the search ended "
     "sooner.",
-    "Training is with the penalty, estimation what is done at the ends of tasks, penalty its value "
-    "and gradient; search: runs, and their time one after another.",
+    "Training is with the penalty, estimation what is done at the ends of tasks; search: runs, and "
+    "their time one after another.",
 )
 # Options that are told elsewhere, or that the protocol varies.
 NOT_SAID = frozenset({"scenario", "replay", "threads", "jobs", "device"})
@@ -120,8 +120,10 @@ def _points(field: str) -> CellMaker:
     return lambda result, _: percent((getattr(r, field) for r in result.tested), 1)
 
 
-def _strength(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.3g}".replace("e+0", "e").replace("e-0", "e-")
+def _strength(value: float | str | None) -> str:
+    if not isinstance(value, float):
+        return value or ABSENT
+    return f"{value:.3g}".replace("e+0", "e").replace("e-0", "e-")
 
 
 def _accuracy(result: MethodResult, _: Experiment) -> str:
@@ -152,8 +154,7 @@ FORGETTING = Column("forgetting [points]", _points("forgetting"))
 TRANSFER = Column("backward transfer [points]", _points("backward_transfer"), in_terminal=False)
 TRAINING = Column("training [s]", _mean("training_seconds", 0))
 ESTIMATION = Column("estimation [s]", _mean("estimation_seconds", 1))
-PENALTY = Column("penalty [ms/step]", _mean("penalty_ms_per_step", 2))
-GIVEN_STRENGTH = (ACCURACY, FORGETTING, TRANSFER, TRAINING, ESTIMATION, PENALTY)
+GIVEN_STRENGTH = (ACCURACY, FORGETTING, TRANSFER, TRAINING, ESTIMATION)
 COLUMNS = (
     Column("chosen λ", lambda result, _: _strength(result.strength) + EDGE * result.at_edge),
     ACCURACY,
@@ -165,7 +166,6 @@ COLUMNS = (
     TRAINING,
     Column("training [× naive]", _relative_training, in_terminal=False),
     ESTIMATION,
-    PENALTY,
     Column("state [MiB]", _mean("state_bytes", 1, 1 / MEBIBYTE)),
     Column("search runs", lambda result, _: str(len(result.searched) or ABSENT), in_terminal=False),
     Column("search [s]", _search_seconds, in_terminal=False),
@@ -225,6 +225,30 @@ def results_table(records: Sequence[Record], title: str) -> Table:
     return _table(Experiment("", {}, results), GIVEN_STRENGTH, title)
 
 
+def closing_lines(records: Sequence[Record]) -> list[str]:
+    """Say in words what each method keeps, the best first, and how far that is from the optimum."""
+    groups = group_by_label(records)
+    means = {label: 100 * mean_accuracy(group) for label, group in groups.items()}
+    bound = next((means[label] for label, g in groups.items() if g[0].trained_jointly), None)
+    inner = [label for label in means if not groups[label][0].trained_jointly]
+    ranked = sorted(inner, key=lambda label: -means[label])
+    tasks = len(records[0].accuracy_matrix)
+    lines = [f"After {tasks} task{'s' * (tasks > 1)}, one after another:"]
+    for label in ranked:
+        distance = ""
+        if bound is not None:
+            side = "below" if means[label] <= bound else "above"
+            gap = abs(bound - means[label])
+            distance = f", {gap:.1f} points {side} training on all tasks at once"
+        lost = mean((record.forgetting for record in groups[label]), 1, 100)
+        name = "plain training" if label == "naive" else label
+        lines.append(f"  {name} keeps {means[label]:.1f} %{distance}; it forgets {lost} points.")
+    if len(ranked) > 1:
+        best = "plain training" if ranked[0] == "naive" else ranked[0]
+        lines.append(f"What was learned is protected best by {best}.")
+    return lines if ranked else []
+
+
 def terminal_table(experiment: Experiment) -> Group:
     """Show an experiment in a terminal of 110 columns: the setting and the table."""
     columns = [column for column in COLUMNS if column.in_terminal]
@@ -252,7 +276,9 @@ def setting_lines(experiment: Experiment) -> list[str]:
     options = [
         f"{name.replace('_', ' ')} {_in_words(value)}"
         for name, value in experiment.setting.items()
-        if name not in NOT_SAID and (name != "increment" or experiment.scenario.startswith("split"))
+        if value is not None
+        and name not in NOT_SAID
+        and (name != "increment" or experiment.scenario.startswith("split"))
     ]
     tested = {record.seed for record in records if not record.for_validation}
     searched = {record.seed for record in records if record.for_validation}

@@ -63,20 +63,19 @@ STEP_CASES = {
     TINY_MLP: "MLP 784-100-100-10",
     **{case: CASES[case] for case in (SMALL_MLP, CNN, TRANSFORMER)},
 }
-PERCEPTRONS = (TINY_MLP, SMALL_MLP)
 WITH_SEPARATE = (TINY_MLP, SMALL_MLP, CNN)
 
-# After how many steps of the optimizer an implicit step on the penalty is taken. A tangent plane is
-# as good as the penalty in the loss with more of them than a proximal step (docs/results.md).
-TANGENT_EVERY, PROXIMAL_EVERY = 20, 10
+# After how many steps of the optimizer a tangent plane is renewed.
+TANGENT_EVERY = 20
 
 STEP = "step"
-TANGENT = f"step with tangent, k={TANGENT_EVERY}"
-PROXIMAL = f"step, and a proximal one every {PROXIMAL_EVERY}th"
-ROTATED = "RotatedAdam step"
+ATTACHED = "step, attached"
+TANGENT = f"step, attached, tangent, k={TANGENT_EVERY}"
+GRADIENT = "step, attached, gradient"
+# At most so many plain steps is an attached one to take.
+TARGETS = {SMALL_MLP: 4.0, CNN: 1.15, TRANSFORMER: 1.4}
 # To be completed by a number of tasks.
 PENALTY, SEPARATE, STEP_WITH_PENALTY = "penalty", "separate penalty", "step with penalty"
-ONE_BY_ONE = "{} penalties one by one"
 
 
 def after(quantity: str, tasks: int) -> str:

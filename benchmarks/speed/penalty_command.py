@@ -15,18 +15,17 @@ SEPARATE_TASKS, QUICK_TASKS = 10, 2
 class Options(MeasuringOptions):
     """Time what the penalty costs in a training step, here and in other packages.
 
-    Its value and gradient, and whole steps (Adam) with and without it. The models are
+    Its value and gradient, and whole steps of Adam: plain, with the penalty in the loss, and with
+    the penalty attached to the optimizer. The models are
 
       small   MLP 784-100-100-10, batches of 250
       a       MLP 784-400-400-10, batches of 250
       c       CNN with four convolutions and two linear layers, batches of 250 images
       e       Transformer of four blocks of width 256, batches of 16 sequences of 128 tokens
 
-    Merged penalties after some numbers of tasks, and, but for e, tasks kept separate and as many
-    penalties called one by one. Peers have the matrix of one task, over linear layers and
-    convolutions. After the most tasks also steps with the penalty's tangent plane; for the MLPs
-    steps with a proximal one now and then, and those of RotatedAdam. Last, how long it takes to
-    load a snapshot, and to import the package.
+    Merged penalties after some numbers of tasks, and, but for e, tasks kept separate. Peers have
+    the matrix of one task, over linear layers and convolutions. Attached steps are after the most
+    tasks. Last, how long it takes to load a snapshot, and to import the package.
 
     All contenders of a case take turns within one process; the median of each turn counts. Ratios
     are within a round, and medians over rounds. The data are noise: cost depends on shapes alone.

@@ -96,16 +96,13 @@ def compare(record: Training) -> list[Comparison]:
     ours = names.ours_beside_peers(record.case)
     quotient(ours, names.NNGEOMETRY)
     quotient(names.CURVLINOPS, ours)
-    if record.case in names.WITH_SEPARATE:
-        tasks = record.separate_tasks
-        quotient(names.ONE_BY_ONE.format(tasks), names.after(names.SEPARATE, tasks))
-
+    target = names.TARGETS.get(record.case)
+    bound = f" (to be at most {target:g})" if target else ""
+    quotient(names.ATTACHED, names.STEP, f"{names.ATTACHED} / {names.STEP}{bound}")
+    for attached in (names.GRADIENT, names.TANGENT):
+        quotient(attached, names.STEP)
     for tasks in record.tasks:
         overhead(names.after(names.STEP_WITH_PENALTY, tasks))
-    overhead(names.TANGENT)
-    if record.case in names.PERCEPTRONS:
-        overhead(names.PROXIMAL)
-        overhead(names.ROTATED)
     return found
 
 

@@ -106,7 +106,7 @@ class Estimation(_Case):
 class Training(_Case):
     """The steps and penalties of one case."""
 
-    format: ClassVar[str] = "rotate_ewc.benchmarks.speed.penalty/2"
+    format: ClassVar[str] = "rotate_ewc.benchmarks.speed.penalty/3"
     unit: ClassVar[str] = "a plain step"
     legend: ClassVar[str] = (
         "Filled: a penalty and its gradient. Hollow: whole steps. Lines: range over rounds."
@@ -115,7 +115,6 @@ class Training(_Case):
     parameters: int  # their number
     repetitions: int  # calls of each contender in its turn
     tasks: list[int]  # numbers of tasks of the merged penalties, rising
-    separate_tasks: int
 
     @property
     def place(self) -> tuple[Any, ...]:

@@ -8,14 +8,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 from torch.optim import Adam
 from tqdm import tqdm
 
 from benchmarks.speed.cases import Workload
-from benchmarks.speed.names import PROXIMAL_EVERY, TANGENT_EVERY
-from rotate_ewc import EKFACPenalty, RotatedAdam, TangentPenalty, step_sizes_of
-from rotate_ewc.penalty.step_size import StepSizes
+from rotate_ewc import EKFACPenalty
 
 Work = Callable[[], object]
 
@@ -35,14 +32,10 @@ class History:
     known: EKFACPenalty  # of the layers that every contender knows, after the first task
     merged: dict[int, EKFACPenalty]  # merged penalties by number of tasks
     separate: dict[int, EKFACPenalty]  # penalties that keep tasks separate, by number of tasks
-    single: list[EKFACPenalty]  # penalties of one task each, for the first tasks
 
 
 def live(
-    workload: Workload,
-    tasks: Collection[int],
-    separate_tasks: Collection[int] = (),
-    single_tasks: int = 0,
+    workload: Workload, tasks: Collection[int], separate_tasks: Collection[int] = ()
 ) -> History:
     """Consolidate random tasks, one after the other, and move the model after each.
 
@@ -50,7 +43,6 @@ def live(
         workload: The model, which is moved, and the batch to step on.
         tasks: Numbers of tasks of the merged penalties.
         separate_tasks: Numbers of tasks of the penalties that keep tasks separate.
-        single_tasks: Number of penalties of one task each; no more than there are tasks.
     """
     model = workload.model
     known = {id(parameter) for parameter in workload.known_parameters}
@@ -63,7 +55,7 @@ def live(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        first, single = _task(workload), []
+        first = _task(workload)
         of_known = _after(first, EKFACPenalty(include=include))
         last = max([*tasks, *separate_tasks])
         for done in tqdm(range(1, 1 + last), unit="task", disable=None):
@@ -73,12 +65,10 @@ def live(
                     _after(task, penalty)
                 if done in numbers:
                     copies[done] = copy.deepcopy(penalty)
-            if done <= single_tasks:
-                single.append(_after(task, EKFACPenalty()))
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(MOVE * torch.randn_like(parameter))
-    return History(workload, first, of_known, merged, separate, single)
+    return History(workload, first, of_known, merged, separate)
 
 
 def _task(workload: Workload) -> Workload:
@@ -94,91 +84,38 @@ def _after(task: Workload, penalty: EKFACPenalty) -> EKFACPenalty:
     return penalty
 
 
-class Learner:
-    """A copy of a model with its optimizer, Adam, and a batch."""
-
-    def __init__(self, workload: Workload) -> None:
-        """Copy a workload's model."""
-        self.model = copy.deepcopy(workload.model)
-        self.optimizer = Adam(self.model.parameters(), lr=LEARNING_RATE)
-        self._criterion = workload.criterion
-        self._inputs, self._targets = workload.batches[0]
-
-    def backward(self, penalty: EKFACPenalty | None = None) -> None:
-        """Replace the gradient by that of the loss, with a penalty in it if there is one."""
-        self.optimizer.zero_grad()
-        loss = self._criterion(self.model(self._inputs), self._targets)
-        if penalty is not None:
-            loss = loss + penalty(self.model)
-        loss.backward()
-
-    def step(self, penalty: EKFACPenalty | None = None) -> None:
-        """Take a whole step, with a penalty in the loss if there is one."""
-        self.backward(penalty)
-        self.optimizer.step()
-
-    def sizes(self, steps: int) -> StepSizes:
-        """What Adam makes of a gradient of one in so many steps."""
-        return step_sizes_of(self.optimizer, self.model, steps * LEARNING_RATE)
-
-
-def value_and_gradient(workload: Workload, *penalties: EKFACPenalty) -> Work:
-    """A penalty, or the sum of several, forward and backward for all that is not frozen."""
+def value_and_gradient(workload: Workload, penalty: EKFACPenalty) -> Work:
+    """A penalty, forward and backward for all that is not frozen."""
     own = copy.deepcopy(workload.model)
     parameters = [parameter for parameter in own.parameters() if parameter.requires_grad]
-
-    def work() -> tuple[Tensor, ...]:
-        first, *others = penalties
-        value = first(own)
-        for other in others:
-            value = value + other(own)
-        return torch.autograd.grad(value, parameters)
-
-    return work
+    return lambda: torch.autograd.grad(penalty(own), parameters)
 
 
-def plain_step(workload: Workload, penalty: EKFACPenalty | None = None) -> Work:
-    """A step of Adam, with a penalty in the loss if there is one."""
-    learner = Learner(workload)
-    return lambda: learner.step(penalty)
+def training_steps(
+    workload: Workload, penalty: EKFACPenalty | None = None, update: str = "loss", every: int = 1
+) -> Work:
+    """So many steps of Adam on a copy of a model.
 
-
-def proximal_steps(workload: Workload, penalty: EKFACPenalty) -> Work:
-    """Some steps, with a proximal step after the last."""
-    learner = Learner(workload)
-
-    def work() -> None:
-        for _ in range(PROXIMAL_EVERY):
-            learner.step()
-        penalty.proximal_step_(learner.model, learner.sizes(PROXIMAL_EVERY))
-
-    return work
-
-
-def tangent_steps(workload: Workload, penalty: EKFACPenalty) -> Work:
-    """Some steps with the tangent plane's gradient, which is refreshed after the last."""
-    learner, tangent = Learner(workload), TangentPenalty(penalty)
+    Args:
+        workload: The model and the batch.
+        penalty: A penalty, if there is one.
+        update: `"loss"`, or how the penalty is attached to the optimizer.
+        every: How many steps, after which a tangent plane is renewed.
+    """
+    model = copy.deepcopy(workload.model)
+    optimizer = Adam(model.parameters(), lr=LEARNING_RATE)
+    inputs, targets = workload.batches[0]
+    in_loss = penalty if update == "loss" else None
+    if penalty is not None and in_loss is None:
+        penalty.attach(optimizer, model, update, every)
 
     def work() -> None:
-        for _ in range(TANGENT_EVERY):
-            learner.backward()
-            tangent.add_gradient_(learner.model)
-            learner.optimizer.step()
-        tangent.refresh_(learner.model, learner.sizes(TANGENT_EVERY))
+        for _ in range(every):
+            optimizer.zero_grad()
+            loss = workload.criterion(model(inputs), targets)
+            if in_loss is not None:
+                loss = loss + in_loss(model)
+            loss.backward()
+            optimizer.step()
 
     return work
-
-
-def rotated_step(workload: Workload, penalty: EKFACPenalty) -> Work:
-    """A step of the optimizer that obeys the penalty itself."""
-    learner = Learner(workload)
-    learner.optimizer = RotatedAdam(learner.model, penalty, lr=LEARNING_RATE)  # type: ignore[assignment]
-    return learner.step
-
-
-def rotated_update(workload: Workload, penalty: EKFACPenalty) -> Work:
-    """What the optimizer does once the gradient is there."""
-    learner = Learner(workload)
-    learner.backward()
-    optimizer = RotatedAdam(learner.model, penalty, lr=LEARNING_RATE)
-    return lambda: optimizer.step()

@@ -20,14 +20,14 @@ LARGEST_FACTORS = {names.NNGEOMETRY: 10.0, names.CURVLINOPS: 1.01}
 # Steps of networks with many products are long enough to need few of them.
 REPETITIONS = {names.TINY_MLP: 20, names.SMALL_MLP: 20}
 FEW_REPETITIONS = 3
-STEPS_PER_CALL = {names.TANGENT: names.TANGENT_EVERY, names.PROXIMAL: names.PROXIMAL_EVERY}
+STEPS_PER_CALL = {names.TANGENT: names.TANGENT_EVERY}
 
 
 def measure(case: str, options: Options) -> Training:
     """Consolidate tasks, and time everything that is there then."""
     workload = build_step(case, quick=options.quick)
     separate = options.separate_tasks if case in names.WITH_SEPARATE else 0
-    history = live(workload, options.tasks, [separate] if separate else [], separate)
+    history = live(workload, options.tasks, [separate] if separate else [])
     works, known = enter(case, history)
     repetitions = 1 if options.quick else REPETITIONS.get(case, FEW_REPETITIONS)
     times = time_in_rounds(
@@ -49,7 +49,6 @@ def measure(case: str, options: Options) -> Training:
         parameters=sum(parameter.numel() for parameter in workload.model.parameters()),
         repetitions=repetitions,
         tasks=list(options.tasks),
-        separate_tasks=options.separate_tasks,
     )
 
 
@@ -62,14 +61,15 @@ def enter(case: str, history: History) -> tuple[dict[str, Work], dict[str, Resul
     """
     workload, merged = history.workload, history.merged
     last = merged[max(merged)]
-    works = {names.STEP: steps.plain_step(workload)}
+    works = {
+        names.STEP: steps.training_steps(workload),
+        names.ATTACHED: steps.training_steps(workload, last, "rotated"),
+        names.GRADIENT: steps.training_steps(workload, last, "gradient"),
+        names.TANGENT: steps.training_steps(workload, last, "tangent", names.TANGENT_EVERY),
+    }
     for tasks, penalty in merged.items():
         name = names.after(names.STEP_WITH_PENALTY, tasks)
-        works[name] = steps.plain_step(workload, penalty)
-    works[names.TANGENT] = steps.tangent_steps(workload, last)
-    if case in names.PERCEPTRONS:
-        works[names.PROXIMAL] = steps.proximal_steps(workload, last)
-        works[names.ROTATED] = steps.rotated_step(workload, last)
+        works[name] = steps.training_steps(workload, penalty)
     for tasks, penalty in merged.items():
         works[names.after(names.PENALTY, tasks)] = steps.value_and_gradient(workload, penalty)
     ours = names.ours_beside_peers(case)
@@ -83,8 +83,6 @@ def enter(case: str, history: History) -> tuple[dict[str, Work], dict[str, Resul
     for tasks, penalty in history.separate.items():
         name = names.after(names.SEPARATE, tasks)
         works[name] = steps.value_and_gradient(workload, penalty)
-        name = names.ONE_BY_ONE.format(tasks)
-        works[name] = steps.value_and_gradient(workload, *history.single)
     return works, results
 
 

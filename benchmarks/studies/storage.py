@@ -5,12 +5,13 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from benchmarks.command import keep, print_table, start
 from benchmarks.configuration import Configuration, StreamOptions
-from benchmarks.methods import Variant
-from benchmarks.studies.calibrate import METHODS, RotatedNames, penalty_of
+from benchmarks.methods import METHODS, Variant, is_own
+from benchmarks.option_types import one_of, several
+from benchmarks.permuted_mnist import strength_of
 
 if TYPE_CHECKING:
     from benchmarks.results import Record
@@ -30,10 +31,10 @@ class Options(StreamOptions):
     storage.json (after every finished run), and prints a table.
 
     Attributes:
-        methods: Which to run.
+        methods: Which of this package's to run.
     """
 
-    methods: RotatedNames = METHODS[:1]
+    methods: Annotated[tuple[str, ...], several(one_of(filter(is_own, METHODS)))] = ("rotated-ewc",)
 
     def __post_init__(self) -> None:
         """Refuse a single task."""
@@ -58,7 +59,9 @@ def run(options: Options) -> int:
     configuration, images, streams = start(options)
     results = options.output / f"{NAME}.json"
     runs = (
-        run_stored(Variant(name, options.ewc_lambda), stream, configuration, precision, seed)
+        run_stored(
+            Variant(name, strength_of(name, options)), stream, configuration, precision, seed
+        )
         for seed, stream in streams
         for name in options.methods
         for precision in PRECISIONS
@@ -100,6 +103,12 @@ def run_stored(
     from benchmarks import experiment
     from benchmarks.avalanche_names import SupervisedPlugin
     from rotate_ewc import EKFACPenalty
+    from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
+
+    def penalty_of(strategy: Any) -> EKFACPenalty:
+        (plugin,) = (one for one in strategy.plugins if isinstance(one, RotatedEWCPlugin))
+        penalty: EKFACPenalty = plugin.penalty
+        return penalty
 
     dtype = None if precision == "float32" else getattr(torch, precision)
     errors: list[float] = []

@@ -8,7 +8,7 @@ then are the test images looked at, with the chosen strength and with the defaul
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import log10
+from math import inf, log10
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -32,8 +32,8 @@ class MethodResult:
     search: Search  # on held-out training images, by ascending strength; empty without a search
     tested: Sequence[Record]  # on the test images with the chosen strength, by seed
     at_default: Sequence[Record]  # on the test images with the default strength, by seed
-    strength: float | None  # the chosen strength; None for methods without
-    default: float | None  # the default strength; None for methods without
+    strength: float | str | None  # the chosen strength; None for methods without
+    default: float | str | None  # the default strength; None for methods without
 
     @property
     def at_edge(self) -> bool:
@@ -117,7 +117,7 @@ def _result(label: str, records: Sequence[Record]) -> MethodResult:
     strength = best_strength(search) if search else only
     return MethodResult(
         label=label,
-        search={value: group for value, group in search.items() if value is not None},
+        search={value: group for value, group in search.items() if isinstance(value, float)},
         tested=tests.get(strength, []),
         at_default=tests.get(default, []),
         strength=strength,
@@ -125,15 +125,20 @@ def _result(label: str, records: Sequence[Record]) -> MethodResult:
     )
 
 
-def by_strength(records: Iterable[Record]) -> dict[float | None, list[Record]]:
-    """Group records by strength, ascending, and sort each group by seed."""
-    groups: dict[float | None, list[Record]] = {}
-    for record in sorted(records, key=lambda one: (one.strength or 0.0, one.seed)):
+def by_strength(records: Iterable[Record]) -> dict[Any, list[Record]]:
+    """Group records by strength, ascending and then what is no number; sort groups by seed."""
+    groups: dict[Any, list[Record]] = {}
+
+    def place(record: Record) -> tuple[float, int]:
+        strength = record.strength or 0.0
+        return inf if isinstance(strength, str) else strength, record.seed
+
+    for record in sorted(records, key=place):
         groups.setdefault(record.strength, []).append(record)
     return groups
 
 
-def best_strength(search: Mapping[float | None, Sequence[Record]]) -> float | None:
+def best_strength(search: Mapping[Any, Sequence[Record]]) -> Any:
     """The strength with the highest mean accuracy; of equals, the smallest."""
     return max(search, key=lambda value: mean_accuracy(search[value]))
 

@@ -4,18 +4,12 @@ import dataclasses
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from benchmarks.configuration import Configuration
 from benchmarks.results import Job, Record, load, save
-
-if TYPE_CHECKING:
-    from benchmarks.data import ImageData
 
 
 @dataclass
@@ -73,20 +67,9 @@ def _run(job: Job, data_root: Path, threads: int) -> Record:
     import torch
 
     from benchmarks import experiment
-    from benchmarks.scenarios import make_scenario
+    from benchmarks.scenarios import load_data, make_scenario
 
     torch.set_num_threads(threads)
-    # The images are those of all runs with these options, whatever else differs.
-    kept = ("scenario", "training_images", "validate")
-    options = {name: getattr(job.configuration, name) for name in kept}
-    data = _images(Configuration(**options), data_root)
+    data = load_data(job.configuration, data_root)
     scenario = make_scenario(job.configuration, data, job.seed)
     return experiment.run(job.variant, scenario, job.configuration, seed=job.seed, quiet=True)
-
-
-@lru_cache(maxsize=1)
-def _images(configuration: Configuration, data_root: Path) -> "ImageData":
-    """The images of the last run, which are mostly those of the next."""
-    from benchmarks.scenarios import load_data
-
-    return load_data(configuration, data_root)

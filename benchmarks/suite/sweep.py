@@ -83,7 +83,7 @@ class Sweep:
             for name, strength in chosen
         ]
 
-    def _job(self, name: str, strength: float | None, seed: int, *, validate: bool) -> Job:
+    def _job(self, name: str, strength: float | str | None, seed: int, *, validate: bool) -> Job:
         """One run. Joint training has all examples anyway, and needs no buffer of them."""
         replay = 0 if METHODS[name].trained_jointly else self.configuration.replay
         variant = Variant(name, strength, f" + replay {replay}" if replay else "")

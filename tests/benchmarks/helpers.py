@@ -121,7 +121,6 @@ def make_record(
         "accuracy_matrix": [list(row) for row in matrix],
         "training_seconds": 12.34,
         "estimation_seconds": 0.5,
-        "penalty_ms_per_step": 1.5,
         "state_bytes": 2**20,
         "trained_jointly": label == "joint",
         "configuration": configuration,

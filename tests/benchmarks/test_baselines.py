@@ -7,9 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.baselines import DiagonalFisherEWC, KroneckerLaplace, PublishedRotatedEWC
+from benchmarks.baselines import (
+    DiagonalFisherEWC,
+    KroneckerLaplace,
+    NaturalContinualLearning,
+    PublishedRotatedEWC,
+)
 from benchmarks.baselines.plugin import (
     LABELLING,
+    EstimatingPlugin,
     Examples,
     QuadraticPlugin,
     make_generator,
@@ -17,13 +23,13 @@ from benchmarks.baselines.plugin import (
 )
 from tests.benchmarks.helpers import NETWORKS, fake_strategy, make_network, move, perceptron
 
-all_plugins = pytest.mark.parametrize(
-    "make", [DiagonalFisherEWC, KroneckerLaplace, PublishedRotatedEWC]
-)
+PENALTIES = [DiagonalFisherEWC, KroneckerLaplace, PublishedRotatedEWC]
+all_penalties = pytest.mark.parametrize("make", PENALTIES)
+all_plugins = pytest.mark.parametrize("make", [*PENALTIES, NaturalContinualLearning])
 networks = pytest.mark.parametrize("network", NETWORKS)
 
 
-@all_plugins
+@all_penalties
 @networks
 def test_penalty_begins_with_the_second_task_and_is_linear_in_the_strength(
     make: type[QuadraticPlugin], network: str
@@ -45,7 +51,7 @@ def test_penalty_begins_with_the_second_task_and_is_linear_in_the_strength(
 
 
 @all_plugins
-def test_bad_settings_are_refused(make: type[QuadraticPlugin]) -> None:
+def test_bad_settings_are_refused(make: type[EstimatingPlugin]) -> None:
     with pytest.raises(ValueError, match="strength: got -1"):
         make(-1.0, samples=None, seed=0)
     with pytest.raises(ValueError, match="samples: got 0"):
@@ -63,7 +69,7 @@ def test_bad_settings_are_refused(make: type[QuadraticPlugin]) -> None:
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(
-    make: type[QuadraticPlugin], model: nn.Module, name: str
+    make: type[EstimatingPlugin], model: nn.Module, name: str
 ) -> None:
     plugin = make(1.0, samples=None, seed=0)
     with pytest.raises(ValueError, match=f"'{name}'"):
@@ -72,7 +78,7 @@ def test_what_is_not_supported_is_refused_by_name(
 
 @all_plugins
 @networks
-def test_the_model_is_left_as_it_was(make: type[QuadraticPlugin], network: str) -> None:
+def test_the_model_is_left_as_it_was(make: type[EstimatingPlugin], network: str) -> None:
     model, inputs = make_network(network)
     model.train()
     strategy = fake_strategy(model, inputs)
@@ -92,7 +98,7 @@ def test_the_model_is_left_as_it_was(make: type[QuadraticPlugin], network: str) 
 
 
 @all_plugins
-def test_a_model_that_has_diverged_is_an_error(make: type[QuadraticPlugin]) -> None:
+def test_a_model_that_has_diverged_is_an_error(make: type[EstimatingPlugin]) -> None:
     model, inputs = make_network("perceptron")
     with torch.no_grad():
         model[0].bias += torch.nan
@@ -127,9 +133,14 @@ def test_labels_are_drawn_from_the_predictions() -> None:
 
 @pytest.mark.parametrize(
     ("make", "strength"),
-    [(DiagonalFisherEWC, 10.0), (KroneckerLaplace, 30.0), (PublishedRotatedEWC, 10.0)],
+    [
+        (DiagonalFisherEWC, 10.0),
+        (KroneckerLaplace, 30.0),
+        (PublishedRotatedEWC, 10.0),
+        (NaturalContinualLearning, 1.0),
+    ],
 )
-def test_tasks_are_forgotten_less(make: type[QuadraticPlugin], strength: float) -> None:
+def test_tasks_are_forgotten_less(make: type[EstimatingPlugin], strength: float) -> None:
     """Two tasks whose inputs are in another order, by a plain loop with the plugin's callbacks."""
     generator = torch.Generator().manual_seed(0)
     classes = torch.arange(120) % 4
@@ -140,7 +151,9 @@ def test_tasks_are_forgotten_less(make: type[QuadraticPlugin], strength: float) 
     def loss_on_the_past(plugin: Any) -> float:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        if make is NaturalContinualLearning:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
         for task in tasks:
             strategy = fake_strategy(model, task)
             strategy.optimizer = optimizer
@@ -150,6 +163,8 @@ def test_tasks_are_forgotten_less(make: type[QuadraticPlugin], strength: float) 
                 if plugin is not None:
                     plugin.before_backward(strategy)
                 strategy.loss.backward()
+                if plugin is not None:
+                    plugin.before_update(strategy)
                 optimizer.step()
             if plugin is not None:
                 plugin.after_training_exp(strategy)

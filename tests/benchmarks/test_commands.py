@@ -22,7 +22,7 @@ from benchmarks.suite import pool as pool_module
 from benchmarks.suite import run as run_module
 from tests.benchmarks.helpers import make_record, refused
 
-ELSEWHERE = ("speed", "speed-penalty", "peers", "study-constant-cost")
+ELSEWHERE = ("speed", "speed-penalty", "peers")
 MINE = [name for name in COMMANDS if name not in ELSEWHERE]
 
 
@@ -69,7 +69,19 @@ def test_help_of_every_command_imports_neither_torch_nor_avalanche() -> None:
         ("permuted-mnist --lr 0", "--lr: expected a finite number > 0, got '0'"),
         ("permuted-mnist --lr inf", "--lr: expected a finite number > 0, got 'inf'"),
         ("permuted-mnist --warm-up 2", "--warm-up: expected a finite number ≥ 0 and ≤ 1, got '2'"),
-        ("permuted-mnist --optimizer a", "--optimizer: expected one of adam, sgd, got 'a'"),
+        ("permuted-mnist --optimizer a", "--optimizer: expected one of adam, adamw, "),
+        (
+            "permuted-mnist --temperature 0",
+            "--temperature: expected a finite number > 0, or auto, ",
+        ),
+        ("permuted-mnist --ewc-lambda aut", "--ewc-lambda: expected a finite number ≥ 0, or auto,"),
+        ("permuted-mnist --plasticity 1", "--plasticity: expected a finite number > 0 and < 1, "),
+        ("run split_images", "--images: expected a folder for split_images"),
+        (
+            "run split_mnist --images tests",
+            "--images: expected a folder for split_images, and none",
+        ),
+        ("run split_images --images Makefile", "--images: expected a folder, got 'Makefile'"),
         ("permuted-mnist --seeds", "--seeds: expected at least one value, got none"),
         ("permuted-mnist --hidden", "--hidden: expected at least one value, got none"),
         (
@@ -84,10 +96,8 @@ def test_help_of_every_command_imports_neither_torch_nor_avalanche() -> None:
         ("run mnist", "SCENARIO: expected one of "),
         ("run all --search-values 4", "--search-values: expected an odd number or 0, got 4"),
         ("run rotated_mnist --increment task", "--increment: expected a split stream, got "),
-        ("study-calibrate --methods ewc", "--methods: expected one of rotated-ewc"),
-        ("study-calibrate --tasks 3", "--tasks: expected a whole number ≥ 2 and ≤ 2, got '3'"),
+        ("study-storage --methods ewc", "--methods: expected one of rotated-ewc"),
         ("study-storage --tasks 1", "--tasks: expected at least 2, got 1"),
-        ("study-causes --curvatures none", "--curvatures: expected one of stored"),
     ],
 )
 def test_wrong_words_are_refused_with_what_was_expected(
@@ -113,8 +123,10 @@ def test_what_is_not_given_depends_on_scenario_and_data() -> None:
 def test_what_is_given_is_as_it_was_given() -> None:
     words = "--tasks 7 --epochs 1 --hidden 5 5 --batch-size 9 --lr 0.5 --fisher-samples 0"
     words += " --training-images 0 --seeds 3 1 --replay 4 --schedule linear"
-    options = parsed(f"run split_cifar10 {words}")
-    found = settle(options, "split_cifar10", quick=True, digits=True)
+    words += " --temperature auto --plasticity 0.5 --images tests"
+    options = parsed(f"run split_images {words}")
+    found = settle(options, "split_images", quick=True, digits=True)
+    assert (found.temperature, found.plasticity, found.images) == ("auto", 0.5, Path("tests"))
     assert (found.tasks, found.epochs, found.hidden, found.batch_size) == (7, 1, (5, 5), 9)
     assert (found.learning_rate, found.schedule, found.replay) == (0.5, "linear", 4)
     assert (found.fisher_samples, found.training_images) == (0, 0)
@@ -132,11 +144,14 @@ def test_the_folder_of_the_data_is_that_of_the_environment(monkeypatch: Any) -> 
 
 def test_variants_of_given_strengths() -> None:
     assert [variant.label for variant in variants(Options())] == list(DEFAULT_METHODS)
-    words = "--methods ewc naive rotated-adam si --baseline-ewc-lambda 0.5 100 --ewc-lambda 4"
+    words = "--methods ewc naive rotated-ewc si --baseline-ewc-lambda 0.5 100 --ewc-lambda 4"
     found = variants(parsed(f"permuted-mnist {words}"))
-    labels = ["ewc[λ=0.5]", "ewc[λ=100]", "naive", "rotated-adam", "si"]
+    labels = ["ewc[λ=0.5]", "ewc[λ=100]", "naive", "rotated-ewc", "si"]
     assert [variant.label for variant in found] == labels
     assert [variant.strength for variant in found] == [0.5, 100.0, None, 4.0, 1.0]
+    words = "--methods rotated-ewc rotated-ewc-loss --ewc-lambda auto"
+    found = variants(parsed(f"permuted-mnist {words}"))
+    assert [variant.strength for variant in found] == ["auto", 1.0], "it is found in steps alone"
 
 
 # Whole runs
@@ -160,6 +175,7 @@ def test_naive_and_joint_on_the_digits(tmp_path: Path, capsys: pytest.CaptureFix
     assert "Data: scikit-learn digits" in out
     assert "Defaults for so few images: epochs 10, batch size 32." in out
     assert "Permuted digits (not MNIST): 2 tasks, 1 seed" in out
+    assert "\nAfter 2 tasks, one after another:\n  plain training keeps " in out
 
 
 def test_an_interruption_keeps_what_is_finished(
@@ -208,7 +224,7 @@ class Runs:
 
     def __init__(self) -> None:
         self.done: list[Job] = []
-        self.accuracies = {"naive": 0.5, "ewc": 0.6, "rotated-adam": 0.7}
+        self.accuracies = {"naive": 0.5, "ewc": 0.6, "rotated-ewc": 0.7}
         self.error: BaseException | None = None
 
     def __call__(self, job: Job, data_root: Path, threads: int) -> Record:
@@ -229,16 +245,15 @@ class Runs:
 def runs(monkeypatch: pytest.MonkeyPatch, tiny_images: ImageData) -> Runs:
     found = Runs()
 
-    def fail(kind: Any, root: Path) -> ImageData:
-        raise data_sets.DataUnavailableError("is not in ROOT and could not be downloaded (no)")
-
     monkeypatch.setattr(pool_module, "_run", found)
     monkeypatch.setattr(data_sets, "load_images", lambda root: replace(tiny_images))
-    monkeypatch.setattr(data_sets, "load", fail)
+    monkeypatch.setattr(
+        data_sets, "load_folder", lambda folder: replace(tiny_images, source=folder.name)
+    )
     return found
 
 
-def call(folder: Path, words: str, methods: str = "naive ewc rotated-adam") -> int:
+def call(folder: Path, words: str, methods: str = "naive ewc rotated-ewc") -> int:
     output = ["--output", str(folder), "--methods", *methods.split()]
     return main(["run", *words.split(), *output])
 
@@ -251,7 +266,7 @@ def test_the_same_call_again_runs_nothing(
     assert len(list((tmp_path / "permuted_mnist").glob("*.json"))) == first > 0
     out = capsys.readouterr().out
     assert out.startswith("Data: tiny.")
-    assert "permuted_mnist: rotated-adam 70.00% > ewc 60.00%" in out
+    assert "permuted_mnist: rotated-ewc 70.00% > ewc 60.00%" in out
     assert call(tmp_path, "permuted_mnist --quick") == 0
     assert len(runs.done) == first
     assert call(tmp_path, "permuted_mnist --quick --seeds 0 1") == 0
@@ -268,7 +283,7 @@ def test_the_same_call_again_runs_nothing(
 def test_methods_out_of_order_fail_a_check_alone(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: str, code: int
 ) -> None:
-    runs.accuracies["rotated-adam"] = 0.1
+    runs.accuracies["rotated-ewc"] = 0.1
     assert call(tmp_path, f"permuted_mnist --tasks 2 {quick}") == code
     assert ("NOT SO" in capsys.readouterr().out) == bool(quick)
 
@@ -287,23 +302,29 @@ def test_failed_runs_are_told_once_and_fail(
     assert call(tmp_path, "permuted_mnist --quick") == 0
 
 
-def test_missing_cifar_is_left_out_of_all_and_alone_an_error(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(tmp_path, "split_cifar10 --quick") == 1
-    captured = capsys.readouterr()
-    assert captured.err == (
-        "python -m benchmarks run: error: split_cifar10: its data set is not in ROOT and could "
-        "not be downloaded (no)\n"
-    )
+def test_images_of_a_folder_are_one_more_stream(runs: Runs, tmp_path: Path) -> None:
     assert call(tmp_path, "all --quick --increment domain") == 0
-    out = capsys.readouterr().out
-    for classes in (10, 100):
-        assert f"Left out split_cifar{classes}: its data set is not in ROOT" in out
-    found = {job.scenario for job in runs.done}
-    assert found == {"permuted_mnist", "rotated_mnist", "split_mnist_domain"}
+    known = {"permuted_mnist", "rotated_mnist", "split_mnist_domain"}
+    assert {job.scenario for job in runs.done} == known
+    (tmp_path / "birds").mkdir()
+    words = f"--quick --images {tmp_path / 'birds'}"
+    assert call(tmp_path, f"all {words} --increment domain") == 0
+    assert {job.scenario for job in runs.done} == known | {"split_birds_domain"}
+    assert {job.configuration.images for job in runs.done if job.scenario in known} == {None}
+    runs.done.clear()
+    assert call(tmp_path, f"split_images {words}") == 0
+    assert {job.scenario for job in runs.done} == {"split_birds_task", "split_birds_class"}
+    assert {job.data_source for job in runs.done} == {"birds"}
+
+
+def test_streams_that_cannot_be_made_are_errors(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert call(tmp_path, "split_mnist --tasks 3 --increment task") == 1
     assert "split_mnist: tasks: got 3" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert call(tmp_path, f"split_images --images {tmp_path}") == 1
+    assert f"split_images: images: got {tmp_path}, expected train/CLASS" in capsys.readouterr().err
 
 
 def test_nothing_to_present_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,9 @@ def test_every_method_is_described_with_its_numbers() -> None:
     for name, method in METHODS.items():
         expected = [""] * 2
         if method.default_strength is not None:
-            expected = [f"{method.default_strength:g}", f"{method.centre:g}"]
+            default = method.default_strength
+            shown = default if isinstance(default, str) else f"{default:g}"
+            expected = [shown, f"{method.centre:g}"]
         assert found[name] == expected, name
 
 

@@ -23,13 +23,23 @@ from benchmarks.experiment import (
     run,
     state_bytes,
 )
-from benchmarks.methods import METHODS, Variant, make_optimizer, make_plugin, make_strategy
+from benchmarks.methods import (
+    AUTO,
+    METHODS,
+    OPTIMIZERS,
+    SGD_FACTOR,
+    Variant,
+    make_optimizer,
+    make_plugin,
+    make_strategy,
+)
 from benchmarks.results import Record
 from benchmarks.scenarios import PermutedImages, RotatedImages, SplitImages
 from benchmarks.speed.networks import perceptron
 from benchmarks.versions import versions
-from rotate_ewc import RotatedAdam
 from rotate_ewc.errors import NotFiniteError
+from rotate_ewc.integrations import avalanche
+from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
 
 CONFIGURATION = Configuration(tasks=2, epochs=3, hidden=(4,), batch_size=8)
 WITH_STRENGTH = [name for name, method in METHODS.items() if method.default_strength is not None]
@@ -170,7 +180,6 @@ class Complains:
 
 def run_with(plugin: object, images: ImageData, monkeypatch: pytest.MonkeyPatch) -> Record:
     monkeypatch.setattr(experiment, "make_plugin", lambda *_, **__: plugin)
-    monkeypatch.setattr(experiment, "penalty_milliseconds", lambda *_: 0.0)
     return watched("ewc", images, 1.0)[0]
 
 
@@ -235,17 +244,24 @@ def test_a_replay_buffer_is_filled_and_used(learnable_images: ImageData, make: A
     assert kept[1] > kept[0]
 
 
-def test_rotated_adam_obeys_the_penalty_of_its_plugin(learnable_images: ImageData) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.attached])
+def test_an_attached_penalty_is_obeyed_by_every_optimizer(
+    learnable_images: ImageData, name: str, optimizer: str
+) -> None:
+    stable = name != "rotated-ewc-gradient"
     learned = []
-    for strength in (0.0, 1e6):
-        options = {"learning_rate": 2e-2, "epochs": 3}
-        record, watcher = watched("rotated-adam", learnable_images, strength, **options)
-        learned.append(record.accuracy_matrix[1][1])
-        assert record.penalty_ms_per_step == 0.0, "it is no part of the loss"
-        optimizer = watcher.strategy.optimizer
-        assert isinstance(optimizer, RotatedAdam)
-        assert (optimizer.penalty.num_tasks, optimizer.penalty.strength) == (2, strength)
-    assert learned[0] > learned[1] + 0.2, "with such a strength nothing new is learned"
+    for strength in (0.0, 1e6 if stable else 3.0):
+        options: dict[str, Any] = {"learning_rate": 2e-2, "epochs": 3, "optimizer": optimizer}
+        record, watcher = watched(name, learnable_images, strength, **options)
+        learned.append(record.accuracy_matrix[1])
+        (plugin,) = [one for one in watcher.strategy.plugins if isinstance(one, RotatedEWCPlugin)]
+        assert (plugin.penalty.num_tasks, plugin.penalty.strength) == (2, strength)
+        assert plugin.update == (name.removeprefix("rotated-ewc").strip("-") or "rotated")
+    (old, new), (kept, hardly) = learned
+    assert kept >= old, "the first task is protected"
+    if stable:
+        assert new > hardly + 0.15, "with such a strength nothing new is learned"
 
 
 def test_versions_are_looked_up_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,25 +315,42 @@ def test_a_sample_is_drawn_only_from_more_examples(
     assert plugin.num_samples == expected
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["naive", "rotated-ewc", "ncl"])
 @pytest.mark.parametrize(
     ("optimizer", "kind", "momentum"),
-    [("adam", torch.optim.Adam, None), ("sgd", torch.optim.SGD, 0.9)],
+    [
+        ("adam", torch.optim.Adam, None),
+        ("adamw", torch.optim.AdamW, None),
+        ("rmsprop", torch.optim.RMSprop, 0),
+        ("sgd", torch.optim.SGD, 0.9),
+    ],
 )
-def test_the_optimizer_is_the_one_asked_for_or_rotated_adam(
+def test_the_optimizer_is_the_one_asked_for_but_one_method_needs_sgd(
     name: str, optimizer: str, kind: type, momentum: float | None
 ) -> None:
-    configuration = Configuration(optimizer=optimizer, learning_rate=0.25)
+    rate = 0.25
+    configuration = Configuration(optimizer=optimizer, learning_rate=rate)
+    if name == "ncl" and optimizer != "sgd":
+        kind, momentum, rate = torch.optim.SGD, 0.9, SGD_FACTOR * rate
     model = perceptron(6, 4, 10)
     made = make_optimizer(model, configuration, METHODS[name])
     (group,) = made.param_groups
-    assert group["lr"] == 0.25
+    assert group["lr"] == rate
     assert len(group["params"]) == 4
-    if name == "rotated-adam":
-        assert isinstance(made, RotatedAdam)
-        return
     assert type(make_strategy(model, configuration, made, []).optimizer) is kind
-    assert (group.get("momentum"), group["weight_decay"]) == (momentum, 0)
+    assert group.get("momentum") == momentum
+
+
+def test_what_the_package_is_to_find_reaches_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(avalanche, "RotatedEWCPlugin", lambda **options: made.append(options))
+    for plasticity in (None, 0.5):
+        configuration = Configuration(temperature=AUTO, plasticity=plasticity)
+        make_plugin(Variant("rotated-ewc", AUTO), configuration, seed=1, examples=50)
+    first, second = made
+    assert first["ewc_lambda"] == first["temperature"] == AUTO
+    assert "plasticity" not in first
+    assert second == first | {"plasticity": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -406,5 +439,9 @@ def test_every_tensor_counts_once_however_it_is_kept() -> None:
         other=(1, "text", None, int),
     )
     plugin.itself = plugin
-    assert state_bytes(plugin, model) == 10 * 4 + 2 * 8 + 8 * 4
-    assert state_bytes(None, model) == 0
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    plugin.optimizer = optimizer
+    assert state_bytes(plugin, model, optimizer) == 10 * 4 + 2 * 8 + 8 * 4
+    assert state_bytes(None, model, optimizer) == 0

@@ -19,6 +19,7 @@ from benchmarks.report.page import write_report
 from benchmarks.report.style import STYLES, styles_of, task_ticks
 from benchmarks.report.tables import (
     COLUMNS,
+    closing_lines,
     results_table,
     rows_of,
     setting_lines,
@@ -49,7 +50,7 @@ def search(label: str, accuracies: dict[float, tuple[float, ...]]) -> list[Recor
 @pytest.fixture
 def shown() -> Experiment:
     """Naive training, joint training, and EWC searched on one seed and tested on two."""
-    ewc = {"estimation_seconds": 1.0, "penalty_ms_per_step": 0.25, "state_bytes": 3 * 2**19}
+    ewc = {"estimation_seconds": 1.0, "state_bytes": 3 * 2**19}
     return experiment_of(
         [
             make_record("naive", [[0.9, 0.1], [0.2, 0.8]], training_seconds=4.0, state_bytes=0),
@@ -107,7 +108,6 @@ def test_numbers_are_those_computed_by_hand(shown: Experiment) -> None:
         "training [s]": "7",
         "training [× naive]": "1.75",
         "estimation [s]": "1.0",
-        "penalty [ms/step]": "0.25",
         "state [MiB]": "1.5",
         "search runs": "3",
         "search [s]": "39",  # 3 × (12.34 + 0.5) s
@@ -135,7 +135,7 @@ def test_the_best_but_joint_training_and_our_names_are_bold(shown: Experiment) -
 def test_the_terminal_shows_the_same_numbers_in_its_width(shown: Experiment) -> None:
     text = rendered(terminal_table(shown), terminal_notes())
     (line,) = [line for line in text.splitlines() if line.startswith("ewc")]
-    numbers = "10 72.50 ± 3.54† 62.5 25.0 ± 7.1 7 1.0 0.25 1.5 ≥ 1.1"
+    numbers = "10 72.50 ± 3.54† 62.5 25.0 ± 7.1 7 1.0 1.5 ≥ 1.1"
     assert " ".join(line.removeprefix("ewc").split()) == numbers
     assert "† in at least one run" in text
     large = {"training_seconds": 1234.5, "estimation_seconds": 123.4, "state_bytes": 123 * 2**20}
@@ -175,8 +175,37 @@ def test_records_of_given_strengths(shown: Experiment) -> None:
     assert "Title [with brackets]" in text
     assert "[points]" in text
     (line,) = [line for line in text.splitlines() if line.startswith("ewc[λ=3]")]
-    numbers = "90.00 ± 10.00 25.0 ± 0.0 -12.5 ± 0.0 3 0.5 1.50"  # 8.16 would be the population's
+    numbers = "90.00 ± 10.00 25.0 ± 0.0 -12.5 ± 0.0 3 0.5"  # 8.16 would be the population's
     assert " ".join(line.removeprefix("ewc[λ=3]").split()) == numbers
+
+
+def test_the_last_words_say_how_far_methods_are_from_joint_training() -> None:
+    found = {"naive": (0.6, 0.62), "joint": (0.95, 0.96), "rotated-ewc": (0.93, 0.94)}
+    records = [
+        make_record(
+            label, [[a, a], [a, a]], seed=seed, forgetting=None if label == "joint" else 0.25
+        )
+        for label, accuracies in found.items()
+        for seed, a in enumerate(accuracies)
+    ]
+    assert closing_lines(records) == [
+        "After 2 tasks, one after another:",
+        "  rotated-ewc keeps 93.5 %, 2.0 points below training on all tasks at once; it forgets "
+        "25.0 points.",
+        "  plain training keeps 61.0 %, 34.5 points below training on all tasks at once; it "
+        "forgets 25.0 points.",
+        "What was learned is protected best by rotated-ewc.",
+    ]
+    ahead = make_record("ewc", [[0.99]])
+    assert closing_lines([ahead, make_record("joint", [[0.98]])])[1] == (
+        "  ewc keeps 99.0 %, 1.0 points above training on all tasks at once; it forgets 25.0 "
+        "points."
+    )
+    assert closing_lines([ahead]) == [
+        "After 1 task, one after another:",
+        "  ewc keeps 99.0 %; it forgets 25.0 points.",
+    ]
+    assert closing_lines([make_record("joint", [[0.98]])]) == []
 
 
 def test_setting_seeds_machine_and_versions_are_said(shown: Experiment) -> None:

@@ -1,6 +1,7 @@
 """Streams of tasks, as tensors and through Avalanche."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,6 +229,9 @@ def test_scenarios_are_made_by_name(tiny_images: ImageData) -> None:
     for name, kind in (("permuted_mnist", PermutedImages), ("rotated_mnist", RotatedImages)):
         made = make_scenario(Configuration(scenario=name, tasks=4), tiny_images, seed=5)
         assert (type(made), made.name, made.tasks) == (kind, name, 4)
-    configuration = Configuration(scenario="split_cifar10", increment="domain", tasks=5)
+    configuration = Configuration(scenario="split_mnist", increment="domain", tasks=5)
     made = make_scenario(configuration, tiny_images, seed=3)
-    assert (made.name, made.tasks, made.classes) == ("split_cifar10_domain", 5, 2)
+    assert (made.name, made.tasks, made.classes) == ("split_mnist_domain", 5, 2)
+    configuration = replace(configuration, scenario="split_images", images=Path("a/birds"))
+    made = make_scenario(configuration, replace(tiny_images, source="birds"), seed=3)
+    assert (made.name, made.tasks, made.classes) == ("split_birds_domain", 5, 2)

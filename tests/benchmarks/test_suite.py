@@ -59,6 +59,8 @@ class Executor:
             return 0.5
         if not job.configuration.validate and self.test_accuracy is not None:
             return self.test_accuracy
+        if job.variant.strength == "auto":
+            return 0.8
         distance = math.log10(job.variant.strength) - math.log10(self.best(job.variant.name))
         return 0.9 - abs(distance) / 20
 
@@ -200,7 +202,8 @@ OPTIONS: dict[str, Any] = {
     "schedule": "linear",
     "warm_up": 0.5,
     "validate": True,
-    "proximal_every": 3,
+    "every": 3,
+    "plasticity": 0.5,
     "fisher_samples": 7,
     "fisher_type": "type2",
     "temperature": 2.0,
@@ -210,7 +213,10 @@ OPTIONS: dict[str, Any] = {
 
 
 def test_every_run_has_a_file_of_its_own() -> None:
-    assert OPTIONS.keys() == vars(Configuration()).keys()
+    """But for where images are: the name of the data says which they are."""
+    assert OPTIONS.keys() == vars(Configuration()).keys() - {"images"}
+    elsewhere = replace(JOB, configuration=Configuration(images=Path("a")))
+    assert elsewhere.path(Path("folder")) == JOB.path(Path("folder"))
     others = [replace(JOB, configuration=Configuration(**{k: v})) for k, v in OPTIONS.items()]
     others += [replace(JOB, seed=1), replace(JOB, data_source="digits")]
     others += [replace(JOB, scenario="other"), replace(JOB, variant=Variant("ewc", 1.0000001))]
@@ -228,6 +234,9 @@ def test_names_tell_what_is_inside() -> None:
     assert naive.path(folder).name.startswith("naive_seed0_test_")
     assert str(job) == "permuted_mnist, search: ewc, λ = 1, seed 3"
     assert str(naive) == "permuted_mnist, test: naive, seed 0"
+    found = replace(JOB, variant=Variant("rotated-ewc", "auto"))
+    assert found.path(folder).name.startswith("rotated-ewc_auto_seed0_test_")
+    assert str(found) == "permuted_mnist, test: rotated-ewc, λ = auto, seed 0"
 
 
 def test_what_was_saved_is_loaded_but_for_damaged_files(tmp_path: Path) -> None:
@@ -366,6 +375,23 @@ def test_the_strength_is_chosen_on_held_out_images_alone() -> None:
     assert len(found.records) == 7
 
 
+def test_a_strength_that_the_package_finds_is_beside_the_chosen_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    method = replace(METHODS["rotated-ewc"], default_strength="auto")
+    monkeypatch.setitem(METHODS, "rotated-ewc", method)
+    executor = Executor(at_centre)
+    sweep(Search(3), ("rotated-ewc",)).run(executor)
+    assert [job.variant.strength for job in executor.stages[-1]] == ["auto", 1.0]
+    records = search("rotated-ewc", {1.0: 0.5, 10.0: 0.9})
+    records += [flat("rotated-ewc", a, strength=s) for s, a in ((10.0, 0.8), ("auto", 0.7))]
+    (found,) = experiment_of(records).results
+    assert (found.strength, found.default) == (10.0, "auto")
+    assert [one[0].average_accuracy for one in (found.tested, found.at_default)] == [0.8, 0.7]
+    (found,) = experiment_of(records[-1:]).results
+    assert (found.strength, found.tested) == ("auto", found.at_default)
+
+
 def test_the_mean_over_seeds_decides_and_of_equals_the_smallest() -> None:
     records = [
         flat("ewc", accuracy, strength=strength, seed=seed, validate=True)
@@ -397,9 +423,9 @@ def test_results_may_be_missing() -> None:
 
 
 def test_methods_are_in_their_order_with_replay_beside() -> None:
-    labels = ["joint", "forgotten", "rotated-adam", "ewc + replay 20", "ewc", "naive"]
+    labels = ["joint", "forgotten", "rotated-ewc", "ewc + replay 20", "ewc", "naive"]
     found = [result.label for result in experiment_of([flat(one, 0.5) for one in labels]).results]
-    assert found == ["naive", "ewc", "ewc + replay 20", "rotated-adam", "joint", "forgotten"]
+    assert found == ["naive", "ewc", "ewc + replay 20", "rotated-ewc", "joint", "forgotten"]
 
 
 def test_experiments_are_told_apart_by_their_setting_alone() -> None:
@@ -446,14 +472,14 @@ def test_an_interval_has_ends_of_its_own() -> None:
 
 
 def test_the_order_of_methods_is_checked_where_penalties_can_help() -> None:
-    accuracies = {"naive": (0.5, 0.5), "ewc": (0.9, 0.2), "si": (0.1,), "rotated-adam": (0.5,)}
+    accuracies = {"naive": (0.5, 0.5), "ewc": (0.9, 0.2), "si": (0.1,), "rotated-ewc": (0.5,)}
     records = [
         flat(name, accuracy, seed=seed)
         for name, values in accuracies.items()
         for seed, accuracy in enumerate(values)
     ]
     assert orderings([experiment_of(records)]) == {
-        "permuted_mnist: rotated-adam 50.00% > ewc 55.00%: NOT SO": False,
+        "permuted_mnist: rotated-ewc 50.00% > ewc 55.00%: NOT SO": False,
         "permuted_mnist: ewc 55.00% > naive 50.00%": True,
     }
     assert list(orderings([experiment_of(records[:2] + records[-1:])]).values()) == [False]
