@@ -22,7 +22,6 @@ from rotate_ewc.options import (
     Weighting,
 )
 from rotate_ewc.penalty.attachment import Attachment
-from rotate_ewc.penalty.calibration import calibrated_strength
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.step_rules import register_step_size
 from rotate_ewc.penalty.terms import Stack, Term
@@ -52,7 +51,6 @@ __all__ = [
     "UpdateKind",
     "Weighting",
     "__version__",
-    "calibrated_strength",
     "merge",
     "register_likelihood",
     "register_step_size",

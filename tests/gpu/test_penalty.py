@@ -14,11 +14,10 @@ from torch.utils._pytree import tree_map_only
 from rotate_ewc import (
     EKFACLinearOperator,
     EKFACPenalty,
-    calibrated_strength,
     merge,
 )
 from tests.helpers import dense_steps
-from tests.helpers.devices import GPU, on
+from tests.helpers.devices import GPU
 from tests.helpers.exact import exact_penalty
 from tests.helpers.exactness import assert_exact_diagonal
 from tests.helpers.oracles import assert_close, dense_operator
@@ -288,24 +287,6 @@ def test_attached_goes_on_with_its_state(device: torch.device, update: str) -> N
         give(net, 1)
         stepped.step()
     assert_close(flat(twin), flat(model))
-
-
-def test_calibrated_strength(device: torch.device) -> None:
-    """The growth of the loss over that of the quadratic, by a plain loop."""
-    model, penalty = make("plain").to(device), exact_penalty(seed=3)
-    data = task("plain", 0)
-    before = copy.deepcopy(model)
-    penalty.consolidate(model, CE, data)
-    climb(model, on(device, data))
-    with torch.no_grad():
-        losses = [
-            sum(float(CE(m(x), y)) * len(x) for x, y in data) / 9
-            for m in (at_home(before), at_home(model))
-        ]
-    (term,) = (term.map(Tensor.cpu) for term in penalty.terms)
-    form = dense_quadratic(term.operator, term.anchor, shapes_of(model))
-    expected = (losses[1] - losses[0]) / (float(form.value(flat(model).cpu())) / 9)
-    assert calibrated_strength(penalty, model, CE, data) == pytest.approx(expected, rel=1e-9)
 
 
 def test_largest_curvature(device: torch.device) -> None:

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from rotate_ewc import (
     EKFACLinearOperator,
     EKFACPenalty,
-    calibrated_strength,
     merge,
 )
 from rotate_ewc.linalg.block import Block
@@ -605,19 +604,6 @@ def test_optimizers_with_sparse_gradients() -> None:
     message = refusal(lambda: step(True))
     assert "'a.weight', 'b.weight'" in message
     step(written(message, "sparse=(False)"))
-
-
-def test_calibration_needs_one_task() -> None:
-    model = net()
-    arguments: Any = (model, CE, data())
-    message = refusal(lambda: calibrated_strength(exact_penalty(), *arguments))
-    assert "after the second task has been trained and before it is consolidated" in message
-    penalty = consolidated(model)
-    with torch.no_grad():
-        model[0].weight.neg_()
-    with torch.no_grad():
-        predictions = net()(data()[0][0]).argmax(1)
-    assert calibrated_strength(penalty, model, CE, [(data()[0][0], predictions)]) > 0
 
 
 def test_loss_before_the_model() -> None:
