@@ -34,7 +34,7 @@ def make_update(
 ) -> Update:
     """Return an update for optimizers with a rule; `GRADIENT` needs none."""
     if rule is None or kind is UpdateKind.GRADIENT:
-        return GradientUpdate(penalty, rule)
+        return GradientUpdate(penalty)
     if kind is UpdateKind.TANGENT:
         return TangentUpdate(penalty, rule, every)
     return RotatedUpdate(penalty, rule) if rule.rotated else ProximalUpdate(penalty, rule, every)

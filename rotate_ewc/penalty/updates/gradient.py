@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from rotate_ewc._utils.parameters import fits
 from rotate_ewc.linalg.quadratic import quadratic_gradient
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
-from rotate_ewc.penalty.step_rules import StepRule
-from rotate_ewc.penalty.updates.base import Step, Update
+from rotate_ewc.penalty.updates.base import Step, Update, check_nothing_left
 from rotate_ewc.penalty.updates.watching import Watch
 
 
@@ -21,10 +21,10 @@ class GradientUpdate(Update):
     rates. Four products for each block.
     """
 
-    def __init__(self, penalty: ConsolidatedTasks, rule: StepRule | None = None) -> None:
-        """Keep the rule for the size of the optimizer's steps, if there is one."""
+    def __init__(self, penalty: ConsolidatedTasks) -> None:
+        """Take part in no step yet."""
         super().__init__(penalty)
-        self._watch = Watch(self, rule)
+        self._watch = Watch(self)
 
     def before(self, step: Step) -> None:
         """Add the penalty's gradient."""
@@ -37,6 +37,17 @@ class GradientUpdate(Update):
         """Take the gradient away."""
         super().after(step)
         self._watch.after(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the strength is being found from."""
+        return {"averages": self._watch.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        left = dict(state)
+        averages = self._watch.checked(left.pop("averages", {}))
+        check_nothing_left(left)
+        self._watch.resume(averages)
 
 
 def add_gradients(update: Update, step: Step, gradients: Mapping[str, Tensor]) -> None:

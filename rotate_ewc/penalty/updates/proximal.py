@@ -29,7 +29,7 @@ class ProximalUpdate(DisplacedUpdate):
         self._steps = 0
         self._sums: dict[str, float] = {}
         self._sizes: list[tuple[Displacement, float]] = []
-        self._watch = Watch(self, rule)
+        self._watch = Watch(self)
 
     def begin(self) -> None:
         """Begin in the eigenbases that the penalty has now, with a step size of zero."""
@@ -80,11 +80,18 @@ class ProximalUpdate(DisplacedUpdate):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the coordinates, and how far the optimizer went since the last proximal step."""
-        return {**super().state_dict(), "steps": self._steps, "sums": dict(self._sums)}
+        return {
+            **super().state_dict(),
+            "steps": self._steps,
+            "sums": dict(self._sums),
+            "averages": self._watch.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         left = dict(state)
         steps, sums = left.pop("steps", 0), left.pop("sums", {})
+        averages = self._watch.checked(left.pop("averages", {}))
         super().load_state_dict(left)
+        self._watch.resume(averages)
         self._steps, self._sums = int(steps), {str(k): float(v) for k, v in sums.items()}

@@ -17,7 +17,7 @@ from rotate_ewc.penalty.step_rules import StepRule
 from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.base import Step, Update, check_nothing_left
 from rotate_ewc.penalty.updates.gradient import add_gradients
-from rotate_ewc.penalty.updates.watching import Watch, typical_size
+from rotate_ewc.penalty.updates.watching import Watch
 
 # Beyond this a step is as good as infinite; with it, products with eigenvalues are still finite.
 _LARGEST_FACTOR: Final = 1e28
@@ -42,7 +42,7 @@ class TangentUpdate(Update):
         self._rule = rule
         self._every = every
         self._steps = 0
-        self._watch = Watch(self, rule)
+        self._watch = Watch(self)
         self._stepped: frozenset[str] = frozenset()
         self._stacks: tuple[Stack, ...] = ()
         self._contact: dict[str, Tensor] = {}
@@ -92,8 +92,8 @@ class TangentUpdate(Update):
         moved = {key: deltas[key] - self._contact[key] for key in block.parameters}
         present = [name for name in stack.names if name in step.groups]
         members = [(key, name) for key, name, _ in stack.members if name in present]
-        sizes = [typical_size(self._rule, step, name, moved[key][0]) for key, name in members]
-        size = self._steps * sum(sizes) / len(sizes) if sizes else 0.0
+        sizes = [self._typical_size(name, step, moved[key][0]) for key, name in members]
+        size = sum(sizes) / len(sizes) if sizes else 0.0
         factor = min(size * self.penalty.scale, _LARGEST_FACTOR)
         weights = block.eigenvalues / (1.0 + factor * block.eigenvalues)
         changes = block.unrotate(block.rotate(moved) * weights, shapes_of(moved))
@@ -111,18 +111,27 @@ class TangentUpdate(Update):
             contact = {key: self._contact[key] for key in block.parameters}
             self._gradients.update(quadratic_gradient([block], contact))
 
+    def _typical_size(self, name: str, step: Step, moved: Tensor) -> float:
+        """Return the geometric mean of η over the entries that moved; 0 where none did."""
+        size = self._rule.size(step.groups[name], step.state(name) if self._rule.rotated else {})
+        if not isinstance(size, Tensor) or not size.ndim:
+            return self._steps * float(size)
+        # An entry that never had a gradient does not move, and its size may be enormous.
+        inner = size[tuple(map(slice, moved.shape))][moved != 0]
+        return self._steps * float(inner.log().mean().exp()) if inner.numel() else 0.0
+
     def state_dict(self) -> dict[str, Any]:
         """Return the plane, and how many steps were taken with it."""
         if self._stacks is not self.penalty.stacks:
             return {}
         planes = {"contact": self._contact, "gradient": self._gradients}
         state = {f"{name}/{key}": t for name, by in planes.items() for key, t in by.items()}
-        return {**state, "steps": self._steps}
+        return {**state, "steps": self._steps, "averages": self._watch.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         left = dict(state)
-        steps = int(left.pop("steps", 0))
+        steps, averages = int(left.pop("steps", 0)), self._watch.checked(left.pop("averages", {}))
         stacks = self.penalty.stacks if left else ()
         found: dict[str, dict[str, Tensor]] = {"contact": {}, "gradient": {}}
         for stack in stacks:
@@ -133,5 +142,6 @@ class TangentUpdate(Update):
                     tensor = checked_tensor(place, left.pop(place, None), anchor.shape, dtypes)
                     tensors[key] = tensor.to(anchor.device, copy=True)
         check_nothing_left(left)
+        self._watch.resume(averages)
         self._stacks, self._steps = stacks, steps
         self._contact, self._gradients = found["contact"], found["gradient"]

@@ -1,107 +1,178 @@
-"""Finding the strength in the steps of optimizers that are not rotated for them."""
+"""Finding the strength in the steps of optimizers that do not step in the eigenbasis."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from rotate_ewc._utils.parameters import protected_slice
+from rotate_ewc.errors import SnapshotError
+from rotate_ewc.io.snapshot import checked_tensor
 from rotate_ewc.penalty.plasticity import Progress
-from rotate_ewc.penalty.step_rules import StepRule
 from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.base import Step, Update, fits_all
 
-_TINY: Final = 1e-30
+_BETAS: Final = (0.9, 0.999)
+_EPS: Final = 1e-8
 
 
 class Watch:
-    """Looks at an update's steps, of which it keeps what there was before."""
+    """Looks at steps as if they were Adam's in the eigenbasis, and as long as they are.
 
-    def __init__(self, update: Update, rule: StepRule | None) -> None:
+    What an optimizer's own progress is depends on its metric: that of SGD is nearly all in the
+    directions of large gradients, which are those of large eigenvalues. For a strength that does
+    not depend on it, Adam's averages m and v are kept in the eigenbasis while the strength is being
+    found, and each look is at the step `s = η m`, `η = r / √v`, with r such that the length is that
+    of the step that was taken. Two products for each block, in every step of that one task.
+    """
+
+    def __init__(self, update: Update) -> None:
         """Look at no step yet.
 
         Args:
             update: Whose penalty is to be found a strength for.
-            rule: That of the optimizer; None if there is none.
         """
         self._update = update
-        self._rule = rule
-        self._blocks: list[_Block] = []
+        self._averages: dict[Stack, Averages] = {}
+        self._looked_at: list[tuple[Stack, Tensor]] = []
+        self._before: dict[str, Tensor] = {}
 
     def before(self, stacks: Sequence[Stack], step: Step) -> None:
-        """Keep what a step will change, if it is to be looked at."""
-        self._blocks = [
-            _Block(stack, step)
-            for stack in (stacks if self._update.looks() else ())
-            if fits_all(stack, step) and all(name in step.groups for name in stack.names)
-        ]
-
-    def after(self, step: Step) -> None:
-        """Find the strength in what a step has changed."""
-        scale = self._update.penalty.scale_of_one
-        seen = {b.label: b.progress(step, self._rule, scale) for b in self._blocks}
-        if seen:
-            self._update.find_strength(seen)
-        self._blocks = []
-
-
-class _Block:
-    """A block before a step.
-
-    Attributes:
-        label: Its name.
-    """
-
-    def __init__(self, stack: Stack, step: Step) -> None:
-        """Keep the gradient of the loss, and where the parameters are."""
-        self.label = stack.block.label
-        self._stack = stack
-        self._gradient = stack.block.rotate(
-            {key: protected_slice(n, step.gradients, a[0]) for key, n, a in stack.members}
-        )
-        self._before = {
-            key: protected_slice(n, step.parameters, a[0]).detach().clone()
-            for key, n, a in stack.members
-        }
-
-    def progress(self, step: Step, rule: StepRule | None, scale: float) -> Progress:
-        """Return what the step has done, with one step size for the whole block.
+        """Average the gradients of the loss, and keep where a step begins that is to be looked at.
 
         Args:
-            step: The step, which has been taken.
-            rule: That of the optimizer; None measures how far it went for the gradient it had.
-            scale: What the eigenvalues are multiplied with at strength 1.
+            stacks: All stacks that may be stepped.
+            step: The step.
         """
-        block = self._stack.block
-        moved = {
-            key: protected_slice(n, step.parameters, a[0]).detach() - self._before[key]
-            for key, n, a in self._stack.members
+        self._looked_at = []
+        penalty = self._update.penalty
+        if not penalty.finds_strength:
+            self._averages = {}
+            return
+        current = set(penalty.stacks)
+        self._averages = {stack: a for stack, a in self._averages.items() if stack in current}
+        gradients = [(stack, _rotated_gradient(stack, step)) for stack in _moving(stacks, step)]
+        for stack, gradient in gradients:
+            self._averages.setdefault(stack, Averages(gradient)).add(gradient)
+        if self._update.looks():
+            self._looked_at = gradients
+            self._before = {
+                key: protected_slice(name, step.parameters, anchor[0]).detach().clone()
+                for stack, _ in gradients
+                for key, name, anchor in stack.members
+            }
+
+    def after(self, step: Step) -> None:
+        """Find the strength, if the step is to be looked at."""
+        if not self._looked_at:
+            return
+        length = _norm(
+            [
+                protected_slice(name, step.parameters, anchor[0]).detach() - self._before[key]
+                for stack, _ in self._looked_at
+                for key, name, anchor in stack.members
+            ]
+        )
+        corrected = {stack: self._averages[stack].corrected() for stack, _ in self._looked_at}
+        rate = length / max(_norm([m / v for m, v in corrected.values()]), _EPS)
+        scale = self._update.penalty.scale_of_one
+        seen = {}
+        for stack, gradient in self._looked_at:
+            (mean, root), eigenvalues = corrected[stack], stack.block.eigenvalues
+            sizes = rate / root
+            progress = Progress(
+                mean.square() * sizes, sizes * eigenvalues * scale, gradient.square(), eigenvalues
+            )
+            seen[stack.block.label] = progress
+        self._looked_at, self._before = [], {}
+        self._update.find_strength(seen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages."""
+        return {stack.block.label: a.state_dict() for stack, a in self._averages.items()}
+
+    def checked(self, state: Mapping[str, Any]) -> dict[Stack, Averages]:
+        """Return what `resume` takes of what `state_dict` returned, or raise `SnapshotError`."""
+        stacks = {stack.block.label: stack for stack in self._update.penalty.stacks}
+        if not isinstance(state, Mapping) or not set(state) <= set(stacks):
+            raise SnapshotError(
+                "the state of the handle has averages of other blocks; expected those of its "
+                "penalty, whose own state is to be loaded first"
+            )
+        return {
+            stacks[label]: Averages.from_state_dict(stacks[label], label, value)
+            for label, value in state.items()
         }
-        rotated = block.rotate(moved)
-        if rule is None:
-            size = float(rotated.norm()) / max(float(self._gradient.norm()), _TINY)
-        else:
-            sizes = [typical_size(rule, step, n, moved[k]) for k, n, _ in self._stack.members]
-            size = sum(sizes) / len(sizes)
-        eigenvalues = block.eigenvalues
-        gains = rotated.square() / max(size, _TINY)
-        return Progress(gains, eigenvalues * (size * scale), self._gradient.square(), eigenvalues)
+
+    def resume(self, averages: Mapping[Stack, Averages]) -> None:
+        """Go on with averages."""
+        self._averages = dict(averages)
 
 
-def typical_size(rule: StepRule, step: Step, name: str, moved: Tensor) -> float:
-    """Return η of a parameter: the geometric mean over the entries that moved, 0 where none did.
+class Averages:
+    """Adam's averages of a block's gradients, `[groups, d_out, d_in]`."""
 
-    Args:
-        rule: That of the optimizer.
-        step: A step that has been taken.
-        name: The parameter.
-        moved: By how much its protected part has moved.
-    """
-    size = rule.size(step.groups[name], step.state(name) if rule.rotated else {})
-    if not isinstance(size, Tensor) or not size.ndim:
-        return float(size)
-    # An entry that never had a gradient does not move, and its size may be enormous.
-    inner = size[tuple(map(slice, moved.shape))][moved != 0]
-    return float(inner.log().mean().exp()) if inner.numel() else 0.0
+    def __init__(self, like: Tensor) -> None:
+        """Begin without a gradient, for those of a shape and dtype."""
+        self._mean, self._square = torch.zeros_like(like), torch.zeros_like(like)
+        self._steps = 0
+
+    def add(self, gradient: Tensor) -> None:
+        """Take a gradient in."""
+        first, second = _BETAS
+        self._mean.lerp_(gradient, 1.0 - first)
+        self._square.lerp_(gradient.square(), 1.0 - second)
+        self._steps += 1
+
+    def corrected(self) -> tuple[Tensor, Tensor]:
+        """Return m and √v + ε, corrected for the bias of the first steps."""
+        first, second = (1.0 - beta**self._steps for beta in _BETAS)
+        return self._mean / first, (self._square / second).sqrt_().add_(_EPS)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies, and how many gradients were taken in."""
+        return {"m": self._mean.clone(), "v": self._square.clone(), "steps": self._steps}
+
+    @classmethod
+    def from_state_dict(cls, stack: Stack, label: str, state: Mapping[str, Any]) -> Averages:
+        """Take over what `state_dict` returned, or raise `SnapshotError`."""
+        like = stack.block.eigenvalues
+        new = cls(like)
+        found = dict(state) if isinstance(state, Mapping) else {}
+        steps = found.get("steps")
+        if not isinstance(steps, int) or steps < 1:
+            raise SnapshotError(
+                f"the state of the handle has {steps!r} steps in the averages of {label!r}; "
+                f"expected a positive integer"
+            )
+        new._steps = steps
+        for name, own in (("m", new._mean), ("v", new._square)):
+            place = f"{label}/{name}"
+            own.copy_(checked_tensor(place, found.get(name), like.shape, [like.dtype]))
+        return new
+
+
+def _moving(stacks: Sequence[Stack], step: Step) -> list[Stack]:
+    """Return the stacks all of whose parameters are stepped."""
+    return [
+        stack
+        for stack in stacks
+        if fits_all(stack, step) and all(name in step.groups for name in stack.names)
+    ]
+
+
+def _rotated_gradient(stack: Stack, step: Step) -> Tensor:
+    return stack.block.rotate(
+        {
+            key: protected_slice(name, step.gradients, anchor[0])
+            for key, name, anchor in stack.members
+        }
+    )
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors))
