@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"  # the package finds the number
 # λ and temperature where nobody says anything else.
-DEFAULT_STRENGTH: float | str = 1.0
-DEFAULT_TEMPERATURE: float | str = 1.0
+DEFAULT_STRENGTH: float | str = "auto"
+DEFAULT_TEMPERATURE: float | str = "auto"
 
 OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop", "sgd": "SGD"}
 SGD_MOMENTUM = 0.9
@@ -73,9 +73,8 @@ def _rotated_ewc(update: str, mode: str) -> MakePlugin:
         from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
 
         options = settings.options
-        found = {} if options.plasticity is None else {"plasticity": options.plasticity}
-        plugin: Any = RotatedEWCPlugin  # which options it has depends on the version
-        return plugin(
+        found: Any = {} if options.plasticity is None else {"plasticity": options.plasticity}
+        return RotatedEWCPlugin(
             ewc_lambda=settings.strength,
             mode=mode,
             update=update,
