@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rotate_ewc import EKFACPenalty
+from rotate_ewc.penalty.plasticity import FoundStrength
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.terms import Term
 from tests.helpers.dense_steps import CASES, advance, dense
@@ -33,7 +34,7 @@ def penalty_on(random: RandomOperator, model: nn.Module, strength: float) -> EKF
     penalty = exact_penalty(strength)
     anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
     term = Term(random.operator(), anchor, 1.0)
-    state = PenaltyState({}, penalty.mode, penalty.weighting, (term,), 1, 1, 1.0)
+    state = PenaltyState({}, penalty.mode, penalty.weighting, (term,), 1, 1, 1.0, FoundStrength())
     penalty.load_state_dict(state.to_dict())
     return penalty
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import stat
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ CE = nn.CrossEntropyLoss()
 OPTIONS: dict[str, Any] = {
     "strength": 2.5,
     "mode": "separate",
+    "plasticity": 0.8,
     "weighting": "uniform",
     "decay": 0.5,
     "temperature": 1.5,
+    "damping": 0.1,
     "include": ("*",),
     "exclude": ("*.bias",),
     "strict": False,
@@ -87,7 +90,8 @@ def test_all_options_are_saved(tmp_path: Path) -> None:
     penalty.save(tmp_path / "empty")
     loaded = EKFACPenalty.load(tmp_path / "empty")
     assert loaded.settings == penalty.settings
-    for name in ("strength", "mode", "weighting", "decay", "temperature", "exclude", "strict"):
+    own = set(arguments) - {field.name for field in fields(EstimationSettings)} - {"settings"}
+    for name in own:
         assert getattr(loaded, name) == OPTIONS[name]
 
 

@@ -38,7 +38,8 @@ def settings_of(plugin: RotatedEWCPlugin) -> dict[str, Any]:
     """All that a plugin was told, by the names of its arguments."""
     penalty = plugin.penalty
     found = {name: getattr(penalty.settings, name, None) for name in PLUGIN}
-    for name in ("mode", "weighting", "decay", "temperature", "include", "exclude", "strict"):
+    of_penalty = ("mode", "plasticity", "weighting", "decay", "temperature", "damping")
+    for name in (*of_penalty, "include", "exclude", "strict"):
         found[name] = getattr(penalty, name)
     told = ("ewc_lambda", "update", "every", "num_samples", "estimation_mb_size")
     for name in told:
@@ -55,6 +56,8 @@ OTHERS: dict[str, tuple[Any, Any]] = {
     "every": (3, 3),
     "weighting": ("uniform", "uniform"),
     "decay": (0.5, 0.5),
+    "plasticity": (0.8, 0.8),
+    "damping": (0.1, 0.1),
     "temperature": (2, 2.0),
     "include": (["0.*"], ("0.*",)),
     "exclude": (["3.*"], ("3.*",)),
@@ -97,7 +100,7 @@ def test_settings_as_a_whole(make: Any) -> None:
 def test_plugin_takes_every_argument(name: str) -> None:
     """And it arrives where it acts, with nothing else changed."""
     given, expected = OTHERS[name]
-    needed = {"update": "loss"} if name == "mode" else {}
+    needed: dict[str, Any] = {"update": "loss"} if name == "mode" else {}
     before = settings_of(exact_plugin(**needed))
     after = settings_of(exact_plugin(**{**needed, name: given}))
     assert before[name] != expected
@@ -107,7 +110,9 @@ def test_plugin_takes_every_argument(name: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_strategy_hands_on_every_argument(name: str) -> None:
     given, expected = OTHERS[name]
-    needed = {"update": "loss"} if name == "mode" else {}
+    # In the loss no strength is found.
+    needed = {"update": "loss", "ewc_lambda": 1.0} if name == "mode" else {}
+    needed = {"ewc_lambda": 1.0} if name == "update" else needed
     before, after = ready(**needed), ready(**{**needed, name: given})
     assert settings_of(after.rotated_ewc) == {**settings_of(before.rotated_ewc), name: expected}
 

@@ -290,6 +290,8 @@ def test_other_terms_are_added_before_the_backward_pass() -> None:
             strategy.loss = strategy.loss + strategy.model[0].weight.square().sum()
 
     x, y = seeded(20, 6), labels(20)
-    plugin = Regularised(mode="separate", update="loss", fisher_type="type2")
+    plugin = Regularised(
+        1.0, "separate", update="loss", fisher_type="type2", temperature=1.0, damping=0.0
+    )
     strategy = trained(Naive, plain(x, y), plugin)
     check_exact(strategy, plugin, lambda model, x: model(x), x, y)

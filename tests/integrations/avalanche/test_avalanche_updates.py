@@ -325,8 +325,8 @@ def test_strategy_is_the_plugin(make_optimizer: MakeOptimizer, options: dict[str
     reference = trained([exact_plugin(30.0, seed=5, **options)], make_optimizer)
     model = net(dropout=0.0)
     strategy = RotatedEWC(
-        model=model, optimizer=make_optimizer(model), ewc_lambda=30.0, seed=5, train_mb_size=8,
-        train_epochs=EPOCHS, evaluator=None, **options,
+        model=model, optimizer=make_optimizer(model), ewc_lambda=30.0, temperature=1.0,
+        damping=0.0, seed=5, train_mb_size=8, train_epochs=EPOCHS, evaluator=None, **options,
     )  # fmt: skip
     for experience in domain_benchmark(TASKS).train_stream:
         strategy.train(experience, shuffle=False)
