@@ -302,3 +302,69 @@ def test_plasticity_is_checked(value: Any) -> None:
 def test_errors_offer_auto(name: str, value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=rf"{name} is .*, or 'auto'"):
         EKFACPenalty(**{name: value})
+
+
+def test_gradients_that_are_not_finite_are_not_averaged() -> None:
+    model = make("plain")
+    penalty = EKFACPenalty()
+    penalty.consolidate(model, CE, task("plain", 0, 40))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    handle = penalty.attach(optimizer, model, "gradient")
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.step()
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            parameter.copy_(value)
+    optimizer.param_groups[0]["lr"] = 1e-2
+    train(model, optimizer, 1, 3)
+    assert handle.strength != 1.0
+    assert math.isfinite(handle.strength)
+
+
+@pytest.mark.parametrize("update", ["tangent", "gradient"])
+def test_half_precision_finds_it_too(update: str) -> None:
+    model = make("plain").bfloat16()
+    penalty = EKFACPenalty()
+    data = [(inputs.bfloat16(), targets) for inputs, targets in task("plain", 0, 40)]
+    penalty.consolidate(model, CE, data)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = penalty.attach(optimizer, model, update)
+    for inputs, targets in 3 * data:
+        optimizer.zero_grad()
+        CE(model(inputs), targets).backward()
+        optimizer.step()
+    assert handle.strength != 1.0
+
+
+def test_a_stream_of_overlapping_tasks_is_protected_without_a_number() -> None:
+    """Two tasks that contradict each other; with the defaults the first is kept."""
+
+    def losses(update: str | None) -> tuple[float, float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 50), nn.Tanh(), nn.Linear(50, 2)).double()
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        penalty = EKFACPenalty()
+        tasks = []
+        for side in (-1.0, 1.0):  # what the sign of the first input means depends on the second
+            inputs = torch.randn(400, 20, dtype=torch.float64)
+            inputs[:, 1] = 2 * side
+            tasks.append((inputs, (side * inputs[:, 0] > 0).long()))
+        if update:
+            penalty.attach(optimizer, model, update)
+        for inputs, targets in tasks:
+            for _ in range(150):
+                optimizer.zero_grad()
+                CE(model(inputs), targets).backward()
+                optimizer.step()
+            penalty.consolidate(model, CE, [(inputs, targets)])
+        with torch.no_grad():
+            first, second = (float(CE(model(x), y)) for x, y in tasks)
+        return first, second
+
+    forgotten, learned = losses(None)
+    for update in ("rotated", "tangent", "gradient"):
+        first, second = losses(update)
+        assert first < 0.5 * forgotten
+        assert second < learned + 0.2

@@ -28,9 +28,9 @@ class GradientUpdate(Update):
 
     def before(self, step: Step) -> None:
         """Add the penalty's gradient."""
-        self._watch.before(self.penalty.stacks, step)
         blocks = [stack.block for stack in self.penalty.stacks]
         gradients = quadratic_gradient(blocks, self.penalty.deltas(step.parameters))
+        self._watch.before(self.penalty.stacks, step)
         add_gradients(self, step, gradients)
 
     def after(self, step: Step) -> None:

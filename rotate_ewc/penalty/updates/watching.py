@@ -56,6 +56,8 @@ class Watch:
         current = set(penalty.stacks)
         self._averages = {stack: a for stack, a in self._averages.items() if stack in current}
         gradients = [(stack, _rotated_gradient(stack, step)) for stack in _moving(stacks, step)]
+        if not all(bool(torch.isfinite(gradient.sum())) for _, gradient in gradients):
+            return  # the averages would never recover
         for stack, gradient in gradients:
             self._averages.setdefault(stack, Averages(gradient)).add(gradient)
         if self._update.looks():
@@ -72,7 +74,7 @@ class Watch:
             return
         length = _norm(
             [
-                protected_slice(name, step.parameters, anchor[0]).detach() - self._before[key]
+                (protected_slice(name, step.parameters, anchor[0]).detach() - self._before[key])
                 for stack, _ in self._looked_at
                 for key, name, anchor in stack.members
             ]
@@ -168,7 +170,7 @@ def _moving(stacks: Sequence[Stack], step: Step) -> list[Stack]:
 def _rotated_gradient(stack: Stack, step: Step) -> Tensor:
     return stack.block.rotate(
         {
-            key: protected_slice(name, step.gradients, anchor[0])
+            key: protected_slice(name, step.gradients, anchor[0]).to(stack.block.eigenvalues.dtype)
             for key, name, anchor in stack.members
         }
     )
