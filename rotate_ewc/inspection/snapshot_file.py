@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rotate_ewc._utils.validation import AUTO
 from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.io import files
 from rotate_ewc.io.header import (
@@ -51,14 +52,16 @@ def read(path: str | os.PathLike[str]) -> SnapshotFile:
         SnapshotError: If it is neither, naming the file.
         FileNotFoundError: If there is no file.
     """
-    options: Mapping[str, Any] = {}
+    options: dict[str, Any] = {}
     num_tasks = None
     with files.loaded(path) as state:
         header = read_any_header(state)
         if isinstance(header, PenaltyHeader):
-            options, num_tasks = header.options, header.num_tasks
-            terms = PenaltyState.restore(header, state).terms
-            operators = tuple(term.operator for term in terms)
+            penalty = PenaltyState.restore(header, state)
+            options, num_tasks = dict(penalty.options), penalty.num_tasks
+            if options.get("strength") == AUTO:
+                options["strength"] = f"{AUTO} ({penalty.found.value:.3g})"
+            operators = tuple(term.operator for term in penalty.terms)
         else:
             tensors = {key: value for key, value in state.items() if key != HEADER}
             operators = (EKFACLinearOperator.from_blocks(*restore(header, tensors)),)

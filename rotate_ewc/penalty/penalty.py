@@ -396,7 +396,9 @@ class EKFACPenalty(ConsolidatedTasks):
 
     def extra_repr(self) -> str:
         """Show strength, mode and tasks."""
-        return f"strength={self.strength}, mode={self.mode!r}, tasks={self._num_tasks}"
+        automatic = self._strength is None
+        strength = f"{AUTO} ({self.strength:.3g})" if automatic else str(self.strength)
+        return f"strength={strength}, mode={self.mode!r}, tasks={self._num_tasks}"
 
 
 def _softened(forward: Callable[[Any], Tensor], temperature: float) -> Callable[[Any], Tensor]:

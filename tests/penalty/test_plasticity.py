@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACPenalty, SnapshotError
+from rotate_ewc.inspection.snapshot_file import read
 from rotate_ewc.penalty.plasticity import FoundStrength, Plasticity, Progress, strength_keeping
 from tests.helpers.penalties import CE, make, task
 
@@ -265,6 +266,9 @@ def test_files_keep_what_was_found(tmp_path: Any) -> None:
     penalty.save(tmp_path / "penalty.safetensors")
     loaded = EKFACPenalty.load(tmp_path / "penalty.safetensors")
     assert loaded.strength == penalty.strength != 1.0
+    assert f"strength=auto ({penalty.strength:.3g})" in repr(loaded)
+    shown = read(tmp_path / "penalty.safetensors").options["strength"]
+    assert shown == f"auto ({penalty.strength:.3g})"
     assert loaded.plasticity == 0.8
     assert not loaded.finds_strength
     assert EKFACPenalty.load(tmp_path / "penalty.safetensors", strength=2.0).strength == 2.0
