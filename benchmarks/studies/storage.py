@@ -128,7 +128,9 @@ def run_stored(
         @torch.no_grad()
         def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
             if self.whole is not None:
-                stored = penalty_of(strategy)(strategy.model).item()
+                penalty = penalty_of(strategy)
+                stored = penalty(strategy.model).item()
+                self.whole.strength = penalty.strength  # which may have been found since
                 errors.append(abs(stored / self.whole(strategy.model).item() - 1))
 
     with tempfile.TemporaryDirectory() as folder:

@@ -144,6 +144,9 @@ class TermLayout(_Object, frozen=True):
     operator: OperatorLayout
 
 
+_LARGEST_LOGARITHM: Final = 24.0  # of strengths, which are found from 1e-10 to 1e10
+
+
 class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
     """The header of a penalty's snapshot.
 
@@ -181,6 +184,16 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
             raise ValueError(
                 f"there are {len(self.terms)} terms, of {self.num_tasks} tasks in mode "
                 f"{self.mode!r:.99}; expected at most {most}"
+            )
+        looks, sum_of_logs, found_in = self.found_strength
+        if (
+            (looks == 0) != (found_in == 0)
+            or found_in > self.num_tasks
+            or (abs(sum_of_logs) > looks * _LARGEST_LOGARITHM)
+        ):
+            raise ValueError(
+                f"found_strength is {list(self.found_strength)}, of {self.num_tasks} tasks; "
+                f"expected looks, their sum of logarithms, and how many tasks there were then"
             )
         reductions = sorted({term.operator.provenance.reduction for term in self.terms})
         if len(reductions) > 1:

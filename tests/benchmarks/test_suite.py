@@ -79,8 +79,10 @@ class Executor:
         ]
 
     def strengths(self, stage: int, name: str) -> list[float]:
+        """All numbers in order, 0 for a strength that the package finds, or where there is none."""
         jobs = self.stages[stage]
-        return sorted(job.variant.strength or 0.0 for job in jobs if job.variant.name == name)
+        given = [job.variant.strength for job in jobs if job.variant.name == name]
+        return sorted(0.0 if strength in (None, "auto") else strength for strength in given)
 
 
 def sweep(
@@ -131,7 +133,8 @@ def test_the_best_of_both_searches_is_tested_beside_the_default() -> None:
     executor = Executor(lambda name: METHODS[name].centre * 31.6)
     sweep(Search(5), seeds=(0, 1)).run(executor)
     for name in SEARCHED:
-        expected = sorted([1.0, METHODS[name].centre * 31.6] * 2)
+        default = 0.0 if METHODS[name].attached else 1.0
+        expected = sorted([default, METHODS[name].centre * 31.6] * 2)
         assert executor.strengths(2, name) == pytest.approx(expected, rel=0.005)
     for name in UNSEARCHED:
         assert [job.seed for job in executor.stages[2] if job.variant.name == name] == [0, 1]
@@ -141,7 +144,8 @@ def test_a_chosen_strength_that_is_the_default_is_tested_once() -> None:
     executor = Executor(lambda name: 1.0)
     sweep(Search(5)).run(executor)
     counts = Counter(job.variant.name for job in executor.stages[2])
-    assert counts == dict.fromkeys(METHODS, 1)
+    # One that the package finds is never the number that was chosen.
+    assert counts == {name: 1 + method.attached for name, method in METHODS.items()}
 
 
 def test_test_images_have_no_say_in_the_choice() -> None:
@@ -162,7 +166,7 @@ def test_stages_can_be_left_out() -> None:
     records = sweep(Search(0), seeds=(3,)).run(executor)
     (tests,) = executor.stages
     assert [job.variant.name for job in tests] == list(METHODS)
-    assert {job.variant.strength for job in tests} == {None, 1.0}
+    assert {job.variant.strength for job in tests} == {None, 1.0, "auto"}
     assert {record.seed for record in records} == {3}
 
 

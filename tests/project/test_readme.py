@@ -19,7 +19,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     namespace: dict[str, object] = {}
     for block in blocks():
         exec(compile(block, str(README), "exec"), namespace)
-    assert len(blocks()) == 6
+    assert len(blocks()) == 4
     assert (tmp_path / "checkpoint.pt").exists()
     assert (tmp_path / "task.safetensors").exists()
     assert namespace["penalty"].num_tasks == 3
