@@ -44,7 +44,7 @@ benchmark = benchmark_from_datasets(train=[make_task(seed) for seed in range(5)]
 model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 strategy = RotatedEWC(
-    model=model, optimizer=optimizer, ewc_lambda=30.0,
+    model=model, optimizer=optimizer,
     train_mb_size=32, train_epochs=5, evaluator=EvaluationPlugin(),
 )  # fmt: skip
 checkpoint = Path("checkpoint.dill")

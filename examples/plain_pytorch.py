@@ -41,7 +41,7 @@ train_1, test_1 = make_task(torch.arange(64))
 train_2, test_2 = make_task(torch.randperm(64))
 criterion = nn.CrossEntropyLoss()
 model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
-penalty = EKFACPenalty(strength=3.0)
+penalty = EKFACPenalty()
 train(model, train_1, penalty)
 penalty.consolidate(model, criterion, train_1)  # remember the task
 torch.save({"model": model.state_dict(), "penalty": penalty.state_dict()}, "checkpoint.pt")
@@ -51,7 +51,7 @@ for label in ("with the penalty", "without it"):
     state = torch.load("checkpoint.pt", weights_only=True)  # tensors and JSON, no pickled code
     model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
     model.load_state_dict(state["model"])
-    penalty = EKFACPenalty(strength=3.0)
+    penalty = EKFACPenalty()
     if label == "with the penalty":
         penalty.load_state_dict(state["penalty"])
     train(model, train_2, penalty)
