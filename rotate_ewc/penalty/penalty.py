@@ -69,15 +69,16 @@ class EKFACPenalty(ConsolidatedTasks):
     1 is Bayes' rule: M_t are the numbers of loss terms of the past tasks (what the mean divides by:
     examples, tokens, or elements of the outputs), M_now that of the task being trained (Huszár
     2018, "Note on the quadratic penalties in elastic weight consolidation"). `weighting="uniform"`
-    leaves the numbers out; w_t is given to `consolidate`. Larger strengths protect more; 3 is a
-    good practical value.
+    leaves the numbers out; w_t is given to `consolidate`. Larger strengths protect more. By default
+    the strength is found in the steps of an optimizer that the penalty is attached to.
 
     In mode `"merged"` the operators of all tasks are merged into one, anchored at the latest
     solution: time and memory do not depend on the number of tasks. In mode `"separate"` every task
     keeps its operator and its own anchor.
 
     `attach` has the steps of any optimizer respect the penalty, stably for any strength. Or it can
-    be added to the loss, as `penalty(model)`, which large strengths need small learning rates for.
+    be added to the loss, as `penalty(model)`, with a strength that is given (or else 1, as long as
+    none is found); large strengths need small learning rates there.
 
     Example:
         >>> import torch
@@ -88,7 +89,7 @@ class EKFACPenalty(ConsolidatedTasks):
         >>> old_task = [(torch.randn(16, 4), torch.randint(3, (16,)))]
         >>> new_task = [(torch.randn(16, 4), torch.randint(3, (16,)))]
         >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        >>> penalty = EKFACPenalty(strength=3.0)
+        >>> penalty = EKFACPenalty()
         >>> handle = penalty.attach(optimizer, model)
         >>> for task in (old_task, new_task):
         ...     for x, y in task:
@@ -96,8 +97,8 @@ class EKFACPenalty(ConsolidatedTasks):
         ...         criterion(model(x), y).backward()
         ...         optimizer.step()
         ...     penalty.consolidate(model, criterion, task)
-        >>> penalty.num_tasks
-        2
+        >>> penalty.num_tasks, penalty.strength > 0
+        (2, True)
     """
 
     @forwards_keywords(EstimationSettings)

