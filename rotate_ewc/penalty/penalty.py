@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import wraps
 from typing import Any
 
 import torch
@@ -24,8 +23,6 @@ from rotate_ewc._utils.parameters import (
     select_parameters,
     unwrapped,
 )
-from rotate_ewc._utils.preserve_state import undisturbed
-from rotate_ewc._utils.reached_modules import reached_modules
 from rotate_ewc._utils.validation import (
     AUTO,
     as_choice,
@@ -44,17 +41,15 @@ from rotate_ewc.io import files
 from rotate_ewc.io.storage_dtype import check_storage_dtype
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.linalg.quadratic import quadratic_form
-from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import EstimationOptions, EstimationSettings, Mode, Weighting
 from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.stability import warn_if_divergent
 from rotate_ewc.penalty.state import PenaltyState
-from rotate_ewc.penalty.temperature import softening_temperature
+from rotate_ewc.penalty.temperature import softened, softening_temperature
 from rotate_ewc.penalty.terms import Term
 from rotate_ewc.penalty.updates import UpdateKind
 from rotate_ewc.penalty.weighting import kept_weight
-from rotate_ewc.tracing.passes import check_reiterable
 
 
 class EKFACPenalty(ConsolidatedTasks):
@@ -210,9 +205,12 @@ class EKFACPenalty(ConsolidatedTasks):
         chosen = name_parameters(params, model)
         named = name_parameters(list(chosen.values()), model)
         self.protected(parameters_of(model))
-        temperature = self._temperature(model, loss_func, data, forward)
+        forward = forward or model
+        temperature = self.temperature
+        if isinstance(temperature, str):
+            temperature = softening_temperature(model, forward, loss_func, data, self.settings)
         blocks, shapes, provenance = fit_blocks(
-            _softened(forward or model, temperature),
+            softened(forward, temperature),
             loss_func,
             named,
             data,
@@ -323,29 +321,6 @@ class EKFACPenalty(ConsolidatedTasks):
         penalty._restore(found)
         return penalty
 
-    def _temperature(
-        self,
-        model: nn.Module,
-        loss_func: Callable[..., Any],
-        data: Iterable[Any],
-        forward: Callable[[Any], Tensor] | None,
-    ) -> float:
-        """Return the temperature of a snapshot."""
-        if not isinstance(self.temperature, str):
-            return self.temperature
-        parameters = parameters_of(model)
-        modules = [*model.modules(), *reached_modules(forward or model)]
-        check_reiterable(data)
-        with undisturbed(modules, parameters.values()):
-            return softening_temperature(
-                forward or model,
-                likelihood_of(loss_func),
-                data,
-                next(iter(parameters.values())).device,
-                max_bytes=self.settings.memory_budget,
-                progressbar=bool(self.settings.progressbar),
-            )
-
     def _fold_in(
         self,
         operator: EKFACLinearOperator,
@@ -400,20 +375,6 @@ class EKFACPenalty(ConsolidatedTasks):
         automatic = self._strength is None
         strength = f"{AUTO} ({self.strength:.3g})" if automatic else str(self.strength)
         return f"strength={strength}, mode={self.mode!r}, tasks={self._num_tasks}"
-
-
-def _softened(forward: Callable[[Any], Tensor], temperature: float) -> Callable[[Any], Tensor]:
-    """Divide outputs by a temperature."""
-    if temperature == 1.0:
-        return forward
-
-    @wraps(forward, assigned=(), updated=())
-    def softened(inputs: Any) -> Any:
-        outputs = forward(inputs)
-        # Others are refused where it is said how to make them tensors.
-        return outputs / temperature if isinstance(outputs, Tensor) else outputs
-
-    return softened
 
 
 def _damped(block: Block, factor: float, damping: float) -> Block:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rotate_ewc._utils.numerics import statistics_dtype
-from rotate_ewc.losses import Likelihood
-from rotate_ewc.tracing.passes import batches, naming_batch, noting_batch
+from rotate_ewc._utils.parameters import parameters_of
+from rotate_ewc._utils.preserve_state import undisturbed
+from rotate_ewc._utils.reached_modules import reached_modules
+from rotate_ewc.losses import Likelihood, likelihood_of
+from rotate_ewc.options import EstimationSettings
+from rotate_ewc.tracing.passes import (
+    Batch,
+    batches,
+    check_reiterable,
+    naming_batch,
+    noting_batch,
+)
 
 TARGET_ENTROPY: Final = 0.8
 _LARGEST_TEMPERATURE: Final = 1e6
@@ -19,15 +30,26 @@ _LARGEST_TEMPERATURE: Final = 1e6
 _BISECTIONS: Final = 24
 
 
-@torch.no_grad()
+def softened(forward: Callable[[Any], Tensor], temperature: float) -> Callable[[Any], Tensor]:
+    """Divide outputs by a temperature."""
+    if temperature == 1.0:
+        return forward
+
+    @wraps(forward, assigned=(), updated=())
+    def divided(inputs: Any) -> Any:
+        outputs = forward(inputs)
+        # Others are refused where it is said how to make them tensors.
+        return outputs / temperature if isinstance(outputs, Tensor) else outputs
+
+    return divided
+
+
 def softening_temperature(
+    model: nn.Module,
     forward: Callable[[Any], Any],
-    likelihood: Likelihood,
+    loss_func: Callable[..., Any],
     data: Iterable[Any],
-    device: torch.device,
-    *,
-    max_bytes: int,
-    progressbar: bool = False,
+    settings: EstimationSettings,
 ) -> float:
     """Return the temperature at which predictions have a given mean entropy.
 
@@ -37,31 +59,49 @@ def softening_temperature(
     classes). No labels are looked at, but for which of them count.
 
     Args:
+        model: The model, which is left as it was.
         forward: From a batch's inputs to the model's outputs.
-        likelihood: The distribution behind the loss.
-        data: Batches (inputs, targets), gone through once.
-        device: The model's.
-        max_bytes: What outputs may take; of more, every second batch is looked at, or fewer.
-        progressbar: Whether to show progress over batches.
+        loss_func: The loss.
+        data: Re-iterable batches (inputs, targets), gone through once.
+        settings: Of the estimate. Outputs may take its memory budget; of more, every second batch
+            is looked at, or fewer.
 
     Returns:
         At least 1; exactly 1 if the predictions are soft enough, or have no entropy (regression).
     """
+    parameters = parameters_of(model)
+    modules = [*model.modules(), *reached_modules(forward)]
+    check_reiterable(data)
+    with undisturbed(modules, parameters.values()), torch.no_grad():
+        likelihood = likelihood_of(loss_func)
+        device = next(iter(parameters.values())).device
+        shown = batches(
+            data, device, progressbar=bool(settings.progressbar), description="temperature"
+        )
+        seen = _seen(forward, likelihood, shown, settings.memory_budget)
+        return _temperature_of(seen, likelihood) if seen else 1.0
+
+
+def _seen(
+    forward: Callable[[Any], Any],
+    likelihood: Likelihood,
+    shown: Iterable[Batch],
+    max_bytes: int,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return outputs and targets, as many as there is room for; none if nothing can be softened."""
     seen: list[tuple[Tensor, Tensor]] = []
     stride = 1
-    for number, inputs, targets in batches(
-        data, device, progressbar=progressbar, description="temperature"
-    ):
+    for number, inputs, targets in shown:
         if number % stride:
             continue
         with naming_batch(number), noting_batch(number):
             outputs = forward(inputs)
         if not _can_be_softened(likelihood, outputs, targets):
-            return 1.0
+            return []
         seen.append((outputs, targets))
         while len(seen) > 1 and sum(o.nbytes + t.nbytes for o, t in seen) > max_bytes:
             seen, stride = seen[::2], 2 * stride
-    return _temperature_of(seen, likelihood)
+    return seen
 
 
 def _can_be_softened(likelihood: Likelihood, outputs: Any, targets: Tensor) -> bool:

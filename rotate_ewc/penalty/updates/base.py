@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Adagrad, Optimizer
 
 from rotate_ewc._utils.messages import parameters_have, quoted
-from rotate_ewc._utils.parameters import fits
+from rotate_ewc._utils.parameters import fits, protected_slice
 from rotate_ewc.errors import NotFiniteError, SnapshotError
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.plasticity import Plasticity, Progress
@@ -191,6 +191,16 @@ def moving_stacks(stacks: Iterable[Stack], step: Step) -> list[Stack]:
 def fits_all(stack: Stack, step: Step) -> bool:
     """Whether the model has all parameters of a stack, as large as they were at least."""
     return all(fits(name, step.parameters, anchor[0]) for _, name, anchor in stack.members)
+
+
+def rotated_gradient(stack: Stack, step: Step) -> Tensor:
+    """Return the loss's gradient of a stack in its eigenbasis, `[groups, d_out, d_in]`."""
+    dtype = stack.block.eigenvalues.dtype
+    gradients = {
+        key: protected_slice(name, step.gradients, anchor[0]).to(dtype)
+        for key, name, anchor in stack.members
+    }
+    return stack.block.rotate(gradients)
 
 
 def _moves(stack: Stack, step: Step) -> bool:

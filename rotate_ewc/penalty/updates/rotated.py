@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from rotate_ewc._utils.messages import parameters_are
-from rotate_ewc._utils.parameters import protected_slice
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.displacement import Displacement, without_rounding_errors
 from rotate_ewc.penalty.plasticity import Progress
 from rotate_ewc.penalty.step_rules import StepRule
 from rotate_ewc.penalty.terms import Stack
-from rotate_ewc.penalty.updates.base import Step, check_gradients, mark_basis
+from rotate_ewc.penalty.updates.base import Step, check_gradients, mark_basis, rotated_gradient
 from rotate_ewc.penalty.updates.displaced import DisplacedUpdate
 
 
@@ -52,7 +51,7 @@ class RotatedUpdate(DisplacedUpdate):
         """Put what the optimizer is to step into the eigenbasis."""
         moving = self.moving(step)
         _check_dtypes([d.stack for d in moving], step)
-        rotated = [self._rotated_gradient(d.stack, step) for d in moving]
+        rotated = [without_rounding_errors(rotated_gradient(d.stack, step)) for d in moving]
         check_gradients([d.stack for d in moving], rotated)
         self.follow(moving, step)
         self._looked_at = rotated if self.looks() else []
@@ -93,13 +92,6 @@ class RotatedUpdate(DisplacedUpdate):
         """Give model and optimizer back what they had before a step that failed."""
         super().undo()
         self._moving, self._looked_at = [], []
-
-    def _rotated_gradient(self, stack: Stack, step: Step) -> Tensor:
-        gradients = {
-            key: protected_slice(name, {name: step.gradients[name]}, anchor[0])
-            for key, name, anchor in stack.members
-        }
-        return without_rounding_errors(stack.block.rotate(gradients))
 
     def _seen(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
         """Return what the optimizer is to see in place of the parameters: z, or Qᵀθ."""

@@ -14,7 +14,7 @@ from rotate_ewc.errors import SnapshotError
 from rotate_ewc.io.snapshot import checked_tensor
 from rotate_ewc.penalty.plasticity import Progress
 from rotate_ewc.penalty.terms import Stack
-from rotate_ewc.penalty.updates.base import Step, Update, fits_all
+from rotate_ewc.penalty.updates.base import Step, Update, fits_all, rotated_gradient
 
 _BETAS: Final = (0.9, 0.999)
 _EPS: Final = 1e-8
@@ -55,7 +55,7 @@ class Watch:
             return
         current = set(penalty.stacks)
         self._averages = {stack: a for stack, a in self._averages.items() if stack in current}
-        gradients = [(stack, _rotated_gradient(stack, step)) for stack in _moving(stacks, step)]
+        gradients = [(stack, rotated_gradient(stack, step)) for stack in _moving(stacks, step)]
         if not all(bool(torch.isfinite(gradient.sum())) for _, gradient in gradients):
             return  # the averages would never recover
         for stack, gradient in gradients:
@@ -74,7 +74,7 @@ class Watch:
             return
         length = _norm(
             [
-                (protected_slice(name, step.parameters, anchor[0]).detach() - self._before[key])
+                protected_slice(name, step.parameters, anchor[0]).detach() - self._before[key]
                 for stack, _ in self._looked_at
                 for key, name, anchor in stack.members
             ]
@@ -165,15 +165,6 @@ def _moving(stacks: Sequence[Stack], step: Step) -> list[Stack]:
         for stack in stacks
         if fits_all(stack, step) and all(name in step.groups for name in stack.names)
     ]
-
-
-def _rotated_gradient(stack: Stack, step: Step) -> Tensor:
-    return stack.block.rotate(
-        {
-            key: protected_slice(name, step.gradients, anchor[0]).to(stack.block.eigenvalues.dtype)
-            for key, name, anchor in stack.members
-        }
-    )
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
