@@ -84,8 +84,8 @@ class Displacement:
         }
 
 
-def without_rounding_errors(rotated: Tensor) -> Tensor:
-    """Return a rotated matrix with zeros where it has nothing but rounding errors.
+def without_rounding_errors_(rotated: Tensor) -> Tensor:
+    """Put zeros where a rotated matrix has nothing but rounding errors, in place.
 
     A gradient that is exactly zero along a direction is not when rotated, and of what is left, tiny
     as it is, optimizers such as Adam make full steps. An entry is known to a few units in the last
@@ -94,13 +94,17 @@ def without_rounding_errors(rotated: Tensor) -> Tensor:
 
     Args:
         rotated: `[groups, d_out, d_in]`.
+
+    Returns:
+        The same matrix.
     """
     squares = rotated.square()
     rows, columns = squares.sum(-1, keepdim=True), squares.sum(-2, keepdim=True)
-    largest = torch.maximum(rows, columns)
     known = (_UNITS * torch.finfo(rotated.dtype).eps) ** 2
-    nothing = (squares < known * largest) | (largest < known * rows.sum(-2, keepdim=True))
-    return rotated.masked_fill(nothing, 0.0)
+    unknown = known * rows.sum(-2, keepdim=True)
+    nothing = squares < torch.maximum(known * rows, known * columns)
+    nothing |= (rows < unknown) & (columns < unknown)
+    return rotated.masked_fill_(nothing, 0.0)
 
 
 # In float32, with bases of up to 784 columns, errors of one half were the rule.

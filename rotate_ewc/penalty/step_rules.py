@@ -46,20 +46,37 @@ State = Mapping[str, Any]
 StepSize = Tensor | float
 
 
+class Quotient(NamedTuple):
+    """A step size `rate / scale` that is not divided yet, for what can do so in passing.
+
+    Attributes:
+        rate: A number, which may be a tensor.
+        scale: A tensor of the parameter's shape, which is not to be changed.
+    """
+
+    rate: StepSize
+    scale: Tensor
+
+
 class StepRule(NamedTuple):
     """What is known of a class of optimizers.
 
     Attributes:
-        size: From the options of a parameter's group, and its state after a step, to η: a tensor of
-            the parameter's shape, or one number for all of its entries.
+        quotient: From the options of a parameter's group, and its state after a step, to η: a
+            tensor of the parameter's shape, one number for all of its entries, or a quotient.
         rotated: Whether it treats every coordinate by itself, and so steps differently in another
             basis. SGD does not.
         decays_only: Whether it looks at parameters for their weight decay alone.
     """
 
-    size: Callable[[Options, State], StepSize]
+    quotient: Callable[[Options, State], StepSize | Quotient]
     rotated: bool
     decays_only: bool
+
+    def size(self, group: Options, state: State) -> StepSize:
+        """Return η, a tensor of the parameter's shape or one number."""
+        found = self.quotient(group, state)
+        return found.rate / found.scale if isinstance(found, Quotient) else found
 
 
 def register_step_size(
@@ -126,21 +143,21 @@ def _sgd(group: Options, state: State) -> StepSize:
     return float(group["lr"]) * _momentum(group) * (1.0 - _dampening(group))
 
 
-def _adam(group: Options, state: State) -> StepSize:
-    return _per(_rate(group), _root(group, state) + group["eps"])
+def _adam(group: Options, state: State) -> Quotient:
+    return Quotient(group["lr"], _root(group, state).add_(group["eps"]))
 
 
-def _nadam(group: Options, state: State) -> StepSize:
+def _nadam(group: Options, state: State) -> Quotient:
     steps, beta, decay = _steps(state), group["betas"][0], group["momentum_decay"]
     now, following = (beta * (1.0 - 0.5 * 0.96 ** (t * decay)) for t in (steps, steps + 1))
     product = _number(state["mu_product"])
     of_gradient = (1.0 - now) / (1.0 - product)
     of_average = following * (1.0 - beta**steps) / (1.0 - product * following)
-    weights: StepSize = of_gradient + of_average
-    return weights * _adam(group, state)
+    rate, scale = _adam(group, state)
+    return Quotient((of_gradient + of_average) * rate, scale)
 
 
-def _radam(group: Options, state: State) -> StepSize:
+def _radam(group: Options, state: State) -> StepSize | Quotient:
     steps, beta = _steps(state), group["betas"][1]
     longest = 2.0 / (1.0 - beta) - 1.0
     length = longest - 2.0 * steps * beta**steps / (1.0 - beta**steps)
@@ -149,40 +166,31 @@ def _radam(group: Options, state: State) -> StepSize:
     rectified = (length - 4.0) * (length - 2.0) * longest
     rectified = rectified / ((longest - 4.0) * (longest - 2.0) * length)
     # Its ε is not corrected for the bias of v.
-    corrected: StepSize = rectified**0.5 * (1.0 - beta**steps) ** 0.5
-    return _per(corrected * _rate(group), _tensor(state, "exp_avg_sq").sqrt() + group["eps"])
+    corrected = rectified**0.5 * (1.0 - beta**steps) ** 0.5
+    scale = _tensor(state, "exp_avg_sq").sqrt().add_(group["eps"])
+    return Quotient(corrected * group["lr"], scale)
 
 
-def _adamax(group: Options, state: State) -> StepSize:
-    return _per(_rate(group), _tensor(state, "exp_inf"))
+def _adamax(group: Options, state: State) -> Quotient:
+    return Quotient(group["lr"], _tensor(state, "exp_inf"))
 
 
-def _adagrad(group: Options, state: State) -> StepSize:
+def _adagrad(group: Options, state: State) -> Quotient:
     slower = 1.0 + (_steps(state) - 1.0) * group["lr_decay"]
-    return _per(_rate(group) / slower, _tensor(state, "sum").sqrt() + group["eps"])
+    return Quotient(group["lr"] / slower, _tensor(state, "sum").sqrt().add_(group["eps"]))
 
 
 def _adadelta(group: Options, state: State) -> StepSize:
     moved, average = (_tensor(state, name) + group["eps"] for name in ("acc_delta", "square_avg"))
-    ratio: Tensor = moved.sqrt() / average.sqrt()
-    return ratio * _rate(group)
+    size: Tensor = group["lr"] * moved.sqrt_().div_(average.sqrt_())
+    return size
 
 
-def _rmsprop(group: Options, state: State) -> StepSize:
+def _rmsprop(group: Options, state: State) -> Quotient:
     average = _tensor(state, "square_avg")
     if group["centered"]:
         average = (average - _tensor(state, "grad_avg").square()).clamp_(min=0.0)
-    return _per(_rate(group) * _momentum(group), average.sqrt() + group["eps"])
-
-
-def _rate(group: Options) -> StepSize:
-    rate: StepSize = group["lr"]
-    return rate
-
-
-def _per(rate: StepSize, scale: Tensor) -> Tensor:
-    size: Tensor = rate / scale
-    return size
+    return Quotient(group["lr"] * _momentum(group), average.sqrt().add_(group["eps"]))
 
 
 def _tensor(state: State, name: str) -> Tensor:
@@ -194,7 +202,7 @@ def _root(group: Options, state: State) -> Tensor:
     """Return √v of Adam's kin, corrected for its bias."""
     average = _tensor(state, "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
     bias: StepSize = 1.0 - group["betas"][1] ** _steps(state)
-    return average.sqrt() / bias**0.5
+    return average.sqrt().div_(bias**0.5)
 
 
 def _momentum(group: Options) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adam, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
-from rotate_ewc.penalty.displacement import without_rounding_errors
+from rotate_ewc.penalty.displacement import without_rounding_errors_
 from rotate_ewc.penalty.step_rules import rule_of
 from tests.helpers.dense_steps import CASES
 from tests.helpers.exact import exact_penalty
@@ -189,7 +189,7 @@ def test_rounding_errors_of_rotated_matrices(rank: int, dtype: torch.dtype) -> N
     ]  # fmt: skip
     gradient = (left @ right.mT).to(dtype)
     gradient[1] *= 1e-6
-    cleaned = without_rounding_errors(bases[0].mT @ gradient @ bases[1])
+    cleaned = without_rounding_errors_(bases[0].mT @ gradient @ bases[1])
     expected = bases[0].mT.double() @ gradient.double() @ bases[1].double()
     assert not cleaned[:, rank:].any()
     assert not cleaned[:, :, rank:].any()

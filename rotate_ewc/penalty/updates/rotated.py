@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rotate_ewc._utils.messages import parameters_are
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
-from rotate_ewc.penalty.displacement import Displacement, without_rounding_errors
+from rotate_ewc.penalty.displacement import Displacement, without_rounding_errors_
 from rotate_ewc.penalty.plasticity import Progress
-from rotate_ewc.penalty.step_rules import StepRule
+from rotate_ewc.penalty.step_rules import Quotient, StepRule
 from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.base import Step, check_gradients, mark_basis, rotated_gradient
 from rotate_ewc.penalty.updates.displaced import DisplacedUpdate
@@ -51,7 +51,7 @@ class RotatedUpdate(DisplacedUpdate):
         """Put what the optimizer is to step into the eigenbasis."""
         moving = self.moving(step)
         _check_dtypes([d.stack for d in moving], step)
-        rotated = [without_rounding_errors(rotated_gradient(d.stack, step)) for d in moving]
+        rotated = [_cleaned(d.stack, step) for d in moving]
         check_gradients([d.stack for d in moving], rotated)
         self.follow(moving, step)
         self._looked_at = rotated if self.looks() else []
@@ -133,21 +133,47 @@ class RotatedUpdate(DisplacedUpdate):
             return step.parameters[name].new_tensor(size)
         return size[inner] if size.ndim else size
 
+    def _shrinkages(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
+        """Return 1 + η λ Λ by the stack's own names, where possible in one pass over Λ."""
+        spectrum = displacement.stack.block.eigenvalues
+        eigenvalues = displacement.split(spectrum)
+        factor = min(self.penalty.scale, torch.finfo(spectrum.dtype).max)
+        one = spectrum.new_ones(())
+        found = {}
+        for key, name, anchor in displacement.stack.members:
+            inner = tuple(map(slice, anchor.shape[1:]))
+            size = self.rule.quotient(step.groups[name], step.state(name))
+            if isinstance(size, Quotient) and isinstance(size.rate, float):
+                ratio = min(size.rate * factor, torch.finfo(spectrum.dtype).max)
+                found[key] = torch.addcdiv(one, eigenvalues[key], size.scale[inner], value=ratio)
+                continue
+            stiffness = displacement.split(self.stiffness(displacement.stack))[key]
+            found[key] = (stiffness * self._size(name, inner, step)).add_(1.0)
+        return found
+
     def _shrunk(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
         """Return the coordinates after the optimizer's step and the proximal one."""
-        stiffness = displacement.split(self.stiffness(displacement.stack))
+        shrinkages = self._shrinkages(displacement, step)
         shifted = self._shift(displacement, step) is not None
         seen = self._seen(displacement, step) if shifted else {}
         shrunk = {}
         for key, name, anchor in displacement.stack.members:
             inner = tuple(map(slice, anchor.shape[1:]))
-            size = self._size(name, inner, step)
             moved = step.parameters[name].detach()[inner]
             if shifted:
                 # Where nothing moved, z is to be the same to the bit.
                 moved = displacement.coordinates[key] + (moved - seen[key])
-            shrunk[key] = moved / (stiffness[key] * size).add_(1.0)
+            # What the optimizer made is nobody else's, so that it can be divided in place.
+            shrunk[key] = moved.div_(shrinkages[key])
         return shrunk
+
+
+def _cleaned(stack: Stack, step: Step) -> Tensor:
+    """Return the gradient of a stack in its eigenbasis, without what are rounding errors alone."""
+    rotated, block = rotated_gradient(stack, step), stack.block
+    if block.gradient_basis is None and block.activation_basis is None:
+        rotated = rotated.clone()  # it may be the user's own
+    return without_rounding_errors_(rotated)
 
 
 def _replaced(whole: Tensor, inner: tuple[slice, ...], part: Tensor, parameter: Tensor) -> Tensor:
