@@ -32,6 +32,7 @@ NOTES = (
     f"{DIVERGED} in at least one run the parameters became infinite.",
     f"Width: decades of λ in which at most {POINTS:g} points are lost; ≥ where the search ended "
     "sooner.",
+    "Regret: points that the default λ loses on held-out images, to the best that was searched.",
     "Training is with the penalty, estimation what is done at the ends of tasks; search: runs, and "
     "their time one after another.",
 )
@@ -161,6 +162,7 @@ COLUMNS = (
     Column("n", lambda result, _: str(len(result.tested) or ABSENT), in_terminal=False),
     Column("default λ", lambda result, _: _strength(result.default), in_terminal=False),
     Column("accuracy at default λ [%]", _at_default),
+    Column("regret [points]", lambda result, _: mean([result.regret], 1, 100)),
     FORGETTING,
     TRANSFER,
     TRAINING,
@@ -219,7 +221,7 @@ def rows_of(experiment: Experiment, columns: Sequence[Column] = COLUMNS) -> list
 def results_table(records: Sequence[Record], title: str) -> Table:
     """Summarise records of any methods and seeds in a terminal, a row for each method."""
     results = [
-        MethodResult(label, {}, group, [], None, None)
+        MethodResult(label, {}, group, [], [], None, None)
         for label, group in group_by_label(records).items()
     ]
     return _table(Experiment("", {}, results), GIVEN_STRENGTH, title)

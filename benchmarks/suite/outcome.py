@@ -32,6 +32,7 @@ class MethodResult:
     search: Search  # on held-out training images, by ascending strength; empty without a search
     tested: Sequence[Record]  # on the test images with the chosen strength, by seed
     at_default: Sequence[Record]  # on the test images with the default strength, by seed
+    found: Sequence[Record]  # on held-out training images, with a strength that it finds by itself
     strength: float | str | None  # the chosen strength; None for methods without
     default: float | str | None  # the default strength; None for methods without
 
@@ -43,7 +44,15 @@ class MethodResult:
     @property
     def searched(self) -> list[Record]:
         """All records of the search."""
-        return [record for group in self.search.values() for record in group]
+        return [*(record for group in self.search.values() for record in group), *self.found]
+
+    @property
+    def regret(self) -> float | None:
+        """How much accuracy on held-out images the default strength loses; None if unknown."""
+        default = self.found or (self.default and self.search.get(self.default))
+        if not default or not self.search:
+            return None
+        return max(map(mean_accuracy, self.search.values())) - mean_accuracy(default)
 
     @property
     def records(self) -> list[Record]:
@@ -112,14 +121,16 @@ def _result(label: str, records: Sequence[Record]) -> MethodResult:
     tests = by_strength(record for record in records if not record.for_validation)
     known = METHODS.get(records[0].method)
     default = known.default_strength if known else None
-    # Without a search nothing was chosen but by whoever typed the command.
-    only = default if default in tests else next(iter(tests), None)
-    strength = best_strength(search) if search else only
+    strength = best_strength(search)
+    if strength is None:
+        # Without a search nothing was chosen but by whoever typed the command.
+        strength = default if default in tests else next(iter(tests), None)
     return MethodResult(
         label=label,
         search={value: group for value, group in search.items() if isinstance(value, float)},
         tested=tests.get(strength, []),
         at_default=tests.get(default, []),
+        found=[record for v, group in search.items() if isinstance(v, str) for record in group],
         strength=strength,
         default=default,
     )
@@ -138,9 +149,10 @@ def by_strength(records: Iterable[Record]) -> dict[Any, list[Record]]:
     return groups
 
 
-def best_strength(search: Mapping[Any, Sequence[Record]]) -> Any:
-    """The strength with the highest mean accuracy; of equals, the smallest."""
-    return max(search, key=lambda value: mean_accuracy(search[value]))
+def best_strength(search: Mapping[Any, Sequence[Record]]) -> float | None:
+    """The number with the highest mean accuracy; of equals, the smallest. None if there is none."""
+    numbers = [value for value in search if isinstance(value, float)]
+    return max(numbers, key=lambda value: mean_accuracy(search[value]), default=None)
 
 
 def mean_accuracy(records: Sequence[Record]) -> float:

@@ -2,7 +2,8 @@
 
 The search has two stages. The first tries powers of ten around a middle that is fixed for each
 method in :data:`benchmarks.methods.METHODS`, a hundred times that in split streams; the second goes
-half a power of ten to either side of the best.
+half a power of ten to either side of the best. A method that finds its strength by itself is also run
+so in the first, to tell how much it loses thereby.
 """
 
 import dataclasses
@@ -46,14 +47,20 @@ class Sweep:
         return found + execute(self.tests(found))
 
     def first_search(self) -> list[Job]:
-        """Powers of ten around the middle of each method's range."""
+        """Powers of ten around the middle of each method's range, and what finds its own."""
         half = self.search.values // 2
         factor = STRONGER_IN_SPLIT_STREAMS if self.scenario.startswith("split") else 1.0
-        return self._searches(
+        found = [
+            (name, default)
+            for name in self._searched_methods()
+            if isinstance(default := METHODS[name].default_strength, str)
+        ]
+        powers = [
             (name, factor * METHODS[name].centre * 10.0**power)
             for name in self._searched_methods()
             for power in range(-half, half + 1)
-        )
+        ]
+        return self._searches([*powers, *found])
 
     def second_search(self, found: Sequence[Record]) -> list[Job]:
         """Half a power of ten to either side of each method's best in the first search."""
@@ -74,9 +81,12 @@ class Sweep:
             for strength in dict.fromkeys((default, _best(name, found) or default))
         ]
 
-    def _searches(self, strengths: Iterable[tuple[str, float]]) -> list[Job]:
+    def _searches(self, strengths: Iterable[tuple[str, float | str]]) -> list[Job]:
         """Jobs on held-out training images, with strengths as people write them."""
-        chosen = [(name, float(f"{strength:.3g}")) for name, strength in strengths]
+        chosen = [
+            (name, strength if isinstance(strength, str) else float(f"{strength:.3g}"))
+            for name, strength in strengths
+        ]
         return [
             self._job(name, strength, seed, validate=True)
             for seed in self.search.seeds
@@ -98,4 +108,4 @@ class Sweep:
 def _best(name: str, found: Iterable[Record]) -> float | None:
     """The best strength of a method so far; None where nothing was searched."""
     groups = by_strength(record for record in found if record.method == name)
-    return best_strength(groups) if groups else None
+    return best_strength(groups)

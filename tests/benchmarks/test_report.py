@@ -103,6 +103,7 @@ def test_numbers_are_those_computed_by_hand(shown: Experiment) -> None:
         "n": "2",
         "default λ": "1",
         "accuracy at default λ [%]": "62.5",
+        "regret [points]": "20.0",  # 80 and 60
         "forgetting [points]": "25.0 ± 7.1",  # 30 and 20
         "backward transfer [points]": "-25.0 ± 7.1",
         "training [s]": "7",
@@ -117,7 +118,7 @@ def test_numbers_are_those_computed_by_hand(shown: Experiment) -> None:
     naive = cells(shown, "naive")
     absent = {heading for heading, cell in naive.items() if cell == "–"}
     assert absent == {
-        *("chosen λ", "default λ", "accuracy at default λ [%]"),
+        *("chosen λ", "default λ", "accuracy at default λ [%]", "regret [points]"),
         *("search runs", "search [s]", "width [decades]"),
     }
     assert naive["accuracy [%]"] == "50.00", "one seed has no deviation"
@@ -135,7 +136,7 @@ def test_the_best_but_joint_training_and_our_names_are_bold(shown: Experiment) -
 def test_the_terminal_shows_the_same_numbers_in_its_width(shown: Experiment) -> None:
     text = rendered(terminal_table(shown), terminal_notes())
     (line,) = [line for line in text.splitlines() if line.startswith("ewc")]
-    numbers = "10 72.50 ± 3.54† 62.5 25.0 ± 7.1 7 1.0 1.5 ≥ 1.1"
+    numbers = "10 72.50 ± 3.54† 62.5 20.0 25.0 ± 7.1 7 1.0 1.5 ≥ 1.1"
     assert " ".join(line.removeprefix("ewc").split()) == numbers
     assert "† in at least one run" in text
     large = {"training_seconds": 1234.5, "estimation_seconds": 123.4, "state_bytes": 123 * 2**20}

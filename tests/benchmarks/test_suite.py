@@ -104,7 +104,8 @@ def test_every_method_has_the_same_search(values: int, seeds: tuple[int, ...]) -
     executor = Executor(at_centre)
     records = sweep(Search(values, seeds=seeds)).run(executor)
     first, second, tests = executor.stages
-    for stage, each in ((first, values), (second, 2)):
+    numbers = [job for job in first if job.variant.strength != "auto"]
+    for stage, each in ((numbers, values), (second, 2)):
         counts = Counter((job.variant.name, job.seed) for job in stage)
         assert counts == {(name, seed): each for name in SEARCHED for seed in seeds}
         assert all(job.configuration.validate for job in stage)
@@ -124,6 +125,7 @@ def test_the_search_is_around_the_middle_and_then_the_best(scenario: str, factor
     for name, best in off.items():
         middle = factor * METHODS[name].centre
         expected = [middle * 10.0**power for power in (-2, -1, 0, 1, 2)]
+        expected = [0.0] * METHODS[name].attached + expected
         assert executor.strengths(0, name) == pytest.approx(expected)
         expected = [best / math.sqrt(10), best * math.sqrt(10)]
         assert executor.strengths(1, name) == pytest.approx(expected, rel=0.005)
@@ -160,7 +162,8 @@ def test_test_images_have_no_say_in_the_choice() -> None:
 def test_stages_can_be_left_out() -> None:
     executor = Executor(at_centre)
     sweep(Search(3, refine=False)).run(executor)
-    assert [len(stage) for stage in executor.stages[:1]] == [3 * len(SEARCHED)]
+    finding = sum(method.attached for method in METHODS.values())
+    assert [len(stage) for stage in executor.stages[:1]] == [3 * len(SEARCHED) + finding]
     assert len(executor.stages) == 2
     executor = Executor(at_centre)
     records = sweep(Search(0), seeds=(3,)).run(executor)
@@ -386,12 +389,20 @@ def test_a_strength_that_the_package_finds_is_beside_the_chosen_one(
     monkeypatch.setitem(METHODS, "rotated-ewc", method)
     executor = Executor(at_centre)
     sweep(Search(3), ("rotated-ewc",)).run(executor)
+    assert executor.stages[0][-1].variant.strength == "auto"
+    assert executor.stages[0][-1].configuration.validate
     assert [job.variant.strength for job in executor.stages[-1]] == ["auto", 1.0]
     records = search("rotated-ewc", {1.0: 0.5, 10.0: 0.9})
     records += [flat("rotated-ewc", a, strength=s) for s, a in ((10.0, 0.8), ("auto", 0.7))]
     (found,) = experiment_of(records).results
     assert (found.strength, found.default) == (10.0, "auto")
     assert [one[0].average_accuracy for one in (found.tested, found.at_default)] == [0.8, 0.7]
+    assert found.regret is None
+    for accuracy, regret in ((0.6, 0.3), (0.95, -0.05)):
+        held_out = flat("rotated-ewc", accuracy, strength="auto", validate=True)
+        (found,) = experiment_of([*records, held_out]).results
+        assert (found.strength, found.found, len(found.search)) == (10.0, [held_out], 2)
+        assert found.regret == pytest.approx(regret)
     (found,) = experiment_of(records[-1:]).results
     assert (found.strength, found.tested) == ("auto", found.at_default)
 
