@@ -2,8 +2,8 @@
 
 The search has two stages. The first tries powers of ten around a middle that is fixed for each
 method in :data:`benchmarks.methods.METHODS`, a hundred times that in split streams; the second goes
-half a power of ten to either side of the best. A method that finds its strength by itself is also run
-so in the first, to tell how much it loses thereby.
+half a power of ten to either side of the best. A method that finds its strength by itself is also
+run so in the first, to tell how much it loses thereby.
 """
 
 import dataclasses
