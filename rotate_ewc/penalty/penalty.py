@@ -379,8 +379,8 @@ class EKFACPenalty(ConsolidatedTasks):
 
 def _damped(block: Block, factor: float, damping: float) -> Block:
     """Return a block with eigenvalues times a factor, and more by a part of their mean."""
-    eigenvalues = block.eigenvalues * factor
-    return block.with_eigenvalues(eigenvalues + damping * eigenvalues.mean())
+    block = block.with_eigenvalues(block.eigenvalues * factor)
+    return block.with_eigenvalues(block.eigenvalues + damping * block.mean)
 
 
 def _overridden(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

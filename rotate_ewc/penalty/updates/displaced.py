@@ -50,7 +50,7 @@ class DisplacedUpdate(Update):
 
     def stiffness(self, stack: Stack) -> Tensor:
         """Return λ Λ, finite, since infinity times a step size of zero would not be a number."""
-        eigenvalues = stack.block.eigenvalues
+        eigenvalues = stack.block.spectrum
         largest = torch.finfo(eigenvalues.dtype).max
         return (min(self.penalty.scale, largest) * eigenvalues).clamp_(max=largest)
 

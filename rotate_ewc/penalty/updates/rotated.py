@@ -123,8 +123,8 @@ class RotatedUpdate(DisplacedUpdate):
             sizes[key] = self._size(name, inner, step).expand_as(moved)
             gains[key] = (moved.square() / sizes[key]).nan_to_num(0.0, 0.0)
         block = stack.block
-        stiffnesses = block.gather(sizes) * block.eigenvalues * self.penalty.scale_of_one
-        return Progress(block.gather(gains), stiffnesses, gradient.square(), block.eigenvalues)
+        stiffnesses = block.gather(sizes) * block.spectrum * self.penalty.scale_of_one
+        return Progress(block.gather(gains), stiffnesses, gradient.square(), block.spectrum)
 
     def _size(self, name: str, inner: tuple[slice, ...], step: Step) -> Tensor:
         """Return η for the protected part of a parameter."""
