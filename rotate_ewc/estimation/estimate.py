@@ -180,7 +180,8 @@ def estimate(
     check_reiterable(data)
     capturer = BatchCapturer(forward, likelihood, parameters, settings, constants)
     passes = Passes(capturer, data, settings.memory_budget // 2)
-    first = FirstPass(settings.kfac_approx is KFACType.REDUCE, settings.memory_budget // 4)
+    reduce = settings.kfac_approx is KFACType.REDUCE
+    first = FirstPass(reduce, settings.memory_budget // 4, settings.rank_of)
     passes.first(first.add)
     tiny = {key for key, factors in first.factors.items() if factors.underflowed}
     second = SecondPass(decompose(first.factors, first.leaders), first.leaders, first.max_bytes)
@@ -192,6 +193,9 @@ def estimate(
     by_name = {}
     for block in used:
         block.eigenvalues.mul_(scale)
+        if block.is_thin:
+            rows, columns = block.multiplicities
+            block.eigenvalues.div_(rows[:, None] * columns)
         check_trace(block.trace, block.label)
         by_name.update(dict.fromkeys(block.parameters, block))
     vanished = tuple(
