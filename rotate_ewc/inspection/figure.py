@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import prod
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ def draw_spectra(operator: EKFACLinearOperator, title: str) -> Figure:
             [values[rank - 1].item() for rank in ranks],
             style,
             marker="o" if len(values) == 1 else None,
-            label=f"{block.label} ({len(values):,} of {block.eigenvalues.numel():,})",
+            label=f"{block.label} ({len(values):,} of {prod(block.shape):,})",
         )
     axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="eigenvalue", title=title)
     axes.grid(alpha=0.3)

@@ -19,6 +19,7 @@ class BlockSummary:
         label: The block's name.
         shapes: The shapes of its parameters.
         form: `(groups, d_out, d_in)`.
+        kept: How many directions are kept of each side, `(k_out, k_in)`.
         trace: Sum of the eigenvalues.
         largest: The largest eigenvalue.
         rank: Number of eigenvalues above the rounding error of the largest.
@@ -30,6 +31,7 @@ class BlockSummary:
     label: str
     shapes: tuple[tuple[int, ...], ...]
     form: tuple[int, ...]
+    kept: tuple[int, int]
     trace: float
     largest: float
     rank: int
@@ -48,8 +50,11 @@ def summaries(operator: EKFACLinearOperator) -> list[BlockSummary]:
 
 
 def spectrum(block: Block) -> Tensor:
-    """Return the eigenvalues of a block in descending order, float64."""
-    return block.eigenvalues.detach().double().flatten().sort(descending=True).values
+    """Return the eigenvalues of all directions in descending order, float64."""
+    values = block.eigenvalues.detach().double()
+    for axis, counts in enumerate(block.multiplicities, 1):
+        values = values.repeat_interleave(counts.long(), dim=axis)
+    return values.flatten().sort(descending=True).values
 
 
 def relative(values: Tensor) -> Tensor:
@@ -72,7 +77,8 @@ def _summary(block: Block, shapes: tuple[tuple[int, ...], ...]) -> BlockSummary:
     return BlockSummary(
         label=block.label,
         shapes=shapes,
-        form=tuple(block.eigenvalues.shape),
+        form=block.shape,
+        kept=block.ranks,
         trace=values.sum().item(),
         largest=largest,
         rank=len(counted),

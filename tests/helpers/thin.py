@@ -17,8 +17,8 @@ Matrix = NDArray[np.float64]
 def orthonormal(groups: int, size: int, rank: int, seed: int) -> Tensor:
     """Random orthonormal columns, `[groups, size, rank]` in float64."""
     generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(groups, size, size, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(normal)[0][..., :rank].contiguous()
+    normal = torch.randn(groups, size, rank, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(normal)[0].contiguous()
 
 
 def thin_block(
