@@ -11,6 +11,7 @@ from torch import Tensor
 from rotate_ewc._utils.preserve_state import random_states
 from rotate_ewc._utils.tree import map_tensors
 from rotate_ewc._utils.warnings import warn_user
+from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.block import Block
 
 # How much more than traces products may differ, where nearly equal eigenvectors turn by rounding.
@@ -121,8 +122,10 @@ def _random_product(block: Block) -> Tensor:
     """Return the product of a block with a matrix of random numbers, always the same."""
     values = block.eigenvalues
     generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(block.shape, generator=generator, dtype=values.dtype).to(values.device)
-    return block.multiply(matrix)
+    matrix = torch.randn(values.shape, generator=generator, dtype=values.dtype).to(values.device)
+    bases = block.gradient_basis, block.activation_basis
+    rotated = kronecker.to_eigenbasis(matrix, *bases)
+    return kronecker.from_eigenbasis(values * rotated, *bases)
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

@@ -84,15 +84,16 @@ def _lacking(operator: EKFACLinearOperator, other: EKFACLinearOperator) -> tuple
 def _compare(first: Block, second: Block) -> BlockComparison:
     a, b = (block.map(lambda tensor: tensor.double()) for block in (first, second))
 
-    def inner_product(of_first: Tensor, of_second: Tensor) -> float:
+    def inner_product(first_values: Tensor, second_values: Tensor) -> float:
         """`tr(F₁F₂)` of matrices with these eigenvalues in the blocks' bases."""
-        second = b.with_eigenvalues(of_second)
+        second = b.with_eigenvalues(second_values)
         seen_in_first = second.diagonal_in(a.gradient_basis, a.activation_basis)
-        return a.total(of_first * seen_in_first).item()
+        return a.total(first_values * seen_in_first).item()
 
     values = [relative(block.eigenvalues) for block in (a, b)]
     norms = [block.total(v.square()).sqrt().item() for block, v in zip((a, b), values, strict=True)]
-    dimension = round(effective_rank(relative(spectrum(a))))
+    of_first, counts = spectrum(a)
+    dimension = round(effective_rank(relative(of_first), counts))
     leading = [_leading(block, dimension) for block in (a, b)]
     product, traces = norms[0] * norms[1], [block.trace.item() for block in (a, b)]
     nan = float("nan")

@@ -196,18 +196,6 @@ class Block:
         product = kronecker.from_eigenbasis(matrix, *self._rotations)
         return self.split(product, shapes)
 
-    def multiply(self, matrix: Tensor) -> Tensor:
-        """Return the product with a parameter's matrix D: `Q_g (Λ ∘ (Q_gᵀ D Q_a)) Q_aᵀ`.
-
-        Args:
-            matrix: D, `[groups, d_out, d_in]` or `[K, groups, d_out, d_in]`.
-
-        Returns:
-            Likewise.
-        """
-        rotated = kronecker.to_eigenbasis(matrix, *self._rotations)
-        return kronecker.from_eigenbasis(self.spectrum * rotated, *self._rotations)
-
     def diagonal_in(self, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
         """Return the diagonal of the block's matrix in another basis.
 
