@@ -66,10 +66,7 @@ def merged_basis(sides: Sequence[Side], size: int, label: str) -> Basis:
         return kronecker.merged_basis([s.basis for s in sides], [s.weights for s in sides], label)
     sides = _nonzero(sides)
     if all(side.is_thin for side in sides):
-        pieces = _pieces(sides, size)
-        live = pieces.ne(0).any(dim=2).any(dim=0).nonzero().flatten()
-        if pieces.shape[2] < len(live):
-            return _in_span(sides, pieces, live, label)
+        return _in_span(sides, _pieces(sides, size), label)
     return _of_all(sides, size, label)
 
 
@@ -108,14 +105,20 @@ def _pieces(sides: Sequence[Side], size: int) -> Tensor:
     return torch.cat(pieces, dim=2)
 
 
-def _in_span(sides: Sequence[Side], pieces: Tensor, live: Tensor, label: str) -> Tensor:
+def _in_span(sides: Sequence[Side], pieces: Tensor, label: str) -> Tensor:
     """Return the eigenvectors in the span of the pieces.
 
     Rows in which all are zero stay so: of inputs and outputs that are never on.
     """
-    span = torch.zeros_like(pieces)
-    span[:, live] = torch.linalg.qr(pieces[:, live])[0]
-    total = pieces.new_zeros(len(pieces), pieces.shape[2], pieces.shape[2])
+    live = pieces.ne(0).any(dim=2).any(dim=0).nonzero().flatten()
+    vectors, values, _ = torch.linalg.svd(pieces[:, live], full_matrices=False)
+    # What several have in common counts once: it is known to the root of the rounding error, since
+    # squares of overlaps are what becomes of it.
+    smallest = torch.finfo(values.dtype).eps ** 0.5 * values[:, :1]
+    rank = max(1, int((values > smallest).sum(dim=1).max()))
+    span = pieces.new_zeros(*pieces.shape[:2], rank)
+    span[:, live] = vectors[:, :, :rank]
+    total = pieces.new_zeros(len(pieces), rank, rank)
     for side in sides:
         if side.basis is None:
             continue

@@ -89,8 +89,8 @@ def _pivoted_rows(basis: Tensor) -> Tensor:
     """Return the rows `[groups, d]` in the order that partial pivoting brings them into."""
     groups, size, rank = basis.shape
     swaps = torch.linalg.lu_factor(basis).pivots.long().cpu() - 1
-    order = torch.arange(size).repeat(groups, 1)
-    every = torch.arange(groups)
+    order = torch.arange(size, device="cpu").repeat(groups, 1)
+    every = torch.arange(groups, device="cpu")
     for step in range(rank):
         other = swaps[:, step]
         first = order[:, step].clone()

@@ -9,7 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.block import Block
+from rotate_ewc.linalg.completion import complete
 
 Matrix = NDArray[np.float64]
 
@@ -17,8 +19,8 @@ Matrix = NDArray[np.float64]
 def orthonormal(groups: int, size: int, rank: int, seed: int) -> Tensor:
     """Random orthonormal columns, `[groups, size, rank]` in float64."""
     generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(groups, size, size, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(normal)[0][..., :rank].contiguous()
+    normal = torch.randn(groups, size, rank, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(normal)[0].contiguous()
 
 
 def thin_block(
@@ -51,6 +53,52 @@ def projections(basis: Tensor | None, group: int, size: int) -> list[Matrix]:
     if vectors.shape[1] < size:
         found.append(np.eye(size) - vectors @ vectors.T)
     return found
+
+
+def completed(block: Block, side: int) -> list[Matrix]:
+    """The orthogonal matrix of a side (0: outputs, 1: inputs), one for each group.
+
+    That of a thin basis U with the signs D is `I - W S⁻¹ Wᵀ`, with `W = U D - E` and
+    `S = I - D Uᵀ E`, for the unit vectors E. Where these are, and D, is a choice of the block.
+    """
+    basis = (block.gradient_basis, block.activation_basis)[side]
+    groups, size = block.shape[0], block.shape[1 + side]
+    if basis is None:
+        return [np.eye(size)] * groups
+    if basis.shape[2] == size:
+        return list(basis.double().numpy())
+    chosen = complete(basis)
+    rotation = chosen if chosen.matrix is None else chosen.matrix
+    eye = torch.eye(size, dtype=basis.dtype).repeat(groups, 1, 1)
+    found = []
+    for group, own in enumerate(kronecker.to_eigenbasis(eye, None, rotation).double().numpy()):
+        vectors = basis[group].double().numpy()
+        places = chosen.positions[group].numpy()
+        units = np.eye(size)[:, places]
+        signed = vectors * np.sign((vectors * own[:, places]).sum(axis=0))
+        difference = signed - units
+        system = np.eye(len(places)) - signed.T @ units
+        found.append(np.eye(size) - difference @ np.linalg.solve(system, difference.T))
+    return found
+
+
+def spread(block: Block, group: int) -> Matrix:
+    """The eigenvalue of each coordinate in the completed bases, `[d_out, d_in]`."""
+    rows, columns = (
+        _row_of_each_coordinate(basis, group, size)
+        for basis, size in zip(
+            (block.gradient_basis, block.activation_basis), block.shape[1:], strict=True
+        )
+    )
+    return block.eigenvalues[group].double().numpy()[np.ix_(rows, columns)]
+
+
+def _row_of_each_coordinate(basis: Tensor | None, group: int, size: int) -> list[int]:
+    if basis is None or basis.shape[2] == size:
+        return list(range(size))
+    places = complete(basis).positions[group].tolist()
+    rank = basis.shape[2]
+    return [places.index(entry) if entry in places else rank for entry in range(size)]
 
 
 def dense_groups(block: Block, sizes: tuple[int, int]) -> list[Matrix]:

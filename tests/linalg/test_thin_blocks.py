@@ -100,7 +100,7 @@ def test_trace_and_partial_traces(ranks: tuple[int | None, int | None]) -> None:
             vectors = np.eye(size) if basis is None else basis[group].numpy()
             kept = vectors.shape[1]
             diagonal = np.diag(vectors.T @ exact @ vectors)
-            np.testing.assert_allclose(own[group, :kept].numpy(), diagonal, rtol=1e-10)
+            np.testing.assert_allclose(own[group, :kept].numpy(), diagonal, rtol=1e-10, atol=1e-12)
             rest = np.trace(exact) - diagonal.sum()
             of_complement = (counts * own[group])[kept:].sum()
             np.testing.assert_allclose(float(of_complement), rest, rtol=1e-10, atol=1e-10)
