@@ -479,4 +479,7 @@ def _add_outer_products(microbatch: Microbatch, block: Block, follower: Block | 
         route,
         microbatch.max_bytes,
     )
+    if basis is None:
+        leading = microbatch.plan.key.leading_columns
+        total = microbatch.plan.form.columns_of(total, leading=leading)
     block.eigenvalues.add_(total)

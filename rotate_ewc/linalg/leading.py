@@ -74,11 +74,20 @@ def leading_range(matrix: Tensor, width: int) -> tuple[Tensor, Tensor]:
         `[groups, d, width]`, orthonormal, and `[groups, width, width]`. Where A has a row of zeros,
         so has Q.
     """
-    whole = matrix.triu() + matrix.triu(1).mT
-    q = random_columns(matrix.shape[1], width, matrix)
+    alive = (matrix.diagonal(dim1=1, dim2=2) != 0).any(dim=0)
+    rest = alive.nonzero().flatten()
+    # Or the first columns of Q would have rounding errors there.
+    within = matrix if bool(alive.all()) else matrix[:, rest[:, None], rest]
+    whole = within.triu() + within.triu(1).mT
+    q = random_columns(whole.shape[1], min(width, whole.shape[1]), matrix)
     for _ in range(_MULTIPLICATIONS):
         q = torch.linalg.qr(whole @ q)[0]
-    return q, q.mT @ (whole @ q)
+    reduced = q.mT @ (whole @ q)
+    if within is matrix:
+        return q, reduced
+    expanded = q.new_zeros(len(q), matrix.shape[1], q.shape[2])
+    expanded[:, rest] = q
+    return expanded, reduced
 
 
 class Sketch:
