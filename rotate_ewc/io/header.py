@@ -37,7 +37,6 @@ BASES: Final = ("gradient_basis", "activation_basis")
 Size = Annotated[int, Meta(ge=0, lt=2**48)]
 # No tensor has more axes, and the product of a million sizes would take minutes.
 Shape = Annotated[tuple[Size, ...], Meta(max_length=64)]
-Option = Setting | list[str]
 
 
 class _Object(Struct, frozen=True, forbid_unknown_fields=True):
@@ -174,7 +173,7 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
     """
 
     library: str
-    options: dict[str, Option]
+    options: dict[str, Setting]
     mode: str
     weighting: str
     num_tasks: Annotated[int, Meta(ge=0, le=LARGEST_COUNT)]
@@ -368,7 +367,7 @@ def _dtype(_: type, value: object) -> torch.dtype:
 _ROUNDING: Final = 1e-2
 
 # The types of what is in the dictionaries, by the names of these.
-_MEMBERS: Final[dict[str, Any]] = {"parameters": Shape, "settings": Setting, "options": Option}
+_MEMBERS: Final[dict[str, Any]] = {"parameters": Shape, "settings": Setting, "options": Setting}
 
 _CHOICES: Final = {"reduction": Reduction, "fisher_type": FisherType}
 
