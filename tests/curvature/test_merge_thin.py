@@ -179,7 +179,7 @@ def test_nearer_to_the_whole_merge_the_more_are_kept() -> None:
     (whole,) = dense_groups(merged(blocks), (6, 8))
     distances = []
     for rank in range(1, 9):
-        result = merge(operators, ranks=lambda block, k=rank: (k, k)).blocks[0]
+        result = merge(operators, rank=rank).blocks[0]
         assert result.ranks == (min(rank, 6), rank)
         check_exact_means(result, dense_sum(blocks, [1.0, 1.0], (6, 8)))
         distances.append(np.linalg.norm(dense_groups(result, (6, 8))[0] - whole))
@@ -188,19 +188,37 @@ def test_nearer_to_the_whole_merge_the_more_are_kept() -> None:
     assert distances[-1] == 0.0
 
 
-def test_ranks_are_asked_for_what_all_together_keep() -> None:
+def test_rank_is_that_of_the_sum() -> None:
+    """Of all directions that any of the summands keeps, or of one alone."""
     blocks = [thin_block((1, 20, 30), (3, 4), seed=n) for n in (4, 5)]
-    seen = []
+    operators = [operator_of(block) for block in blocks]
+    for rank, expected in (
+        (None, (3, 4)),
+        (5, (5, 5)),
+        ("full", (6, 8)),
+        ({"v": 1, "w": 2}, (2, 2)),
+        (100, (6, 8)),
+    ):
+        assert merge(operators, rank=rank).blocks[0].ranks == expected
+    assert merge(operators[:1], rank=2).blocks[0].ranks == (2, 2)
+    with pytest.raises(ValueError, match="rank is 0"):
+        merge(operators, rank=0)
 
-    def ranks(block: Block) -> tuple[int, int | None]:
-        seen.append(block.ranks)
-        return 5, None
 
-    result = merge([operator_of(block) for block in blocks], ranks=ranks).blocks[0]
-    assert seen == [(6, 8)]
-    assert result.ranks == (5, 8)
-    alone = merge([operator_of(blocks[0])], ranks=lambda _: (2, 1)).blocks[0]
-    assert alone.ranks == (2, 1)
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+@pytest.mark.parametrize("rank", [(6, 8), (4, 5)])
+def test_part_of_the_trace(rank: tuple[int, int], damping: float) -> None:
+    """The fewest with which no more is averaged than may be; what all have in common is not."""
+    block = decaying(thin_block((1, 6, 8), rank, seed=8))
+    operator = operator_of(block).damped(damping)
+    (dense,) = dense_groups(operator.blocks[0], (6, 8))
+    for part in (0.5, 0.8, 0.95):
+        kept = merge([operator], rank=part).blocks[0].ranks
+        for side, trace in enumerate(partial_traces(dense, (6, 8))):
+            values = np.sort(np.linalg.eigvalsh(trace))[::-1]
+            allowed = (1.0 - part) * np.trace(trace)
+            lost = [float((values[k:] - values[-1]).sum()) for k in range(len(values))]
+            assert kept[side] == next(k for k in range(1, 9) if lost[k] <= allowed)
 
 
 @pytest.mark.parametrize(
