@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,24 +12,23 @@ from torch import Tensor
 from rotate_ewc._utils.messages import left_out
 from rotate_ewc._utils.numerics import check_trace
 from rotate_ewc._utils.out_of_memory import advising
-from rotate_ewc._utils.validation import as_non_negative_number
+from rotate_ewc._utils.validation import Rank, as_non_negative_number
 from rotate_ewc.curvature.matching import common_shapes, matching_blocks
 from rotate_ewc.curvature.operator import EKFACLinearOperator
+from rotate_ewc.curvature.ranks import ranks_of_sum
 from rotate_ewc.curvature.sides import Side, merged_basis, merged_rank
 from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.block import Block, matrix_shape
 from rotate_ewc.linalg.cut import cut
 from rotate_ewc.linalg.kronecker import Basis
-
-# How many directions to keep of each side of a merged block; None is all.
-Ranks = Callable[[Block], tuple[int | None, int | None]]
+from rotate_ewc.options import EstimationSettings
 
 
 def merge(
     operators: Sequence[EKFACLinearOperator],
     weights: Sequence[float] | None = None,
     *,
-    ranks: Ranks | None = None,
+    rank: Rank | Mapping[str, Rank] | None = None,
 ) -> EKFACLinearOperator:
     """Approximate `Σ_t w_t F_t` by one operator, at the memory and cost of one.
 
@@ -48,9 +47,9 @@ def merge(
     Args:
         operators: At least one; parameters with the same name belong together.
         weights: One number of at least 0 for each operator; None is 1 for each.
-        ranks: From a merged block with all its directions to how many of them to keep of the sides
-            of output gradients and inputs (None is all). By default as many as the block with the
-            most; all where one that is not zero keeps all of its own.
+        rank: How many directions of each side to keep, as in `EstimationSettings`; a part of the
+            trace allows as much of it to be averaged that stands out from the rest. None is as
+            many as the operator with the most, and all where one that is not zero keeps all.
 
     Returns:
         An operator over all parameters of all operators.
@@ -71,13 +70,15 @@ def merge(
     if len(checked) != len(operators):
         raise ValueError(f"got {len(checked)} weights; expected {len(operators)}")
     checked = [as_non_negative_number(f"weights[{i}]", w) for i, w in enumerate(checked)]
+    settings = None if rank is None else EstimationSettings(rank=rank)
     groups = matching_blocks(operators, checked)
     shapes = common_shapes(operators, groups)
     blocks = []
     for group in groups:
         names = group[0].parameters
         with advising(left_out(names)):
-            blocks.append(_merge_blocks(group, shapes[names[0]], ranks))
+            kept = None if settings is None else settings.rank_of(names[0])
+            blocks.append(_merge_blocks(group, shapes[names[0]], kept))
     num_data = sum(operator.num_data for operator in operators)
     num_loss_terms = sum(operator.provenance.num_loss_terms for operator in operators)
     provenance = structs.replace(
@@ -86,13 +87,13 @@ def merge(
     return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
 
 
-def _merge_blocks(blocks: Sequence[Block], shape: torch.Size, ranks: Ranks | None) -> Block:
+def _merge_blocks(blocks: Sequence[Block], shape: torch.Size, rank: Rank | None) -> Block:
     """Sum blocks of the same parameters.
 
     Args:
         blocks: The blocks.
         shape: What the (weight) parameter has grown to.
-        ranks: How many directions to keep.
+        rank: How many directions to keep.
     """
     label, joint = blocks[0].label, len(blocks[0].parameters) > 1
     # No entry of a partial trace, nor of the result, is larger.
@@ -100,7 +101,7 @@ def _merge_blocks(blocks: Sequence[Block], shape: torch.Size, ranks: Ranks | Non
     _, d_out, d_in = matrix_shape(shape, blocks[0].shape[0], blocks[0].transposed)
     d_in += joint
     if len(blocks) == 1 and blocks[0].shape[1:] == (d_out, d_in):
-        return blocks[0] if ranks is None else cut(blocks[0], *ranks(blocks[0]))
+        return blocks[0] if rank is None else cut(blocks[0], *ranks_of_sum(rank, blocks[0]))
     if all(block.gradient_basis is None for block in blocks):
         blocks = [b.with_eigenvalues(_with_zeros(b.eigenvalues, d_out, axis=1)) for b in blocks]
     if all(block.activation_basis is None for block in blocks):
@@ -126,8 +127,9 @@ def _merge_blocks(blocks: Sequence[Block], shape: torch.Size, ranks: Ranks | Non
         activation_basis=activation_basis,
         eigenvalues=torch.stack(projected).sum(dim=0),
     )
-    kept = (merged_rank(outputs), merged_rank(inputs)) if ranks is None else ranks(merged)
-    return cut(merged, *kept)
+    if rank is None:
+        return cut(merged, merged_rank(outputs), merged_rank(inputs))
+    return cut(merged, *ranks_of_sum(rank, merged))
 
 
 def _side(basis: Basis, size: int, weights: Tensor, new_size: int) -> Side:

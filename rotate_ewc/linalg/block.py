@@ -196,6 +196,11 @@ class Block:
         product = kronecker.from_eigenbasis(matrix, *self._rotations)
         return self.split(product, shapes)
 
+    def prepare(self) -> None:
+        """Complete thin bases now, and not in the first rotation."""
+        if self.is_thin:
+            _ = self._rotations, self._spread
+
     def diagonal_in(self, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
         """Return the diagonal of the block's matrix in another basis.
 

@@ -118,6 +118,7 @@ def _stack(index: int, members: Sequence[tuple[Term, Block]]) -> Stack:
         torch.cat([block.eigenvalues * term.weight for term, block in members]),
         first.transposed,
     )
+    block.prepare()
     return Stack(first.parameters, block, anchors)
 
 

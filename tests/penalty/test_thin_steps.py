@@ -154,10 +154,11 @@ class DeadInputs(nn.Module):
         return self.second(self.first(x * self.mask).tanh() * self.hidden)
 
 
-@pytest.mark.parametrize("rank", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_is_never_on_stays_where_it_is(rank: int, dtype: torch.dtype) -> None:
-    """Over 10,000 steps of Adam, in which rounding errors would become full steps."""
+@pytest.mark.parametrize(
+    ("rank", "dtype", "steps"), [(1, torch.float64, 500), (3, torch.float32, 10_000)]
+)
+def test_what_is_never_on_stays_where_it_is(rank: int, dtype: torch.dtype, steps: int) -> None:
+    """Over thousands of steps of Adam, in which rounding errors would become full steps."""
     torch.manual_seed(0)
     model = DeadInputs().to(dtype)
     generator = torch.Generator().manual_seed(1)
@@ -170,7 +171,7 @@ def test_what_is_never_on_stays_where_it_is(rank: int, dtype: torch.dtype) -> No
     before = copy.deepcopy(model)
     optimizer = Adam(model.parameters(), lr=1e-3)
     with penalty.attach(optimizer, model):
-        for step in range(10_000):
+        for step in range(steps):
             batch = slice(step % 4 * 8, step % 4 * 8 + 8)
             optimizer.zero_grad()
             CE(model(inputs[batch]), targets[batch]).backward()
