@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Final
 
@@ -40,8 +41,10 @@ class Displacement:
     def moved(self, parameters: ByName) -> Tensor:
         """Return whether θ is not where it was, as a tensor that need not be waited for."""
         found = self._found(parameters)
-        differ = [(found[k] != at.to(found[k].dtype)).any() for k, at in self._at.items()]
-        return torch.stack(differ).any()
+        pairs = [(found[key], at.to(found[key].dtype)) for key, at in self._at.items()]
+        if all(tensor.device.type == "cpu" for tensor, _ in pairs):
+            return torch.tensor(not all(torch.equal(tensor, at) for tensor, at in pairs))
+        return torch.stack([(tensor != at).any() for tensor, at in pairs]).any()
 
     def follow(self, parameters: ByName) -> None:
         """Bring z up to date with θ."""
@@ -97,10 +100,12 @@ def without_rounding_errors(rotated: Tensor) -> Tensor:
     """
     squares = rotated.square()
     rows, columns = squares.sum(-1, keepdim=True), squares.sum(-2, keepdim=True)
-    largest = torch.maximum(rows, columns)
     known = (_UNITS * torch.finfo(rotated.dtype).eps) ** 2
-    nothing = (squares < known * largest) | (largest < known * rows.sum(-2, keepdim=True))
-    return rotated.masked_fill(nothing, 0.0)
+    least = known * rows.sum(-2, keepdim=True)
+    # Minus infinity where a row or column is not known, and infinity where neither of both is.
+    errors = [(known * sums).masked_fill(sums < least, -math.inf) for sums in (rows, columns)]
+    largest = torch.maximum(*errors).nan_to_num_(math.nan, posinf=math.inf, neginf=math.inf)
+    return rotated.masked_fill(squares < largest, 0.0)
 
 
 # In float32, with bases of up to 784 columns, errors of one half were the rule.

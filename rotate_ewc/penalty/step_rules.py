@@ -127,7 +127,7 @@ def _sgd(group: Options, state: State) -> StepSize:
 
 
 def _adam(group: Options, state: State) -> StepSize:
-    return _per(_rate(group), _root(group, state) + group["eps"])
+    return _per(_rate(group), _root(group, state).add_(group["eps"]))
 
 
 def _nadam(group: Options, state: State) -> StepSize:
@@ -154,7 +154,7 @@ def _radam(group: Options, state: State) -> StepSize:
 
 
 def _adamax(group: Options, state: State) -> StepSize:
-    return _per(_rate(group), _tensor(state, "exp_inf"))
+    return _per(_rate(group), _tensor(state, "exp_inf").clone())
 
 
 def _adagrad(group: Options, state: State) -> StepSize:
@@ -181,8 +181,10 @@ def _rate(group: Options) -> StepSize:
 
 
 def _per(rate: StepSize, scale: Tensor) -> Tensor:
-    size: Tensor = rate / scale
-    return size
+    """Divide a rate by each entry of a tensor that nobody else needs, in its place if it can be."""
+    if isinstance(rate, Tensor):
+        return rate / scale
+    return scale.reciprocal_().mul_(rate)
 
 
 def _tensor(state: State, name: str) -> Tensor:
@@ -194,7 +196,7 @@ def _root(group: Options, state: State) -> Tensor:
     """Return √v of Adam's kin, corrected for its bias."""
     average = _tensor(state, "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
     bias: StepSize = 1.0 - group["betas"][1] ** _steps(state)
-    return average.sqrt() / bias**0.5
+    return average.sqrt().div_(bias**0.5)
 
 
 def _momentum(group: Options) -> float:

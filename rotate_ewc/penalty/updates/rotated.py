@@ -146,7 +146,8 @@ class RotatedUpdate(DisplacedUpdate):
             if shifted:
                 # Where nothing moved, z is to be the same to the bit.
                 moved = displacement.coordinates[key] + (moved - seen[key])
-            shrunk[key] = moved / (stiffness[key] * size).add_(1.0)
+            shrinking = (stiffness[key] * size).add_(1.0)
+            shrunk[key] = torch.div(moved, shrinking, out=shrinking)
         return shrunk
 
 
