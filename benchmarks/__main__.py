@@ -34,6 +34,7 @@ COMMANDS = {
     "speed-penalty": Command("speed.penalty_command", "what a penalty adds to a training step"),
     "peers": Command("peers.command", "exactness, compared with other libraries"),
     "study-storage": Command("studies.storage", "snapshots in files: bytes, time and accuracy"),
+    "study-rank": Command("studies.rank", "thin bases of wide layers: bytes, time and memory"),
 }
 
 

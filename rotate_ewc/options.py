@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final, TypedDict
 
-from rotate_ewc._utils.validation import as_choice, check_boolean, check_positive_integer
+from rotate_ewc._utils.parameters import matches
+from rotate_ewc._utils.validation import (
+    AUTO,
+    Rank,
+    as_choice,
+    as_patterns,
+    as_rank,
+    check_boolean,
+    check_positive_integer,
+)
 
 # What other packages (such as kfac-jax and asdl) and papers call the same, without separators.
 _ELSEWHERE: Final[dict[str, dict[str, str]]] = {
@@ -120,6 +129,8 @@ class EstimationOptions(TypedDict, total=False):
     fisher_type: FisherType | str
     mc_samples: int
     kfac_approx: KFACType | str
+    rank: Rank | Mapping[str, Rank]
+    diagonal: Sequence[str]
     separate_weight_and_bias: bool
     seed: int
     memory_budget: int
@@ -156,6 +167,17 @@ class EstimationSettings:
             (the labels of the data).
         mc_samples: Sampled labels per example, for `MC`; with other Fisher types 1.
         kfac_approx: `EXPAND` or `REDUCE`: how shared positions enter the basis.
+        rank: How many directions of each side of a parameter's matrix (its outputs, its inputs)
+            have eigenvalues of their own; the others share their exact mean, so that the trace is
+            exact for every rank. A positive integer; a part of the trace of the side's Kronecker
+            factor, such as 0.99, which the directions kept are to make up; `"full"`; or `"auto"`,
+            as many as make a basis no larger than its parameter, and all where that is nearly all
+            or there are no more than 16. Directions that are numerically zero are kept by `"full"`
+            alone, and by `"auto"` where they are few. Or a mapping from patterns for parameters'
+            names to these, of which the first that matches counts, and `"auto"` where none does; a
+            joint block goes by its weight.
+        diagonal: Patterns for the names of parameters that are not to be rotated: their block is
+            the exact diagonal over their entries.
         separate_weight_and_bias: Whether a weight and its bias have a block each, or else one joint
             block.
         seed: Seed of the sampled labels; the t-th task of a penalty (from 0) uses `seed + t`. The
@@ -189,6 +211,8 @@ class EstimationSettings:
     fisher_type: FisherType = FisherType.MC
     mc_samples: int = 1
     kfac_approx: KFACType = KFACType.EXPAND
+    rank: Rank | Mapping[str, Rank] = AUTO
+    diagonal: Sequence[str] = ()
     separate_weight_and_bias: bool = True
     seed: int = 2147483647
     memory_budget: int = 2**30
@@ -206,6 +230,8 @@ class EstimationSettings:
         }
         for name, kind in choices.items():
             object.__setattr__(self, name, as_choice(name, getattr(self, name), kind))
+        object.__setattr__(self, "rank", as_rank("rank", self.rank))
+        object.__setattr__(self, "diagonal", as_patterns("diagonal", self.diagonal))
         check_boolean("separate_weight_and_bias", self.separate_weight_and_bias)
         if self.progressbar is not None:
             check_boolean("progressbar", self.progressbar)
@@ -246,12 +272,20 @@ class EstimationSettings:
             )
         return replace(settings, **options)
 
-    def to_json(self) -> dict[str, bool | int | str | None]:
+    def rank_of(self, name: str) -> Rank:
+        """Return what `rank` says of a parameter."""
+        if not isinstance(self.rank, Mapping):
+            return self.rank
+        return next((rank for p, rank in self.rank.items() if matches(name, p)), AUTO)
+
+    def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON can hold them: all but the function."""
         return {
             "fisher_type": self.fisher_type.value,
             "mc_samples": self.mc_samples,
             "kfac_approx": self.kfac_approx.value,
+            "rank": dict(self.rank) if isinstance(self.rank, Mapping) else self.rank,
+            "diagonal": list(self.diagonal),
             "separate_weight_and_bias": self.separate_weight_and_bias,
             "seed": self.seed,
             "memory_budget": self.memory_budget,

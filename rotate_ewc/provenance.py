@@ -13,7 +13,7 @@ from rotate_ewc.options import FisherType, Reduction
 # What 64 bits can count.
 LARGEST_COUNT: Final = 2**63 - 1
 
-Setting = bool | int | float | str | None
+Setting = bool | int | float | str | list[str] | dict[str, int | float | str] | None
 
 
 class Provenance(Struct, frozen=True, forbid_unknown_fields=True):

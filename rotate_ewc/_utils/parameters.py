@@ -113,20 +113,13 @@ def select_parameters(
             f"was trained, and its loss after it"
         )
     for argument, patterns in (("include", include), ("exclude", exclude)):
-        unmatched = [p for p in patterns if not any(_matches(name, p) for name in named)]
-        if unmatched:
-            raise ValueError(
-                f"{argument} {'pattern' if len(unmatched) == 1 else 'patterns'} "
-                f"{quoted(unmatched)} "
-                f"{'matches' if len(unmatched) == 1 else 'match'} no parameter of the model; "
-                f"expected patterns for names such as {list(named)[:3]}"
-            )
+        check_matching(argument, patterns, named, "parameter of the model")
     chosen = {
         name: parameter
         for name, parameter in named.items()
         if parameter.requires_grad
-        and any(_matches(name, pattern) for pattern in include)
-        and not any(_matches(name, pattern) for pattern in exclude)
+        and any(matches(name, pattern) for pattern in include)
+        and not any(matches(name, pattern) for pattern in exclude)
     }
     if not chosen:
         raise ValueError(
@@ -136,7 +129,28 @@ def select_parameters(
     return chosen
 
 
-def _matches(name: str, pattern: str) -> bool:
+def check_matching(argument: str, patterns: Iterable[str], names: Iterable[str], what: str) -> None:
+    """Raise if patterns match none of some names.
+
+    Args:
+        argument: Where the patterns come from.
+        patterns: The patterns.
+        names: The names.
+        what: What the names are of, in the singular.
+    """
+    known = list(names)
+    unmatched = [p for p in patterns if not any(matches(name, p) for name in known)]
+    if unmatched:
+        one = len(unmatched) == 1
+        raise ValueError(
+            f"{argument} {'pattern' if one else 'patterns'} {quoted(unmatched)} "
+            f"{'matches' if one else 'match'} no {what}; expected patterns for names such as "
+            f"{known[:3]}"
+        )
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a parameter's name, which is without wrappers, fits a pattern."""
     return fnmatchcase(name, _without_compiled(pattern))
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Final, TypeVar
 
 EnumType = TypeVar("EnumType", bound=Enum)
 
 AUTO: Final = "auto"
+FULL: Final = "full"
+
+Rank = int | float | str
+"""How many directions of a side are kept; see `EstimationSettings`."""
 
 
 def as_choice(name: str, value: object, choices: type[EnumType]) -> EnumType:
@@ -88,3 +92,35 @@ def as_patterns(name: str, value: object) -> tuple[str, ...]:
     if not all(isinstance(pattern, str) for pattern in value):
         raise TypeError(f"{name} is {value!r}; expected every pattern to be a string")
     return tuple(value)
+
+
+def as_rank(name: str, value: object) -> Rank | dict[str, Rank]:
+    """Return a rank, or a dictionary of ranks by name patterns, or raise unless it is one.
+
+    Raises:
+        ValueError: If a number or a string is none of those that there are, or there is no pattern.
+        TypeError: If the value has the wrong type.
+    """
+    if not isinstance(value, Mapping):
+        return _one_rank(name, value)
+    if not value:
+        raise ValueError(f"{name} is empty; expected at least one pattern, such as {{'*': 64}}")
+    if strange := [key for key in value if not isinstance(key, str)]:
+        raise TypeError(f"{name} has the keys {strange}; expected name patterns")
+    return {key: _one_rank(f"{name}[{key!r}]", rank) for key, rank in value.items()}
+
+
+def _one_rank(name: str, value: object) -> Rank:
+    expected = (
+        f"expected a positive integer, a part of the trace (more than 0, at most 1.0), {AUTO!r} or "
+        f"{FULL!r}"
+    )
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise TypeError(f"{name} is {value!r}; {expected}, or a mapping from patterns to these")
+    if isinstance(value, str):
+        valid = value in (AUTO, FULL)
+    else:
+        valid = value >= 1 if isinstance(value, int) else 0 < value <= 1
+    if not valid:
+        raise ValueError(f"{name} is {value!r}; {expected}")
+    return value

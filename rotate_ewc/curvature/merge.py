@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from msgspec import structs
@@ -13,16 +12,23 @@ from torch import Tensor
 from rotate_ewc._utils.messages import left_out
 from rotate_ewc._utils.numerics import check_trace
 from rotate_ewc._utils.out_of_memory import advising
-from rotate_ewc._utils.validation import as_non_negative_number
+from rotate_ewc._utils.validation import Rank, as_non_negative_number
 from rotate_ewc.curvature.matching import common_shapes, matching_blocks
 from rotate_ewc.curvature.operator import EKFACLinearOperator
+from rotate_ewc.curvature.ranks import ranks_of_sum
+from rotate_ewc.curvature.sides import Side, merged_basis, merged_rank
 from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.block import Block, matrix_shape
+from rotate_ewc.linalg.cut import cut
 from rotate_ewc.linalg.kronecker import Basis
+from rotate_ewc.options import EstimationSettings
 
 
 def merge(
-    operators: Sequence[EKFACLinearOperator], weights: Sequence[float] | None = None
+    operators: Sequence[EKFACLinearOperator],
+    weights: Sequence[float] | None = None,
+    *,
+    rank: Rank | Mapping[str, Rank] | None = None,
 ) -> EKFACLinearOperator:
     """Approximate `Σ_t w_t F_t` by one operator, at the memory and cost of one.
 
@@ -35,9 +41,15 @@ def merge(
     a block acts on the leading slice that existed when it was made. A block of zeros, as a
     parameter has on which no output depended, fits every other.
 
+    Of thin blocks the same is exact in the span of all their bases; then the directions with the
+    largest partial traces are kept, and the exact means over the others.
+
     Args:
         operators: At least one; parameters with the same name belong together.
         weights: One number of at least 0 for each operator; None is 1 for each.
+        rank: How many directions of each side to keep, as in `EstimationSettings`; a part of the
+            trace allows as much of it to be averaged that stands out from the rest. None is as
+            many as the operator with the most, and all where one that is not zero keeps all.
 
     Returns:
         An operator over all parameters of all operators.
@@ -58,13 +70,15 @@ def merge(
     if len(checked) != len(operators):
         raise ValueError(f"got {len(checked)} weights; expected {len(operators)}")
     checked = [as_non_negative_number(f"weights[{i}]", w) for i, w in enumerate(checked)]
+    settings = None if rank is None else EstimationSettings(rank=rank)
     groups = matching_blocks(operators, checked)
     shapes = common_shapes(operators, groups)
     blocks = []
     for group in groups:
         names = group[0].parameters
         with advising(left_out(names)):
-            blocks.append(_merge_blocks(group, shapes[names[0]]))
+            kept = None if settings is None else settings.rank_of(names[0])
+            blocks.append(_merge_blocks(group, shapes[names[0]], kept))
     num_data = sum(operator.num_data for operator in operators)
     num_loss_terms = sum(operator.provenance.num_loss_terms for operator in operators)
     provenance = structs.replace(
@@ -73,61 +87,59 @@ def merge(
     return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
 
 
-def _merge_blocks(blocks: Sequence[Block], shape: torch.Size) -> Block:
+def _merge_blocks(blocks: Sequence[Block], shape: torch.Size, rank: Rank | None) -> Block:
     """Sum blocks of the same parameters.
 
     Args:
         blocks: The blocks.
         shape: What the (weight) parameter has grown to.
+        rank: How many directions to keep.
     """
     label, joint = blocks[0].label, len(blocks[0].parameters) > 1
     # No entry of a partial trace, nor of the result, is larger.
     check_trace(torch.stack([block.trace for block in blocks]).sum(), label)
-    _, d_out, d_in = matrix_shape(shape, blocks[0].eigenvalues.shape[0], blocks[0].transposed)
+    _, d_out, d_in = matrix_shape(shape, blocks[0].shape[0], blocks[0].transposed)
     d_in += joint
-    if len(blocks) == 1 and blocks[0].eigenvalues.shape[1:] == (d_out, d_in):
-        return blocks[0]
-    grown = _grown(blocks, d_out, d_in)
-    gradient_basis = kronecker.merged_basis(
-        [block.gradient_basis for block in grown],
-        [block.eigenvalues.sum(dim=2) for block in grown],
-        f"merged gradient factor of {label!r}",
-    )
-    activation_basis = kronecker.merged_basis(
-        [block.activation_basis for block in grown],
-        [block.eigenvalues.sum(dim=1) for block in grown],
-        f"merged activation factor of {label!r}",
-    )
-    projected = [block.diagonal_in(gradient_basis, activation_basis) for block in grown]
-    return replace(
+    if len(blocks) == 1 and blocks[0].shape[1:] == (d_out, d_in):
+        return blocks[0] if rank is None else cut(blocks[0], *ranks_of_sum(rank, blocks[0]))
+    if all(block.gradient_basis is None for block in blocks):
+        blocks = [b.with_eigenvalues(_with_zeros(b.eigenvalues, d_out, axis=1)) for b in blocks]
+    if all(block.activation_basis is None for block in blocks):
+        blocks = [b.with_eigenvalues(_with_zeros(b.eigenvalues, d_in, axis=2)) for b in blocks]
+    outputs, inputs = [], []
+    for block in blocks:
+        (_, *sizes), weights = block.shape, block.partial_traces
+        outputs.append(_side(block.gradient_basis, sizes[0], weights[0], d_out))
+        inputs.append(_side(block.activation_basis, sizes[1], weights[1], d_in))
+    gradient_basis = merged_basis(outputs, d_out, f"merged gradient factor of {label!r}")
+    activation_basis = merged_basis(inputs, d_in, f"merged activation factor of {label!r}")
+    projected = [
+        kronecker.project_eigenvalues(
+            of_outputs.overlaps(gradient_basis, d_out),
+            of_inputs.overlaps(activation_basis, d_in),
+            block.eigenvalues,
+        )
+        for block, of_outputs, of_inputs in zip(blocks, outputs, inputs, strict=True)
+    ]
+    merged = replace(
         blocks[0],
         gradient_basis=gradient_basis,
         activation_basis=activation_basis,
         eigenvalues=torch.stack(projected).sum(dim=0),
     )
+    if rank is None:
+        return cut(merged, merged_rank(outputs), merged_rank(inputs))
+    return cut(merged, *ranks_of_sum(rank, merged))
 
 
-def _grown(blocks: Sequence[Block], d_out: int, d_in: int) -> list[Block]:
-    """Bring blocks to the size of a parameter that has grown; their bases may be rectangular."""
-    grown = _grown_along(blocks, "gradient_basis", d_out, axis=1)
-    return _grown_along(grown, "activation_basis", d_in, axis=2)
-
-
-def _grown_along(blocks: Sequence[Block], side: str, size: int, axis: int) -> list[Block]:
-    """Bring one side of blocks to the size of a grown parameter.
-
-    A basis is extended by rows of zeros and keeps its rank. Where all are the identity, they stay
-    so, and the eigenvalues are extended instead.
-
-    Args:
-        blocks: The blocks.
-        side: The attribute with the side's basis.
-        size: What the side has grown to.
-        axis: That of the side in the eigenvalues.
-    """
-    if all(getattr(block, side) is None for block in blocks):
-        return [b.with_eigenvalues(_with_zeros(b.eigenvalues, size, axis)) for b in blocks]
-    return [_padded(block, side, size, axis) for block in blocks]
+def _side(basis: Basis, size: int, weights: Tensor, new_size: int) -> Side:
+    """Return one side of a block, brought to the size of a parameter that has grown."""
+    if size == new_size:
+        return Side(basis, size, weights)
+    if basis is None:
+        eye = torch.eye(new_size, size, device=weights.device, dtype=weights.dtype)
+        return Side(eye.expand(len(weights), new_size, size), size, weights)
+    return Side(_with_zeros(basis, new_size, axis=1), size, weights)
 
 
 def _with_zeros(tensor: Tensor, size: int, axis: int) -> Tensor:
@@ -135,18 +147,3 @@ def _with_zeros(tensor: Tensor, size: int, axis: int) -> Tensor:
     shape = list(tensor.shape)
     shape[axis] = size - tensor.shape[axis]
     return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
-
-
-def _padded(block: Block, side: str, size: int, axis: int) -> Block:
-    basis: Basis = getattr(block, side)
-    values = block.eigenvalues
-    groups, rank = values.shape[0], values.shape[axis]
-    if rank == size:
-        return block
-    if basis is None:
-        eye = torch.eye(size, rank, device=values.device, dtype=values.dtype)
-        padded = eye.expand(groups, size, rank)
-    else:
-        padded = _with_zeros(basis, size, axis=1)
-    changed: dict[str, Any] = {side: padded}
-    return replace(block, **changed)

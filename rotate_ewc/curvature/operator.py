@@ -193,12 +193,12 @@ class EKFACLinearOperator:
         Minus infinity if the operator is singular, as it is whenever an eigenvalue is 0 (an unused
         input, a class without data); `damped(damping).logdet` is finite.
         """
-        return torch.stack([block.eigenvalues.log().sum() for block in self._blocks]).sum()
+        return torch.stack([block.total(block.eigenvalues.log()) for block in self._blocks]).sum()
 
     @property
     def frobenius_norm(self) -> Tensor:
         """Frobenius norm, a scalar tensor."""
-        squares = [block.eigenvalues.square().sum() for block in self._blocks]
+        squares = [block.total(block.eigenvalues.square()) for block in self._blocks]
         return torch.stack(squares).sum().sqrt()
 
     def block(self, name: str) -> Block:
@@ -416,7 +416,7 @@ class EKFACLinearOperator:
         """Show size, provenance and blocks."""
         size = sum(t.nbytes for block in self._blocks for t in block.tensors.values())
         lines = [
-            f"  {block.label}: {' × '.join(map(str, block.eigenvalues.shape))}, "
+            f"  {block.label}: {' × '.join(map(str, block.shape))}, {_kept(block)}"
             f"trace {block.trace.item():.4g}"
             for block in self._blocks
         ]
@@ -430,6 +430,11 @@ class EKFACLinearOperator:
 
     def _with(self, blocks: Iterable[Block]) -> EKFACLinearOperator:
         return self.from_blocks(blocks, self._shapes, self._provenance)
+
+
+def _kept(block: Block) -> str:
+    """Say how many directions a thin block keeps of each side."""
+    return f"rank {' × '.join(map(str, block.ranks))}, " if block.is_thin else ""
 
 
 def _laid_out(blocks: Iterable[Block]) -> tuple[Block, ...]:

@@ -18,11 +18,13 @@ from torch import Tensor
 from rotate_ewc._utils.messages import left_out, quoted
 from rotate_ewc._utils.numerics import check_finite, statistics_dtype, without_autocast
 from rotate_ewc._utils.out_of_memory import is_out_of_memory
+from rotate_ewc._utils.validation import Rank
 from rotate_ewc.estimation.factors import KroneckerFactors
 from rotate_ewc.layers import FactoredCall, Factors
-from rotate_ewc.linalg import eigenvalues
+from rotate_ewc.linalg import eigenvalues, thin_eigenvalues
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.linalg.outer_products import OuterProducts, add_to_all
+from rotate_ewc.linalg.thin_eigenvalues import squared_with_rest
 from rotate_ewc.tracing.block_plan import BlockKey, BlockPlan, Contribution
 from rotate_ewc.tracing.capture import CapturedBatch
 
@@ -37,6 +39,7 @@ class FirstPass:
     Attributes:
         reduce: Whether shared positions are summed before they enter (`KFACType.REDUCE`).
         max_bytes: What the work on one microbatch may take.
+        rank_of: How many directions are kept, by the name of a parameter.
         num_examples: Examples seen.
         normalizer: What the reduction `mean` divides by.
         factors: The Kronecker factors of every block.
@@ -48,6 +51,7 @@ class FirstPass:
 
     reduce: bool
     max_bytes: int
+    rank_of: Callable[[str], Rank]
     num_examples: int = 0
     normalizer: float = 0.0
     factors: dict[BlockKey, KroneckerFactors] = field(default_factory=dict)
@@ -111,17 +115,25 @@ class FirstPass:
     def _factors(self, plan: BlockPlan) -> KroneckerFactors:
         """Return the factors of a block so far, which begin with its first batch."""
         if plan.key not in self.factors:
-            self.factors[plan.key] = KroneckerFactors.of(plan)
+            rank = self.rank_of(plan.key.weight)
+            self.factors[plan.key] = KroneckerFactors.of(plan, rank)
         return self.factors[plan.key]
 
     def _settle_leaders(self, captured: CapturedBatch) -> None:
         """Let biases go on from a copy as soon as their factor is no longer that of a weight."""
-        followers = {p.follower: p.key for p in captured.plans if p.follower is not None}
+        followers = {
+            p.follower: p.key
+            for p in captured.plans
+            if p.follower is not None
+            and self.rank_of(p.follower.weight) == self.rank_of(p.key.weight)
+        }
         for key, weight in list(self.leaders.items()):
             if followers.get(key) != weight:
                 del self.leaders[key]
                 covariance = self.factors[weight].gradient_covariance
-                self.factors[key].gradient_covariance = covariance and covariance.clone()
+                if covariance is not None:
+                    own = covariance.clone(self.factors[key].gradient_truncation)
+                    self.factors[key].gradient_covariance = own
         for plan in captured.plans:
             leader = followers.get(plan.key)
             if leader is not None and not {plan.key, leader} & self.factors.keys():
@@ -411,15 +423,20 @@ def _add_lookups(microbatch: Microbatch, block: Block) -> None:
     """Add to the eigenvalues of an embedding."""
     (gradients,) = microbatch.block_gradients()
     indices = microbatch.block_activations()[0, :, :, 0]
-    rotated = eigenvalues.rotate(gradients, block.gradient_basis)[0]
-    squares = eigenvalues.squared_lookups(rotated, indices, block.eigenvalues.shape[2])
+    basis, vocabulary = block.gradient_basis, block.eigenvalues.shape[2]
+    if basis is not None and block.is_thin:
+        squares = thin_eigenvalues.summed_lookups(gradients[0], indices, vocabulary, basis)
+    else:
+        rotated = eigenvalues.rotate(gradients, basis)[0]
+        squares = eigenvalues.squared_lookups(rotated, indices, vocabulary)
     block.eigenvalues.add_(squares.mT)
 
 
 def _add_squares(microbatch: Microbatch, block: Block) -> None:
     """Add to the eigenvalues of a block that knows only whole per-example gradients."""
     (gradients,) = microbatch.per_example_gradients()
-    squares = eigenvalues.squared_entries(gradients, block.gradient_basis, block.activation_basis)
+    squared = thin_eigenvalues.summed_entries if block.is_thin else eigenvalues.squared_entries
+    squares = squared(gradients, block.gradient_basis, block.activation_basis)
     check_finite(squares.sum(), f"gradients of {microbatch.label!r}")
     block.eigenvalues.add_(squares)
 
@@ -431,16 +448,29 @@ def _add_outer_products(microbatch: Microbatch, block: Block, follower: Block | 
         leading = microbatch.plan.key.leading_columns
         basis = microbatch.plan.form.features_of(basis.mT, leading=leading).mT
     if follower is not None:
-        squares = eigenvalues.squared_rotations(microbatch.block_gradients(), block.gradient_basis)
-        inputs = eigenvalues.rotate(activations, basis)
-        product = eigenvalues.single_position_product(squares, inputs.square())
+        squares = squared_with_rest(microbatch.block_gradients(), block.gradient_basis)
+        of_inputs = squared_with_rest([activations], basis)
+        product = eigenvalues.single_position_product(squares, of_inputs)
+        (rank, _), (of_follower, _), (_, d_out, _) = block.ranks, follower.ranks, block.shape
         of_bias = squares.sum(dim=(1, 2))[..., None]
+        of_bias = thin_eigenvalues.thinned(of_bias, rank, of_follower, d_out)
         block.eigenvalues.add_(product)
         follower.eigenvalues.add_(of_bias)
         return
-    _, d_out, d_in = block.eigenvalues.shape
-    num_vectors = len(microbatch.vectors)
-    route = eigenvalues.cheapest_route(activations.shape[2], d_out, d_in, num_vectors)
+    _, d_out, d_in = block.shape
+    shared, num_vectors = activations.shape[2], len(microbatch.vectors)
+    if block.is_thin:
+        bases = block.gradient_basis, basis
+        ranks = [None if one is None else one.shape[2] for one in bases]
+        thin_route = thin_eigenvalues.cheapest_thin_route(
+            shared, (d_out, d_in), (ranks[0], ranks[1]), num_vectors
+        )
+        sums = thin_eigenvalues.summed_projections(
+            microbatch.block_gradients(), activations, *bases, thin_route, microbatch.max_bytes
+        )
+        block.eigenvalues.add_(sums)
+        return
+    route = eigenvalues.cheapest_route(shared, d_out, d_in, num_vectors)
     total = eigenvalues.squared_projections(
         microbatch.block_gradients(),
         activations,
@@ -449,4 +479,7 @@ def _add_outer_products(microbatch: Microbatch, block: Block, follower: Block | 
         route,
         microbatch.max_bytes,
     )
+    if basis is None:
+        leading = microbatch.plan.key.leading_columns
+        total = microbatch.plan.form.columns_of(total, leading=leading)
     block.eigenvalues.add_(total)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rotate_ewc._utils.messages import left_out, parameters_are, quoted
 from rotate_ewc._utils.numerics import check_trace, statistics_dtype, underflowed
+from rotate_ewc._utils.parameters import check_matching
 from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.reached_modules import reached_modules
 from rotate_ewc._utils.warnings import warn_user
@@ -34,7 +35,10 @@ from rotate_ewc.tracing.origins import NO_CONSTANTS, Constants
 from rotate_ewc.tracing.passes import Passes, check_reiterable
 
 # The settings that matter to what is found.
-_TOLD: Final = ("mc_samples", "kfac_approx", "separate_weight_and_bias", "seed", "unsupported")
+_TOLD: Final = (
+    *("mc_samples", "kfac_approx", "rank", "diagonal", "separate_weight_and_bias", "seed"),
+    "unsupported",
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,9 @@ def fit_blocks(
     likelihood = likelihood_of(loss_func)
     given, parameters = parameters, _without_complex(parameters, settings.unsupported)
     complex_names = tuple(name for name in given if name not in parameters)
+    ranked = settings.rank if isinstance(settings.rank, Mapping) else ()
+    for argument, patterns in (("rank", ranked), ("diagonal", settings.diagonal)):
+        check_matching(argument, patterns, given, "parameter that is estimated")
     constants = NO_CONSTANTS if model is None else Constants.of(model)
     modules = [*([] if model is None else model.modules()), *reached_modules(forward)]
     watched = WatchedForward(forward, {parameter.device for parameter in parameters.values()})
@@ -173,7 +180,8 @@ def estimate(
     check_reiterable(data)
     capturer = BatchCapturer(forward, likelihood, parameters, settings, constants)
     passes = Passes(capturer, data, settings.memory_budget // 2)
-    first = FirstPass(settings.kfac_approx is KFACType.REDUCE, settings.memory_budget // 4)
+    reduce = settings.kfac_approx is KFACType.REDUCE
+    first = FirstPass(reduce, settings.memory_budget // 4, settings.rank_of)
     passes.first(first.add)
     tiny = {key for key, factors in first.factors.items() if factors.underflowed}
     second = SecondPass(decompose(first.factors, first.leaders), first.leaders, first.max_bytes)
@@ -185,6 +193,9 @@ def estimate(
     by_name = {}
     for block in used:
         block.eigenvalues.mul_(scale)
+        if block.is_thin:
+            rows, columns = block.multiplicities
+            block.eigenvalues.div_(rows[:, None] * columns)
         check_trace(block.trace, block.label)
         by_name.update(dict.fromkeys(block.parameters, block))
     vanished = tuple(

@@ -11,9 +11,12 @@ from torch import Tensor
 from rotate_ewc._utils.messages import left_out, listed
 from rotate_ewc._utils.numerics import statistics_dtype, underflowed
 from rotate_ewc._utils.out_of_memory import advising, naming_matrix
+from rotate_ewc._utils.validation import Rank
+from rotate_ewc.estimation.ranks import truncation_of
 from rotate_ewc.layers import Form
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.linalg.outer_products import OuterProducts, eigenvectors
+from rotate_ewc.linalg.truncation import Truncation
 from rotate_ewc.tracing.block_plan import BlockKey, BlockPlan
 
 
@@ -27,6 +30,7 @@ class KroneckerFactors:
         template: An empty tensor of the statistics' dtype and device.
         gradient_covariance: `Σ g gᵀ`, `[groups, d_out, d_out]`; None if that side has no basis.
         activation_covariance: `Σ a aᵀ`, `[groups, d_in, d_in]`; None likewise.
+        gradient_truncation: Which eigenvectors of the first are kept; None is all.
     """
 
     form: Form
@@ -34,17 +38,27 @@ class KroneckerFactors:
     template: Tensor
     gradient_covariance: OuterProducts | None
     activation_covariance: OuterProducts | None
+    gradient_truncation: Truncation | None
 
     @classmethod
-    def of(cls, plan: BlockPlan) -> KroneckerFactors:
-        """Begin the factors of a block."""
+    def of(cls, plan: BlockPlan, rank: Rank) -> KroneckerFactors:
+        """Begin the factors of a block, of which so many eigenvectors will be kept."""
         groups, d_out, d_in = plan.form.shape(plan.parameter.shape)
         d_in += plan.key.leading_columns
         dtype = statistics_dtype(plan.parameter.dtype)
         template = plan.parameter.detach().new_empty(0, dtype=dtype)
-        sides = ((plan.form.gradient_basis, d_out), (plan.form.activation_basis, d_in))
-        sums = (OuterProducts(groups, d, template) if basis else None for basis, d in sides)
-        return cls(plan.form, (groups, d_out, d_in), template, *sums)
+        of_outputs = truncation_of(rank, d_out, d_in)
+        of_inputs = truncation_of(rank, d_in, d_out)
+        gradient = OuterProducts(groups, d_out, template, of_outputs)
+        activation = OuterProducts(groups, d_in, template, of_inputs)
+        return cls(
+            plan.form,
+            (groups, d_out, d_in),
+            template,
+            gradient if plan.form.gradient_basis else None,
+            activation if plan.form.activation_basis else None,
+            of_outputs,
+        )
 
     @property
     def underflowed(self) -> bool:
@@ -57,6 +71,8 @@ def decompose(
     factors: Mapping[BlockKey, KroneckerFactors], leaders: Mapping[BlockKey, BlockKey]
 ) -> dict[BlockKey, Block]:
     """Return the blocks in the eigenbases of their factors; all eigenvalues are zero still.
+
+    In a thin block they will be sums, also over the complement.
 
     Args:
         factors: The factors of every block.
@@ -78,14 +94,23 @@ def decompose(
         found = {place[:2]: basis for place, basis in zip(present, bases, strict=True)}
         for key, leader in leaders.items():
             if (leader, "gradient") in found:
-                # A copy, since snapshots are files of tensors that share nothing.
                 basis = found[leader, "gradient"]
                 with naming_matrix(f"the basis of {key.label!r}", basis.shape[-1], basis.dtype):
-                    found[key, "gradient"] = basis.clone()
+                    found[key, "gradient"] = _last(basis, factors[key].gradient_truncation)
     return {
         key: _empty_block(key, total, found.get((key, "gradient")), found.get((key, "activation")))
         for key, total in factors.items()
     }
+
+
+def _last(basis: Tensor, truncation: Truncation | None) -> Tensor:
+    """Return the eigenvectors of another one's basis that a block keeps of it.
+
+    They are a copy, since snapshots are files of tensors that share nothing.
+    """
+    rank = basis.shape[2]
+    kept = rank if truncation is None else min(rank, truncation.most)
+    return basis[:, :, rank - kept :].clone(memory_format=torch.contiguous_format)
 
 
 def _advice(
@@ -114,8 +139,15 @@ def _empty_block(
     if activation is not None:
         # Rows of the eigenvectors are reordered, rather than both sides of the matrix before.
         activation = total.form.columns_of(activation.mT, leading=key.leading_columns).mT
-    eigenvalues = total.template.new_zeros(total.shape)
+    groups, d_out, d_in = total.shape
+    rows, columns = _rows(gradient, d_out), _rows(activation, d_in)
+    eigenvalues = total.template.new_zeros(groups, rows, columns)
     return Block(key.parameters, gradient, activation, eigenvalues, total.form.transposed)
+
+
+def _rows(basis: Tensor | None, size: int) -> int:
+    """Return how many rows of eigenvalues a side has: with one for the complement, if any."""
+    return size if basis is None or basis.shape[2] == size else basis.shape[2] + 1
 
 
 def _check_partition(keys: Iterable[BlockKey]) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from rotate_ewc._utils.preserve_state import random_states
 from rotate_ewc._utils.tree import map_tensors
 from rotate_ewc._utils.warnings import warn_user
-from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.block import Block
 
 # How much more than traces products may differ, where nearly equal eigenvectors turn by rounding.
@@ -119,13 +118,17 @@ def _plain(state: Any) -> Any:
 
 
 def _random_product(block: Block) -> Tensor:
-    """Return the product of a block with a matrix of random numbers, always the same."""
+    """Return the product of a block with a vector of random numbers, always the same."""
+    groups, d_out, d_in = block.shape
+    weight, *bias = block.parameters
+    columns = {weight: d_in - len(bias), **dict.fromkeys(bias, 1)}
+    shapes = {name: (groups * d_out * count,) for name, count in columns.items()}
     values = block.eigenvalues
     generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(values.shape, generator=generator, dtype=values.dtype).to(values.device)
-    bases = block.gradient_basis, block.activation_basis
-    rotated = kronecker.to_eigenbasis(matrix, *bases)
-    return kronecker.from_eigenbasis(values * rotated, *bases)
+    drawn = torch.randn(block.shape, generator=generator, dtype=values.dtype).to(values.device)
+    rotated = block.rotate(block.split(drawn, shapes))
+    product = block.unrotate(block.spectrum * rotated, shapes)
+    return torch.cat([product[name] for name in shapes])
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

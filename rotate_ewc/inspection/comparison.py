@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from rotate_ewc.curvature.operator import EKFACLinearOperator
-from rotate_ewc.inspection.summary import effective_rank, relative
-from rotate_ewc.linalg import kronecker
+from rotate_ewc.inspection.summary import effective_rank, relative, spectrum
 from rotate_ewc.linalg.block import Block
 
 
@@ -19,6 +18,8 @@ class BlockComparison:
 
     Attributes:
         label: The blocks' name.
+        form: `(groups, d_out, d_in)`.
+        kept: How many directions of each side are kept, of the first and of the second.
         trace_ratio: The second's trace over the first's.
         cosine: `tr(F₁F₂) / (‖F₁‖ ‖F₂‖)`, 1 if they are proportional.
         dimension: k, the number of leading eigenvectors that are compared: the first block's
@@ -28,6 +29,8 @@ class BlockComparison:
     """
 
     label: str
+    form: tuple[int, int, int]
+    kept: tuple[tuple[int, int], tuple[int, int]]
     trace_ratio: float
     cosine: float
     dimension: int
@@ -70,10 +73,7 @@ def compare(first: EKFACLinearOperator, second: EKFACLinearOperator) -> Comparis
 
 
 def _alike(block: Block, other: Block) -> bool:
-    return (block.eigenvalues.shape, block.transposed) == (
-        other.eigenvalues.shape,
-        other.transposed,
-    )
+    return (block.shape, block.transposed) == (other.shape, other.transposed)
 
 
 def _lacking(operator: EKFACLinearOperator, other: EKFACLinearOperator) -> tuple[str, ...]:
@@ -83,22 +83,24 @@ def _lacking(operator: EKFACLinearOperator, other: EKFACLinearOperator) -> tuple
 
 def _compare(first: Block, second: Block) -> BlockComparison:
     a, b = (block.map(lambda tensor: tensor.double()) for block in (first, second))
-    gradient_change = kronecker.change_basis(b.gradient_basis, a.gradient_basis)
-    activation_change = kronecker.change_basis(b.activation_basis, a.activation_basis)
 
-    def inner_product(of_first: Tensor, of_second: Tensor) -> float:
+    def inner_product(first_values: Tensor, second_values: Tensor) -> float:
         """`tr(F₁F₂)` of matrices with these eigenvalues in the blocks' bases."""
-        seen_in_first = kronecker.project_eigenvalues(gradient_change, activation_change, of_second)
-        return (of_first * seen_in_first).sum().item()
+        second = b.with_eigenvalues(second_values)
+        seen_in_first = second.diagonal_in(a.gradient_basis, a.activation_basis)
+        return a.total(first_values * seen_in_first).item()
 
     values = [relative(block.eigenvalues) for block in (a, b)]
-    norms = [torch.linalg.vector_norm(v).item() for v in values]
-    dimension = round(effective_rank(values[0]))
-    leading = [_leading(v, dimension) for v in values]
+    norms = [block.total(v.square()).sqrt().item() for block, v in zip((a, b), values, strict=True)]
+    of_first, counts = spectrum(a)
+    dimension = round(effective_rank(relative(of_first), counts))
+    leading = [_leading(block, dimension) for block in (a, b)]
     product, traces = norms[0] * norms[1], [block.trace.item() for block in (a, b)]
     nan = float("nan")
     return BlockComparison(
         label=first.label,
+        form=first.shape,
+        kept=(first.ranks, second.ranks),
         trace_ratio=traces[1] / traces[0] if traces[0] > 0 else nan,
         cosine=inner_product(*values) / product if product > 0 else nan,
         dimension=dimension,
@@ -106,7 +108,15 @@ def _compare(first: Block, second: Block) -> BlockComparison:
     )
 
 
-def _leading(values: Tensor, count: int) -> Tensor:
-    """Return ones where the largest eigenvalues are, and zeros elsewhere."""
-    chosen = values.flatten().topk(count).indices
-    return torch.zeros_like(values.flatten()).index_fill_(0, chosen, 1.0).view_as(values)
+def _leading(block: Block, count: int) -> Tensor:
+    """Return ones where the largest eigenvalues are, and zeros elsewhere.
+
+    Where some of the directions of one eigenvalue are wanted, each is so in part.
+    """
+    values = block.eigenvalues
+    rows, columns = block.multiplicities
+    order = values.flatten().argsort(descending=True)
+    counts = (rows[:, None] * columns).expand_as(values).flatten()[order]
+    before = counts.cumsum(0) - counts
+    parts = ((count - before) / counts).clamp(0.0, 1.0)
+    return torch.zeros_like(parts).scatter_(0, order, parts).view_as(values)

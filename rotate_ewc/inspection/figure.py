@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from math import prod
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
 from rotate_ewc.curvature.operator import EKFACLinearOperator
@@ -19,19 +21,22 @@ def draw_spectra(operator: EKFACLinearOperator, title: str) -> Figure:
     figure = Figure(figsize=(8.0, 5.0), layout="constrained")
     axes = figure.add_subplot()
     for index, block in enumerate(operator.blocks):
-        values = spectrum(block)
-        values = values[values > 0]
+        values, counts = spectrum(block)
+        values, ends = values[values > 0], counts[values > 0].cumsum(0)
         if not len(values):
             continue
+        count = int(ends[-1])
         steps = [step / (_POINTS - 1) for step in range(_POINTS)]
-        ranks = sorted({round(len(values) ** step) for step in steps})
+        ranks = sorted({round(count**step) for step in steps})
+        # Those of which there are many, as of a complement, take as many ranks.
+        places = torch.searchsorted(ends, torch.tensor(ranks, dtype=ends.dtype))
         style = _STYLES[index // 10 % len(_STYLES)]
         axes.plot(
             ranks,
-            [values[rank - 1].item() for rank in ranks],
+            values[places].tolist(),
             style,
-            marker="o" if len(values) == 1 else None,
-            label=f"{block.label} ({len(values):,} of {block.eigenvalues.numel():,})",
+            marker="o" if count == 1 else None,
+            label=f"{block.label} ({count:,} of {prod(block.shape):,})",
         )
     axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="eigenvalue", title=title)
     axes.grid(alpha=0.3)

@@ -19,6 +19,7 @@ class BlockSummary:
         label: The block's name.
         shapes: The shapes of its parameters.
         form: `(groups, d_out, d_in)`.
+        kept: How many directions are kept of each side, `(k_out, k_in)`.
         trace: Sum of the eigenvalues.
         largest: The largest eigenvalue.
         rank: Number of eigenvalues above the rounding error of the largest.
@@ -30,6 +31,7 @@ class BlockSummary:
     label: str
     shapes: tuple[tuple[int, ...], ...]
     form: tuple[int, ...]
+    kept: tuple[int, int]
     trace: float
     largest: float
     rank: int
@@ -47,9 +49,13 @@ def summaries(operator: EKFACLinearOperator) -> list[BlockSummary]:
     ]
 
 
-def spectrum(block: Block) -> Tensor:
-    """Return the eigenvalues of a block in descending order, float64."""
-    return block.eigenvalues.detach().double().flatten().sort(descending=True).values
+def spectrum(block: Block) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of a block in descending order, float64, and how often each is one."""
+    values = block.eigenvalues.detach().double()
+    rows, columns = (counts.double() for counts in block.multiplicities)
+    values, order = values.flatten().sort(descending=True)
+    counts = (rows[:, None] * columns).expand_as(block.eigenvalues).flatten()
+    return values, counts[order]
 
 
 def relative(values: Tensor) -> Tensor:
@@ -58,25 +64,26 @@ def relative(values: Tensor) -> Tensor:
     return values / largest if largest > 0 else values
 
 
-def effective_rank(values: Tensor) -> float:
+def effective_rank(values: Tensor, counts: Tensor) -> float:
     """Return `(Σλ)² / Σλ²` of relative eigenvalues; 0 where all are zero."""
-    squares = values.square().sum()
-    return (values.sum() ** 2 / squares).item() if squares > 0 else 0.0
+    squares = (counts * values.square()).sum()
+    return ((counts * values).sum() ** 2 / squares).item() if squares > 0 else 0.0
 
 
 def _summary(block: Block, shapes: tuple[tuple[int, ...], ...]) -> BlockSummary:
-    values = spectrum(block)
+    values, counts = spectrum(block)
     largest = values[0].item() if len(values) else 0.0
     threshold = largest * torch.finfo(block.eigenvalues.dtype).eps
-    counted = values[values > threshold]
+    counted = values > threshold
     return BlockSummary(
         label=block.label,
         shapes=shapes,
-        form=tuple(block.eigenvalues.shape),
-        trace=values.sum().item(),
+        form=block.shape,
+        kept=block.ranks,
+        trace=(counts * values).sum().item(),
         largest=largest,
-        rank=len(counted),
-        effective_rank=effective_rank(relative(values)),
-        condition=(largest / counted[-1]).item() if len(counted) else float("nan"),
+        rank=int(counts[counted].sum()),
+        effective_rank=effective_rank(relative(values), counts),
+        condition=(largest / values[counted][-1]).item() if bool(counted.any()) else float("nan"),
         nbytes=sum(tensor.nbytes for tensor in block.tensors.values()),
     )

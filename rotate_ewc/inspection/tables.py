@@ -14,6 +14,7 @@ from rotate_ewc.inspection.snapshot_file import SnapshotFile
 from rotate_ewc.inspection.summary import BlockSummary
 
 SUMMARY_NOTES = """\
+kept            eigenvectors of the sides of outputs and inputs, of as many as there are entries
 rank            eigenvalues above the rounding error of the largest
 effective rank  (Σλ)² / Σλ²: how many equal eigenvalues would be spread like these
 condition       largest eigenvalue over the smallest that rank counts
@@ -57,12 +58,13 @@ def summary_table(rows: Sequence[BlockSummary]) -> Table:
     table = Table(box=box.SIMPLE)
     table.add_column("block", overflow="fold")
     table.add_column("shapes", overflow="fold")
-    for title in ("trace", "rank", "effective rank", "condition", "bytes"):
+    for title in ("kept", "trace", "rank", "effective rank", "condition", "bytes"):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
             Text(row.label),
             ", ".join(_shape(shape) for shape in row.shapes),
+            _kept(row.kept, row.form),
             f"{row.trace:.4g}",
             f"{row.rank:,}",
             f"{row.effective_rank:.1f}",
@@ -72,7 +74,7 @@ def summary_table(rows: Sequence[BlockSummary]) -> Table:
     if len(rows) > 1:
         table.add_section()
         total = sum(row.trace for row in rows), sum(row.nbytes for row in rows)
-        table.add_row("all", "", f"{total[0]:.4g}", "", "", "", _size(total[1]))
+        table.add_row("all", "", "", f"{total[0]:.4g}", "", "", "", _size(total[1]))
     return table
 
 
@@ -80,11 +82,12 @@ def comparison_table(comparison: Comparison) -> Table:
     """Make a table of two operators' blocks."""
     table = Table(box=box.SIMPLE)
     table.add_column("block", overflow="fold")
-    for title in ("trace B / A", "cosine", "k", "overlap"):
+    for title in ("kept A", "kept B", "trace B / A", "cosine", "k", "overlap"):
         table.add_column(title, justify="right")
     for row in comparison.blocks:
         table.add_row(
             Text(row.label),
+            *(_kept(ranks, row.form) for ranks in row.kept),
             f"{row.trace_ratio:.4g}",
             f"{row.cosine:.4f}",
             f"{row.dimension:,}",
@@ -96,13 +99,19 @@ def comparison_table(comparison: Comparison) -> Table:
         (comparison.only_second, "only in B"),
     ):
         for label in labels:
-            table.add_row(Text(label), why, "", "", "")
+            table.add_row(Text(label), why, "", "", "", "", "")
     return table
 
 
 def _listed(title: str, items: Iterable[tuple[str, object]]) -> list[str]:
     listed = ", ".join(f"{name} {value}" for name, value in items)
     return [f"{title}: {listed}"] if listed else []
+
+
+def _kept(ranks: Sequence[int], form: Sequence[int]) -> str:
+    """Say how many directions of each side are kept, and of how many where not all are."""
+    sides = zip(ranks, form[-2:], strict=True)
+    return " × ".join(f"{rank}" if rank == size else f"{rank}/{size}" for rank, size in sides)
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -37,7 +37,6 @@ BASES: Final = ("gradient_basis", "activation_basis")
 Size = Annotated[int, Meta(ge=0, lt=2**48)]
 # No tensor has more axes, and the product of a million sizes would take minutes.
 Shape = Annotated[tuple[Size, ...], Meta(max_length=64)]
-Option = Setting | list[str]
 
 
 class _Object(Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,6 +52,7 @@ class BlockLayout(_Object, frozen=True):
         shape: `(groups, d_out, d_in)`.
         dtype: The dtype of its tensors, whatever they are stored in.
         bases: The sides that have a basis, in the order of `BASES`.
+        ranks: How many directions are kept of each side, `(k_out, k_in)`: d, or less if it is thin.
     """
 
     parameters: Annotated[tuple[str, ...], Meta(min_length=1, max_length=2)]
@@ -60,11 +60,18 @@ class BlockLayout(_Object, frozen=True):
     shape: tuple[Size, Size, Size]
     dtype: torch.dtype
     bases: tuple[str, ...]
+    ranks: tuple[Size, Size]
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` if there are other bases."""
+        """Raise `ValueError` if there are other bases, or of ranks that they cannot have."""
         if self.bases != tuple(name for name in BASES if name in self.bases):
             raise ValueError(f"'bases' is {list(self.bases)!r:.99}; expected some of {BASES}")
+        for name, size, rank in zip(BASES, self.shape[1:], self.ranks, strict=True):
+            if rank != size and not (name in self.bases and 0 < rank < size):
+                raise ValueError(
+                    f"'ranks' is {list(self.ranks)}, for {size} entries of the side of {name!r}; "
+                    f"expected from 1 to as many, and as many where there is no basis"
+                )
 
     @property
     def label(self) -> str:
@@ -74,10 +81,12 @@ class BlockLayout(_Object, frozen=True):
     @property
     def tensor_shapes(self) -> dict[str, tuple[int, int, int]]:
         """The shapes of its tensors, by attribute name."""
-        groups, d_out, d_in = self.shape
-        sides = {"gradient_basis": d_out, "activation_basis": d_in}
-        bases = {name: (groups, sides[name], sides[name]) for name in self.bases}
-        return {"eigenvalues": self.shape, **bases}
+        groups, *sizes = self.shape
+        sides = dict(zip(BASES, zip(sizes, self.ranks, strict=True), strict=True))
+        # A thin side has one more row or column, for its complement.
+        k_out, k_in = (rank + (rank < size) for size, rank in sides.values())
+        bases = {name: (groups, *sides[name]) for name in self.bases}
+        return {"eigenvalues": (groups, k_out, k_in), **bases}
 
     def fits(self, shapes: Sequence[Sequence[int]]) -> bool:
         """Tell whether parameters of these shapes have as many entries as the block has room for.
@@ -164,7 +173,7 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
     """
 
     library: str
-    options: dict[str, Option]
+    options: dict[str, Setting]
     mode: str
     weighting: str
     num_tasks: Annotated[int, Meta(ge=0, le=LARGEST_COUNT)]
@@ -358,7 +367,7 @@ def _dtype(_: type, value: object) -> torch.dtype:
 _ROUNDING: Final = 1e-2
 
 # The types of what is in the dictionaries, by the names of these.
-_MEMBERS: Final[dict[str, Any]] = {"parameters": Shape, "settings": Setting, "options": Option}
+_MEMBERS: Final[dict[str, Any]] = {"parameters": Shape, "settings": Setting, "options": Setting}
 
 _CHOICES: Final = {"reduction": Reduction, "fisher_type": FisherType}
 

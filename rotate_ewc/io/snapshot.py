@@ -125,10 +125,13 @@ def layout_of(
 
 
 def _block_layout(block: Block) -> BlockLayout:
-    groups, d_out, d_in = block.eigenvalues.shape
-    bases = tuple(name for name in BASES if name in block.tensors)
     return BlockLayout(
-        block.parameters, block.transposed, (groups, d_out, d_in), block.eigenvalues.dtype, bases
+        block.parameters,
+        block.transposed,
+        block.shape,
+        block.eigenvalues.dtype,
+        tuple(name for name in BASES if name in block.tensors),
+        block.ranks,
     )
 
 

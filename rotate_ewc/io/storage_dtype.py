@@ -51,7 +51,7 @@ def restored_basis(stored: Tensor, dtype: torch.dtype) -> Tensor:
     of Matrices*, §8.3).
 
     Args:
-        stored: `[groups, d, d]`, orthonormal up to the rounding of its dtype.
+        stored: `[groups, d, k]`, orthonormal up to the rounding of its dtype.
         dtype: The dtype it had.
     """
     basis = stored.to(dtype)
@@ -68,7 +68,7 @@ def check_orthonormal(key: str, basis: Tensor) -> None:
 
     Args:
         key: Its key, for the message.
-        basis: `[groups, d, d]`.
+        basis: `[groups, d, k]`.
 
     Raises:
         SnapshotError: If they are not.
@@ -76,7 +76,7 @@ def check_orthonormal(key: str, basis: Tensor) -> None:
     if not basis.numel():
         # The number of groups may be any, if they are empty.
         return
-    groups, size, _ = basis.shape
+    groups, _, size = basis.shape
     generator = torch.Generator().manual_seed(size)
     probes = torch.randn(groups, size, _PROBES, generator=generator, dtype=torch.float64)
     computed = torch.promote_types(basis.dtype, torch.float32)

@@ -19,7 +19,7 @@ def multiply(blocks: Sequence[Block], columns: Mapping[str, Tensor]) -> dict[str
     shapes = {name: tensor.shape[1:] for name, tensor in columns.items()}
     for block in blocks:
         rotated = block.rotate(columns, columns=True)
-        for name, part in block.unrotate(block.eigenvalues * rotated, shapes).items():
+        for name, part in block.unrotate(block.spectrum * rotated, shapes).items():
             product[name] = part.to(columns[name].dtype)
     return product
 
@@ -64,7 +64,7 @@ def sample(
     """
     draws: dict[str, Tensor] = {}
     for block in blocks:
-        like = block.eigenvalues
+        like = block.spectrum
         noise = torch.randn(
             (num_samples, *like.shape), generator=generator, device=like.device, dtype=like.dtype
         )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rotate_ewc.linalg import kronecker
-from rotate_ewc.linalg.kronecker import Basis
+from rotate_ewc.linalg.completion import CompletedBasis, complete
+from rotate_ewc.linalg.kronecker import Basis, Rotation
 
 
 def matrix_shape(parameter: torch.Size, groups: int, transposed: bool) -> tuple[int, int, int]:
@@ -41,11 +43,16 @@ class Block:
     block the bias is the *first* column of `[bias | weight]`, so that a parameter that has grown
     (new outputs, new inputs) still starts with the slice for which the block was made.
 
+    A basis may be *thin*: k of d eigenvectors. All directions of its complement have the same
+    eigenvalues, the mean over them, in one more row or column of Λ, the last. Traces and partial
+    traces are those of the mean, so exact for every k.
+
     Attributes:
         parameters: `(name,)`, or `(weight's name, bias's name)` for a joint block.
-        gradient_basis: Q_g `[groups, d_out, d_out]`, columns are eigenvectors; None is I.
-        activation_basis: Q_a `[groups, d_in, d_in]`; None is I.
-        eigenvalues: Λ `[groups, d_out, d_in]`, all at least 0.
+        gradient_basis: Q_g `[groups, d_out, k_out]`, columns are eigenvectors; None is I.
+        activation_basis: Q_a `[groups, d_in, k_in]`; None is I.
+        eigenvalues: Λ `[groups, K_out, K_in]`, all at least 0. K is d where a side is whole (k = d,
+            or I), and k + 1 where it is thin.
         transposed: Whether the activation side comes first in the (weight) parameter.
     """
 
@@ -60,10 +67,84 @@ class Block:
         """A name for the block: its parameters', joined by `+`."""
         return "+".join(self.parameters)
 
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """`(groups, d_out, d_in)` of the parameter as a matrix."""
+        groups, d_out, d_in = self.eigenvalues.shape
+        if self.gradient_basis is not None:
+            d_out = self.gradient_basis.shape[1]
+        if self.activation_basis is not None:
+            d_in = self.activation_basis.shape[1]
+        return groups, d_out, d_in
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """How many directions are kept of each side: `(k_out, k_in)`, d where all are."""
+        _, d_out, d_in = self.shape
+        bases = self.gradient_basis, self.activation_basis
+        k_out, k_in = (None if basis is None else basis.shape[2] for basis in bases)
+        return d_out if k_out is None else k_out, d_in if k_in is None else k_in
+
+    @cached_property
+    def is_thin(self) -> bool:
+        """Whether a side keeps less than all of its directions."""
+        return self.ranks != self.shape[1:]
+
+    @property
+    def multiplicities(self) -> tuple[Tensor, Tensor]:
+        """How many directions there are to each row, and to each column, of the eigenvalues.
+
+        Ones, and for the complement of a thin side `d - k`, at the end.
+        """
+        counts = []
+        for axis, (size, rank) in enumerate(zip(self.shape[1:], self.ranks, strict=True), 1):
+            own = self.eigenvalues.new_ones(self.eigenvalues.shape[axis])
+            if rank < size:
+                own[-1] = size - rank
+            counts.append(own)
+        return counts[0], counts[1]
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum values that belong to the eigenvalues, each as often as there are directions.
+
+        Args:
+            values: `[groups, K_out, K_in]`, such as the eigenvalues themselves.
+
+        Returns:
+            A scalar tensor.
+        """
+        if not self.is_thin:
+            return values.sum()
+        rows, columns = self.multiplicities
+        return (rows[:, None] * values * columns).sum()
+
     @property
     def trace(self) -> Tensor:
         """Sum of the eigenvalues, a scalar tensor."""
-        return self.eigenvalues.sum()
+        return self.total(self.eigenvalues)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the eigenvalues over all directions, a scalar tensor."""
+        groups, d_out, d_in = self.shape
+        return self.trace / (groups * d_out * d_in) if self.is_thin else self.eigenvalues.mean()
+
+    @property
+    def partial_traces(self) -> tuple[Tensor, Tensor]:
+        """The eigenvalues summed over all directions of the other side.
+
+        Returns:
+            `[groups, K_out]` and `[groups, K_in]`; of a complement, those of one direction.
+        """
+        if not self.is_thin:
+            return self.eigenvalues.sum(dim=2), self.eigenvalues.sum(dim=1)
+        rows, columns = self.multiplicities
+        return self.eigenvalues @ columns, rows @ self.eigenvalues
+
+    @property
+    def spectrum(self) -> Tensor:
+        """The eigenvalue of each coordinate that `rotate` returns, `[groups, d_out, d_in]`."""
+        return self._spread if self.is_thin else self.eigenvalues
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -82,10 +163,15 @@ class Block:
 
     def with_eigenvalues(self, eigenvalues: Tensor) -> Block:
         """Return the block with other eigenvalues in the same basis."""
-        return replace(self, eigenvalues=eigenvalues)
+        block = replace(self, eigenvalues=eigenvalues)
+        if "_completed" in vars(self):
+            vars(block)["_completed"] = self._completed
+        return block
 
     def rotate(self, tensors: Mapping[str, Tensor], *, columns: bool = False) -> Tensor:
         """Gather parameter-shaped tensors D and express them in the eigenbasis, `Q_gᵀ D Q_a`.
+
+        A thin basis is completed to an orthogonal one (`rotate_ewc.linalg.completion`).
 
         Args:
             tensors: By name, `[*shape]` or `[K, *shape]`; only those of the block are read.
@@ -95,7 +181,7 @@ class Block:
             `[groups, d_out, d_in]` or `[K, groups, d_out, d_in]`, in the dtype of the eigenvalues.
         """
         matrix = self.gather(tensors, columns=columns).to(self.eigenvalues.dtype)
-        return kronecker.to_eigenbasis(matrix, self.gradient_basis, self.activation_basis)
+        return kronecker.to_eigenbasis(matrix, *self._rotations)
 
     def unrotate(self, matrix: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Undo `rotate`: return `Q_g D Q_aᵀ`, split into the parameters.
@@ -107,22 +193,28 @@ class Block:
         Returns:
             By name, `[*shape]` or `[K, *shape]`.
         """
-        product = kronecker.from_eigenbasis(matrix, self.gradient_basis, self.activation_basis)
+        product = kronecker.from_eigenbasis(matrix, *self._rotations)
         return self.split(product, shapes)
+
+    def prepare(self) -> None:
+        """Complete thin bases now, and not in the first rotation."""
+        if self.is_thin:
+            _ = self._rotations, self._spread
 
     def diagonal_in(self, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
         """Return the diagonal of the block's matrix in another basis.
 
         Args:
-            gradient_basis: `[groups, d_out, rank_out]`; None is the identity.
-            activation_basis: `[groups, d_in, rank_in]`; None is the identity.
+            gradient_basis: `[groups, d_out, l_out]`; None is the identity.
+            activation_basis: `[groups, d_in, l_in]`; None is the identity.
 
         Returns:
-            `[groups, rank_out, rank_in]`.
+            `[groups, L_out, L_in]`: for a thin basis with the means over the complement.
         """
+        _, d_out, d_in = self.shape
         return kronecker.project_eigenvalues(
-            kronecker.change_basis(self.gradient_basis, gradient_basis),
-            kronecker.change_basis(self.activation_basis, activation_basis),
+            kronecker.overlaps(self.gradient_basis, d_out, gradient_basis, d_out),
+            kronecker.overlaps(self.activation_basis, d_in, activation_basis, d_in),
             self.eigenvalues,
         )
 
@@ -160,8 +252,53 @@ class Block:
         count = matrix.shape[:-3]
         return {name: part.reshape((*count, *shapes[name])) for name, part in parts.items()}
 
+    @cached_property
+    def _completed(self) -> tuple[CompletedBasis | None, CompletedBasis | None]:
+        """What the thin bases are completed to; None for a side that is whole."""
+        bases = self.gradient_basis, self.activation_basis
+        gradient, activation = (
+            None if basis is None or basis.shape[1] == basis.shape[2] else complete(basis)
+            for basis in bases
+        )
+        return gradient, activation
+
+    @cached_property
+    def _rotations(self) -> tuple[Rotation, Rotation]:
+        """What matrices are rotated with."""
+        bases = self.gradient_basis, self.activation_basis
+        if not self.is_thin:
+            return bases
+        gradient, activation = (
+            basis
+            if completed is None
+            else (completed if completed.matrix is None else completed.matrix)
+            for basis, completed in zip(bases, self._completed, strict=True)
+        )
+        return gradient, activation
+
+    @cached_property
+    def _spread(self) -> Tensor:
+        """The eigenvalues at the positions of their coordinates."""
+        values = self.eigenvalues
+        for axis, completed in enumerate(self._completed, 1):
+            if completed is None:
+                continue
+            groups, rank = completed.positions.shape
+            place = completed.positions.new_full((groups, self.shape[axis]), rank)
+            place.scatter_(
+                1, completed.positions, torch.arange(rank, device=place.device).expand(groups, -1)
+            )
+            index = place[:, :, None] if axis == 1 else place[:, None, :]
+            sizes = (
+                (groups, place.shape[1], values.shape[2])
+                if axis == 1
+                else (groups, values.shape[1], place.shape[1])
+            )
+            values = values.gather(axis, index.expand(sizes))
+        return values
+
     def _matrix(self, tensor: Tensor, columns: bool) -> Tensor:
-        groups, d_out, _ = self.eigenvalues.shape
+        groups, d_out, _ = self.shape
         count = tensor.shape[:1] if columns else ()
         # Not left to `reshape`, which cannot tell it where there are no columns.
         d_in = tensor.shape[len(count) :].numel() // (groups * d_out)

@@ -28,7 +28,7 @@ from rotate_ewc.linalg.kronecker import Basis
 # Floating-point operations that a large product does in the time one element takes to be written
 # to memory and read back. With this value the faster kernel was chosen in 26 of 28 measured cases
 # (2 to 16 positions, 64 × 288 to 512 × 512 entries, two cores), and a near tie in the others.
-_OPERATIONS_PER_ELEMENT: Final = 20.0
+OPERATIONS_PER_ELEMENT: Final = 20.0
 
 # On a CPU, what leaves the cache is slow, and a large tensor that is freed goes back to the
 # operating system, whose fresh pages cost several times what filling them does (a CNN took 3.7,
@@ -81,7 +81,7 @@ def cheapest_route(shared: int, d_out: int, d_in: int, num_vectors: int) -> Rout
     """
     if shared == 1:
         return Route(Kernel.SINGLE)
-    entries, moved = d_out * d_in, _OPERATIONS_PER_ELEMENT
+    entries, moved = d_out * d_in, OPERATIONS_PER_ELEMENT
     of_activations = 2 * shared * d_in**2 / num_vectors
     of_gradients = 2 * shared * d_out**2
     pairs = comb(shared + 1, 2)
@@ -183,7 +183,7 @@ def pair_products(gradients: Tensor, activations: Tensor, max_bytes: int | None 
     multiplicity = (2.0 - (first == second).to(gradients.dtype))[:, None]
     pair_elements = len(first) * (gradients.shape[3] + activations.shape[3]) * gradients.shape[0]
     total = gradients.new_zeros(gradients.shape[0], gradients.shape[3], activations.shape[3])
-    size = _examples_at_once(gradients, 2 * pair_elements, max_bytes)
+    size = examples_at_once(gradients, 2 * pair_elements, max_bytes)
 
     def of_pairs(vectors: Tensor) -> Tensor:
         return vectors[:, :, first].mul_(vectors[:, :, second])
@@ -208,7 +208,7 @@ def example_products(
     groups, d_out, d_in = gradients.shape[0], gradients.shape[3], activations.shape[3]
     rotated = gradient_basis is not None or activation_basis is not None
     entries, spaces = groups * d_out * d_in, 1 + rotated
-    size = min(_examples_at_once(gradients, spaces * entries, max_bytes), gradients.shape[1])
+    size = min(examples_at_once(gradients, spaces * entries, max_bytes), gradients.shape[1])
     memory = gradients.new_empty(spaces, size * entries)
     total = gradients.new_zeros(groups, d_out, d_in)
     for g, a in _chunks(gradients, activations, size):
@@ -273,7 +273,14 @@ def squared_lookups(gradients: Tensor, indices: Tensor, vocabulary: int) -> Tens
     return total.index_add_(0, distinct % vocabulary, sums.square_())
 
 
-def _examples_at_once(like: Tensor, elements_per_example: int, max_bytes: int | None) -> int:
+def examples_at_once(like: Tensor, elements_per_example: int, max_bytes: int | None) -> int:
+    """Return how many examples may be worked on at a time, at least one.
+
+    Args:
+        like: A tensor of the dtype and on the device of the work.
+        elements_per_example: What the work on one takes.
+        max_bytes: What it may take, besides the limit for the sake of speed.
+    """
     most = chunk_bytes(like.device)
     most = most if max_bytes is None else min(most, max_bytes)
     return max(1, most // max(1, elements_per_example * like.element_size()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock, Thread
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ _JITTER: Final = 1e-6
 # Below this, starting a thread costs more than it gains.
 _SMALLEST_IN_THREADS: Final = 128
 _SETTING_THREADS: Final = Lock()
+
+
+class Eigenpairs(NamedTuple):
+    """Eigenvalues `[groups, d]` in ascending order, and eigenvectors `[groups, d, d]`."""
+
+    values: Tensor
+    vectors: Tensor
 
 
 def eigenbasis(covariance: Tensor, label: str = "factor") -> Tensor:
@@ -43,8 +50,8 @@ def eigenbasis(covariance: Tensor, label: str = "factor") -> Tensor:
     return eigenbases([covariance], [label])[0]
 
 
-def decomposed(covariance: Tensor, label: str) -> tuple[Tensor, str]:
-    """Return what `eigenbasis` does, and what there is to warn of, instead of a warning.
+def decomposed(covariance: Tensor, label: str) -> tuple[Eigenpairs, str]:
+    """Return eigenvectors as `eigenbasis` does, and what there is to warn of, without a warning.
 
     Rows that are zero, such as those of inputs that are never on, have unit vectors of their own.
     `eigh` would mix them with whatever else has next to no variance, and steps in the eigenbasis
@@ -55,13 +62,14 @@ def decomposed(covariance: Tensor, label: str) -> tuple[Tensor, str]:
         return _decomposed(covariance, label)
     rest = (~zero).nonzero().flatten()
     basis = torch.zeros_like(covariance)
+    values = torch.zeros_like(covariance[:, 0])
     count = len(zero) - len(rest)
     basis[:, zero.nonzero().flatten(), torch.arange(count, device=zero.device)] = 1.0
     if not len(rest):
-        return basis, ""
+        return Eigenpairs(values, basis), ""
     found, remark = _decomposed(covariance[:, rest[:, None], rest], label)
-    basis[:, rest, count:] = found
-    return basis, remark
+    values[:, count:], basis[:, rest, count:] = found
+    return Eigenpairs(values, basis), remark
 
 
 def _zero_rows(covariance: Tensor) -> Tensor:
@@ -74,18 +82,18 @@ def _zero_rows(covariance: Tensor) -> Tensor:
     return zero
 
 
-def _decomposed(covariance: Tensor, label: str) -> tuple[Tensor, str]:
+def _decomposed(covariance: Tensor, label: str) -> tuple[Eigenpairs, str]:
     dtype, size = covariance.dtype, covariance.shape[1]
     remark = ""
     for changed, attempt in _attempts(covariance):
         try:
             with naming_matrix(f"the decomposition of the {label}", size, dtype):
-                basis = torch.linalg.eigh(attempt, UPLO="U")[1].to(dtype)
+                values, basis = (t.to(dtype) for t in torch.linalg.eigh(attempt, UPLO="U"))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             pass
         else:
             if bool(torch.isfinite(basis.sum())):
-                return basis, remark and f"{remark} {changed}"
+                return Eigenpairs(values, basis), remark and f"{remark} {changed}"
         remark = f"eigh of the {size} × {size} {label} did not converge in {dtype}; it did"
     raise ValueError(
         f"eigh of the {size} × {size} {label} did not converge, neither in {dtype} nor in float64, "
@@ -112,6 +120,18 @@ def _attempts(covariance: Tensor) -> Iterator[tuple[str, Tensor]]:
 def eigenbases(covariances: Sequence[Tensor], labels: Sequence[str] | None = None) -> list[Tensor]:
     """Return the eigenvectors of several symmetric matrices, each as `eigenbasis` does.
 
+    Args:
+        covariances: `[groups, d, d]` each; only upper triangles are looked at.
+        labels: What to call them in messages.
+    """
+    return [pairs.vectors for pairs in eigenpairs(covariances, labels)]
+
+
+def eigenpairs(
+    covariances: Sequence[Tensor], labels: Sequence[str] | None = None
+) -> list[Eigenpairs]:
+    """Return eigenvalues and eigenvectors of several symmetric matrices.
+
     On a CPU, one `eigh` gains little from further threads, but several can run at the same time.
     Only matrices that are so large that all others would wait for them get all threads.
 
@@ -123,15 +143,15 @@ def eigenbases(covariances: Sequence[Tensor], labels: Sequence[str] | None = Non
     for _, remark in found:
         if remark:
             warn_user(remark, RuntimeWarning)
-    return [basis for basis, _ in found]
+    return [pairs for pairs, _ in found]
 
 
 def _all_decomposed(
     covariances: Sequence[Tensor], labels: Sequence[str]
-) -> list[tuple[Tensor, str]]:
+) -> list[tuple[Eigenpairs, str]]:
     threads = torch.get_num_threads()
     order = sorted(range(len(covariances)), key=lambda i: -covariances[i].shape[1])
-    bases: dict[int, tuple[Tensor, str]] = {}
+    bases: dict[int, tuple[Eigenpairs, str]] = {}
     work = [covariances[i].shape[1] ** 3 for i in order]
     while order and (work[0] * threads >= sum(work) or not _gains_from_company(covariances, order)):
         bases[order[0]] = decomposed(covariances[order[0]], labels[order[0]])

@@ -15,23 +15,62 @@ from opt_einsum import contract
 from torch import Tensor
 
 from rotate_ewc._utils.numerics import full_precision
+from rotate_ewc.linalg.completion import CompletedBasis
 from rotate_ewc.linalg.eigh import eigenbasis
 
 Basis = Tensor | None
+# What a matrix is rotated with: a thin basis is completed first.
+Rotation = Tensor | CompletedBasis | None
 
 
 @full_precision
-def to_eigenbasis(matrix: Tensor, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
+def to_eigenbasis(matrix: Tensor, gradient_basis: Rotation, activation_basis: Rotation) -> Tensor:
     """Return `Q_gᵀ D Q_a` for one matrix D `[groups, d_out, d_in]` or for K, `[K, groups, …]`."""
-    rotated = matrix if gradient_basis is None else _from_left(gradient_basis.mT, matrix)
-    return rotated if activation_basis is None else _from_right(rotated, activation_basis)
+    rotated = matrix
+    if isinstance(gradient_basis, Tensor):
+        rotated = _from_left(gradient_basis.mT, matrix)
+    elif gradient_basis is not None:
+        vectors, weighted = gradient_basis.factors
+        rotated = _reflected_from_left(vectors, weighted.mT, matrix)
+    if isinstance(activation_basis, Tensor):
+        return _from_right(rotated, activation_basis)
+    if activation_basis is not None:
+        vectors, weighted = activation_basis.factors
+        return _reflected_from_right(rotated, weighted, vectors.mT, own=rotated is not matrix)
+    return rotated
 
 
 @full_precision
-def from_eigenbasis(matrix: Tensor, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
+def from_eigenbasis(matrix: Tensor, gradient_basis: Rotation, activation_basis: Rotation) -> Tensor:
     """Return `Q_g D Q_aᵀ` for one matrix D `[groups, rank_out, rank_in]` or for K of them."""
-    rotated = matrix if gradient_basis is None else _from_left(gradient_basis, matrix)
-    return rotated if activation_basis is None else _from_right(rotated, activation_basis.mT)
+    rotated = matrix
+    if isinstance(gradient_basis, Tensor):
+        rotated = _from_left(gradient_basis, matrix)
+    elif gradient_basis is not None:
+        vectors, weighted = gradient_basis.factors
+        rotated = _reflected_from_left(weighted, vectors.mT, matrix)
+    if isinstance(activation_basis, Tensor):
+        return _from_right(rotated, activation_basis.mT)
+    if activation_basis is not None:
+        vectors, weighted = activation_basis.factors
+        return _reflected_from_right(rotated, vectors, weighted.mT, own=rotated is not matrix)
+    return rotated
+
+
+def _reflected_from_left(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
+    """Return `(I - left right) matrix`, for one matrix or K."""
+    if matrix.ndim == 3:
+        return torch.baddbmm(matrix, left, right @ matrix, alpha=-1)
+    return matrix - _from_left(left, _from_left(right, matrix))
+
+
+def _reflected_from_right(matrix: Tensor, left: Tensor, right: Tensor, own: bool) -> Tensor:
+    """Return `matrix (I - left right)`, for one matrix or K; in its place if it is our own."""
+    if matrix.ndim == 3:
+        # Half again as fast in place.
+        subtract = matrix.baddbmm_ if own else matrix.baddbmm
+        return subtract(matrix @ left, right, alpha=-1)
+    return matrix - _from_right(_from_right(matrix, left), right)
 
 
 def _from_left(factor: Tensor, matrix: Tensor) -> Tensor:
@@ -80,34 +119,71 @@ def merged_basis(
 
 
 @full_precision
-def change_basis(basis: Basis, new_basis: Basis) -> Basis:
-    """Return `Uᵀ Q`, the coordinates of an old basis Q in a new basis U; None where both are I."""
+def overlaps(basis: Basis, size: int, new_basis: Basis, new_size: int) -> Basis:
+    """Return how much of each new direction lies along each old one, in squares.
+
+    A thin side ends with its complement: its column has how much of a new direction lies in the
+    complement, and its row what a direction of the new complement has on average. Products with
+    the squares turn the eigenvalues of an operator into its diagonal in the new basis.
+
+    Args:
+        basis: The old basis `[groups, d or more, k]`, thin if k is less than d; None is the
+            identity. Rows beyond d are zero.
+        size: d, for how many rows the operator was made; in those beyond it is zero.
+        new_basis: The new basis `[groups, D, l]`; None is the identity.
+        new_size: D, at least d.
+
+    Returns:
+        `[groups, L, K]`, with one more than l and k where a side is thin; None where both are I.
+    """
     if new_basis is None:
-        return basis
-    return new_basis.mT if basis is None else new_basis.mT @ basis
+        if basis is None:
+            return None
+        found = basis.square()
+    else:
+        found = (new_basis[:, :size].mT if basis is None else new_basis.mT @ basis).square()
+    if basis is not None and basis.shape[2] < size:
+        whole = found.new_ones(found.shape[0], size)
+        if new_basis is not None:
+            whole = new_basis[:, :size].square().sum(dim=1)
+        rest = torch.nn.functional.pad(whole, (0, found.shape[1] - whole.shape[1]))
+        found = torch.cat([found, (rest - found.sum(dim=2)).clamp_(min=0.0)[:, :, None]], dim=2)
+    if new_basis is None or new_basis.shape[2] == new_size:
+        return found
+    counts = found.new_ones(found.shape[2])
+    if basis is not None and basis.shape[2] < size:
+        counts[-1] = size - basis.shape[2]
+    missing = (counts - found.sum(dim=1)).clamp_(min=0.0)
+    if basis is not None:
+        # The norms of what is left, since differences of squares would leave rounding errors.
+        left = basis - new_basis @ (new_basis.mT @ basis)
+        missing[:, : basis.shape[2]] = left.square().sum(dim=1)
+    missing /= new_size - new_basis.shape[2]
+    return torch.cat([found, missing[:, None]], dim=1)
 
 
 @full_precision
 def project_eigenvalues(
-    gradient_change: Basis, activation_change: Basis, eigenvalues: Tensor
+    gradient_overlaps: Basis, activation_overlaps: Basis, eigenvalues: Tensor
 ) -> Tensor:
-    """Return the diagonal of an operator in another basis: `(U_gᵀQ_g)^∘2 Λ ((U_aᵀQ_a)^∘2)ᵀ`.
+    """Return the diagonal of an operator in another basis: `S_g Λ S_aᵀ`.
 
     Args:
-        gradient_change: `U_gᵀ Q_g`, `[groups, d_out, rank_out]`; None where it is the identity.
-        activation_change: `U_aᵀ Q_a`, `[groups, d_in, rank_in]`; None likewise.
-        eigenvalues: Λ, `[groups, rank_out, rank_in]`.
+        gradient_overlaps: S_g of the side of the output gradients, from `overlaps`,
+            `[groups, L_out, K_out]`; None where it is the identity.
+        activation_overlaps: S_a, `[groups, L_in, K_in]`; None likewise.
+        eigenvalues: Λ, `[groups, K_out, K_in]`.
 
     Returns:
-        `[groups, d_out, d_in]`.
+        `[groups, L_out, L_in]`.
     """
-    if gradient_change is not None and activation_change is not None:
+    if gradient_overlaps is not None and activation_overlaps is not None:
         projected: Tensor = contract(
-            "gop,gpq,giq->goi", gradient_change.square(), eigenvalues, activation_change.square()
+            "gop,gpq,giq->goi", gradient_overlaps, eigenvalues, activation_overlaps
         )
         return projected
-    if gradient_change is not None:
-        return gradient_change.square() @ eigenvalues
-    if activation_change is not None:
-        return eigenvalues @ activation_change.square().mT
+    if gradient_overlaps is not None:
+        return gradient_overlaps @ eigenvalues
+    if activation_overlaps is not None:
+        return eigenvalues @ activation_overlaps.mT
     return eigenvalues

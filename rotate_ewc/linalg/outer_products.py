@@ -1,5 +1,7 @@
 """Sums of outer products of vectors, and their eigenvectors: one side of a Kronecker product.
 
+All eigenvectors, or only the leading ones. Then nothing is square that need not be.
+
 Vectors are `[groups, batch, shared, d]` and sums `[groups, d, d]`, as in
 `rotate_ewc.linalg.kronecker`. Vectors are multiplied in their own dtype: add them outside of
 `torch.autocast`.
@@ -17,12 +19,17 @@ from torch import Tensor
 
 from rotate_ewc._utils.numerics import full_precision
 from rotate_ewc._utils.out_of_memory import naming_matrix
-from rotate_ewc.linalg import eigh
+from rotate_ewc.linalg import eigh, leading
+from rotate_ewc.linalg.leading import Sketch
+from rotate_ewc.linalg.truncation import Truncation
 
 # With fewer vectors per entry, decomposing them is the faster way. With 512 to 2048 entries it took
 # 0.15 to 0.3 of the time of `eigh` for a quarter as many vectors, half for half, and all of it for
 # three quarters.
 _FEW: Final = 0.5
+
+# Not more eigenvectors of a sketch than these, if only a part of the trace is asked for.
+_MOST_OF_A_SKETCH: Final = 512
 
 # Symmetric products are computed by panels, above the diagonal only: narrower ones save more, but
 # products of less than about this width are slow.
@@ -31,27 +38,35 @@ _MOST_PANELS: Final = 4
 
 
 class OuterProducts:
-    """`Σ v vᵀ`: the vectors themselves as long as they are few, then the sum.
+    """`Σ v vᵀ`: the vectors themselves as long as they are few, then the sum, or a sketch of it.
 
     A bias that many positions share has one vector for each example and label, and often more
     entries than that. A decomposition of the vectors then costs less than one of the sum: with
     `V = [v₁ … vₙ] = Q R`, where Q is square and only the n first rows of R are not zero, and
     `R Rᵀ = U Λ Uᵀ` for these rows, the eigenvectors of `V Vᵀ` are the first n columns of Q times U,
     and the other columns of Q.
+
+    The sketch is the product of the sum with a few random columns, `Σ v (vᵀ Ω)`. There is one in
+    place of the sum where the vectors are very long and only few eigenvectors are kept.
     """
 
-    def __init__(self, groups: int, size: int, template: Tensor) -> None:
+    def __init__(
+        self, groups: int, size: int, template: Tensor, truncation: Truncation | None = None
+    ) -> None:
         """Begin with no vectors.
 
         Args:
             groups: Number of independent sums.
             size: d, the entries of a vector.
             template: A tensor of the sum's dtype and device.
+            truncation: Which eigenvectors are kept; None is all, also those of eigenvalue zero.
         """
+        self.truncation = truncation
         self._vectors: list[Tensor] = []
         self._num_vectors = 0
         self._diagonal = template.new_zeros(groups, size)
         self._matrix: Tensor | None = None
+        self._sketch: Sketch | None = None
 
     @property
     def diagonal(self) -> Tensor:
@@ -69,34 +84,82 @@ class OuterProducts:
 
         In this way several sums can be changed together: see `add_to_all`.
         """
-        groups, size = self._diagonal.shape
         count = self._num_vectors + vectors.shape[1] * vectors.shape[2]
-        if self._matrix is None and count <= _FEW * size:
+        is_list = self._matrix is None and self._sketch is None
+        if is_list and count <= self._most_vectors:
             # A copy: what they are a view of is larger, and the caller's.
             rows = vectors.flatten(1, 2).clone()
             return partial(self._keep, rows, self._diagonal + rows.square().sum(dim=1), count)
-        if self._matrix is None:
-            with naming_matrix("the sum of outer products", size, vectors.dtype):
-                matrix = self._diagonal.new_zeros(groups, size, size)
+        if is_list:
+            self._begin_sum(vectors.dtype)
+        if self._matrix is not None:
+            return _prepared_covariance(self._matrix, vectors)
+        if self._sketch is None:
+            raise RuntimeError("there is neither a sum nor a sketch; expected one of them")
+        rows = vectors.flatten(1, 2)
+        add, squares = self._sketch.prepared(rows), rows.square().sum(dim=1)
+        return lambda: (add(), self._diagonal.add_(squares))
+
+    @property
+    def _most(self) -> int:
+        """Not more eigenvectors than this number are kept, for all that is known."""
+        size, truncation = self._diagonal.shape[1], self.truncation
+        if truncation is None:
+            return size
+        if truncation.part is None or size <= leading.LONGEST_SQUARE:
+            return truncation.most
+        # Not known: as many as a sketch can be expected to find.
+        return min(truncation.most, _MOST_OF_A_SKETCH)
+
+    @property
+    def _most_vectors(self) -> float:
+        """How many vectors are kept as they are, because they are few."""
+        few = _FEW * self._diagonal.shape[1]
+        if self.truncation is None:
+            return few
+        return min(few, leading.sketch_width(self._diagonal.shape[1], self._most))
+
+    def _begin_sum(self, dtype: torch.dtype) -> None:
+        """Have a sum, or a sketch of it, in place of the vectors."""
+        groups, size = self._diagonal.shape
+        if self.truncation is not None and leading.is_sketched(size, self._most):
+            width = leading.sketch_width(size, self._most)
+            sketch = Sketch(groups, size, width, self._diagonal)
             for rows in self._vectors:
-                add_covariance_(matrix, rows[:, None])
-            self._matrix, self._vectors = matrix, []
-        return _prepared_covariance(self._matrix, vectors)
+                sketch.prepared(rows)()
+            self._sketch, self._vectors = sketch, []
+            # Which is added to in place from now on.
+            self._diagonal = self._diagonal.clone()
+            return
+        with naming_matrix("the sum of outer products", size, dtype):
+            matrix = self._diagonal.new_zeros(groups, size, size)
+        for rows in self._vectors:
+            add_covariance_(matrix, rows[:, None])
+        self._matrix, self._vectors = matrix, []
 
     def _keep(self, rows: Tensor, diagonal: Tensor, count: int) -> None:
         self._vectors.append(rows)
         self._diagonal, self._num_vectors = diagonal, count
 
-    def clone(self) -> OuterProducts:
-        """Return a sum of the same vectors, to which others can be added."""
+    def clone(self, truncation: Truncation | None) -> OuterProducts:
+        """Return a sum of the same vectors, to which others can be added.
+
+        Args:
+            truncation: Which eigenvectors of it are kept, of the largest not more than of this one.
+        """
         cloned = copy(self)
-        # Nothing else is changed in place.
+        cloned.truncation = truncation
         cloned._vectors = list(self._vectors)
+        cloned._diagonal = self._diagonal.clone()
         cloned._matrix = None if self._matrix is None else self._matrix.clone()
+        cloned._sketch = None if self._sketch is None else self._sketch.clone()
         return cloned
 
     def reduced(self, label: str) -> tuple[Tensor | None, Tensor]:
         """Return Q and `R Rᵀ`, or None and the sum, of which the upper triangle counts.
+
+        If only the leading eigenvectors are kept, Q has no columns for others, where that is
+        cheaper.
 
         Args:
             label: What to call the sum in messages.
@@ -104,11 +167,16 @@ class OuterProducts:
         Raises:
             MemoryError: If there is not enough memory.
         """
-        if self._matrix is not None:
-            return None, self._matrix
         size, dtype = self._diagonal.shape[1], self._diagonal.dtype
         with naming_matrix(f"the decomposition of the {label}", size, dtype):
-            return _triangular(torch.cat(self._vectors, dim=1))
+            if self._matrix is not None:
+                width = leading.range_width(size, self._most)
+                if width is None:
+                    return None, self._matrix
+                return leading.leading_range(self._matrix, width)
+            sketch = self._sketch
+            vectors = self._vectors if sketch is None else [sketch.vectors()]
+            return _triangular(torch.cat(vectors, dim=1), complete=self.truncation is None)
 
 
 def add_to_all(additions: Sequence[tuple[OuterProducts, Tensor]]) -> None:
@@ -155,7 +223,9 @@ def _add_products_(total: Tensor, rows: Tensor) -> None:
 
 
 def eigenvectors(sums: Sequence[OuterProducts], labels: Sequence[str]) -> list[Tensor]:
-    """Return the eigenvectors of several sums, `[groups, d, d]` each, as `eigenbases` does.
+    """Return the eigenvectors of several sums that are kept, `[groups, d, k]` each.
+
+    They are in ascending order of eigenvalue, as `eigenbases` has them.
 
     Args:
         sums: Of at least one vector each.
@@ -166,23 +236,39 @@ def eigenvectors(sums: Sequence[OuterProducts], labels: Sequence[str]) -> list[T
         MemoryError: If there is not enough memory, likewise.
     """
     reduced = [one.reduced(label) for one, label in zip(sums, labels, strict=True)]
-    bases = eigh.eigenbases([matrix for _, matrix in reduced], labels)
+    pairs = eigh.eigenpairs([matrix for _, matrix in reduced], labels)
     found = []
-    for label, total, (q, _), basis in zip(labels, sums, reduced, bases, strict=True):
+    for label, total, (q, _), (values, basis) in zip(labels, sums, reduced, pairs, strict=True):
         size, dtype = total.diagonal.shape[1], basis.dtype
         with naming_matrix(f"the decomposition of the {label}", size, dtype):
-            found.append(_within(q, basis))
+            if total.truncation is None:
+                found.append(_within(q, basis))
+                continue
+            count = total.truncation.count(values, total.diagonal.sum(dim=1), size)
+            found.append(_leading(q, basis, count))
     return found
 
 
 @full_precision
-def _triangular(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Q and `R Rᵀ` of vectors `[groups, n, d]`.
+def _leading(q: Tensor | None, basis: Tensor, count: int) -> Tensor:
+    """Return the last eigenvectors; of a sum of nothing, a unit vector."""
+    if not basis.shape[1]:
+        size = 0 if q is None else q.shape[1]
+        return torch.eye(size, 1, dtype=basis.dtype, device=basis.device).repeat(len(basis), 1, 1)
+    last = basis[:, :, max(0, basis.shape[2] - count) :]
+    return last.contiguous() if q is None else q @ last
+
+
+@full_precision
+def _triangular(vectors: Tensor, *, complete: bool) -> tuple[Tensor, Tensor]:
+    """Return Q and `R Rᵀ` of vectors `[groups, n, d]`; a Q of n columns unless it is complete.
 
     Entries that are zero in all vectors have unit vectors of their own, as in `eigh.decomposed`.
     """
     alive = (vectors != 0).flatten(0, 1).any(dim=0)
     rest, zero = alive.nonzero().flatten(), (~alive).nonzero().flatten()
+    if not complete:
+        return _thin_triangular(vectors, rest)
     q, r = torch.linalg.qr(vectors[:, :, rest].mT, mode="complete")
     r = r[:, : vectors.shape[1]]
     if len(zero):
@@ -191,6 +277,14 @@ def _triangular(vectors: Tensor) -> tuple[Tensor, Tensor]:
         whole[:, zero, torch.arange(len(rest), len(alive), device=zero.device)] = 1.0
         q = whole
     return q, r @ r.mT
+
+
+def _thin_triangular(vectors: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Q `[groups, d, n]` and `R Rᵀ`, with zeros in Q's rows for entries not alive."""
+    q, r = torch.linalg.qr(vectors[:, :, alive].mT)
+    whole = q.new_zeros(len(q), vectors.shape[2], q.shape[2])
+    whole[:, alive] = q
+    return whole, r @ r.mT
 
 
 @full_precision

@@ -38,7 +38,7 @@ def quadratic_gradient(blocks: Sequence[Block], tensors: Mapping[str, Tensor]) -
     products: dict[str, Tensor] = {}
     shapes = shapes_of(tensors)
     for block in blocks:
-        products.update(block.unrotate(block.eigenvalues * block.rotate(tensors), shapes))
+        products.update(block.unrotate(block.spectrum * block.rotate(tensors), shapes))
     return products
 
 
@@ -56,7 +56,7 @@ class _QuadraticForm(torch.autograd.Function):
         values, weighted = [], []
         for block in blocks:
             rotated = block.rotate(by_name)
-            weighted.append(block.eigenvalues * rotated)
+            weighted.append(block.spectrum * rotated)
             values.append(torch.dot(weighted[-1].flatten(), rotated.flatten()))
         return torch.stack(values).sum(), *weighted
 
@@ -83,7 +83,7 @@ class _QuadraticForm(torch.autograd.Function):
             weighted = saved[index]
             if torch.is_grad_enabled():
                 # A second derivative is wanted: start again from the tensors, differentiably.
-                weighted = block.eigenvalues * block.rotate(by_name)
+                weighted = block.spectrum * block.rotate(by_name)
             # Autograd casts them to the tensors' dtypes.
             products = block.unrotate(weighted, shapes).values()
             gradients.extend(product * factor for product in products)

@@ -40,8 +40,10 @@ class Displacement:
     def moved(self, parameters: ByName) -> Tensor:
         """Return whether θ is not where it was, as a tensor that need not be waited for."""
         found = self._found(parameters)
-        differ = [(found[k] != at.to(found[k].dtype)).any() for k, at in self._at.items()]
-        return torch.stack(differ).any()
+        pairs = [(found[key], at.to(found[key].dtype)) for key, at in self._at.items()]
+        if all(tensor.device.type == "cpu" for tensor, _ in pairs):
+            return torch.tensor(not all(torch.equal(tensor, at) for tensor, at in pairs))
+        return torch.stack([(tensor != at).any() for tensor, at in pairs]).any()
 
     def follow(self, parameters: ByName) -> None:
         """Bring z up to date with θ."""

@@ -342,7 +342,10 @@ class EKFACPenalty(ConsolidatedTasks):
         terms = [replace(term, weight=self.decay * term.weight) for term in left if term]
         terms.append(Term(operator, anchor, weight))
         if self.mode is Mode.MERGED:
-            merged = merge([term.operator for term in terms], [term.weight for term in terms])
+            weights = [term.weight for term in terms]
+            # Of one task alone as much is kept as was estimated.
+            rank = self.settings.rank if len(terms) > 1 else None
+            merged = merge([term.operator for term in terms], weights, rank=rank)
             terms = [Term(merged, {**terms[0].anchor, **anchor}, 1.0)]
         for term in terms:
             for block in term.operator.blocks:
@@ -379,8 +382,8 @@ class EKFACPenalty(ConsolidatedTasks):
 
 def _damped(block: Block, factor: float, damping: float) -> Block:
     """Return a block with eigenvalues times a factor, and more by a part of their mean."""
-    eigenvalues = block.eigenvalues * factor
-    return block.with_eigenvalues(eigenvalues + damping * eigenvalues.mean())
+    block = block.with_eigenvalues(block.eigenvalues * factor)
+    return block.with_eigenvalues(block.eigenvalues + damping * block.mean)
 
 
 def _overridden(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,8 @@ class Stack:
 def stack_terms(terms: Sequence[Term]) -> tuple[list[Term], tuple[Stack, ...]]:
     """Put the blocks of terms that have the same form into stacks.
 
-    Terms whose parameters have grown in between, or changed their dtype, are in different stacks.
+    Terms whose parameters have grown in between, or changed their dtype, or that keep other numbers
+    of directions, are in different stacks.
 
     Returns:
         The terms, whose bases are now views of those of the stacks; and the stacks.
@@ -82,9 +83,10 @@ def stack_terms(terms: Sequence[Term]) -> tuple[list[Term], tuple[Stack, ...]]:
     for index, term in enumerate(terms):
         for block in term.operator.blocks:
             shapes = tuple(term.anchor[name].shape for name in block.parameters)
-            bases = (block.gradient_basis is None, block.activation_basis is None)
+            bases = block.gradient_basis, block.activation_basis
+            sides = tuple(None if basis is None else basis.shape for basis in bases)
             values = (block.eigenvalues.shape, block.eigenvalues.dtype)
-            form = (block.parameters, shapes, values, bases, block.transposed)
+            form = (block.parameters, shapes, values, sides, block.transposed)
             together.setdefault(form, []).append((index, block))
     stacks: list[Stack] = []
     shared: dict[tuple[int, tuple[str, ...]], Block] = {}
@@ -116,6 +118,7 @@ def _stack(index: int, members: Sequence[tuple[Term, Block]]) -> Stack:
         torch.cat([block.eigenvalues * term.weight for term, block in members]),
         first.transposed,
     )
+    block.prepare()
     return Stack(first.parameters, block, anchors)
 
 

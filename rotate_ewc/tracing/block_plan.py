@@ -5,7 +5,7 @@ A plan is made of names, shapes and forms alone, and knows nothing of a batch's 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -116,6 +116,7 @@ def plan_blocks(
     num_examples: int,
     *,
     separate: bool,
+    diagonal: Container[str] = (),
 ) -> tuple[BlockPlan, ...]:
     """Plan one block for every parameter that is used, or for every pair of weight and bias.
 
@@ -125,6 +126,7 @@ def plan_blocks(
         parameters: The parameters that get blocks, by name.
         num_examples: Number of examples in the batch.
         separate: Whether a weight and its bias are two blocks also where they could share one.
+        diagonal: Names of the parameters whose blocks have no bases.
 
     Raises:
         ValueError: If a pair that is to share a block is not always used together.
@@ -144,7 +146,21 @@ def plan_blocks(
         elif plans[weight].one_position and _have_one_use(plans[weight], plans[bias]):
             plans[weight] = replace(plans[weight], follower=BlockKey(bias))
     joined = {plan.key.bias for plan in plans.values()}
-    return tuple(plan for name, plan in plans.items() if name not in joined)
+    found = (plan for name, plan in plans.items() if name not in joined)
+    return tuple(_without_bases(plan, diagonal) for plan in found)
+
+
+def _without_bases(plan: BlockPlan, diagonal: Container[str]) -> BlockPlan:
+    """Return the plan of a block that is not rotated, if one of its parameters is not to be.
+
+    A bias follows its weight only if both are rotated.
+    """
+    if any(name in diagonal for name in plan.key.parameters):
+        form = replace(plan.form, gradient_basis=False, activation_basis=False)
+        return replace(plan, form=form, follower=None)
+    if plan.follower is not None and plan.follower.weight in diagonal:
+        return replace(plan, follower=None)
+    return plan
 
 
 def _contributions(

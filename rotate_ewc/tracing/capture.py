@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 
 from rotate_ewc._utils.messages import left_out, parameters_are, quoted
 from rotate_ewc._utils.numerics import statistics_dtype
+from rotate_ewc._utils.parameters import matches
 from rotate_ewc._utils.warnings import add_note
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.layers import Factors
@@ -334,6 +335,12 @@ class BatchCapturer:
         return moved or self.settings.batch_size_fn is not None
 
     @property
+    def _not_rotated(self) -> frozenset[str]:
+        """The names of the parameters that the settings do not want to have rotated."""
+        patterns = self.settings.diagonal
+        return frozenset(n for n in self.parameters if any(matches(n, p) for p in patterns))
+
+    @property
     def _has_one_vector(self) -> bool:
         """Whether every batch has one output vector."""
         fisher_type = self.settings.fisher_type
@@ -364,6 +371,7 @@ class BatchCapturer:
             {name: p for name, p in self.parameters.items() if name not in without_rule},
             num_examples,
             separate=self.settings.separate_weight_and_bias,
+            diagonal=self._not_rotated,
         )
         inputs = tuple(
             use.call.input if rows is None else rows.examples_first(use.call.input, num_examples)

@@ -1,4 +1,4 @@
-"""The study of stored snapshots, from command line to file with small images."""
+"""The studies, from command line to file; that of stored snapshots with small images."""
 
 import json
 from pathlib import Path
@@ -41,3 +41,13 @@ def test_both_precisions_are_stored(images: ImageData, tmp_path: Path, capsys: A
     stored = found["rotated-ewc", "float32"]["record"]
     assert stored["accuracy_matrix"] == plain[0]["accuracy_matrix"]
     assert "bfloat16" in capsys.readouterr().out
+
+
+def test_wide_layers_are_consolidated(tmp_path: Path, capsys: Any) -> None:
+    (one,) = call("rank", "--cases few-examples --rank auto --threads 1", tmp_path)["records"]
+    # The parameters themselves are the anchor, and four rows are not zero.
+    assert one["parameter_bytes"] == 4 * (8 * 1500 + 1500)
+    assert one["parameter_bytes"] < one["file_bytes"] <= 2 * one["parameter_bytes"]
+    assert "few-examples" in capsys.readouterr().out
+    assert main(["study-rank", "--rank", "0", "--output", str(tmp_path)]) == 1
+    assert "--rank: rank is 0; expected a positive integer" in capsys.readouterr().err

@@ -251,7 +251,7 @@ def relative(random: RandomOperator, seed: int, bases: str) -> RandomOperator:
 
 
 @PROPERTY
-@given(random_operators(), SEEDS, BASES, st.floats(0, 3), st.floats(0, 3))
+@given(random_operators(thin=False), SEEDS, BASES, st.floats(0, 3), st.floats(0, 3))
 def test_merging_keeps_traces_of_both_sides(
     random: RandomOperator, seed: int, bases: str, weight: float, other_weight: float
 ) -> None:
@@ -272,7 +272,7 @@ def test_merging_keeps_traces_of_both_sides(
 
 
 @PROPERTY
-@given(random_operators())
+@given(random_operators(thin=False))
 def test_merging_with_itself_doubles(random: RandomOperator) -> None:
     operator = random.operator()
     # Bases are those of the partial traces, so that equal ones among these leave a choice.
@@ -284,7 +284,9 @@ def test_merging_with_itself_doubles(random: RandomOperator) -> None:
 
 
 @PROPERTY
-@given(random_operators(max_blocks=1), st.integers(0, 2), st.integers(0, 2), SEEDS, BASES)
+@given(
+    random_operators(max_blocks=1, thin=False), st.integers(0, 2), st.integers(0, 2), SEEDS, BASES
+)
 def test_merging_grown_parameters(
     random: RandomOperator, more_rows: int, more_columns: int, seed: int, bases: str
 ) -> None:

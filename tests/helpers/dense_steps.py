@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import (
@@ -21,8 +22,9 @@ from torch.optim import (
 )
 
 from rotate_ewc import EKFACPenalty
-from tests.helpers.oracles import block_indices, kronecker_basis
+from tests.helpers.oracles import block_indices
 from tests.helpers.penalties import flat, positions, shapes_of
+from tests.helpers.thin import completed, spread
 
 Options = dict[str, Any]
 Case = tuple[type[Optimizer], Options]
@@ -89,14 +91,11 @@ def coordinates(penalty: EKFACPenalty, model: nn.Module) -> Coordinates:
         for block in term.operator.blocks:
             groups = len(block.eigenvalues)
             entries = block_indices(inner, block.parameters, groups, block.transposed)
-            for index, vectors, values in zip(
-                where[entries].flatten(start_dim=1),
-                kronecker_basis(block),
-                block.eigenvalues.flatten(start_dim=1),
-                strict=True,
-            ):
-                basis[index[:, None], index] = vectors.double()
-                eigenvalues[index] = values.double()
+            sides = zip(completed(block, 0), completed(block, 1), strict=True)
+            for group, (left, right) in enumerate(sides):
+                index = where[entries[group]].flatten()
+                basis[index[:, None], index] = torch.from_numpy(np.kron(left, right))
+                eigenvalues[index] = torch.from_numpy(spread(block, group).flatten())
         anchor[where] = torch.cat([term.anchor[name].flatten() for name in inner]).double()
     return Coordinates(basis, eigenvalues, anchor)
 

@@ -28,6 +28,7 @@ SHAPES = {
     "embedding.weight": (5, 2),
     "head.weight": (2, 4),
     "head.bias": (2,),
+    "wide.weight": (3, 6),
 }
 WEIGHTS = (1.0, 0.5)
 STRENGTH = 3.0
@@ -46,13 +47,19 @@ def eigenvalues(*shape: int) -> Tensor:
 
 
 def blocks() -> list[Block]:
-    """One block of every kind: plain, with one basis, in groups, transposed, joint."""
+    """One block of every kind: plain, with one basis, in groups, transposed, joint, thin."""
     return [
         Block(("layer.weight",), reflection(1, 4), reflection(1, 3), eigenvalues(1, 4, 3)),
         Block(("layer.bias",), reflection(1, 4), None, eigenvalues(1, 4, 1)),
         Block(("conv.weight",), reflection(2, 2), reflection(2, 6), eigenvalues(2, 2, 6)),
         Block(("embedding.weight",), reflection(1, 2), None, eigenvalues(1, 2, 5), transposed=True),
         Block(("head.weight", "head.bias"), None, reflection(1, 5), eigenvalues(1, 2, 5)),
+        Block(
+            ("wide.weight",),
+            reflection(1, 3)[:, :, :1],
+            reflection(1, 6)[:, :, 2:4],
+            eigenvalues(1, 2, 3),
+        ),
     ]
 
 

@@ -45,20 +45,24 @@ def random_block(
     *,
     seed: int,
     bases: str = "ga",
+    ranks: tuple[int, int] | None = None,
     transposed: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Block:
-    """Draw a block; one in three eigenvalues is zero."""
+    """Draw a block, thin where a rank is less than its side; one in three eigenvalues is zero."""
     generator = torch.Generator().manual_seed(seed)
     groups, d_out, d_in = shape
+    k_out, k_in = ranks or (d_out, d_in)
 
-    def basis(side: str, size: int) -> Tensor | None:
+    def basis(side: str, size: int, rank: int) -> Tensor | None:
         normal = torch.randn(groups, size, size, generator=generator, dtype=torch.float64)
-        return torch.linalg.qr(normal)[0].to(dtype) if side in bases else None
+        return torch.linalg.qr(normal)[0][..., :rank].to(dtype) if side in bases else None
 
-    values = torch.rand(shape, generator=generator, dtype=torch.float64)
+    rows, columns = k_out + (k_out < d_out), k_in + (k_in < d_in)
+    values = torch.rand(groups, rows, columns, generator=generator, dtype=torch.float64)
     eigenvalues = ((values - 1 / 3).clamp(min=0) * 2).to(dtype)
-    return Block(names, basis("g", d_out), basis("a", d_in), eigenvalues, transposed)
+    left, right = basis("g", d_out, k_out), basis("a", d_in, k_in)
+    return Block(names, left, right, eigenvalues, transposed)
 
 
 def operator(seed: int = 0, dtype: torch.dtype = torch.float32) -> EKFACLinearOperator:
@@ -70,6 +74,7 @@ def operator(seed: int = 0, dtype: torch.dtype = torch.float32) -> EKFACLinearOp
         "conv.weight": (4, 3, 2),
         "embedding": (7, 3),
         "scale": (),
+        "wide.weight": (4, 8),
     }
     blocks = [
         random_block(("0.weight",), (1, 6, 4), seed=seed, dtype=dtype),
@@ -79,6 +84,7 @@ def operator(seed: int = 0, dtype: torch.dtype = torch.float32) -> EKFACLinearOp
             ("embedding",), (1, 3, 7), seed=seed + 3, bases="g", transposed=True, dtype=dtype
         ),
         random_block(("scale",), (1, 1, 1), seed=seed + 4, bases="", dtype=dtype),
+        random_block(("wide.weight",), (1, 4, 8), seed=seed + 5, ranks=(3, 2), dtype=dtype),
     ]
     settings = {"mc_samples": 1, "seed": 3}
     provenance = Provenance("CrossEntropyLoss", "mean", "mc", 50, 75.0, settings)
@@ -187,13 +193,16 @@ def _check_blocks(part: EKFACLinearOperator) -> None:
     for block in part.blocks:
         assert bool((block.eigenvalues >= 0).all()), "eigenvalues are not negative, and no NaN"
         assert bool((block.eigenvalues < torch.inf).all()), "eigenvalues are finite"
-        groups, d_out, d_in = block.eigenvalues.shape
-        for basis, size in ((block.gradient_basis, d_out), (block.activation_basis, d_in)):
+        groups, *sizes = block.eigenvalues.shape
+        bases = (block.gradient_basis, block.activation_basis)
+        for basis, size in zip(bases, sizes, strict=True):
             if basis is None:
                 continue
-            assert basis.shape == (groups, size, size), "bases have the shapes of their sides"
+            _, rows, rank = basis.shape
+            assert len(basis) == groups, "bases have the shapes of their sides"
+            assert size == rank + (rank < rows), "a thin side has one row or column more"
             assert basis.dtype == block.eigenvalues.dtype, "a block has one dtype"
-            error = (basis.double().mT @ basis.double() - torch.eye(size)).abs()
+            error = (basis.double().mT @ basis.double() - torch.eye(rank)).abs()
             # A basis is made whole to second order in what is tolerated of bfloat16.
             assert not error.numel() or error.max() < 0.1, "bases are orthonormal"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from rotate_ewc.linalg.block import Block
+from rotate_ewc.linalg.cut import cut
 from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import Shapes, dense_operator
 
@@ -143,6 +146,17 @@ def consolidated(
         penalty.consolidate(model, loss, task(name, t, 9 + t))
         move(model, t)
     return model, penalty
+
+
+def thinned(penalty: EKFACPenalty, rank: int) -> None:
+    """Leave a penalty only so many directions of each side, with the means over the others."""
+
+    def fewer(block: Block) -> Block:
+        return cut(block, rank, rank)
+
+    terms = [replace(t, operator=t.operator.map_blocks(fewer)) for t in penalty.terms]
+    last = penalty._last_examples, penalty._last_loss_terms
+    penalty._replace_terms(terms, penalty.num_tasks, *last)
 
 
 def quadratic(penalty: EKFACPenalty, model: nn.Module, scale: float) -> Quadratic:

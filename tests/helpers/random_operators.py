@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from rotate_ewc import EKFACLinearOperator
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.provenance import Provenance
+from tests.helpers.thin import projections
 
 BASES = st.sampled_from(["both", "gradient", "activation", "none"])
 
@@ -30,6 +32,7 @@ class Layout:
         joint: Whether a bias is in the block.
         bases: Which sides have a basis that is not the identity.
         form: Which of the parameter shapes is taken that have this matrix.
+        cut_off: How many directions each of the bases lacks, if there are more than these.
     """
 
     groups: int
@@ -39,6 +42,7 @@ class Layout:
     joint: bool
     bases: str
     form: int
+    cut_off: tuple[int, int] = (0, 0)
 
     @property
     def d_in(self) -> int:
@@ -71,14 +75,20 @@ class Layout:
     def block(self, number: int, generator: torch.Generator, eigenvalues: str) -> Block:
         """Draw orthogonal bases and eigenvalues, some (or all, or none) of which are zero."""
 
+        def rank(side: str, size: int, cut_off: int) -> int:
+            return max(1, size - cut_off) if self.bases in (side, "both") else size
+
         def basis(side: str, size: int) -> Tensor | None:
             if self.bases not in (side, "both"):
                 return None
             shape = (self.groups, size, size)
             normal = torch.randn(shape, generator=generator, dtype=torch.float64)
-            return torch.linalg.qr(normal)[0]
+            return torch.linalg.qr(normal)[0][:, :, : ranks[side]]
 
-        shape = (self.groups, self.d_out, self.d_in)
+        sizes = {"gradient": self.d_out, "activation": self.d_in}
+        ranks = {s: rank(s, d, n) for (s, d), n in zip(sizes.items(), self.cut_off, strict=True)}
+        # One more for what is not kept.
+        shape = (self.groups, *(ranks[s] + (ranks[s] < d) for s, d in sizes.items()))
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
         values = {
             "some zero": 2 * (uniform - 0.4).clamp(min=0),
@@ -154,30 +164,32 @@ class RandomOperator:
         return positions
 
     def dense(self) -> Tensor:
-        """The matrix `Σ_pq λ_pq (q_p ⊗ r_q)(q_p ⊗ r_q)ᵀ` of every group of every block."""
+        """The matrix `Σ_pq λ_pq P_p ⊗ R_q` of every group of every block.
+
+        P and R are the projections on the directions of a side, and on the complement of these.
+        """
         size = sum(map(prod, self.shapes().values()))
         dense = torch.zeros(size, size, dtype=torch.float64)
         for block, positions in zip(self.blocks(), self.positions(), strict=True):
             for group, position in enumerate(positions):
                 rows, columns = position.shape
-                left = torch.eye(rows, dtype=torch.float64)
-                right = torch.eye(columns, dtype=torch.float64)
-                if block.gradient_basis is not None:
-                    left = block.gradient_basis[group]
-                if block.activation_basis is not None:
-                    right = block.activation_basis[group]
-                for p in range(rows):
-                    for q in range(columns):
-                        vector = torch.outer(left[:, p], right[:, q]).flatten()
-                        term = block.eigenvalues[group, p, q] * torch.outer(vector, vector)
+                left = projections(block.gradient_basis, group, rows)
+                right = projections(block.activation_basis, group, columns)
+                for p, of_outputs in enumerate(left):
+                    for q, of_inputs in enumerate(right):
+                        product = torch.from_numpy(np.kron(of_outputs, of_inputs))
+                        term = block.eigenvalues[group, p, q] * product
                         dense[position.flatten()[:, None], position.flatten()] += term
         return dense
 
 
 def random_operators(
-    eigenvalues: Sequence[str] = ("some zero", "positive", "all zero"), max_blocks: int = 3
+    eigenvalues: Sequence[str] = ("some zero", "positive", "all zero"),
+    max_blocks: int = 3,
+    thin: bool = True,
 ) -> st.SearchStrategy[RandomOperator]:
-    """Draw operators of one to `max_blocks` blocks."""
+    """Draw operators of one to `max_blocks` blocks, with thin ones among them."""
+    lacking = st.integers(0, 3 if thin else 0)
     layouts = st.builds(
         Layout,
         groups=st.integers(1, 3),
@@ -187,6 +199,7 @@ def random_operators(
         joint=st.booleans(),
         bases=BASES,
         form=st.integers(0, 3),
+        cut_off=st.tuples(lacking, lacking),
     )
     return st.builds(
         RandomOperator,

@@ -138,6 +138,23 @@ BAD_OPERATORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
         in_header("h['blocks'][0]['bases'] *= 2"),
         r"at 'blocks\[0\]': 'bases' is .*; expected some of",
     ),
+    "rank of more than there is": (
+        in_header("h['blocks'][5]['ranks'] = [3, 9]"),
+        r"at 'blocks\[5\]': 'ranks' is \[3, 9\], for 8 entries .*'activation_basis'; expected",
+    ),
+    "rank of nothing": (
+        in_header("h['blocks'][5]['ranks'] = [0, 2]"),
+        r"at 'blocks\[5\]': 'ranks' is \[0, 2\], for 4 entries .*'gradient_basis'; expected",
+    ),
+    "rank without a basis": (
+        in_header("h['blocks'][3]['ranks'] = [3, 6]"),
+        r"at 'blocks\[3\]': 'ranks' is \[3, 6\], .* as many where there is no basis",
+    ),
+    "rank of other tensors": (
+        in_header("h['blocks'][5]['ranks'] = [3, 3]"),
+        r"'wide.weight/eigenvalues' is torch.float32 of shape .*; expected .*\[1, 4, 4\]",
+    ),
+    "no ranks": (in_header("del h['blocks'][0]['ranks']"), "missing required field `ranks`"),
     "no number": (
         in_header("h['blocks'][0]['shape'][0] = 1.0"),
         r"has 1.0 at 'blocks\[0\].shape\[0\]': Expected `int`",

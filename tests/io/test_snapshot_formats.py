@@ -91,7 +91,9 @@ def test_headers_tell_everything() -> None:
         "shape": [1, 2, 5],
         "dtype": "float64",
         "bases": ["gradient_basis"],
+        "ranks": [2, 5],
     }
+    assert header["blocks"][5]["ranks"] == [1, 2]
     assert header["provenance"] == {
         "loss": "CrossEntropyLoss",
         "reduction": "mean",

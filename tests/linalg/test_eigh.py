@@ -166,7 +166,7 @@ def test_operators_whose_sum_is_not_finite(value: float) -> None:
 
 
 def test_nothing_to_warn_of() -> None:
-    basis, remark = eigh.decomposed(factor("low rank", 7), "factor")
+    (_, basis), remark = eigh.decomposed(factor("low rank", 7), "factor")
     assert basis.shape == (1, 7, 7)
     assert remark == ""
 

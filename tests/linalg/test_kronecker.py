@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rotate_ewc._utils.numerics import full_precision, statistics_dtype
 from rotate_ewc.layers.embedding import scatter_rows
 from rotate_ewc.linalg import eigenvalues, eigh, kronecker
+from rotate_ewc.linalg.completion import complete
 from rotate_ewc.linalg.outer_products import add_covariance_
 from tests.helpers.oracles import assert_close
 
@@ -94,6 +95,7 @@ Kernels = list[tuple[str, Callable[[], Tensor]]]
 def kernels_with_products() -> Kernels:
     """Calls that autocast would turn into products of half precision."""
     left, right = orthogonal(1, 4, 1).float(), orthogonal(1, 6, 2).float()
+    thin = orthogonal(1, 4, 3, rank=1).float()
     matrices = seeded(1, 3, 4, 6).float()
     values = seeded(1, 4, 6, seed=5).square().float()
     return [
@@ -102,8 +104,10 @@ def kernels_with_products() -> Kernels:
         ("columns", lambda: kronecker.to_eigenbasis(matrices.transpose(0, 1), left, right)),
         ("columns back", lambda: kronecker.from_eigenbasis(matrices.transpose(0, 1), left, right)),
         ("merged_basis", lambda: kronecker.merged_basis([left], [values[:, :, 0]])),
-        ("change_basis", lambda: kronecker.change_basis(left, left)),
+        ("overlaps", lambda: kronecker.overlaps(left, 4, left, 4)),
         ("project_eigenvalues", lambda: kronecker.project_eigenvalues(left, right, values)),
+        ("completed", lambda: kronecker.to_eigenbasis(matrices[:, 0], complete(thin), None)),
+        ("and back", lambda: kronecker.from_eigenbasis(matrices[:, 0], complete(thin), None)),
     ]
 
 
@@ -352,18 +356,35 @@ def test_identities_merge_into_the_identity() -> None:
         kronecker.merged_basis([orthogonal(1, 3, 1), None], [values])
 
 
-def test_change_of_basis() -> None:
-    old, new = orthogonal(2, 5, seed=1, rank=3), orthogonal(2, 5, seed=2)
-    found = kronecker.change_basis(old, new)
+@pytest.mark.parametrize("new_rank", [None, 1, 3, 5])
+@pytest.mark.parametrize(("size", "rank"), [(5, None), (5, 5), (5, 2), (3, None), (3, 3), (3, 1)])
+def test_overlaps(size: int, rank: int | None, new_rank: int | None) -> None:
+    """Traces of products of projections, the last ones on complements."""
+    old = None if rank is None else padded(orthogonal(2, size, seed=1, rank=rank), 5)
+    new = None if new_rank is None else orthogonal(2, 5, seed=2, rank=new_rank)
+    found = kronecker.overlaps(old, size, new, 5)
+    if old is None and new is None:
+        assert found is None
+        return
     assert found is not None
     for group in range(2):
-        expected = [[float(u @ q) for q in old[group].T] for u in new[group].T]
+        first = projections(written_out(old, group, 5)[:, :size], size)
+        second = projections(written_out(new, group, 5), 5)
+        expected = [[float((p @ q).trace() / p.trace()) for q in first] for p in second]
         assert_close(found[group], torch.tensor(expected, dtype=torch.float64))
-    from_identity = kronecker.change_basis(None, new)
-    assert from_identity is not None
-    assert_close(from_identity, torch.stack([new[group].T for group in range(2)]))
-    assert kronecker.change_basis(old, None) is old
-    assert kronecker.change_basis(None, None) is None
+
+
+def padded(basis: Tensor, size: int) -> Tensor:
+    return torch.cat([basis, basis.new_zeros(2, size - basis.shape[1], basis.shape[2])], dim=1)
+
+
+def projections(basis: Tensor, size: int) -> list[Tensor]:
+    """On each column, and on what is left of the leading entries."""
+    found = [torch.outer(column, column) for column in basis.T]
+    if len(found) < size:
+        leading = torch.diag((torch.arange(len(basis)) < size).double())
+        found.append(leading - basis @ basis.T)
+    return found
 
 
 # --- rotations ---
@@ -443,7 +464,8 @@ def test_eigenvalues_in_another_basis(groups: int, sides: str, less: int) -> Non
     rank_out = 3 if left is None else left.shape[2]
     rank_in = 4 if right is None else right.shape[2]
     values = seeded(groups, rank_out, rank_in, seed=7).square()
-    found = kronecker.project_eigenvalues(left, right, values)
+    squares = (None if basis is None else basis.square() for basis in (left, right))
+    found = kronecker.project_eigenvalues(*squares, values)
     assert found.shape == (groups, 3, 4)
     for group in range(groups):
         q_g, q_a = written_out(left, group, 3), written_out(right, group, 4)

@@ -94,7 +94,7 @@ def test_eigenvectors_of_several_are_each_its_own() -> None:
 def test_clones_go_their_own_ways(before: int, afterwards: int) -> None:
     first, second, third = (vectors(1, n, 1, n) for n in (before, afterwards, afterwards + 1))
     original = collected([first])
-    cloned = original.clone()
+    cloned = original.clone(None)
     original.add(second)
     cloned.add(third)
     for found, parts in ((original, [first, second]), (cloned, [first, third])):
@@ -225,7 +225,12 @@ def test_a_bias_with_few_examples() -> None:
     model = Positions().double()
     x, y = torch.randn(4, 5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
     operator = EKFACLinearOperator(
-        model, CE, [model.first.bias], [(x[:2], y[:2]), (x[2:], y[2:])], fisher_type="empirical"
+        model,
+        CE,
+        [model.first.bias],
+        [(x[:2], y[:2]), (x[2:], y[2:])],
+        fisher_type="empirical",
+        rank="full",
     )
     exact = torch.zeros(40, 40, dtype=torch.float64)
     for example, label in zip(x, y, strict=True):

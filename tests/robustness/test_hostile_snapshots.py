@@ -109,6 +109,7 @@ def test_expanded_tensors(size: int) -> None:
         "shape": [1, size, size],
         "dtype": "float32",
         "bases": [],
+        "ranks": [size, size],
     }
     header = {
         "format": OPERATOR,
@@ -188,6 +189,7 @@ def test_memory_for_tensors_without_entries(shape: tuple[int, int, int], tmp_pat
                 "shape": list(shape),
                 "dtype": "float32",
                 "bases": ["gradient_basis"],
+                "ranks": list(shape[1:]),
             }
         ],
         "provenance": msgspec.to_builtins(PROVENANCE),

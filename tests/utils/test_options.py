@@ -36,6 +36,8 @@ FIELDS = {field.name: field for field in dataclasses.fields(EstimationSettings)}
 OTHERS: dict[str, Any] = {
     "fisher_type": "empirical",
     "kfac_approx": "reduce",
+    "rank": 8,
+    "diagonal": ("*.bias",),
     "separate_weight_and_bias": False,
     "seed": 5,
     "memory_budget": 1000,

@@ -25,6 +25,8 @@ class DisplacedUpdate(Update):
         self.rule = rule
         self._stacks: tuple[Stack, ...] = ()
         self._displacements: dict[Stack, Displacement] = {}
+        # λ, and λ Λ, which stays the same for many steps.
+        self._stiffnesses: dict[Stack, tuple[float, Tensor]] = {}
 
     @property
     def displacements(self) -> list[Displacement]:
@@ -50,14 +52,18 @@ class DisplacedUpdate(Update):
 
     def stiffness(self, stack: Stack) -> Tensor:
         """Return λ Λ, finite, since infinity times a step size of zero would not be a number."""
-        eigenvalues = stack.block.eigenvalues
-        largest = torch.finfo(eigenvalues.dtype).max
-        return (min(self.penalty.scale, largest) * eigenvalues).clamp_(max=largest)
+        scale, eigenvalues = self.penalty.scale, stack.block.spectrum
+        known = self._stiffnesses.get(stack)
+        if known is None or known[0] != scale:
+            largest = torch.finfo(eigenvalues.dtype).max
+            known = scale, (min(scale, largest) * eigenvalues).clamp_(max=largest)
+            self._stiffnesses[stack] = known
+        return known[1]
 
     def begin(self) -> None:
         """Begin in the eigenbases that the penalty has now."""
         self._stacks = self.penalty.stacks
-        self._displacements = {}
+        self._displacements, self._stiffnesses = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the coordinates of all that was stepped."""

@@ -123,8 +123,8 @@ class RotatedUpdate(DisplacedUpdate):
             sizes[key] = self._size(name, inner, step).expand_as(moved)
             gains[key] = (moved.square() / sizes[key]).nan_to_num(0.0, 0.0)
         block = stack.block
-        stiffnesses = block.gather(sizes) * block.eigenvalues * self.penalty.scale_of_one
-        return Progress(block.gather(gains), stiffnesses, gradient.square(), block.eigenvalues)
+        stiffnesses = block.gather(sizes) * block.spectrum * self.penalty.scale_of_one
+        return Progress(block.gather(gains), stiffnesses, gradient.square(), block.spectrum)
 
     def _size(self, name: str, inner: tuple[slice, ...], step: Step) -> Tensor:
         """Return η for the protected part of a parameter."""
@@ -135,7 +135,7 @@ class RotatedUpdate(DisplacedUpdate):
 
     def _shrinkages(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
         """Return 1 + η λ Λ by the stack's own names, where possible in one pass over Λ."""
-        spectrum = displacement.stack.block.eigenvalues
+        spectrum = displacement.stack.block.spectrum
         eigenvalues = displacement.split(spectrum)
         factor = min(self.penalty.scale, torch.finfo(spectrum.dtype).max)
         one = spectrum.new_ones(())

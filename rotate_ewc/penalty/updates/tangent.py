@@ -95,7 +95,8 @@ class TangentUpdate(Update):
         sizes = [self._typical_size(name, step, moved[key][0]) for key, name in members]
         size = sum(sizes) / len(sizes) if sizes else 0.0
         factor = min(size * self.penalty.scale, _LARGEST_FACTOR)
-        weights = block.eigenvalues / (1.0 + factor * block.eigenvalues)
+        spectrum = block.spectrum
+        weights = spectrum / (1.0 + factor * spectrum)
         changes = block.unrotate(block.rotate(moved) * weights, shapes_of(moved))
         for key, name, anchor in stack.members:
             if name in present:

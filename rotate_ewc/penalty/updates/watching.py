@@ -84,7 +84,7 @@ class Watch:
         scale = self._update.penalty.scale_of_one
         seen = {}
         for stack, gradient in self._looked_at:
-            (mean, root), eigenvalues = corrected[stack], stack.block.eigenvalues
+            (mean, root), eigenvalues = corrected[stack], stack.block.spectrum
             sizes = rate / root
             progress = Progress(
                 mean.square() * sizes, sizes * eigenvalues * scale, gradient.square(), eigenvalues
@@ -142,7 +142,7 @@ class Averages:
     @classmethod
     def from_state_dict(cls, stack: Stack, label: str, state: Mapping[str, Any]) -> Averages:
         """Take over what `state_dict` returned, or raise `SnapshotError`."""
-        like = stack.block.eigenvalues
+        like = stack.block.spectrum
         new = cls(like)
         found = dict(state) if isinstance(state, Mapping) else {}
         steps = found.get("steps")

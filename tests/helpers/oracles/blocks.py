@@ -303,8 +303,23 @@ def dense_block(block: BlockLike) -> Tensor:
     Returns:
         ``[groups, d_out * d_in, d_out * d_in]``.
     """
-    basis = kronecker_basis(block)
-    return basis @ torch.diag_embed(block.eigenvalues.flatten(start_dim=1)) @ basis.mT
+    left, right = (_projections(block, side) for side in (1, 2))
+    groups, d_out, d_in = (len(left), left.shape[-1], right.shape[-1])
+    return torch.einsum("gpab,gpq,gqij->gaibj", left, block.eigenvalues, right).reshape(
+        groups, d_out * d_in, d_out * d_in
+    )
+
+
+def _projections(block: BlockLike, side: int) -> Tensor:
+    """Return those on each direction of a side, and on the complement of a thin one."""
+    groups, *sizes = block.eigenvalues.shape
+    basis = (block.gradient_basis, block.activation_basis)[side - 1]
+    if basis is None:
+        basis = torch.eye(sizes[side - 1], dtype=block.eigenvalues.dtype).repeat(groups, 1, 1)
+    found = [torch.einsum("ga,gb->gab", column, column) for column in basis.unbind(dim=2)]
+    if basis.shape[2] < basis.shape[1]:
+        found.append(torch.eye(basis.shape[1], dtype=basis.dtype) - basis @ basis.mT)
+    return torch.stack(found, dim=1)
 
 
 def dense_operator(blocks: Iterable[BlockLike], shapes: Shapes) -> Tensor:

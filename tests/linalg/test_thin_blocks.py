@@ -1,0 +1,204 @@
+"""Thin blocks against dense matrices of projections: what they are, and what is cut off them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rotate_ewc.linalg.block import Block
+from rotate_ewc.linalg.cut import cut
+from tests.helpers.thin import (
+    block_positions,
+    dense_groups,
+    orthonormal,
+    partial_traces,
+    thin_block,
+)
+
+SIZES = (2, 6, 8)
+RANKS: list[tuple[int | None, int | None]] = [
+    (1, 1),
+    (2, 2),
+    (3, 4),
+    (5, 7),
+    (6, 8),
+    (6, 3),
+    (2, 8),
+    (None, 3),
+    (2, None),
+]
+FORMS = [(transposed, joint) for transposed in (False, True) for joint in (False, True)]
+
+
+def names(joint: bool) -> tuple[str, ...]:
+    return ("w", "b") if joint else ("w",)
+
+
+def shapes(sizes: tuple[int, int, int], transposed: bool, joint: bool) -> dict[str, list[int]]:
+    groups, d_out, d_in = sizes
+    columns = d_in - joint
+    weight = [groups * columns, d_out] if transposed else [groups * d_out, columns]
+    return {"w": weight, **({"b": [groups * d_out]} if joint else {})}
+
+
+def flat(tensors: dict[str, Tensor]) -> np.ndarray:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()]).numpy()
+
+
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
+@pytest.mark.parametrize(("transposed", "joint"), FORMS)
+def test_rotated_the_matrix_is_the_spectrum(
+    transposed: bool, joint: bool, ranks: tuple[int | None, int | None]
+) -> None:
+    """`Q diag(spectrum) Qᵀ`, column by column, is the sum of projections."""
+    block = thin_block(SIZES, ranks, parameters=names(joint), transposed=transposed)
+    assert block.shape == SIZES
+    of_parameters = shapes(SIZES, transposed, joint)
+    size = sum(np.prod(shape) for shape in of_parameters.values())
+    expected = np.zeros((size, size))
+    for place, dense in zip(
+        block_positions(SIZES, transposed=transposed, joint=joint),
+        dense_groups(block, SIZES[1:]),
+        strict=True,
+    ):
+        expected[np.ix_(place, place)] = dense
+    counts = [int(np.prod(shape)) for shape in of_parameters.values()]
+    for index in range(size):
+        unit = torch.zeros(size, dtype=torch.float64)
+        unit[index] = 1.0
+        parts = dict(zip(of_parameters, unit.split(counts), strict=True))
+        tensors = {n: part.reshape(of_parameters[n]) for n, part in parts.items()}
+        rotated = block.rotate(tensors)
+        np.testing.assert_allclose(float(rotated.square().sum()), 1.0, rtol=1e-12)
+        product = block.unrotate(block.spectrum * rotated, of_parameters)
+        np.testing.assert_allclose(flat(product), expected[:, index], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
+def test_trace_and_partial_traces(ranks: tuple[int | None, int | None]) -> None:
+    block = thin_block(SIZES, ranks, seed=3)
+    dense = dense_groups(block, SIZES[1:])
+    np.testing.assert_allclose(float(block.trace), sum(map(np.trace, dense)), rtol=1e-12)
+    np.testing.assert_allclose(float(block.mean), np.mean([np.diag(d) for d in dense]), rtol=1e-12)
+    rows, columns = block.multiplicities
+    for group, matrix in enumerate(dense):
+        sides = zip(
+            partial_traces(matrix, SIZES[1:]),
+            block.partial_traces,
+            (rows, columns),
+            (block.gradient_basis, block.activation_basis),
+            SIZES[1:],
+            strict=True,
+        )
+        for exact, own, counts, basis, size in sides:
+            assert float(counts.sum()) == size
+            vectors = np.eye(size) if basis is None else basis[group].numpy()
+            kept = vectors.shape[1]
+            diagonal = np.diag(vectors.T @ exact @ vectors)
+            np.testing.assert_allclose(own[group, :kept].numpy(), diagonal, rtol=1e-10, atol=1e-12)
+            rest = np.trace(exact) - diagonal.sum()
+            of_complement = (counts * own[group])[kept:].sum()
+            np.testing.assert_allclose(float(of_complement), rest, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 2), (3, 4), (5, 7), (6, 8), (6, 1)], ids=str)
+@pytest.mark.parametrize("before", [(6, 8), (5, 7), (None, 8), (6, None), (6, 4)], ids=str)
+def test_cutting_leaves_exact_means(
+    before: tuple[int | None, int | None], ranks: tuple[int, int]
+) -> None:
+    """Entry by entry, from the dense matrix before and the directions after."""
+    block = thin_block(SIZES, before, seed=5)
+    thin = cut(block, *ranks)
+    expected = tuple(
+        size if old is None else min(old, new)
+        for old, new, size in zip(before, ranks, SIZES[1:], strict=True)
+    )
+    assert thin.ranks == expected
+    for group, dense in enumerate(dense_groups(block, SIZES[1:])):
+        left, right = (
+            np.eye(size) if basis is None else basis[group].numpy()
+            for basis, size in zip(
+                (thin.gradient_basis, thin.activation_basis), SIZES[1:], strict=True
+            )
+        )
+        sides = []
+        for vectors in (left, right):
+            own = [np.outer(v, v) for v in vectors.T]
+            if vectors.shape[1] < len(vectors):
+                own.append(np.eye(len(vectors)) - vectors @ vectors.T)
+            sides.append(own)
+        for i, p in enumerate(sides[0]):
+            for j, q in enumerate(sides[1]):
+                exact = np.trace(dense @ np.kron(p, q)) / np.trace(p) / np.trace(q)
+                got = float(thin.eigenvalues[group, i, j])
+                np.testing.assert_allclose(got, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_cutting_keeps_the_largest_partial_traces_in_order() -> None:
+    values = torch.tensor([[[1.0, 0.0], [5.0, 0.0], [0.0, 2.0], [3.0, 1.0]]]).double()
+    block = Block(("w",), orthonormal(1, 4, 4, 0), orthonormal(1, 2, 2, 1), values)
+    thin = cut(block, 2, None)
+    assert torch.equal(thin.gradient_basis, block.gradient_basis[:, :, [1, 3]])
+    assert thin.activation_basis is block.activation_basis
+    expected = torch.tensor([[[5.0, 0.0], [3.0, 1.0], [0.5, 1.0]]]).double()
+    assert torch.equal(thin.eigenvalues, expected)
+
+
+def test_cutting_in_two_steps_is_cutting_in_one() -> None:
+    block = thin_block(SIZES, (6, 8), seed=7)
+    twice, once = cut(cut(block, 4, 6), 2, 3), cut(block, 2, 3)
+    assert torch.equal(twice.gradient_basis, once.gradient_basis)
+    assert torch.equal(twice.activation_basis, once.activation_basis)
+    torch.testing.assert_close(twice.eigenvalues, once.eigenvalues, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_is_cut_that_is_thin_enough() -> None:
+    for block in (thin_block(SIZES, (6, 8)), thin_block(SIZES, (2, None))):
+        assert cut(block, None, None) is block
+        assert cut(block, 6, 100) is block
+
+
+def test_further_from_the_whole_the_fewer_are_kept() -> None:
+    block = thin_block((1, 6, 8), (6, 8), seed=9)
+    whole = dense_groups(block, (6, 8))[0]
+    for side in range(2):
+        distances = []
+        for rank in range(1, 9 if side else 7):
+            ranks = (None, rank) if side else (rank, None)
+            distances.append(np.linalg.norm(dense_groups(cut(block, *ranks), (6, 8))[0] - whole))
+        assert all(a >= b - 1e-12 for a, b in pairwise(distances))
+        assert distances[0] > 0.1
+        assert distances[-1] == 0
+
+
+@pytest.mark.parametrize("ranks", [(0, None), (None, -1)])
+def test_impossible_ranks_are_refused(ranks: tuple[int | None, int | None]) -> None:
+    name = "gradient_rank is 0" if ranks[0] is not None else "activation_rank is -1"
+    with pytest.raises(ValueError, match=f"^{name}; expected at least 1, or None"):
+        cut(thin_block(SIZES, (6, 8)), *ranks)
+
+
+def test_of_whole_blocks_the_spectrum_is_the_eigenvalues() -> None:
+    block = thin_block(SIZES, (6, 8))
+    assert block.spectrum is block.eigenvalues
+    assert not block.is_thin
+    assert not replace(block, gradient_basis=None).is_thin
+
+
+def test_tensors_are_replaced_and_the_rest_follows() -> None:
+    """What is derived from the bases is derived again from others."""
+    block = thin_block(SIZES, (2, 3))
+    tensors = {"w": torch.randn(SIZES, dtype=torch.float64).reshape(12, 8)}
+    before = block.rotate(tensors)
+    turned = replace(block, gradient_basis=orthonormal(2, 6, 2, 99))
+    assert not torch.allclose(turned.rotate(tensors), before)
+    single = block.map(torch.Tensor.float)
+    assert single.rotate(tensors).dtype == torch.float32
+    torch.testing.assert_close(single.rotate(tensors).double(), before, rtol=1e-5, atol=1e-5)
+    doubled = block.with_eigenvalues(2 * block.eigenvalues)
+    assert torch.equal(doubled.spectrum, 2 * block.spectrum)
