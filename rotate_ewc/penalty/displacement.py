@@ -87,7 +87,7 @@ class Displacement:
         }
 
 
-def without_rounding_errors(rotated: Tensor) -> Tensor:
+def without_rounding_errors(rotated: Tensor, own: bool = False) -> Tensor:
     """Return a rotated matrix with zeros where it has nothing but rounding errors.
 
     A gradient that is exactly zero along a direction is not when rotated, and of what is left, tiny
@@ -97,6 +97,7 @@ def without_rounding_errors(rotated: Tensor) -> Tensor:
 
     Args:
         rotated: `[groups, d_out, d_in]`.
+        own: Whether it may be changed in its place.
     """
     squares = rotated.square()
     rows, columns = squares.sum(-1, keepdim=True), squares.sum(-2, keepdim=True)
@@ -105,7 +106,8 @@ def without_rounding_errors(rotated: Tensor) -> Tensor:
     # Minus infinity where a row or column is not known, and infinity where neither of both is.
     errors = [(known * sums).masked_fill(sums < least, -math.inf) for sums in (rows, columns)]
     largest = torch.maximum(*errors).nan_to_num_(math.nan, posinf=math.inf, neginf=math.inf)
-    return rotated.masked_fill(squares < largest, 0.0)
+    fill = rotated.masked_fill_ if own else rotated.masked_fill
+    return fill(squares < largest, 0.0)
 
 
 # In float32, with bases of up to 784 columns, errors of one half were the rule.

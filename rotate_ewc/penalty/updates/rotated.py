@@ -51,7 +51,13 @@ class RotatedUpdate(DisplacedUpdate):
         """Put what the optimizer is to step into the eigenbasis."""
         moving = self.moving(step)
         _check_dtypes([d.stack for d in moving], step)
-        rotated = [without_rounding_errors(rotated_gradient(d.stack, step)) for d in moving]
+        # Where there is no basis, what is returned is the gradient itself.
+        rotated = [
+            without_rounding_errors(
+                rotated_gradient(d.stack, step), own=d.stack.block.activation_basis is not None
+            )
+            for d in moving
+        ]
         check_gradients([d.stack for d in moving], rotated)
         self.follow(moving, step)
         self._looked_at = rotated if self.looks() else []
