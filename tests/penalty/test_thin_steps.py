@@ -155,7 +155,12 @@ class DeadInputs(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("rank", "dtype", "steps"), [(1, torch.float64, 500), (3, torch.float32, 10_000)]
+    ("rank", "dtype", "steps"),
+    [
+        (1, torch.float64, 300),
+        (3, torch.float32, 300),
+        pytest.param(3, torch.float32, 10_000, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_never_on_stays_where_it_is(rank: int, dtype: torch.dtype, steps: int) -> None:
     """Over thousands of steps of Adam, in which rounding errors would become full steps."""
@@ -179,7 +184,7 @@ def test_what_is_never_on_stays_where_it_is(rank: int, dtype: torch.dtype, steps
     moved = (model.first.weight - before.first.weight).abs()
     assert moved[:, [0, 3, 5]].max() <= 1e-6
     assert moved[1].max() <= 1e-6
-    assert moved[0, [1, 2, 4, 6, 7]].max() > 1e-2
+    assert moved[0, [1, 2, 4, 6, 7]].max() > 1e-3
     assert (model.second.weight - before.second.weight)[:, 1].abs().max() <= 1e-6
 
 
