@@ -49,10 +49,10 @@ class MethodResult:
     @property
     def regret(self) -> float | None:
         """How much accuracy on held-out images the default strength loses; None if unknown."""
-        default = self.found or (self.default and self.search.get(self.default))
-        if not default or not self.search:
+        tried = self.search.get(self.default, []) if isinstance(self.default, float) else self.found
+        if not tried or not self.search:
             return None
-        return max(map(mean_accuracy, self.search.values())) - mean_accuracy(default)
+        return max(map(mean_accuracy, self.search.values())) - mean_accuracy(tried)
 
     @property
     def records(self) -> list[Record]:
@@ -121,7 +121,7 @@ def _result(label: str, records: Sequence[Record]) -> MethodResult:
     tests = by_strength(record for record in records if not record.for_validation)
     known = METHODS.get(records[0].method)
     default = known.default_strength if known else None
-    strength = best_strength(search)
+    strength: float | str | None = best_strength(search)
     if strength is None:
         # Without a search nothing was chosen but by whoever typed the command.
         strength = default if default in tests else next(iter(tests), None)
