@@ -32,7 +32,7 @@ def mapped(function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         parts = [mapped(function, item) for item in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if is_dataclass(value) and not isinstance(value, type):
+    if is_dataclass(value) and not isinstance(value, (type, Place)):
         other = copy.copy(value)
         for entry in fields(value):
             # Also where the class is frozen.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any, NoReturn
 
 import torch
 from torch import Generator, Tensor
 
 from rotate_ewc._utils.structure import mapped, tensors_of
+from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.losses.base import BatchForm, Likelihood
 from rotate_ewc.options import FisherType
 
@@ -128,7 +128,7 @@ class OwnLosses(Likelihood):
     def packing_forward(self, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Return a function from a batch to the losses of its examples."""
 
-        @wraps(forward, assigned=(), updated=())
+        # Without `__wrapped__`: it is not the model that gets the batch.
         def losses(batch: Any) -> Any:
             value = self.loss.function(forward, batch)
             if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -137,7 +137,18 @@ class OwnLosses(Likelihood):
                 )
             self.progress.batch, self.progress.ndim = batch, value.ndim
             self.progress.precision = torch.finfo(value.dtype).eps
-            return value if value.ndim else value.reshape(1)
+            if value.ndim:
+                return value
+            if self.loss.terms is not None and not self._own_terms(batch).any():
+                # The mean over no terms is not a number; no gradient is to come of it.
+                return value.new_zeros(1)
+            if not bool(torch.isfinite(value)):
+                raise NotFiniteError(
+                    f"{self.name} is {float(value.detach())}; expected a finite number. If an "
+                    f"example by itself has no labels that count, pass ModelLoss(loss, "
+                    f"terms=...) with a function that counts the terms of each example"
+                )
+            return value.reshape(1)
 
         return losses
 
@@ -174,6 +185,12 @@ class OwnLosses(Likelihood):
         """There are no targets."""
         del outputs, targets, fisher_type
 
+    def check(self, outputs: Tensor, targets: Any) -> None:
+        """Note an example's loss, to be compared with that of its batch."""
+        del targets
+        if not self.progress.several:
+            self.progress.values.append(float(outputs))
+
     def num_terms(self, outputs: Tensor, targets: Any) -> Tensor:
         """Count the terms as the user does, or the losses."""
         del targets
@@ -186,7 +203,6 @@ class OwnLosses(Likelihood):
         del targets
         if self.progress.several:
             return torch.ones_like(outputs)
-        self.progress.values.append(float(outputs))
         if self.loss.terms is None or self.final_reduction == "sum":
             return torch.ones_like(outputs)
         return torch.full_like(outputs, float(self._own_terms(self.progress.batch).sum()))
@@ -215,7 +231,6 @@ class OwnLosses(Likelihood):
         if self.loss.terms is not None:
             examples = (_example(inputs, number, count) for number in range(count))
             terms = torch.stack([self._own_terms(example).sum().cpu() for example in examples])
-            values = torch.where(terms > 0, values, 0.0)
         if count == 1 and self.progress.reduction is None:
             # One example cannot tell; were it there twice, a sum would double.
             with torch.no_grad():
