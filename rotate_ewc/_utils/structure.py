@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ def mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         items = {key: mapped(function, item) for key, item in value.items()}
-        if type(value) is dict:
+        if type(value) is dict or not isinstance(value, MutableMapping):
             return items
         other: Any = copy.copy(value)
         for key, item in items.items():
@@ -43,9 +43,17 @@ def mapped(function: Callable[[Any], Any], value: Any) -> Any:
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in a nested value, depth first."""
-    found: list[Tensor] = []
-    mapped(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, value)
-    yield from found
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_of(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for entry in fields(value):
+            yield from tensors_of(getattr(value, entry.name))
 
 
 def part_of(value: Any, key: Any) -> Any:
@@ -131,7 +139,8 @@ def packed(value: Any) -> tuple[Tensor, Packing | None]:
         raise kind(
             f"model returned {type(value).__name__} with floating-point tensors of shapes {shapes};"
             f" expected tensors with the examples on the first axis: pass forward=, a function from"
-            f" a batch's inputs to those outputs alone that the loss needs"
+            f" a batch's inputs to those outputs alone that the loss needs; or, for a loss that "
+            f"the model computes itself, ModelLoss"
         )
     rows = math.gcd(*(len(tensor) for tensor in tensors))
     if not rows:
