@@ -53,29 +53,31 @@ class Likelihood(ABC):
         reduction: The loss's reduction, `"mean"` or `"sum"`.
 
     Example:
-        A Poisson likelihood with outputs `log rate`, whose Hessian is the rate:
+        Waiting times with outputs `log rate`, whose mean Hessian is 1:
 
         >>> import torch
         >>> from torch import nn
         >>> from rotate_ewc import EKFACLinearOperator, Likelihood, register_likelihood
-        >>> class Poisson(Likelihood):
+        >>> class ExponentialLoss(nn.Module):
+        ...     def forward(self, outputs, targets):
+        ...         return (outputs.exp() * targets - outputs).mean()
+        >>> class Exponential(Likelihood):
         ...     def exact_vectors(self, outputs, targets, num_examples):
         ...         for element in range(outputs.shape[1]):
         ...             vector = torch.zeros_like(outputs)
-        ...             vector[:, element] = outputs[:, element].div(2).exp()
+        ...             vector[:, element] = 1
         ...             yield vector
         ...     def sampled_vector(self, outputs, targets, generator):
-        ...         rate = outputs.exp()
-        ...         return rate - torch.poisson(rate, generator=generator)
+        ...         return torch.empty_like(outputs).exponential_(generator=generator) - 1
         ...     def gradient(self, outputs, targets):
-        ...         return outputs.exp() - targets
+        ...         return outputs.exp() * targets - 1
         ...     def terms(self, outputs, targets):
         ...         return torch.full_like(outputs[:, 0], outputs.shape[1])
-        >>> register_likelihood(nn.PoissonNLLLoss, lambda loss: Poisson("Poisson", loss.reduction))
+        >>> register_likelihood(ExponentialLoss, lambda loss: Exponential("Exponential", "mean"))
         >>> model = nn.Linear(3, 2)
         >>> data = [(torch.randn(8, 3), torch.ones(8, 2))]
         >>> params = list(model.parameters())
-        >>> EKFACLinearOperator(model, nn.PoissonNLLLoss(), params, data).shape
+        >>> EKFACLinearOperator(model, ExponentialLoss(), params, data).shape
         (8, 8)
     """
 

@@ -133,8 +133,9 @@ class Empirical(Structured):
 
     def num_terms(self, outputs: Tensor, targets: Any) -> Tensor:
         """Count the terms as the user does; or the loss's numbers, or the rows of the outputs."""
-        if self.loss.terms is not None:
-            return self._own_terms(outputs, targets).sum()
+        own = self._own_terms(outputs, targets)
+        if own is not None:
+            return own.sum()
         with torch.no_grad():
             value = self._call(self.packing, outputs, targets)
         count = value.numel() if value.ndim else len(outputs)
@@ -168,8 +169,9 @@ class Empirical(Structured):
             yield alone
             return
         terms = outputs.new_full((num_examples,), rows)
-        if self.loss.terms is not None:
-            terms = self._own_terms(outputs, targets).to(outputs).reshape(num_examples, -1).sum(1)
+        own = self._own_terms(outputs, targets)
+        if own is not None:
+            terms = own.to(outputs).reshape(num_examples, -1).sum(1)
         weights = terms.repeat_interleave(rows).view(-1, *[1] * (outputs.ndim - 1))
         # The mean over no terms is not a number.
         alone = torch.where(weights > 0, alone, 0.0)
@@ -205,8 +207,10 @@ class Empirical(Structured):
             raise TypeError(f"loss_func {self.name} returned {kind}; expected a float tensor")
         return value
 
-    def _own_terms(self, outputs: Tensor, targets: Any) -> Tensor:
-        assert self.loss.terms is not None
+    def _own_terms(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        """Count the terms as the user does; None if that is left to the package."""
+        if self.loss.terms is None:
+            return None
         given = self.unpacked(outputs)
         found = self.loss.terms(*((given, targets) if self._takes_targets else (given,)))
         if not isinstance(found, Tensor) or not found.ndim:

@@ -139,7 +139,7 @@ class OwnLosses(Likelihood):
             self.progress.precision = torch.finfo(value.dtype).eps
             if value.ndim:
                 return value
-            if self.loss.terms is not None and not self._own_terms(batch).any():
+            if not self._own_terms(batch).any():
                 # The mean over no terms is not a number; no gradient is to come of it.
                 return value.new_zeros(1)
             if not bool(torch.isfinite(value)):
@@ -203,7 +203,7 @@ class OwnLosses(Likelihood):
         del targets
         if self.progress.several:
             return torch.ones_like(outputs)
-        if self.loss.terms is None or self.final_reduction == "sum":
+        if self.final_reduction == "sum":
             return torch.ones_like(outputs)
         return torch.full_like(outputs, float(self._own_terms(self.progress.batch).sum()))
 
@@ -219,7 +219,9 @@ class OwnLosses(Likelihood):
         raise TypeError(f"{self.name} has no distribution; expected fisher_type='empirical'")
 
     def _own_terms(self, batch: Any) -> Tensor:
-        assert self.loss.terms is not None
+        """Count the terms as the user does, or one for each example."""
+        if self.loss.terms is None:
+            return torch.ones(1, dtype=torch.float64)
         return torch.as_tensor(self.loss.terms(batch)).double()
 
     def _check_reduction(
@@ -227,10 +229,8 @@ class OwnLosses(Likelihood):
     ) -> None:
         """Measure whether the loss of a batch is the mean or the sum of those of the examples."""
         values = torch.tensor(self.progress.values, dtype=torch.float64)
-        terms = torch.ones_like(values)
-        if self.loss.terms is not None:
-            examples = (_example(inputs, number, count) for number in range(count))
-            terms = torch.stack([self._own_terms(example).sum().cpu() for example in examples])
+        examples = (_example(inputs, number, count) for number in range(count))
+        terms = torch.stack([self._own_terms(example).sum().cpu() for example in examples])
         if count == 1 and self.progress.reduction is None:
             # One example cannot tell; were it there twice, a sum would double.
             with torch.no_grad():
