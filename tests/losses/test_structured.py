@@ -365,3 +365,54 @@ def test_a_penalty_protects_all_heads() -> None:
         model.word.bias.add_(torch.tensor([1.0, 0, 0]).double())
     assert size_moved > 0
     assert float(penalty(model).detach()) > 0
+
+
+class Recurrent(TwoHeads):
+    """The same after a layer that has no rule."""
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__(kind)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(4)
+            self.body = nn.LSTM(5, 4, batch_first=True).double()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Any:
+        """Return both heads."""
+        hidden = self.body(x)[0]
+        word, size = self.word(hidden).flatten(0, 1), self.size(hidden.mean(dim=1))
+        return {"word": word, "size": size}
+
+
+@pytest.mark.parametrize("fisher", ["type2", "empirical"])
+def test_layers_without_a_rule_have_exact_diagonals(fisher: str) -> None:
+    """One example after another, whose outputs are packed as the batch's are."""
+    model, loss = Recurrent("dict"), loss_of("dict", "sum", nn.MSELoss)
+    with pytest.warns(UserWarning, match="exact diagonal"):
+        operator = EKFACLinearOperator(
+            model,
+            loss,
+            list(model.parameters()),
+            batches("dict"),
+            fisher_type=fisher,
+            unsupported="diagonal",
+        )
+    y, z = labels(), sizes()
+
+    def joint(outputs: Any, n: int) -> Tensor:
+        word = nn.functional.cross_entropy(outputs["word"], y[n], reduction="sum")
+        return word + 0.3 * (outputs["size"] - z[n : n + 1]).square().sum()
+
+    def of_joined(flat: Tensor, n: int) -> Tensor:
+        return joint({"word": flat[:9].view(3, 3), "size": flat[9:].view(1, 2)}, n)
+
+    if fisher == "empirical":
+        matrix = outer_products(example_gradients(model, joint, inputs()))
+    else:
+        matrix = gauss_newton(model, of_joined, inputs(), joined)
+    diagonal, start = matrix.diagonal(), 0
+    blocks = {block.label: block for block in operator.blocks}
+    for name, parameter in model.named_parameters():
+        if name.startswith("body"):
+            own = diagonal[start : start + parameter.numel()]
+            assert_close(blocks[name].eigenvalues.flatten(), own, 1e-9)
+        start += parameter.numel()
