@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Final, NoReturn
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.func import grad, vmap
 
 from rotate_ewc._utils.structure import Packing, mapped, tensors_of
@@ -101,8 +101,17 @@ class Empirical(Structured):
 
     @classmethod
     def of(cls, loss: Callable[..., Any], name: str) -> Empirical:
-        """Take a loss of which nothing is known."""
+        """Take a loss of which nothing is known.
+
+        Raises:
+            TypeError: If it is a function of a model and a batch.
+        """
         loss = loss if isinstance(loss, EmpiricalLoss) else EmpiricalLoss(loss)
+        if first_argument(loss.function) == "model":
+            raise TypeError(
+                f"loss_func is {name}, a function of a model; expected one of outputs and targets, "
+                f"or ModelLoss(loss_func) for a function of a model and a batch"
+            )
         measured = Measured(reduction=loss.reduction)
         return cls(name, "mean", loss=loss, measured=measured)
 
@@ -340,16 +349,29 @@ _REMEDY: Final = (
 )
 
 
+def first_argument(function: Callable[..., Any]) -> str | None:
+    """Return the name of a function's first argument; None if there is none, or is not known."""
+    return next((parameter.name for parameter in _parameters(function)), None)
+
+
 def num_arguments(function: Callable[..., Any]) -> int | None:
     """Return how many arguments a function must get; None if that cannot be known."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
+    parameters = _parameters(function)
+    if not parameters:
         return None
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
         return None
     return len([p for p in parameters if p.kind in kinds and p.default is p.empty])
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return a function's parameters; none for those that do not tell."""
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        return list(inspect.signature(called).parameters.values())
+    except (TypeError, ValueError):
+        return []
 
 
 def _twice(value: Any, rows: int) -> Any:

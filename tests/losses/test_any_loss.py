@@ -396,6 +396,15 @@ def test_model_losses_that_are_no_mean_are_refused(name: str) -> None:
         )
 
 
+def test_functions_of_a_model_are_told_apart() -> None:
+    model = Net()
+    for loss in (own, lambda model, batch: own(model, batch)):
+        with pytest.raises(TypeError, match=r"a function of a model; .*ModelLoss\(loss_func\)"):
+            EKFACLinearOperator(
+                model, loss, list(model.parameters()), own_batches((3, 3), labels()), **EMPIRICAL
+            )
+
+
 @pytest.mark.parametrize("kind", [EmpiricalLoss, ModelLoss])
 def test_bad_arguments_are_named(kind: Any) -> None:
     for arguments, options, error, message in (
