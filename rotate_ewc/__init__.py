@@ -9,7 +9,14 @@ from rotate_ewc.curvature.merge import merge
 from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.errors import NotFiniteError, SnapshotError
 from rotate_ewc.linalg.block import Block
-from rotate_ewc.losses import Likelihood, register_likelihood
+from rotate_ewc.losses import (
+    BatchForm,
+    EmpiricalLoss,
+    Likelihood,
+    ModelLoss,
+    SumOfLosses,
+    register_likelihood,
+)
 from rotate_ewc.options import (
     EstimationOptions,
     EstimationSettings,
@@ -31,21 +38,25 @@ from rotate_ewc.version import __version__
 
 __all__ = [
     "Attachment",
+    "BatchForm",
     "Block",
     "EKFACLinearOperator",
     "EKFACPenalty",
+    "EmpiricalLoss",
     "EstimationOptions",
     "EstimationSettings",
     "FisherType",
     "KFACType",
     "Likelihood",
     "Mode",
+    "ModelLoss",
     "NotFiniteError",
     "PenaltyOptions",
     "Provenance",
     "Reduction",
     "SnapshotError",
     "Stack",
+    "SumOfLosses",
     "Term",
     "Unsupported",
     "UpdateKind",

@@ -21,6 +21,7 @@ from rotate_ewc.io import files, snapshot
 from rotate_ewc.io.storage_dtype import check_storage_dtype
 from rotate_ewc.linalg import algebra, quadratic
 from rotate_ewc.linalg.block import Block
+from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import EstimationOptions, EstimationSettings
 from rotate_ewc.provenance import Provenance
 
@@ -79,11 +80,12 @@ class EKFACLinearOperator:
         Args:
             model_func: The model, or a function from a batch's inputs to outputs. Modules that it
                 reaches (through closures, `partial`, methods, globals) are put into eval mode.
-            loss_func: `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss` with reduction `mean` or
-                `sum` and any of their options, or a loss known through `register_likelihood`.
+            loss_func: A loss that is built in or registered, with reduction `mean` or `sum`; with
+                `fisher_type="empirical"` any differentiable function of outputs and targets.
             params: Parameters the matrix is over: a list, or a dictionary by name. A list's names
                 are those in the model.
-            data: Re-iterable batches (inputs, targets), such as a `DataLoader`.
+            data: Re-iterable batches (inputs, targets), such as a `DataLoader`; or inputs alone, if
+                the loss, or the Fisher type, needs no targets.
             num_data: Examples the data stand for, where they are a sample of a larger set.
             check_deterministic: Estimate twice and raise if traces, or products with a vector,
                 differ, as they do when the model or the data are random. Doubles the time.
@@ -103,9 +105,10 @@ class EKFACLinearOperator:
             raise TypeError(f"model_func is {model_func!r}; expected a module or a function")
         model = model_func if isinstance(model_func, nn.Module) else None
         named = name_parameters(params, model)
+        likelihood = likelihood_of(loss_func, settings.fisher_type)
         blocks, self._shapes, self._provenance = fit_blocks(
-            model_func,
-            loss_func,
+            likelihood.packing_forward(model_func),
+            likelihood,
             named,
             data,
             settings,

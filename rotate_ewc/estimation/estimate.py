@@ -27,12 +27,18 @@ from rotate_ewc.estimation.accumulate import FirstPass, SecondPass
 from rotate_ewc.estimation.factors import decompose
 from rotate_ewc.estimation.repeatability import WatchedForward, check_equal
 from rotate_ewc.linalg.block import Block, matrix_shape
-from rotate_ewc.losses import Likelihood, likelihood_of
+from rotate_ewc.losses import Likelihood
 from rotate_ewc.options import EstimationSettings, KFACType, Reduction, Unsupported
 from rotate_ewc.provenance import Provenance
 from rotate_ewc.tracing.capture import BatchCapturer
 from rotate_ewc.tracing.origins import NO_CONSTANTS, Constants
-from rotate_ewc.tracing.passes import Passes, check_reiterable
+from rotate_ewc.tracing.passes import (
+    Passes,
+    batches,
+    check_reiterable,
+    naming_batch,
+    noting_batch,
+)
 
 # The settings that matter to what is found.
 _TOLD: Final = (
@@ -66,7 +72,7 @@ class Estimate:
 
 def fit_blocks(
     forward: Callable[[Any], Tensor],
-    loss_func: Callable[..., Any],
+    likelihood: Likelihood,
     parameters: Mapping[str, Tensor],
     data: Iterable[Any],
     settings: EstimationSettings,
@@ -78,8 +84,8 @@ def fit_blocks(
     """Estimate the blocks of an operator, leaving the model and the random states as they were.
 
     Args:
-        forward: From a batch's inputs to the model's outputs.
-        loss_func: The loss.
+        forward: From a batch's inputs to the model's outputs, packed by the likelihood.
+        likelihood: The distribution behind the loss.
         parameters: What the matrix is over, by name.
         data: Re-iterable batches (inputs, targets).
         settings: How to estimate.
@@ -95,14 +101,15 @@ def fit_blocks(
         ValueError: If a parameter, layer, loss or batch cannot be handled, naming it.
         TypeError: If a part of a batch, or the outputs, have the wrong type.
     """
-    likelihood = likelihood_of(loss_func)
     given, parameters = parameters, _without_complex(parameters, settings.unsupported)
     complex_names = tuple(name for name in given if name not in parameters)
     ranked = settings.rank if isinstance(settings.rank, Mapping) else ()
     for argument, patterns in (("rank", ranked), ("diagonal", settings.diagonal)):
         check_matching(argument, patterns, given, "parameter that is estimated")
     constants = NO_CONSTANTS if model is None else Constants.of(model)
-    modules = [*([] if model is None else model.modules()), *reached_modules(forward)]
+    modules = [] if model is None else [*model.modules()]
+    for function in (forward, *likelihood.user_functions):
+        modules += reached_modules(function)
     watched = WatchedForward(forward, {parameter.device for parameter in parameters.values()})
     with undisturbed(modules, parameters.values()), torch.inference_mode(False):
         found = estimate(watched, likelihood, parameters, data, settings, constants, num_data)
@@ -131,7 +138,7 @@ def fit_blocks(
     stands_for = num_data or found.num_examples
     provenance = Provenance(
         loss=likelihood.name,
-        reduction=Reduction(likelihood.reduction),
+        reduction=Reduction(likelihood.final_reduction),
         fisher_type=settings.fisher_type,
         num_data=stands_for,
         num_loss_terms=stands_for * (found.num_loss_terms / max(1, found.num_examples)),
@@ -179,6 +186,7 @@ def estimate(
     """
     check_reiterable(data)
     capturer = BatchCapturer(forward, likelihood, parameters, settings, constants)
+    capturer.likelihood = likelihood = _counted(capturer, data)
     passes = Passes(capturer, data, settings.memory_budget // 2)
     reduce = settings.kfac_approx is KFACType.REDUCE
     first = FirstPass(reduce, settings.memory_budget // 4, settings.rank_of)
@@ -214,9 +222,37 @@ def estimate(
     )
 
 
+def _counted(capturer: BatchCapturer, data: Iterable[Any]) -> Likelihood:
+    """Return the likelihood with what it must know of all data, by a pass without gradients.
+
+    There is none unless the loss has counts, as sums of means do.
+    """
+    likelihood, settings = capturer.likelihood, capturer.settings
+    if not likelihood.has_counts:
+        return likelihood
+    total: Tensor | None = None
+    shown = batches(
+        data,
+        capturer.device,
+        likelihood.batch_form,
+        progressbar=bool(settings.progressbar),
+        description="loss terms",
+    )
+    for number, inputs, targets in shown:
+        with torch.no_grad(), naming_batch(number), noting_batch(number):
+            outputs = capturer.forward(inputs)
+            outputs = outputs.to(statistics_dtype(outputs.dtype))
+            current = likelihood.current
+            targets = current.completed_targets(outputs, targets, settings.fisher_type)
+            current.check(outputs, targets)
+            counts = current.counts(outputs, targets)
+            total = counts if total is None else total + counts
+    return likelihood if total is None else likelihood.with_counts(total)
+
+
 def _scale(first: FirstPass, likelihood: Likelihood, num_data: int | None) -> float:
     """Return the factor from sums over the examples seen to the loss's own reduction."""
-    if likelihood.reduction == "mean":
+    if likelihood.final_reduction == "mean":
         if first.normalizer <= 0:
             raise ValueError(
                 "no target in the data counts (all are ignored, or have weight 0), so that the "

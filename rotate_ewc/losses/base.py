@@ -15,14 +15,28 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc.options import FisherType
+
+
+class BatchForm(Enum):
+    """What a batch of data is, as a loss has it.
+
+    `TENSOR`: inputs and targets, of which the latter are one tensor (or None, for unlabelled data);
+    `PAIR`: inputs and targets of any structure; `INPUTS`: inputs alone.
+    """
+
+    TENSOR = "tensor"
+    PAIR = "pair"
+    INPUTS = "inputs"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,34 +53,67 @@ class Likelihood(ABC):
         reduction: The loss's reduction, `"mean"` or `"sum"`.
 
     Example:
-        A Poisson likelihood with outputs `log rate`, whose Hessian is the rate:
+        Waiting times with outputs `log rate`, whose mean Hessian is 1:
 
         >>> import torch
         >>> from torch import nn
         >>> from rotate_ewc import EKFACLinearOperator, Likelihood, register_likelihood
-        >>> class Poisson(Likelihood):
+        >>> class ExponentialLoss(nn.Module):
+        ...     def forward(self, outputs, targets):
+        ...         return (outputs.exp() * targets - outputs).mean()
+        >>> class Exponential(Likelihood):
         ...     def exact_vectors(self, outputs, targets, num_examples):
         ...         for element in range(outputs.shape[1]):
         ...             vector = torch.zeros_like(outputs)
-        ...             vector[:, element] = outputs[:, element].div(2).exp()
+        ...             vector[:, element] = 1
         ...             yield vector
         ...     def sampled_vector(self, outputs, targets, generator):
-        ...         rate = outputs.exp()
-        ...         return rate - torch.poisson(rate, generator=generator)
+        ...         return torch.empty_like(outputs).exponential_(generator=generator) - 1
         ...     def gradient(self, outputs, targets):
-        ...         return outputs.exp() - targets
+        ...         return outputs.exp() * targets - 1
         ...     def terms(self, outputs, targets):
         ...         return torch.full_like(outputs[:, 0], outputs.shape[1])
-        >>> register_likelihood(nn.PoissonNLLLoss, lambda loss: Poisson("Poisson", loss.reduction))
+        >>> register_likelihood(ExponentialLoss, lambda loss: Exponential("Exponential", "mean"))
         >>> model = nn.Linear(3, 2)
         >>> data = [(torch.randn(8, 3), torch.ones(8, 2))]
         >>> params = list(model.parameters())
-        >>> EKFACLinearOperator(model, nn.PoissonNLLLoss(), params, data).shape
+        >>> EKFACLinearOperator(model, ExponentialLoss(), params, data).shape
         (8, 8)
     """
 
     name: str
     reduction: str
+
+    @property
+    def batch_form(self) -> BatchForm:
+        """What a batch of data is."""
+        return BatchForm.TENSOR
+
+    @property
+    def user_functions(self) -> tuple[Callable[..., Any], ...]:
+        """Functions of the user that the loss calls, and whose modules are to be in eval mode."""
+        return ()
+
+    @property
+    def final_reduction(self) -> str:
+        """The reduction, as it is known when all data have been seen."""
+        return self.reduction
+
+    @property
+    def current(self) -> Likelihood:
+        """The likelihood of outputs that are structured as those of the last forward pass."""
+        return self
+
+    def packing_forward(self, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Return a forward function with one tensor of outputs, where the loss takes several."""
+        return forward
+
+    def parts_of_batch(
+        self, forward: Callable[[Any], Any], inputs: Any, num_examples: Callable[[Any], int] | None
+    ) -> Iterator[Any]:
+        """Yield the inputs of a batch, or those of its examples, where they must be seen alone."""
+        del forward, num_examples
+        yield inputs
 
     @abstractmethod
     def exact_vectors(
@@ -108,6 +155,65 @@ class Likelihood(ABC):
         del outputs, targets
         return None
 
+    def softened(self, outputs: Tensor, temperature: float) -> Tensor:
+        """Return the outputs of predictions softened by a temperature T.
+
+        The Fisher matrix at these outputs, times T², is that of the softened snapshot.
+
+        Args:
+            outputs: The model's outputs, attached to the autograd graph.
+            temperature: T.
+        """
+        return outputs / temperature
+
+    @property
+    def has_distribution(self) -> bool:
+        """Whether more than gradients of the loss are known."""
+        return True
+
+    @property
+    def can_be_softened(self) -> bool:
+        """Whether predictions have an entropy, so that a temperature makes sense."""
+        return type(self).relative_entropies is not Likelihood.relative_entropies
+
+    def stand_in_targets(self, outputs: Tensor) -> Tensor | None:
+        """Return targets for unlabelled data; None if the exact matrix depends on the targets."""
+        del outputs
+        return None
+
+    def completed_targets(self, outputs: Tensor, targets: Any, fisher_type: FisherType) -> Any:
+        """Return a batch's targets, or others where it has none and none are needed.
+
+        Raises:
+            ValueError: If the batch has none, and the matrix depends on them.
+        """
+        if targets is not None:
+            return targets
+        found = None
+        if fisher_type is not FisherType.EMPIRICAL:
+            found = self.stand_in_targets(outputs)
+        if found is None:
+            raise ValueError(
+                f"the batch has no targets, but the matrix of {self.name} with fisher_type "
+                f"{fisher_type!r} depends on them; expected (inputs, targets)"
+            )
+        return found
+
+    @property
+    def has_counts(self) -> bool:
+        """Whether `counts` must be summed over all data before the first vector."""
+        return False
+
+    def counts(self, outputs: Tensor, targets: Any) -> Tensor:
+        """Return what a batch adds to the counts."""
+        del targets
+        return outputs.new_zeros(0)
+
+    def with_counts(self, counts: Tensor) -> Likelihood:
+        """Return the likelihood for data with these counts."""
+        del counts
+        return self
+
     def predictions(self, outputs: Tensor) -> int:
         """Number of predictions (such as tokens) in a batch of outputs."""
         return len(outputs)
@@ -141,6 +247,15 @@ class Likelihood(ABC):
                 yield self.sampled_vector(outputs, targets, generator) / math.sqrt(mc_samples)
         else:
             yield self.gradient(outputs, targets)
+
+
+def non_negative(loss: str, option: str, value: Tensor | None) -> Tensor | None:
+    """Return an option of a loss; raise `ValueError` if a number is negative or not finite."""
+    if value is not None and not bool((torch.isfinite(value) & (value >= 0)).all()):
+        raise ValueError(
+            f"loss_func {loss} has {option} {value.tolist()}; expected finite numbers of at least 0"
+        )
+    return value
 
 
 def shape_of(tensor: Tensor) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Generator, Tensor, nn
 
-from rotate_ewc.losses.base import Likelihood, shape_of
+from rotate_ewc.losses.base import Likelihood, non_negative, shape_of
 
 _DRAWN_AT_ONCE: Final = 2**18
 
@@ -37,12 +37,7 @@ class Categorical(Likelihood):
     @classmethod
     def of(cls, loss: nn.CrossEntropyLoss) -> Categorical:
         """Read the options of a `CrossEntropyLoss`."""
-        weights = loss.weight
-        if weights is not None and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
-            raise ValueError(
-                f"loss_func CrossEntropyLoss has class weights {weights.tolist()}; expected finite "
-                f"numbers of at least 0"
-            )
+        weights = checked_class_weights("CrossEntropyLoss", loss.weight)
         return cls(
             "CrossEntropyLoss", loss.reduction, weights, loss.ignore_index, loss.label_smoothing
         )
@@ -139,6 +134,14 @@ class Categorical(Likelihood):
         scaled = probabilities.mul_(self._strengths(outputs, targets))
         return scaled.sub_(self._target_weights(outputs, targets))
 
+    def stand_in_targets(self, outputs: Tensor) -> Tensor | None:
+        """Return labels that count, without class weights, which depend on the labels given."""
+        if self.class_weights is not None:
+            return None
+        label = 1 if self.ignore_index == 0 else 0
+        shape = (outputs.shape[0], *outputs.shape[2:])
+        return torch.full(shape, label, dtype=torch.long, device=outputs.device)
+
     def _plain(self, targets: Tensor) -> bool:
         """Whether q is one-hot, or zero where the label is ignored."""
         options = self.class_weights is not None or bool(self.label_smoothing)
@@ -200,6 +203,11 @@ class Categorical(Likelihood):
                 f"{self.name} targets are floating-point, but not class probabilities; expected "
                 f"finite numbers of at least 0, or integer class indices"
             )
+
+
+def checked_class_weights(loss: str, weights: Tensor | None) -> Tensor | None:
+    """Return class weights; raise `ValueError` if one of them is negative or not finite."""
+    return non_negative(loss, "class weights", weights)
 
 
 def _drawn(probabilities: Tensor, generator: Generator) -> Tensor:

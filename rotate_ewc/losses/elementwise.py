@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from rotate_ewc.losses.base import Likelihood, shape_of
+from rotate_ewc.losses.base import Likelihood, non_negative, shape_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +47,8 @@ class Elementwise(Likelihood):
         self, outputs: Tensor, targets: Tensor, num_examples: int
     ) -> Iterator[Tensor]:
         """Yield, for every element of an example's output, the root of its curvature."""
-        roots = self.curvature(outputs, targets).sqrt().reshape(num_examples, -1)
-        for element in range(roots.shape[1]):
-            vector = torch.zeros_like(roots)
-            vector[:, element] = roots[:, element]
-            yield vector.view_as(outputs)
+        roots = self.curvature(outputs, targets).sqrt()
+        yield from one_element_each(roots, num_examples, outputs.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +77,10 @@ class Gaussian(Elementwise):
         """Return `2 (f - y)`."""
         return 2.0 * (outputs - targets.to(outputs.dtype))
 
+    def stand_in_targets(self, outputs: Tensor) -> Tensor:
+        """Return zeros, since no matrix depends on the targets given."""
+        return torch.zeros_like(outputs)
+
 
 @dataclass(frozen=True, eq=False)
 class Bernoulli(Elementwise):
@@ -100,28 +101,15 @@ class Bernoulli(Elementwise):
     def of(cls, loss: nn.BCEWithLogitsLoss) -> Bernoulli:
         """Read the options of a `BCEWithLogitsLoss`."""
         for option, value in (("weight", loss.weight), ("pos_weight", loss.pos_weight)):
-            if value is not None and not bool((torch.isfinite(value) & (value >= 0)).all()):
-                raise ValueError(
-                    f"loss_func BCEWithLogitsLoss has {option} {value.tolist()}; expected finite "
-                    f"numbers of at least 0"
-                )
+            non_negative("BCEWithLogitsLoss", option, value)
         return cls("BCEWithLogitsLoss", loss.reduction, loss.weight, loss.pos_weight)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Check targets, and that the weights can be broadcast against the outputs."""
         super().check(outputs, targets)
-        if not bool(((targets >= 0) & (targets <= 1)).all()):
-            raise ValueError(
-                f"{self.name} targets run from {float(targets.min()):g} to "
-                f"{float(targets.max()):g}; expected numbers from 0 to 1"
-            )
+        check_fractions(self.name, targets)
         for option, value in (("weight", self.weight), ("pos_weight", self.pos_weight)):
-            if value is not None and not _fits(value, outputs):
-                raise ValueError(
-                    f"{self.name} {option} of shape {shape_of(value)} cannot be broadcast against "
-                    f"a batch's outputs {shape_of(outputs)}; expected one number for each output "
-                    f"(a weight for each example cannot be cut into batches)"
-                )
+            check_fits(self.name, option, value, outputs)
 
     def curvature(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return `s σ (1 - σ)`, as a product of two sigmoids to stay exact for large logits."""
@@ -148,6 +136,10 @@ class Bernoulli(Elementwise):
         gradient = (1 - labels) * torch.sigmoid(outputs) - positive * torch.sigmoid(-outputs)
         return gradient if self.weight is None else gradient * self.weight.to(outputs)
 
+    def stand_in_targets(self, outputs: Tensor) -> Tensor | None:
+        """Return zeros, without positive weights, which depend on the labels given."""
+        return torch.zeros_like(outputs) if self.pos_weight is None else None
+
     def _strength(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return s, of the outputs' shape."""
         labels = targets.to(outputs.dtype)
@@ -155,6 +147,34 @@ class Bernoulli(Elementwise):
         if self.pos_weight is not None:
             strength = 1 + (self.pos_weight.to(outputs) - 1) * labels
         return strength if self.weight is None else strength * self.weight.to(outputs)
+
+
+def one_element_each(roots: Tensor, num_examples: int, shape: torch.Size) -> Iterator[Tensor]:
+    """Yield, for every element of an example's output, a vector of this shape with that alone."""
+    roots = roots.reshape(num_examples, -1)
+    for element in range(roots.shape[1]):
+        vector = torch.zeros_like(roots)
+        vector[:, element] = roots[:, element]
+        yield vector.view(shape)
+
+
+def check_fractions(loss: str, targets: Tensor) -> None:
+    """Raise `ValueError` unless targets are from 0 to 1."""
+    if not bool(((targets >= 0) & (targets <= 1)).all()):
+        raise ValueError(
+            f"{loss} targets run from {float(targets.min()):g} to "
+            f"{float(targets.max()):g}; expected numbers from 0 to 1"
+        )
+
+
+def check_fits(loss: str, option: str, value: Tensor | None, outputs: Tensor) -> None:
+    """Raise `ValueError` unless a loss's option can be broadcast against the outputs."""
+    if value is not None and not _fits(value, outputs):
+        raise ValueError(
+            f"{loss} {option} of shape {shape_of(value)} cannot be broadcast against "
+            f"a batch's outputs {shape_of(outputs)}; expected one number for each output "
+            f"(a weight for each example cannot be cut into batches)"
+        )
 
 
 def _fits(factor: Tensor, outputs: Tensor) -> bool:

@@ -41,12 +41,13 @@ from rotate_ewc.io import files
 from rotate_ewc.io.storage_dtype import check_storage_dtype
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.linalg.quadratic import quadratic_form
+from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import EstimationOptions, EstimationSettings, Mode, Weighting
 from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.stability import warn_if_divergent
 from rotate_ewc.penalty.state import PenaltyState
-from rotate_ewc.penalty.temperature import softened, softening_temperature
+from rotate_ewc.penalty.temperature import fitting_temperature, softened
 from rotate_ewc.penalty.terms import Term
 from rotate_ewc.penalty.updates import UpdateKind
 from rotate_ewc.penalty.weighting import kept_weight
@@ -169,7 +170,7 @@ class EKFACPenalty(ConsolidatedTasks):
         data: Iterable[Any],
         *,
         params: Parameters | None = None,
-        forward: Callable[[Any], Tensor] | None = None,
+        forward: Callable[[Any], Any] | None = None,
         num_data: int | None = None,
         weight: float = 1.0,
     ) -> None:
@@ -180,13 +181,16 @@ class EKFACPenalty(ConsolidatedTasks):
 
         Args:
             model: The model at the end of the task.
-            loss_func: The task's loss, with reduction `mean` or `sum`.
-            data: The task's data, as re-iterable batches (inputs, targets). A few thousand examples
-                are enough for most models.
+            loss_func: The task's loss, with reduction `mean` or `sum`: one that is built in or
+                registered, or with `fisher_type="empirical"` any differentiable function of outputs
+                and targets.
+            data: The task's data, as re-iterable batches (inputs, targets); or inputs alone, if the
+                loss, or the Fisher type, needs no targets. A few thousand examples are enough for
+                most models.
             params: The parameters to protect, which keep the names they have in the model; None is
                 all that require gradients and that `include` and `exclude` choose.
-            forward: From a batch's inputs to outputs, where that is not `model(inputs)`. Modules
-                that it reaches are put into eval mode, as the model is.
+            forward: From a batch's inputs to what the loss takes as outputs, where that is not
+                `model(inputs)`. Modules that it reaches are put into eval mode, as the model is.
             num_data: The task's number of examples, where `data` is only a sample of them.
             weight: w_t, what this task weighs in comparison with the others, at least 0.
 
@@ -205,13 +209,14 @@ class EKFACPenalty(ConsolidatedTasks):
         chosen = name_parameters(params, model)
         named = name_parameters(list(chosen.values()), model)
         self.protected(parameters_of(model))
-        forward = forward or model
-        temperature = self.temperature
-        if isinstance(temperature, str):
-            temperature = softening_temperature(model, forward, loss_func, data, self.settings)
+        likelihood = likelihood_of(loss_func, self.settings.fisher_type)
+        shown = likelihood.packing_forward(forward or model)
+        temperature = fitting_temperature(
+            self.temperature, model, shown, likelihood, data, self.settings
+        )
         blocks, shapes, provenance = fit_blocks(
-            softened(forward, temperature),
-            loss_func,
+            softened(shown, likelihood, temperature),
+            likelihood,
             named,
             data,
             replace(self.settings, seed=self.settings.seed + self._num_tasks),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc._utils.parameters import parameters_of
 from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.reached_modules import reached_modules
-from rotate_ewc.losses import Likelihood, likelihood_of
+from rotate_ewc._utils.structure import tensors_of
+from rotate_ewc._utils.validation import AUTO
+from rotate_ewc.losses import Likelihood
 from rotate_ewc.options import EstimationSettings
 from rotate_ewc.tracing.passes import (
     Batch,
@@ -30,8 +32,10 @@ _LARGEST_TEMPERATURE: Final = 1e6
 _BISECTIONS: Final = 24
 
 
-def softened(forward: Callable[[Any], Tensor], temperature: float) -> Callable[[Any], Tensor]:
-    """Divide outputs by a temperature."""
+def softened(
+    forward: Callable[[Any], Tensor], likelihood: Likelihood, temperature: float
+) -> Callable[[Any], Tensor]:
+    """Return a forward function with outputs of softened predictions."""
     if temperature == 1.0:
         return forward
 
@@ -39,15 +43,44 @@ def softened(forward: Callable[[Any], Tensor], temperature: float) -> Callable[[
     def divided(inputs: Any) -> Any:
         outputs = forward(inputs)
         # Others are refused where it is said how to make them tensors.
-        return outputs / temperature if isinstance(outputs, Tensor) else outputs
+        if not isinstance(outputs, Tensor):
+            return outputs
+        return likelihood.current.softened(outputs, temperature)
 
     return divided
+
+
+def fitting_temperature(
+    asked: float | str,
+    model: nn.Module,
+    forward: Callable[[Any], Any],
+    likelihood: Likelihood,
+    data: Iterable[Any],
+    settings: EstimationSettings,
+) -> float:
+    """Return the temperature that was asked for; find one for `"auto"`.
+
+    Without predictions that can be softened, as in regression, it is 1.
+
+    Raises:
+        ValueError: If a number is asked for and it is not known what the loss predicts.
+    """
+    if likelihood.can_be_softened:
+        if not isinstance(asked, str):
+            return asked
+        return softening_temperature(model, forward, likelihood, data, settings)
+    if not likelihood.has_distribution and asked not in (AUTO, 1.0):
+        raise ValueError(
+            f"temperature is {asked}, but of {likelihood.name} only gradients are known, and no "
+            f"predictions that could be softened; expected 1 or 'auto'"
+        )
+    return 1.0
 
 
 def softening_temperature(
     model: nn.Module,
     forward: Callable[[Any], Any],
-    loss_func: Callable[..., Any],
+    likelihood: Likelihood,
     data: Iterable[Any],
     settings: EstimationSettings,
 ) -> float:
@@ -61,7 +94,7 @@ def softening_temperature(
     Args:
         model: The model, which is left as it was.
         forward: From a batch's inputs to the model's outputs.
-        loss_func: The loss.
+        likelihood: The distribution behind the loss.
         data: Re-iterable batches (inputs, targets), gone through once.
         settings: Of the estimate. Outputs may take its memory budget; of more, every second batch
             is looked at, or fewer.
@@ -73,72 +106,93 @@ def softening_temperature(
     modules = [*model.modules(), *reached_modules(forward)]
     check_reiterable(data)
     with undisturbed(modules, parameters.values()), torch.no_grad():
-        likelihood = likelihood_of(loss_func)
         device = next(iter(parameters.values())).device
         shown = batches(
-            data, device, progressbar=bool(settings.progressbar), description="temperature"
+            data,
+            device,
+            likelihood.batch_form,
+            progressbar=bool(settings.progressbar),
+            description="temperature",
         )
-        seen = _seen(forward, likelihood, shown, settings.memory_budget)
-        return _temperature_of(seen, likelihood) if seen else 1.0
+        seen = _seen(forward, likelihood, shown, settings)
+        return _temperature_of(seen) if seen else 1.0
+
+
+class Seen(NamedTuple):
+    """A batch's outputs and targets, and their likelihood, which knows how they are packed."""
+
+    outputs: Tensor
+    targets: Any
+    likelihood: Likelihood
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        return self.outputs.nbytes + sum(t.nbytes for t in tensors_of(self.targets))
 
 
 def _seen(
     forward: Callable[[Any], Any],
     likelihood: Likelihood,
     shown: Iterable[Batch],
-    max_bytes: int,
-) -> list[tuple[Tensor, Tensor]]:
+    settings: EstimationSettings,
+) -> list[Seen]:
     """Return outputs and targets, as many as there is room for; none if nothing can be softened."""
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[Seen] = []
     stride = 1
     for number, inputs, targets in shown:
         if number % stride:
             continue
         with naming_batch(number), noting_batch(number):
             outputs = forward(inputs)
-        if not _can_be_softened(likelihood, outputs, targets):
+        found = _softenable(likelihood.current, outputs, targets, settings)
+        if found is None:
             return []
-        seen.append((outputs, targets))
-        while len(seen) > 1 and sum(o.nbytes + t.nbytes for o, t in seen) > max_bytes:
+        seen.append(found)
+        while len(seen) > 1 and sum(batch.nbytes for batch in seen) > settings.memory_budget:
             seen, stride = seen[::2], 2 * stride
     return seen
 
 
-def _can_be_softened(likelihood: Likelihood, outputs: Any, targets: Tensor) -> bool:
-    """Return whether predictions have an entropy; outputs that do not fit have none.
+def _softenable(
+    likelihood: Likelihood, outputs: Any, targets: Any, settings: EstimationSettings
+) -> Seen | None:
+    """Return what was seen if predictions have an entropy; outputs that do not fit have none.
 
     Those are refused by the estimate that follows, which knows more to say.
     """
     if not isinstance(outputs, Tensor):
-        return False
+        return None
     try:
+        targets = likelihood.completed_targets(outputs, targets, settings.fisher_type)
         likelihood.check(outputs, targets)
     except (TypeError, ValueError):
-        return False
-    return likelihood.relative_entropies(outputs, targets) is not None
+        return None
+    if likelihood.relative_entropies(outputs, targets) is None:
+        return None
+    return Seen(outputs, targets, likelihood)
 
 
-def _temperature_of(seen: list[tuple[Tensor, Tensor]], likelihood: Likelihood) -> float:
+def _temperature_of(seen: Sequence[Seen]) -> float:
     """Return the temperature for outputs and targets by bisection of its logarithm."""
-    if _mean_entropy(seen, likelihood, 1.0) >= TARGET_ENTROPY:
+    if _mean_entropy(seen, 1.0) >= TARGET_ENTROPY:
         return 1.0
     low, high = 0.0, math.log(_LARGEST_TEMPERATURE)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        if _mean_entropy(seen, likelihood, math.exp(middle)) < TARGET_ENTROPY:
+        if _mean_entropy(seen, math.exp(middle)) < TARGET_ENTROPY:
             low = middle
         else:
             high = middle
     return math.exp(low)
 
 
-def _mean_entropy(
-    seen: list[tuple[Tensor, Tensor]], likelihood: Likelihood, temperature: float
-) -> float:
+def _mean_entropy(seen: Sequence[Seen], temperature: float) -> float:
     """Return the mean over all predictions that count; 1 where none does."""
     total, count = 0.0, 0
-    for outputs, targets in seen:
-        softened = outputs.to(statistics_dtype(outputs.dtype)) / temperature
+    for outputs, targets, likelihood in seen:
+        outputs = outputs.to(statistics_dtype(outputs.dtype))
+        softened = likelihood.softened(outputs, temperature)
         entropies = likelihood.relative_entropies(softened, targets)
         if entropies is not None:
             total, count = total + float(entropies.double().sum()), count + entropies.numel()

@@ -198,13 +198,13 @@ class BatchCapturer:
         return next(iter(self.parameters.values())).device
 
     def capture(
-        self, inputs: Any, targets: Tensor, generator: Generator, *, with_squares: bool
+        self, inputs: Any, targets: Any, generator: Generator, *, with_squares: bool
     ) -> Iterator[CapturedBatch]:
         """Run the model on a batch, and yield what it shows, in parts where memory asks for it.
 
         Args:
             inputs: The batch's inputs.
-            targets: Its targets.
+            targets: Its targets; None where it has none.
             generator: Where sampled labels come from.
             with_squares: Whether to take squared per-example gradients of parameters without rule.
 
@@ -212,15 +212,28 @@ class BatchCapturer:
             ValueError: If the batch or a layer cannot be handled; the message names the layer.
             TypeError: If the outputs or the targets have the wrong type.
         """
+        for part in self.likelihood.parts_of_batch(
+            self.forward, inputs, self.settings.batch_size_fn
+        ):
+            yield from self._capture(part, targets, generator, with_squares=with_squares)
+
+    def _capture(
+        self, inputs: Any, targets: Any, generator: Generator, *, with_squares: bool
+    ) -> Iterator[CapturedBatch]:
+        """Capture a batch, or one of its examples where these must be seen alone."""
         self.counter.check(inputs)
         recorded = self._record(inputs)
+        likelihood = self.likelihood.current
         outputs = recorded.outputs.detach()
         outputs = outputs.to(statistics_dtype(outputs.dtype))
-        self._check_outputs(outputs, targets)
+        if not bool(torch.isfinite(outputs).all()):
+            raise NotFiniteError("the model's outputs are not finite (NaN or infinity)")
+        targets = likelihood.completed_targets(outputs, targets, self.settings.fisher_type)
+        likelihood.check(outputs, targets)
         num_examples = self.counter.count(inputs, outputs, targets)
-        self._check_terms(outputs, num_examples)
-        normalizer = float(self.likelihood.num_terms(outputs, targets))
-        vectors = self._vectors(outputs, targets, num_examples, generator)
+        self._check_terms(likelihood, outputs, num_examples)
+        normalizer = float(likelihood.num_terms(outputs, targets))
+        vectors = self._vectors(likelihood, outputs, targets, num_examples, generator)
         recorded, (layout, vectors, known) = self._located(recorded, inputs, num_examples, vectors)
         self._check_layout(recorded, layout, num_examples)
         captured = self._without_gradients(recorded, layout, normalizer, num_examples)
@@ -395,25 +408,25 @@ class BatchCapturer:
         return {name: self.parameters[name] for name in sorted(self.unsupported or ())}
 
     def _vectors(
-        self, outputs: Tensor, targets: Tensor, num_examples: int, generator: Generator
+        self,
+        likelihood: Likelihood,
+        outputs: Tensor,
+        targets: Any,
+        num_examples: int,
+        generator: Generator,
     ) -> Iterator[Tensor]:
         """Yield the output vectors; one of zeros where there are none (with a single class)."""
         settings, vector = self.settings, None
-        for vector in self.likelihood.vectors(
+        for vector in likelihood.vectors(
             outputs, targets, num_examples, settings.fisher_type, settings.mc_samples, generator
         ):
             yield vector
         if vector is None:
             yield torch.zeros_like(outputs)
 
-    def _check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
-        if not bool(torch.isfinite(outputs).all()):
-            raise NotFiniteError("the model's outputs are not finite (NaN or infinity)")
-        self.likelihood.check(outputs, targets)
-
-    def _check_terms(self, outputs: Tensor, num_examples: int) -> None:
+    def _check_terms(self, likelihood: Likelihood, outputs: Tensor, num_examples: int) -> None:
         expected = self.settings.num_per_example_loss_terms
-        terms = self.likelihood.predictions(outputs) / num_examples
+        terms = likelihood.predictions(outputs) / num_examples
         if expected is not None and terms != expected:
             raise ValueError(
                 f"num_per_example_loss_terms is {expected}, but the outputs of shape "

@@ -34,13 +34,13 @@ class ExampleCounter:
     batch_size_fn: Callable[[Any], int] | None = None
     axis: int | None = None
 
-    def count(self, inputs: Any, outputs: Tensor, targets: Tensor) -> int:
+    def count(self, inputs: Any, outputs: Tensor, targets: Any) -> int:
         """Return the number of examples in a batch.
 
         Args:
             inputs: The batch's inputs.
             outputs: The model's outputs.
-            targets: The batch's targets.
+            targets: The batch's targets; what is no tensor has no part in it.
 
         Raises:
             TypeError: If the inputs hold no tensors and there is no `batch_size_fn`.
@@ -49,7 +49,8 @@ class ExampleCounter:
         if self.batch_size_fn is not None:
             return _as_told(self.batch_size_fn(inputs), outputs)
         tensors = self.check(inputs)
-        rows, labels = (len(t) if t.ndim else 0 for t in (outputs, targets))
+        told = targets if isinstance(targets, Tensor) else outputs
+        rows, labels = (len(t) if t.ndim else 0 for t in (outputs, told))
         counts = {}
         agreed = _first_axes(tensors, rows, labels)
         if len(agreed) == 1:
@@ -63,7 +64,7 @@ class ExampleCounter:
             raise ValueError(
                 f"the number of examples in a batch is not obvious: its inputs have shape "
                 f"{shapes}, the model's outputs {list(outputs.shape)} and the targets "
-                f"{list(targets.shape)}; {_REMEDY}"
+                f"{list(told.shape)}; {_REMEDY}"
             )
         return counts[axis]
 

@@ -13,9 +13,11 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from rotate_ewc._utils.out_of_memory import is_out_of_memory
-from rotate_ewc._utils.tree import parts_of, same, tensors_in, to_device, version_of
+from rotate_ewc._utils.structure import mapped, tensors_of
+from rotate_ewc._utils.tree import parts_of, same, to_device, version_of
 from rotate_ewc._utils.warnings import add_note
 from rotate_ewc.errors import NotFiniteError
+from rotate_ewc.losses import BatchForm
 from rotate_ewc.tracing.capture import BatchCapturer, CapturedBatch
 from rotate_ewc.tracing.forward_advice import advice_for_batch
 
@@ -27,7 +29,7 @@ class Batch(NamedTuple):
 
     number: int
     inputs: Any
-    targets: Tensor
+    targets: Any
 
 
 class Passes:
@@ -102,6 +104,7 @@ class Passes:
         return batches(
             self._data,
             self._capturer.device,
+            self._capturer.likelihood.batch_form,
             progressbar=bool(self._capturer.settings.progressbar),
             description=description,
         )
@@ -222,16 +225,24 @@ def check_reiterable(data: object) -> None:
 
 
 def batches(
-    data: Iterable[Any], device: torch.device, *, progressbar: bool, description: str
+    data: Iterable[Any],
+    device: torch.device,
+    form: BatchForm,
+    *,
+    progressbar: bool,
+    description: str,
 ) -> Iterator[Batch]:
     """Yield every batch, checked and moved to a device.
 
     Raises:
-        ValueError: If a batch is not a pair, or if there are no batches.
-        TypeError: If a batch's targets are not a tensor.
+        ValueError: If a batch has not the form that is asked for, or if there are no batches.
+        TypeError: If a batch's targets are not a tensor, where they must be one.
     """
     index = -1
     for index, batch in enumerate(tqdm(data, desc=description, disable=not progressbar)):
+        if form is BatchForm.INPUTS or isinstance(batch, Tensor):
+            yield Batch(index, to_device(batch, device), None)
+            continue
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             got = (
                 f"{type(batch).__name__} of {len(batch)} items"
@@ -243,14 +254,21 @@ def batches(
                 f"batch {index} of data is a {got}; expected (inputs, targets){advice}"
             )
         inputs, targets = batch
-        if not isinstance(targets, Tensor):
+        if targets is not None and form is BatchForm.TENSOR and not isinstance(targets, Tensor):
             raise TypeError(
                 f"batch {index} of data has targets of type {type(targets).__name__}; "
                 f"expected a tensor"
             )
-        yield Batch(index, to_device(inputs, device), targets.to(device))
+        yield Batch(index, to_device(inputs, device), _moved(targets, device))
     if index < 0:
         raise ValueError("data is empty; expected at least one batch (inputs, targets)")
+
+
+def _moved(targets: Any, device: torch.device) -> Any:
+    """Move targets of any structure to a device."""
+    if isinstance(targets, Tensor):
+        return targets.to(device)
+    return mapped(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, targets)
 
 
 @contextmanager
@@ -288,7 +306,7 @@ def _hand_on(cached: CachedBatch, consume: Consumer) -> None:
 
 
 def _versions(batch: Batch) -> list[int]:
-    return [version_of(tensor) for tensor in tensors_in((batch.inputs, batch.targets))]
+    return [version_of(tensor) for tensor in tensors_of((batch.inputs, batch.targets))]
 
 
 def _storages(batch: Batch, captured: CapturedBatch) -> dict[int, int]:
@@ -299,7 +317,7 @@ def _storages(batch: Batch, captured: CapturedBatch) -> dict[int, int]:
     tensors = [gradient for gradients in captured.gradients for gradient in gradients]
     tensors += [use.call.input for use in captured.uses]
     tensors += captured.inputs
-    tensors += tensors_in((batch.inputs, batch.targets))
+    tensors += tensors_of((batch.inputs, batch.targets))
     return dict(_memory(part) for tensor in tensors for part in parts_of(tensor))
 
 

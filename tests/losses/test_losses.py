@@ -385,7 +385,7 @@ def test_own_loss_function() -> None:
     setting = Setting(BY_NAME["tanh-mlp"], "mse")
     model = setting.case.model()
     arguments = (list(model.parameters()), setting.case.data("mse"))
-    with pytest.raises(ValueError, match="register_likelihood"):
+    with pytest.raises(TypeError, match="register_likelihood"):
         EKFACLinearOperator(model, half_squared_error, *arguments)
     register_likelihood(half_squared_error, lambda _: Half("half", "mean"))
     operator = EKFACLinearOperator(
@@ -404,5 +404,5 @@ def test_a_subclass_is_another_loss() -> None:
 
     case = BY_NAME["tanh-mlp"]
     model = case.model()
-    with pytest.raises(ValueError, match="Sharpened"):
+    with pytest.raises(TypeError, match="Sharpened"):
         EKFACLinearOperator(model, Sharpened(), list(model.parameters()), case.data("ce"))

@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from rotate_ewc import (
     EKFACLinearOperator,
     EKFACPenalty,
+    EmpiricalLoss,
+    ModelLoss,
     merge,
 )
 from rotate_ewc.linalg.block import Block
@@ -466,13 +468,63 @@ def test_losses_without_a_scale() -> None:
 
 
 def test_losses_that_are_not_known() -> None:
-    message = refusal(lambda: estimate(net(), loss=nn.NLLLoss()))
-    classes = re.findall(r"\w+Loss(?=[, ]|$)", message.split("expected")[1])
-    assert set(classes) == {"CrossEntropyLoss", "MSELoss", "BCEWithLogitsLoss"}
+    real = [(data()[0][0], seeded(6, 3))]
+    message = refusal(lambda: estimate(net(), real, loss=nn.L1Loss()), TypeError)
+    kind = written(message, r"Pass fisher_type=('\w+')")
+    estimate(net(), real, loss=nn.L1Loss(), fisher_type=kind)
+    classes = re.findall(r"\w+Loss(?=[, ]|$)", message.split("Known are")[1])
+    assert {"CrossEntropyLoss", "MSELoss", "BCEWithLogitsLoss", "HuberLoss"} <= {*classes}
+    last = {"NLLLoss": nn.LogSoftmax(dim=1), "BCELoss": nn.Sigmoid()}
     for name in classes:
-        loss = getattr(nn, name)()
-        targets = labels() if name == "CrossEntropyLoss" else seeded(6, 3).sigmoid()
-        estimate(net(), [(data()[0][0], targets)], loss=loss)
+        model = nn.Sequential(net(), last.get(name, nn.Identity()))
+        targets: Any = seeded(6, 3).sigmoid()
+        if name in ("CrossEntropyLoss", "NLLLoss"):
+            targets = labels()
+        if name == "GaussianNLLLoss":
+            targets = targets, targets
+        estimate(model, [(data()[0][0], targets)], loss=getattr(nn, name)())
+
+
+def test_losses_that_count_differently() -> None:
+    def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
+        weights = targets + 1
+        return (outputs[:, 0].square() * weights).sum() / weights.sum()
+
+    options = {"fisher_type": "empirical"}
+    message = refusal(lambda: estimate(net(), loss=weighted, **options))
+    assert "EmpiricalLoss(loss, terms=...)" in message
+    assert "return a number for each term" in message
+    counted = EmpiricalLoss(weighted, terms=lambda outputs, targets: targets + 1)
+    estimate(net(), loss=counted, **options)
+    estimate(net(), loss=lambda f, y: f[:, 0].square() * (y + 1), **options)
+
+
+def test_losses_that_a_model_returns() -> None:
+    class Own(nn.Module):
+        """Returns a loss for each example, and its outputs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            outputs = self.inner(x)
+            return {"loss": F.cross_entropy(outputs, labels), "logits": outputs}
+
+    model, options = Own(), {"fisher_type": "empirical"}
+    batch = {"x": data()[0][0], "labels": labels()}
+    message = refusal(
+        lambda: estimate(
+            model,
+            [(batch, None)],
+            loss=lambda outputs, _: outputs["loss"],
+            model_func=lambda batch: model(**batch),
+            **options,
+        )
+    )
+    assert "for a loss that the model computes itself, ModelLoss" in message
+    own = ModelLoss(lambda model, batch: model(**batch)["loss"])
+    estimate(model, [batch], loss=own, **options)
 
 
 def test_reductions_that_differ() -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from rotate_ewc._utils.preserve_state import Setting, kept, undisturbed
 from rotate_ewc.losses import likelihood_of
+from rotate_ewc.options import FisherType
 
 _OWN_STEPS: Final = ("_unpack_minibatch", "mb_x", "mb_y", "mb_task_id", "forward", "criterion")
 
@@ -69,16 +70,18 @@ def preserved(strategy: Any) -> AbstractContextManager[None]:
     return kept([Setting(("strategy", id(strategy)), lambda: dict(attributes), restore)])
 
 
-def check_steps(strategy: Any, minibatches: Minibatches) -> None:
+def check_steps(strategy: Any, minibatches: Minibatches, fisher_type: FisherType) -> None:
     """Raise if what a strategy does in its own way cannot be consolidated later.
 
     Of minibatches one is looked at, and none where the strategy does all as Avalanche does.
 
     Raises:
-        ValueError: If the loss is not supported, or `criterion` does more than call it.
-        TypeError: If the loss does not get two tensors.
+        ValueError: If an option of the loss is not supported, or `criterion` does more than call
+            it.
+        TypeError: If the Fisher type needs to know more of the loss, or it does not get two
+            tensors.
     """
-    likelihood_of(strategy._criterion)
+    likelihood_of(strategy._criterion, fisher_type)
     if not _has_own(strategy, _OWN_STEPS):
         return
     with preserved(strategy), undisturbed(strategy.model.modules(), ()), torch.no_grad():

@@ -171,11 +171,12 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self.penalty.current_num_data = len(dataset)
         self._learning_rate_checked = False
         self._loss_terms = None
+        fisher_type = self.penalty.settings.fisher_type
         if self.penalty.num_tasks > 0:
-            self._loss_terms = LossTerms(likelihood_of(strategy._criterion))
+            self._loss_terms = LossTerms(likelihood_of(strategy._criterion, fisher_type))
         # What will not do is refused before anything is learned.
         self.penalty.protected(parameters_of(strategy.model))
-        check_steps(strategy, self._minibatches(dataset.eval(), strategy))
+        check_steps(strategy, self._minibatches(dataset.eval(), strategy), fisher_type)
         if self.update is not Update.LOSS:
             self._attach(strategy)
 

@@ -262,7 +262,7 @@ class Dictionary(Naive):
         (Scaled, CE, ValueError, r"Scaled.criterion\(\) .* 1 times, and returns something else"),
         (OwnLoss, CE, ValueError, r"OwnLoss.criterion\(\) calls self._criterion 0 times"),
         (Dictionary, CE, TypeError, r"Dictionary gives its loss outputs of type dict"),
-        (Naive, nn.NLLLoss(), ValueError, r"NLLLoss.* is not supported"),
+        (Naive, nn.L1Loss(), TypeError, r"L1Loss.* is not known"),
     ],
 )
 def test_what_cannot_be_consolidated_is_refused_before_training(
