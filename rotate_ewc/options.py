@@ -170,12 +170,12 @@ class EstimationSettings:
         rank: How many directions of each side of a parameter's matrix (its outputs, its inputs)
             have eigenvalues of their own; the others share their exact mean, so that the trace is
             exact for every rank. A positive integer; a part of the trace of the side's Kronecker
-            factor, such as 0.99, which the directions kept are to make up; `"full"`; or `"auto"`,
-            as many as make a basis no larger than its parameter, and all where that is nearly all
-            or there are no more than 16. Directions that are numerically zero are kept by `"full"`
-            alone, and by `"auto"` where they are few. Or a mapping from patterns for parameters'
-            names to these, of which the first that matches counts, and `"auto"` where none does; a
-            joint block goes by its weight.
+            factor, such as 0.99, which the directions kept are to make up; `"full"`; or `"auto"`:
+            all of short sides (up to 128, up to 512 of a vector, up to 1,024 where that is at most
+            eight times the other side), and of others as many as make a basis no larger than the
+            parameter, at least 16. Directions that are numerically zero are kept where all are. Or
+            a mapping from patterns for parameters' names to these, of which the first that matches
+            counts, and `"auto"` where none does; a joint block goes by its weight.
         diagonal: Patterns for the names of parameters that are not to be rotated: their block is
             the exact diagonal over their entries.
         separate_weight_and_bias: Whether a weight and its bias have a block each, or else one joint

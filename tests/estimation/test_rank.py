@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, EstimationSettings
+from rotate_ewc.estimation.ranks import truncation_of
 from tests.helpers.oracles import assert_close, dense_empirical_fisher, parameter_shapes
 
 CE = nn.CrossEntropyLoss()
@@ -92,20 +93,41 @@ def test_patterns_that_match_nothing_are_refused(option: str) -> None:
     ("rank", "expected"),
     [
         ("full", [(40, 100), (40, 1), (5, 40), (5, 1)]),
-        # A basis is no larger than its parameter, unless it is all of nearly a square one.
-        ("auto", [(40, 40), (16, 1), (5, 16), (5, 1)]),
+        ("auto", [(40, 100), (40, 1), (5, 40), (5, 1)]),
         (7, [(7, 7), (7, 1), (4, 7), (4, 1)]),
         # Gradients of a softmax sum up to zero: there are four directions of five.
         (1000, [(40, 100), (40, 1), (4, 40), (4, 1)]),
         (1.0, [(40, 100), (40, 1), (4, 40), (4, 1)]),
         ({"2.*": 3, "0.weight": "full", "*": 2}, [(40, 100), (2, 1), (3, 3), (3, 1)]),
-        ({"0.bias": 3}, [(40, 40), (3, 1), (5, 16), (5, 1)]),
+        ({"0.bias": 3}, [(40, 100), (3, 1), (5, 40), (5, 1)]),
     ],
     ids=str,
 )
 def test_how_many_directions_are_kept(rank: Any, expected: list[tuple[int, int]]) -> None:
     found = ranks(estimated(network(), data(), rank=rank, fisher_type="mc"))
     assert list(found.values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "other", "kept"),
+    [
+        (128, 2, None),
+        (129, 2, 16),
+        (512, 1, None),
+        (513, 1, 16),
+        (784, 98, None),  # 784 × 100 weights
+        (784, 97, 97),
+        (1024, 128, None),
+        (1025, 129, 129),
+        (2000, 1001, 2000),  # all of nearly a square one
+        (2000, 1000, 1000),
+    ],
+)
+def test_a_basis_is_short_or_no_larger_than_its_parameter(
+    size: int, other: int, kept: int | None
+) -> None:
+    found = truncation_of("auto", size, other)
+    assert (found and found.count(torch.ones(1, size), torch.ones(1), size)) == kept
 
 
 def test_a_joint_block_goes_by_its_weight() -> None:
