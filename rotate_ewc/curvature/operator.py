@@ -372,7 +372,7 @@ class EKFACLinearOperator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace this operator's contents by those of a snapshot of the same model and loss.
 
-        The number of examples, dtype and device may be others. `from_state_dict` makes a new
+        The number of examples, ranks, dtype and device may be others. `from_state_dict` makes a new
         operator of any snapshot.
 
         Raises:

@@ -139,7 +139,9 @@ class Block:
         if not self.is_thin:
             return self.eigenvalues.sum(dim=2), self.eigenvalues.sum(dim=1)
         rows, columns = self.multiplicities
-        return self.eigenvalues @ columns, rows @ self.eigenvalues
+        # No products, which `torch.autocast` would take in half precision.
+        of_outputs = (self.eigenvalues * columns).sum(dim=2)
+        return of_outputs, (rows[:, None] * self.eigenvalues).sum(dim=1)
 
     @property
     def spectrum(self) -> Tensor:
@@ -269,9 +271,7 @@ class Block:
         if not self.is_thin:
             return bases
         gradient, activation = (
-            basis
-            if completed is None
-            else (completed if completed.matrix is None else completed.matrix)
+            basis if completed is None else completed.rotation
             for basis, completed in zip(bases, self._completed, strict=True)
         )
         return gradient, activation
@@ -279,23 +279,16 @@ class Block:
     @cached_property
     def _spread(self) -> Tensor:
         """The eigenvalues at the positions of their coordinates."""
-        values = self.eigenvalues
-        for axis, completed in enumerate(self._completed, 1):
-            if completed is None:
-                continue
-            groups, rank = completed.positions.shape
-            place = completed.positions.new_full((groups, self.shape[axis]), rank)
-            place.scatter_(
-                1, completed.positions, torch.arange(rank, device=place.device).expand(groups, -1)
-            )
-            index = place[:, :, None] if axis == 1 else place[:, None, :]
-            sizes = (
-                (groups, place.shape[1], values.shape[2])
-                if axis == 1
-                else (groups, values.shape[1], place.shape[1])
-            )
-            values = values.gather(axis, index.expand(sizes))
-        return values
+        _, d_out, d_in = self.shape
+        gradient, activation = self._completed
+        spread = self.eigenvalues
+        if gradient is not None:
+            rows = gradient.numbers(d_out)[:, :, None]
+            spread = spread.gather(1, rows.expand(-1, -1, spread.shape[2]))
+        if activation is not None:
+            columns = activation.numbers(d_in)[:, None, :]
+            spread = spread.gather(2, columns.expand(-1, spread.shape[1], -1))
+        return spread
 
     def _matrix(self, tensor: Tensor, columns: bool) -> Tensor:
         groups, d_out, _ = self.shape

@@ -38,6 +38,18 @@ class CompletedBasis:
     weighted: Tensor | None
 
     @property
+    def rotation(self) -> Tensor | CompletedBasis:
+        """What `rotate_ewc.linalg.kronecker` takes: the matrix where there is one."""
+        return self if self.matrix is None else self.matrix
+
+    def numbers(self, size: int) -> Tensor:
+        """Return which kept direction each coordinate is, `[groups, d]`; k where it is none."""
+        groups, rank = self.positions.shape
+        found = self.positions.new_full((groups, size), rank)
+        every = torch.arange(rank, device=found.device).expand(groups, -1)
+        return found.scatter_(1, self.positions, every)
+
+    @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """V and V T, where there is no `matrix`."""
         if self.reflector is None or self.weighted is None:

@@ -75,6 +75,6 @@ def _averaged(eigenvalues: Tensor, kept: Tensor, rank: int, size: int) -> Tensor
     others[:, rank:] = size - rank
     others.scatter_(1, kept, 0.0)
     # Added up as what they are, at least 0, and not as a difference, which could be less.
-    means = (others[:, None] @ eigenvalues) / (size - kept.shape[1])
+    sums = (others[:, :, None] * eigenvalues).sum(dim=1, keepdim=True)
     rows = kept[:, :, None].expand(-1, -1, eigenvalues.shape[2])
-    return torch.cat([eigenvalues.gather(1, rows), means], dim=1)
+    return torch.cat([eigenvalues.gather(1, rows), sums / (size - kept.shape[1])], dim=1)

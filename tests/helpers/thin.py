@@ -68,10 +68,11 @@ def completed(block: Block, side: int) -> list[Matrix]:
     if basis.shape[2] == size:
         return list(basis.double().numpy())
     chosen = complete(basis)
-    rotation = chosen if chosen.matrix is None else chosen.matrix
     eye = torch.eye(size, dtype=basis.dtype).repeat(groups, 1, 1)
     found = []
-    for group, own in enumerate(kronecker.to_eigenbasis(eye, None, rotation).double().numpy()):
+    for group, own in enumerate(
+        kronecker.to_eigenbasis(eye, None, chosen.rotation).double().numpy()
+    ):
         vectors = basis[group].double().numpy()
         places = chosen.positions[group].numpy()
         units = np.eye(size)[:, places]

@@ -131,7 +131,7 @@ def test_inspect_shows_every_block(capsys: pytest.CaptureFixture[str]) -> None:
         row = next(line for line in shown.splitlines() if line.split()[:1] == [block.label])
         assert f"{dense_block(block).diagonal(dim1=1, dim2=2).sum().item():.4g}" in row.split()
     assert "1/3 × 2/6" in shown
-    assert f"{golden.dense().trace().item():.4g}" in shown
+    assert "62.62" in shown
 
 
 def test_inspect_shows_every_term_of_a_penalty(capsys: pytest.CaptureFixture[str]) -> None:

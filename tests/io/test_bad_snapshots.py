@@ -209,7 +209,7 @@ BAD_OPERATORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
     ),
     "nested setting": (
         in_header("h['provenance']['settings']['seed'] = [1]"),
-        r"has \[1\] at \"provenance.settings\['seed'\]\": Expected",
+        r"has 1 at \"provenance.settings\['seed'\]\[0\]\": Expected `str`",
     ),
 }
 
@@ -284,8 +284,8 @@ BAD_PENALTIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
         r"has 1 at \"options\['include'\]\[1\]\": Expected `str`",
     ),
     "dictionary in options": (
-        in_header("h['options']['seed'] = {}"),
-        r"at \"options\['seed'\]\": Expected `.*`, got `object`",
+        in_header("h['options']['rank'] = {'w': {}}"),
+        r"at \"options\['rank'\].*\": Expected `.*`, got `object`",
     ),
     "NaN in options": (
         in_header("h['options']['strength'] = float('nan')"),

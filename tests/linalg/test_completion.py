@@ -18,8 +18,7 @@ def written_out(completed: CompletedBasis, size: int) -> Tensor:
     groups = completed.positions.shape[0]
     parts = [t for t in (completed.matrix, completed.reflector) if t is not None]
     eye = torch.eye(size, dtype=parts[0].dtype).repeat(groups, 1, 1)
-    rotation = completed if completed.matrix is None else completed.matrix
-    return kronecker.to_eigenbasis(eye, None, rotation)
+    return kronecker.to_eigenbasis(eye, None, completed.rotation)
 
 
 def deviation(basis: Tensor) -> float:
@@ -104,7 +103,7 @@ def test_rows_of_zeros_keep_their_unit_vectors_to_the_bit(dtype: torch.dtype) ->
 def test_there_and_back(ranks: tuple[int, int]) -> None:
     """One matrix and several, with reflectors and with matrices that are written out."""
     bases = [complete(orthonormal(2, size, k, 4)) for size, k in zip((8, 11), ranks, strict=True)]
-    rotations = [b if b.matrix is None else b.matrix for b in bases]
+    rotations = [b.rotation for b in bases]
     left, right = (written_out(b, size) for b, size in zip(bases, (8, 11), strict=True))
     generator = torch.Generator().manual_seed(0)
     several = torch.randn(3, 2, 8, 11, generator=generator, dtype=torch.float64)

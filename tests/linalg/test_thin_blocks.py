@@ -202,3 +202,15 @@ def test_tensors_are_replaced_and_the_rest_follows() -> None:
     torch.testing.assert_close(single.rotate(tensors).double(), before, rtol=1e-5, atol=1e-5)
     doubled = block.with_eigenvalues(2 * block.eigenvalues)
     assert torch.equal(doubled.spectrum, 2 * block.spectrum)
+
+
+def test_autocast_changes_nothing() -> None:
+    block = thin_block(SIZES, (4, 6), seed=3).map(torch.Tensor.float)
+    tensors = {"w": torch.randn(12, 8)}
+    expected = [*cut(block, 2, 3).tensors.values(), *block.partial_traces, block.rotate(tensors)]
+    again = block.map(torch.clone)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [*cut(again, 2, 3).tensors.values(), *again.partial_traces, again.rotate(tensors)]
+        found.append(again.trace)
+    for one, other in zip([*expected, block.trace], found, strict=True):
+        assert torch.equal(one, other)

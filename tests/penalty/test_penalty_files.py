@@ -31,6 +31,8 @@ OPTIONS: dict[str, Any] = {
     "fisher_type": "mc",
     "mc_samples": 2,
     "kfac_approx": "reduce",
+    "rank": {"0.*": 4, "*": 0.9},
+    "diagonal": ("2.weight",),
     "separate_weight_and_bias": False,
     "seed": 3,
     "memory_budget": 2**20,

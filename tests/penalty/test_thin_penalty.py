@@ -184,7 +184,7 @@ def test_moving_and_casting() -> None:
     net, penalty = learned(2, 3)
     with torch.no_grad():
         net[0].weight.add_(0.1)
-    before = float(penalty(net))
+    before = penalty(net).item()
     penalty.float()
     assert penalty.stacks[0].block.eigenvalues.dtype == torch.float32
-    assert float(penalty(net.float())) == pytest.approx(before, rel=1e-4)
+    assert penalty(net.float()).item() == pytest.approx(before, rel=1e-4)
