@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -26,21 +27,25 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def naming_matrix(doing: str, size: int, dtype: torch.dtype) -> Iterator[None]:
-    """Say for which square matrix, and how large it is, where memory runs out.
+def naming_matrix(
+    doing: str, size: int, dtype: torch.dtype, columns: int | None = None
+) -> Iterator[None]:
+    """Say for which matrix, and how large it is, where memory runs out.
 
     Args:
         doing: What is done with it, such as `"the decomposition of the thing"`.
         size: Its rows.
         dtype: Its dtype.
+        columns: Its columns; None is as many.
     """
+    shape = [size, size if columns is None else columns]
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise MemoryError(
-            f"out of memory in {doing}, a matrix {[size, size]} of {size**2 * dtype.itemsize:,} "
+            f"out of memory in {doing}, a matrix {shape} of {math.prod(shape) * dtype.itemsize:,} "
             f"bytes ({error})"
         ) from None
 

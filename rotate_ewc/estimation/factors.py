@@ -11,7 +11,7 @@ from torch import Tensor
 from rotate_ewc._utils.messages import left_out, listed
 from rotate_ewc._utils.numerics import statistics_dtype, underflowed
 from rotate_ewc._utils.out_of_memory import advising, naming_matrix
-from rotate_ewc._utils.validation import Rank
+from rotate_ewc._utils.validation import AUTO, Rank
 from rotate_ewc.estimation.ranks import truncation_of
 from rotate_ewc.layers import Form
 from rotate_ewc.linalg.block import Block
@@ -61,6 +61,16 @@ class KroneckerFactors:
         )
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether all eigenvectors are kept of a side that need not keep them all."""
+        _, d_out, d_in = self.shape
+        sides = ((self.gradient_covariance, d_out, d_in), (self.activation_covariance, d_in, d_out))
+        return any(
+            side is not None and side.truncation is None and truncation_of(AUTO, d, other)
+            for side, d, other in sides
+        )
+
+    @property
     def underflowed(self) -> bool:
         """Whether one of the factors is too small for its dtype."""
         sides = (self.gradient_covariance, self.activation_covariance)
@@ -95,7 +105,8 @@ def decompose(
         for key, leader in leaders.items():
             if (leader, "gradient") in found:
                 basis = found[leader, "gradient"]
-                with naming_matrix(f"the basis of {key.label!r}", basis.shape[-1], basis.dtype):
+                size, rank = basis.shape[1:]
+                with naming_matrix(f"the basis of {key.label!r}", size, basis.dtype, rank):
                     found[key, "gradient"] = _last(basis, factors[key].gradient_truncation)
     return {
         key: _empty_block(key, total, found.get((key, "gradient")), found.get((key, "activation")))
@@ -125,8 +136,12 @@ def _advice(
     }
     largest = max(sides.values(), default=0)
     names = [name for key, side in sides.items() if side == largest for name in key.parameters]
-    lower = any(total.template.dtype is torch.float64 for total in factors.values())
-    return left_out(names) + (", or use a model in float32 (model.float())" if lower else "")
+    advice = left_out(names)
+    if any(total.keeps_all for total in factors.values()):
+        advice += ", or keep fewer directions (rank='auto')"
+    if any(total.template.dtype is torch.float64 for total in factors.values()):
+        advice += ", or use a model in float32 (model.float())"
+    return advice
 
 
 def _largest(*sides: OuterProducts | None) -> int:

@@ -124,9 +124,10 @@ class OuterProducts:
         groups, size = self._diagonal.shape
         if self.truncation is not None and leading.is_sketched(size, self._most):
             width = leading.sketch_width(size, self._most)
-            sketch = Sketch(groups, size, width, self._diagonal)
-            for rows in self._vectors:
-                sketch.prepared(rows)()
+            with naming_matrix("the sketch of a sum of outer products", size, dtype, width):
+                sketch = Sketch(groups, size, width, self._diagonal)
+                for rows in self._vectors:
+                    sketch.prepared(rows)()
             self._sketch, self._vectors = sketch, []
             # Which is added to in place from now on.
             self._diagonal = self._diagonal.clone()
@@ -168,13 +169,16 @@ class OuterProducts:
             MemoryError: If there is not enough memory.
         """
         size, dtype = self._diagonal.shape[1], self._diagonal.dtype
-        with naming_matrix(f"the decomposition of the {label}", size, dtype):
-            if self._matrix is not None:
-                width = leading.range_width(size, self._most)
-                if width is None:
-                    return None, self._matrix
+        if self._matrix is not None:
+            width = leading.range_width(size, self._most)
+            if width is None:
+                return None, self._matrix
+            with naming_matrix(f"the decomposition of the {label}", size, dtype):
                 return leading.leading_range(self._matrix, width)
-            sketch = self._sketch
+        sketch, columns = self._sketch, None
+        if self.truncation is not None:
+            columns = self._num_vectors if sketch is None else sketch.product.shape[2]
+        with naming_matrix(f"the decomposition of the {label}", size, dtype, columns):
             vectors = self._vectors if sketch is None else [sketch.vectors()]
             return _triangular(torch.cat(vectors, dim=1), complete=self.truncation is None)
 
@@ -240,12 +244,12 @@ def eigenvectors(sums: Sequence[OuterProducts], labels: Sequence[str]) -> list[T
     found = []
     for label, total, (q, _), (values, basis) in zip(labels, sums, reduced, pairs, strict=True):
         size, dtype = total.diagonal.shape[1], basis.dtype
-        with naming_matrix(f"the decomposition of the {label}", size, dtype):
-            if total.truncation is None:
-                found.append(_within(q, basis))
-                continue
+        count = size
+        if total.truncation is not None:
             count = total.truncation.count(values, total.diagonal.sum(dim=1), size)
-            found.append(_leading(q, basis, count))
+        with naming_matrix(f"the decomposition of the {label}", size, dtype, count):
+            full = total.truncation is None
+            found.append(_within(q, basis) if full else _leading(q, basis, count))
     return found
 
 

@@ -17,9 +17,9 @@ from torch import nn
 from rotate_ewc import EKFACPenalty
 from tests.helpers.exact import exact_penalty
 
-def consolidate(model, exclude=()):
+def consolidate(model, exclude=(), rank="full"):
     x = torch.eye(8, 16, dtype=model[0].weight.dtype)
-    penalty = exact_penalty(exclude=exclude)
+    penalty = exact_penalty(exclude=exclude, rank=rank)
     penalty.consolidate(model, nn.CrossEntropyLoss(), [(x, torch.arange(8) % 2)])
     return penalty
 
@@ -29,6 +29,7 @@ def of_size(size):
 
 consolidate(of_size(200))
 consolidate(of_size(200).double())
+consolidate(of_size(200).double(), rank="auto")
 model = of_size({SIZE}).double()
 with open("/proc/self/statm") as file:
     taken = int(file.read().split()[0]) * resource.getpagesize()
@@ -41,6 +42,8 @@ except MemoryError as error:
 print(message)
 penalty = consolidate(model, exclude=eval(re.search(r"exclude=(\\[.*?\\])", message)[1]))
 print(list(penalty.terms[0].anchor))
+rank = re.search(r"rank='(.*?)'", message)[1]
+print(list(consolidate(of_size({SIZE}).double(), rank=rank).terms[0].anchor))
 penalty = consolidate(eval(re.search(r"float32 \\((model.*?\\))\\)", message)[1]))
 print(list(penalty.terms[0].anchor))
 """
@@ -52,7 +55,7 @@ def test_factors_that_are_too_large() -> None:
         [sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    message, excluded, in_float32 = run.stdout.strip().splitlines()
+    message, excluded, thin, in_float32 = run.stdout.strip().splitlines()
     assert re.match(
         rf"out of memory in the decomposition of the (gradient factor of '0\.weight'|activation "
         rf"factor of '1\.weight'), a matrix \[{SIZE}, {SIZE}\] of {8 * SIZE**2:,} bytes \(",
@@ -60,4 +63,4 @@ def test_factors_that_are_too_large() -> None:
     )
     assert "exclude=['0.weight', '1.weight']" in message
     assert excluded == "['1.bias']"
-    assert in_float32 == "['0.weight', '1.weight', '1.bias']"
+    assert thin == in_float32 == "['0.weight', '1.weight', '1.bias']"

@@ -92,6 +92,7 @@ def test_models_in_lower_precision(name: str, dtype: torch.dtype, fisher: Fisher
             list(data),
             fisher_type=FISHER_TYPES[fisher],
             unsupported=case.unsupported,
+            rank="full",
         )
     assert all(parameter.dtype == dtype for parameter in model.parameters())
     names = [n for n, _ in reference.named_parameters()]
@@ -119,6 +120,7 @@ def test_autocast(name: str, budget: int) -> None:
             data,
             fisher_type=FisherType.TYPE2,
             memory_budget=budget,
+            rank="full",
         )
     names = [n for n, _ in reference.named_parameters()]
     dense = dense_fisher(

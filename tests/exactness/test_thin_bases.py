@@ -16,38 +16,11 @@ from tests.helpers.exactness import (
     ignore_even_kernels,
     over_all_settings,
 )
+from tests.helpers.oracles import in_own_basis
 
 pytestmark = ignore_even_kernels
 
 RANKS: tuple[tuple[int | str, ...], ...] = ((1, "half"), (2, "whole"))
-
-
-def projections(basis: Tensor | None, size: int) -> Tensor:
-    """The projection on each kept direction, and that on all others over their number.
-
-    Returns:
-        `[K, size, size]`.
-    """
-    vectors = torch.eye(size, dtype=torch.float64) if basis is None else basis
-    found = [torch.outer(vector, vector) for vector in vectors.mT]
-    if vectors.shape[1] < size:
-        rest = torch.eye(size, dtype=torch.float64) - vectors @ vectors.mT
-        found.append(rest / (size - vectors.shape[1]))
-    return torch.stack(found)
-
-
-def means(block: Block, matrix: Tensor) -> Tensor:
-    """`tr((P ⊗ R) B)` for all projections P and R of a block, in the shape of its eigenvalues."""
-    _, d_out, d_in = block.shape
-    split = matrix.reshape(-1, d_out, d_in, d_out, d_in)
-    found = []
-    for group, part in enumerate(split):
-        sides = [
-            projections(None if basis is None else basis[group], size)
-            for basis, size in ((block.gradient_basis, d_out), (block.activation_basis, d_in))
-        ]
-        found.append(torch.einsum("poq,aiu,oiqu->pa", *sides, part))
-    return torch.stack(found)
 
 
 def rank_of(setting: Setting, rank: int | str) -> int | dict[str, int]:
@@ -77,7 +50,7 @@ def test_eigenvalues_and_means_are_exact(setting: Setting) -> None:
 
 
 def check_block(block: Block, matrix: Tensor) -> None:
-    expected = means(block, matrix)
+    expected = in_own_basis(block, matrix)
     assert block.eigenvalues.shape == expected.shape
     error = (block.eigenvalues - expected).abs().max()
     assert error <= TOLERANCE * matrix.abs().max(), block.label

@@ -77,6 +77,7 @@ class Setting:
             "separate_weight_and_bias": not self.joint,
             "check_deterministic": False,
             "unsupported": self.case.unsupported,
+            "rank": "full",
             **options,
         }
         params, data = arguments.pop("params"), arguments.pop("data")

@@ -45,7 +45,7 @@ class BlockLike(Protocol):
 
     @property
     def gradient_basis(self) -> Tensor | None:
-        """Basis of the output side, ``[groups, d_out, d_out]``; ``None`` is the identity."""
+        """Basis of the output side, ``[groups, d_out, k]``; ``None`` is the identity."""
 
     @property
     def activation_basis(self) -> Tensor | None:
@@ -264,8 +264,41 @@ def kronecker_basis(block: BlockLike) -> Tensor:
     return torch.stack([torch.kron(q_g.contiguous(), q_a.contiguous()) for q_g, q_a in pairs])
 
 
+def is_thin(block: BlockLike) -> bool:
+    """Whether a side of a block has fewer directions than entries."""
+    bases = (block.gradient_basis, block.activation_basis)
+    return any(basis is not None and basis.shape[2] < basis.shape[1] for basis in bases)
+
+
+def projections(block: BlockLike) -> tuple[Tensor, Tensor]:
+    """Write out the projections on each direction of both sides, and on a thin one's complement.
+
+    Args:
+        block: A block of an operator.
+
+    Returns:
+        ``[groups, K, d, d]`` for the outputs, and for the inputs.
+    """
+    found = []
+    sizes = block.eigenvalues.shape[1:]
+    bases = (block.gradient_basis, block.activation_basis)
+    for size, basis in zip(sizes, bases, strict=True):
+        if basis is None:
+            basis = torch.eye(size, dtype=block.eigenvalues.dtype).expand(
+                len(block.eigenvalues), -1, -1
+            )
+        every = torch.einsum("gok,gpk->gkop", basis, basis)
+        if basis.shape[2] < basis.shape[1]:
+            rest = torch.eye(basis.shape[1], dtype=basis.dtype) - every.sum(dim=1, keepdim=True)
+            every = torch.cat([every, rest], dim=1)
+        found.append(every)
+    return found[0], found[1]
+
+
 def in_own_basis(block: BlockLike, matrix: Tensor) -> Tensor:
     """Return ``diag(Q^T B Q)`` in the shape of a block's eigenvalues.
+
+    Of the complement of a thin basis, the mean.
 
     Args:
         block: A block of an operator, of which only the bases are used.
@@ -274,6 +307,13 @@ def in_own_basis(block: BlockLike, matrix: Tensor) -> Tensor:
     Returns:
         ``[groups, d_out, d_in]``.
     """
+    if is_thin(block):
+        of_outputs, of_inputs = projections(block)
+        d_out, d_in = of_outputs.shape[2], of_inputs.shape[2]
+        split = matrix.reshape(-1, d_out, d_in, d_out, d_in)
+        sums = torch.einsum("gpoq,gaiu,goiqu->gpa", of_outputs, of_inputs, split)
+        rows, columns = (p.diagonal(dim1=2, dim2=3).sum(dim=2) for p in (of_outputs, of_inputs))
+        return sums / (rows[:, :, None] * columns[:, None, :])
     basis = kronecker_basis(block)
     rotated = basis.mT @ matrix @ basis
     return rotated.diagonal(dim1=1, dim2=2).reshape(block.eigenvalues.shape)
