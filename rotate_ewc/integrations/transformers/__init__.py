@@ -15,9 +15,9 @@ except ModuleNotFoundError as error:
 
 from rotate_ewc.integrations.transformers.callback import RotatedEWCCallback
 from rotate_ewc.integrations.transformers.own_loss import own_loss
-from rotate_ewc.penalty.own_loss import register_own_loss
+from rotate_ewc.penalty.own_loss import OwnLoss, register_own_loss
 
 register_own_loss("transformers", own_loss)
 register_own_loss("peft", own_loss)
 
-__all__ = ["RotatedEWCCallback", "own_loss"]
+__all__ = ["OwnLoss", "RotatedEWCCallback", "own_loss"]

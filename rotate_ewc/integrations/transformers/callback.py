@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rotate_ewc._utils.preserve_state import kept, random_states
 from rotate_ewc._utils.validation import check_boolean, check_positive_integer
+from rotate_ewc.integrations.loaders import number_of_examples
 from rotate_ewc.integrations.transformers.checkpoints import (
     checkpoint_to_resume,
     folder_of,
@@ -117,7 +118,7 @@ class RotatedEWCCallback(TrainerCallback):
             load_penalty(self.penalty, folder)
         # Trainer has moved the model, and may have done so after the penalty was made.
         self.penalty.to(next(model.parameters()).device)
-        self._num_data = _length(train_dataloader)
+        self._num_data = number_of_examples(train_dataloader)
         self._own = None
         if self.consolidate_at_end:
             data = self._sampled(train_dataloader, args)
@@ -226,11 +227,3 @@ class RotatedEWCCallback(TrainerCallback):
         with kept(random_states([])):
             terms, examples = self._own.data.num_terms()
         self.penalty.current_num_loss_terms = terms * (self._num_data / examples) or None
-
-
-def _length(loader: Any) -> int | None:
-    """Return the number of examples that a loader draws from; None if it has none."""
-    dataset = getattr(loader, "dataset", None)
-    if dataset is None or isinstance(dataset, torch.utils.data.IterableDataset):
-        return None
-    return len(dataset) if hasattr(dataset, "__len__") else None

@@ -39,7 +39,7 @@ class ViewedUpdate(GradientUpdate):
 
     def before(self, step: Step) -> None:
         """Add the penalty's gradient."""
-        names = list(step.groups)
+        names = [name for name in step.groups if step.parameters[name].requires_grad]
         parameters = [step.parameters[name] for name in names]
         with torch.enable_grad():
             viewed = self._view()
@@ -50,7 +50,8 @@ class ViewedUpdate(GradientUpdate):
                 if any(key in found and found[key].requires_grad for key in stack.block.parameters)
             ]
             gradients = self._gradients(stacks, viewed, parameters)
-        moved = self._moved(stacks, viewed, parameters, step)
+        along = [step.gradients[name] for name in names]
+        moved = self._moved(stacks, viewed, parameters, along, step)
         self._watch.before(stacks, moved)
         for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
             if gradient is not None:
@@ -71,11 +72,13 @@ class ViewedUpdate(GradientUpdate):
     ) -> Sequence[Tensor | None]:
         """Return the penalty's gradient for each parameter; None where it does not depend on it."""
         gradients: Sequence[Tensor | None] = [None] * len(parameters)
-        if stacks:
+        if stacks and parameters:
             deltas = self.penalty.deltas(viewed)
             value = quadratic_form([stack.block for stack in stacks], deltas)
             value = 0.5 * self.penalty.scale * value
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            # The strength is found from the same graph.
+            keep = self.penalty.finds_strength
+            gradients = torch.autograd.grad(value, parameters, retain_graph=keep, allow_unused=True)
         if all(gradient is None for gradient in gradients):
             protected = quoted(name for stack in self.penalty.stacks for name in stack.names)
             raise ValueError(
@@ -91,6 +94,7 @@ class ViewedUpdate(GradientUpdate):
         stacks: Sequence[Stack],
         viewed: Mapping[str, Tensor],
         parameters: Sequence[Tensor],
+        along: Sequence[Tensor],
         step: Step,
     ) -> Step:
         """Return the step as one of the protected tensors, along `J g` in place of a gradient."""
@@ -98,7 +102,6 @@ class ViewedUpdate(GradientUpdate):
             return step
         names = [name for stack in stacks for name in stack.names if name in viewed]
         moving = [name for name in names if viewed[name].requires_grad]
-        along = [step.gradients[name] for name in step.groups]
         directions = _forward_products([viewed[name] for name in moving], parameters, along)
         gradients = {name: torch.zeros_like(viewed[name]) for name in names}
         gradients.update(zip(moving, directions, strict=True))
