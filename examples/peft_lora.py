@@ -49,8 +49,10 @@ def loss(model: torch.nn.Module, data: Batches) -> str:
 
 
 torch.manual_seed(0)
-first, second = texts(1, 0), texts(2, 4)
-config = GPT2Config(16, 12, 32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+first, second = texts(1, 0), texts(2, 8)
+config = GPT2Config(
+    vocab_size=16, n_positions=12, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+)
 base = GPT2LMHeadModel(config).eval()
 train(base, first)
 

@@ -51,10 +51,13 @@ def loss(model: GPT2LMHeadModel, data: list[dict[str, torch.Tensor]]) -> str:
     return f"{float(model.eval()(tokens, labels=tokens).loss):5.2f}"
 
 
-first, second = texts(1, 0), texts(2, 4)
+first, second = texts(1, 0), texts(2, 8)
 for name in ("with the penalty", "without it"):
     torch.manual_seed(0)
-    config = GPT2Config(WORDS, LENGTH, 32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=WORDS, n_positions=LENGTH, n_embd=32, n_layer=2, n_head=2,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
     model = GPT2LMHeadModel(config)
     penalty = EKFACPenalty()
     callbacks = [RotatedEWCCallback(penalty)] if name == "with the penalty" else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -179,12 +180,12 @@ class RotatedEWCCallback(TrainerCallback):
         own, self._own = self._own, None
         if own is not None:
             start = time.perf_counter()
+            data = own.data
+            if args.world_size > 1 and isinstance(data, LabelledBatches):
+                part = slice(args.process_index, None, args.world_size)
+                data = replace(data, data=self._sampled(kwargs["train_dataloader"], args, part))
             self.penalty.consolidate(
-                kwargs["model"],
-                own.loss_func,
-                own.data,
-                forward=own.forward,
-                num_data=self._num_data,
+                kwargs["model"], own.loss_func, data, forward=own.forward, num_data=self._num_data
             )
             self.consolidation_seconds = time.perf_counter() - start
 
@@ -197,8 +198,16 @@ class RotatedEWCCallback(TrainerCallback):
         if self.attachment is not None:
             self.attachment.flush()
 
-    def _sampled(self, loader: Any, args: TrainingArguments) -> Iterable[Any]:
-        """Return the training data in a fixed order, or as many of them as are wanted."""
+    def _sampled(
+        self, loader: Any, args: TrainingArguments, part: slice = slice(None)
+    ) -> Iterable[Any]:
+        """Return the training data in a fixed order, or as many of them as are wanted.
+
+        Args:
+            loader: What `Trainer` trains with.
+            args: Its arguments.
+            part: Which of these, where each of several processes has a part.
+        """
         if self._num_data is None:
             if self.num_samples is not None:
                 raise ValueError(
@@ -210,9 +219,8 @@ class RotatedEWCCallback(TrainerCallback):
         if self.num_samples is not None and self.num_samples < self._num_data:
             generator = torch.Generator().manual_seed(self.penalty.settings.seed)
             indices = torch.randperm(self._num_data, generator=generator)[: self.num_samples]
-        own = indices[args.process_index :: args.world_size].tolist()
         return DataLoader(
-            Subset(loader.dataset, own),
+            Subset(loader.dataset, indices[part].tolist()),
             batch_size=args.per_device_train_batch_size,
             collate_fn=loader.collate_fn,
         )

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -268,9 +269,7 @@ def _has_decoder(base: PreTrainedModel) -> bool:
 
 
 def _seed_everything() -> None:
-    """Seed what loaders and collators draw from."""
-    import numpy as np
-
+    """Seed what loaders and collators draw from; not accelerators, where dropout is drawn."""
     random.seed(_SEED)
     np.random.seed(_SEED)
-    torch.manual_seed(_SEED)
+    torch.default_generator.manual_seed(_SEED)

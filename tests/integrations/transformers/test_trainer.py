@@ -299,3 +299,22 @@ def test_arguments_are_checked() -> None:
         RotatedEWCCallback(penalty, num_samples=0)
     with pytest.raises(ValueError, match="view is given, and consolidate_at_end is True"):
         RotatedEWCCallback(penalty, view=lambda model: {})
+
+
+def test_each_of_several_processes_has_its_part(tmp_path: Path) -> None:
+    """Together all examples, each once; loss terms are counted over all of them by everyone."""
+    penalty = exact_penalty()
+    callback = RotatedEWCCallback(penalty, num_samples=10)
+    run = trainer(tmp_path, tiny_gpt2(), [callback])
+    loader = run.get_train_dataloader()
+    callback._num_data = 12
+    texts = [
+        [
+            tuple(text.tolist())
+            for batch in callback._sampled(loader, run.args, part)
+            for text in batch["input_ids"]
+        ]
+        for part in (slice(None), slice(0, None, 2), slice(1, None, 2))
+    ]
+    assert len(texts[0]) == 10
+    assert sorted(texts[1] + texts[2]) == sorted(texts[0])
