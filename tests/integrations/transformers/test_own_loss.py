@@ -303,3 +303,29 @@ def test_models_without_a_loss_need_one() -> None:
         penalty.consolidate(model)
     with pytest.raises(ValueError, match="forward is given, but loss_func is not"):
         penalty.consolidate(model, data=[], forward=model)
+
+
+def test_every_pass_sees_the_same_masks() -> None:
+    """Of a loader that shuffles, with a collator that masks tokens at random."""
+    model, _ = hf_models.case("bert, masked tokens")
+    texts = hf_models.texts()["input_ids"]
+    passes: list[list[Tensor]] = []
+
+    class Loader:
+        def __iter__(self) -> Any:
+            seen: list[Tensor] = []
+            passes.append(seen)
+            for index in torch.randperm(4).split(2):
+                hidden = torch.rand(2, texts.shape[1]) < 0.5
+                labels = texts[index].masked_fill(~hidden, -100)
+                seen.append(labels)
+                yield {"input_ids": texts[index], "labels": labels}
+
+    penalty = EKFACPenalty(1.0, memory_budget=2**10)
+    penalty.consolidate(model, data=Loader())
+    whole = [seen for seen in passes if len(seen) == 2]
+    assert len(whole) >= 3  # to soften, for the factors and for the eigenvalues
+    for seen in whole[1:]:
+        assert all(map(torch.equal, seen, whole[0]))
+    counted = sum(int((labels != -100).sum()) for labels in whole[0])
+    assert penalty.terms[0].operator.provenance.num_loss_terms == counted

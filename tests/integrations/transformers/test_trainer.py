@@ -318,3 +318,15 @@ def test_each_of_several_processes_has_its_part(tmp_path: Path) -> None:
     ]
     assert len(texts[0]) == 10
     assert sorted(texts[1] + texts[2]) == sorted(texts[0])
+
+
+def test_the_loader_of_trainer_is_taken_as_it_is(tmp_path: Path) -> None:
+    """And accelerate's account of where training is stays what it was."""
+    model = tiny_gpt2()
+    run = trainer(tmp_path, model, [])
+    loader = run.get_train_dataloader()
+    penalty = exact_penalty()
+    penalty.consolidate(model, data=loader)
+    assert penalty.terms[0].operator.provenance.num_loss_terms == 12 * 4 - 3
+    assert not run.accelerator.gradient_state.in_dataloader
+    assert loader.iteration == 0
