@@ -36,7 +36,7 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return an optimizer."""
-        return torch.optim.Adam(self.parameters(), lr=1e-3)
+        return torch.optim.Adam(self.parameters(), lr=2e-3)
 
 
 def make_task(pixels: torch.Tensor) -> list[DataLoader]:
@@ -63,7 +63,7 @@ for name in ("with the penalty", "without it"):
     callbacks = [RotatedEWCCallback(penalty, criterion)] if name == "with the penalty" else []
     for train_data, _ in tasks:
         trainer = lightning.Trainer(
-            max_epochs=20, callbacks=callbacks, accelerator="cpu", logger=False,
+            max_epochs=10, callbacks=callbacks, accelerator="cpu", logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(model, train_data)

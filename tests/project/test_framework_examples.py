@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
+# `accelerate launch`
+LAUNCHER = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
 
 
 def lines_of(name: str, folder: Path, *launcher: str) -> list[str]:
@@ -38,7 +38,7 @@ def numbers(line: str) -> list[float]:
 
 
 def test_trainer(tmp_path: Path) -> None:
-    protected, free = map(numbers, lines_of("transformers_trainer.py", tmp_path))
+    protected, free = map(numbers, lines_of("transformers_trainer.py", tmp_path, *LAUNCHER))
     learned, kept, second = protected
     assert learned == free[0]
     assert kept - learned < 0.4 * (free[1] - learned)
@@ -59,13 +59,8 @@ def test_lightning(tmp_path: Path) -> None:
     assert protected[1] > free[1] - 4
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [(), ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")],
-    ids=["python", "accelerate launch"],
-)
-def test_accelerate(tmp_path: Path, launcher: tuple[str, ...]) -> None:
-    first, second, last = lines_of("accelerate_loop.py", tmp_path, *launcher)
+def test_accelerate(tmp_path: Path) -> None:
+    first, second, last = lines_of("accelerate_loop.py", tmp_path, *LAUNCHER)
     (learned, _), (kept, other) = numbers(first), numbers(second)
     assert learned > 90
     assert kept > learned - 10
