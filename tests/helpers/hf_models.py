@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -159,7 +160,9 @@ def choices(seed: int = 0) -> Batch:
 
 def classified(problem: str | None, labels: Any, num_labels: int) -> tuple[Any, Any]:
     config = bert_config(num_labels=num_labels, problem_type=problem)
-    return (lambda: BertForSequenceClassification(config)), lambda: with_labels(texts(), labels)
+    return (lambda: BertForSequenceClassification(copy.deepcopy(config))), lambda: with_labels(
+        texts(), labels
+    )
 
 
 ONE_HOT = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])

@@ -31,7 +31,9 @@ class LossForm:
     labels: tuple[str, ...] = ("labels",)
 
     def value(self, outputs: Tensor, targets: Tensor) -> float:
-        """Return the loss of a batch, as the model itself computes it."""
+        """Return the loss of a batch, as the model itself computes it; raise if it cannot be."""
+        if not isinstance(self.loss, nn.CrossEntropyLoss) and outputs.shape != targets.shape:
+            raise ValueError(f"outputs {list(outputs.shape)}, labels {list(targets.shape)}")
         if self is not SPANS:
             return float(self.loss(outputs, targets))
         ends = zip(outputs.unbind(-1), targets.unbind(-1), strict=True)
