@@ -167,7 +167,7 @@ def test_the_loss_that_is_written_out_is_the_models_own(name: str) -> None:
     model, batch = hf_models.case(name)
     model.eval()
     with torch.no_grad():
-        values = dict(model.named_parameters())
+        values = {n: p.detach() for n, p in model.named_parameters()}
         count = len(next(iter(batch.values())))
         singles = [example(batch, index) for index in range(count)]
         summed = sum(float(summed_loss(name, model, values, single)) for single in singles)
