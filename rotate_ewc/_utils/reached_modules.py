@@ -74,9 +74,9 @@ def _inside_object(value: Any) -> Iterator[Any]:
     with suppress(AttributeError):
         yield from list(object.__getattribute__(value, "__dict__").values())
     if callable(value):
-        yield inspect.getattr_static(
-            kind, "forward" if isinstance(value, nn.Module) else "__call__"
-        )
+        # Weak proxies have the methods of what they stand for, and their class has none.
+        name = "forward" if isinstance(value, nn.Module) else "__call__"
+        yield inspect.getattr_static(kind, name, None)
 
 
 def _inside_function(function: FunctionType) -> Iterator[Any]:

@@ -25,7 +25,7 @@ all, goes on. `detach` forgets averages that are in an eigenbasis.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import wraps
+from functools import partial, wraps
 from inspect import ismethod, unwrap
 from types import MethodType, TracebackType
 from typing import Any, Final, Generic, TypeVar
@@ -44,9 +44,11 @@ from rotate_ewc.penalty.plasticity import Plasticity
 from rotate_ewc.penalty.step_rules import StepRule, known_optimizers, rule_of
 from rotate_ewc.penalty.updates import UpdateKind, make_update
 from rotate_ewc.penalty.updates.base import Step, restart_all
+from rotate_ewc.penalty.updates.viewed import ViewedUpdate
 
 _KEYS: Final = {"update", "num_tasks", "plasticity", "state"}
 Penalty = TypeVar("Penalty", bound=ConsolidatedTasks)
+View = Callable[[nn.Module], Mapping[str, Tensor]]
 
 
 class Attachment(Generic[Penalty]):
@@ -60,6 +62,7 @@ class Attachment(Generic[Penalty]):
         model: The model.
         update: How the penalty takes part.
         every: Every how many steps the penalty itself is looked at.
+        view: What the penalty protects, as a function of the model; None is its parameters.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class Attachment(Generic[Penalty]):
         model: nn.Module,
         update: UpdateKind | str = UpdateKind.ROTATED,
         every: int = 1,
+        *,
+        view: View | None = None,
     ) -> None:
         """Take part in every step from now on; see `EKFACPenalty.attach`."""
         self.penalty = penalty
@@ -81,7 +86,13 @@ class Attachment(Generic[Penalty]):
         _check_model(model, self.optimizer)
         rule = _check_optimizer(self.optimizer, self.update)
         _check_cadence(every, self.update, rule, self.optimizer)
-        self._update = make_update(self.update, penalty, rule, every)
+        self.view = view
+        if view is None:
+            self._update = make_update(self.update, penalty, rule, every)
+        else:
+            _check_view(view, self.update)
+            penalty.protected(view(model))
+            self._update = ViewedUpdate(penalty, partial(view, model))
         self._step: Step | None = None
         # A compiled step runs them as they were written.
         disable: Callable[[Any], Any] = torch.compiler.disable
@@ -232,7 +243,9 @@ class Attachment(Generic[Penalty]):
             held.add(name)
             if parameter.grad is not None:
                 gradients[name], groups[name] = parameter.grad.detach(), group
-        if not held & protected:
+        if self.view is not None:
+            protected = held
+        elif not held & protected:
             raise ValueError(
                 "the optimizer has none of the model's parameters that the penalty protects, as if "
                 "they had been replaced since it was made; expected them, as after "
@@ -350,6 +363,20 @@ def _check_optimizer(optimizer: Optimizer, update: UpdateKind) -> StepRule | Non
             f"it: register_step_size({name}, rule)"
         )
     return rule
+
+
+def _check_view(view: View, update: UpdateKind) -> None:
+    """Raise unless there is an update for tensors that are computed from parameters."""
+    if not callable(view):
+        raise TypeError(
+            f"view is {type(view).__name__}; expected a function from the model to protected "
+            f"tensors by name, such as rotate_ewc.integrations.peft.effective_parameters"
+        )
+    if update is not UpdateKind.GRADIENT:
+        raise ValueError(
+            f"update is {update.value!r}, which moves protected tensors by themselves, but those "
+            f"of a view are computed from others; expected update='gradient'"
+        )
 
 
 def _check_cadence(

@@ -45,6 +45,7 @@ from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import EstimationOptions, EstimationSettings, Mode, Weighting
 from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
+from rotate_ewc.penalty.own_loss import own_loss_of
 from rotate_ewc.penalty.stability import warn_if_divergent
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.temperature import fitting_temperature, softened
@@ -166,8 +167,8 @@ class EKFACPenalty(ConsolidatedTasks):
     def consolidate(
         self,
         model: nn.Module,
-        loss_func: Callable[..., Any],
-        data: Iterable[Any],
+        loss_func: Callable[..., Any] | None = None,
+        data: Iterable[Any] | None = None,
         *,
         params: Parameters | None = None,
         forward: Callable[[Any], Any] | None = None,
@@ -183,10 +184,10 @@ class EKFACPenalty(ConsolidatedTasks):
             model: The model at the end of the task.
             loss_func: The task's loss, with reduction `mean` or `sum`: one that is built in or
                 registered, or with `fisher_type="empirical"` any differentiable function of outputs
-                and targets.
+                and targets. None is that of the model itself, such as models of transformers have.
             data: The task's data, as re-iterable batches (inputs, targets); or inputs alone, if the
-                loss, or the Fisher type, needs no targets. A few thousand examples are enough for
-                most models.
+                loss, or the Fisher type, needs no targets; or for a model's own loss as the model
+                takes them. A few thousand examples are enough for most models.
             params: The parameters to protect, which keep the names they have in the model; None is
                 all that require gradients and that `include` and `exclude` choose.
             forward: From a batch's inputs to what the loss takes as outputs, where that is not
@@ -202,7 +203,16 @@ class EKFACPenalty(ConsolidatedTasks):
             raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
         check_positive_integer("num_data", num_data, optional=True)
         weight = as_non_negative_number("weight", weight)
+        if data is None:
+            raise TypeError("data is missing; expected the task's batches: data=loader")
         model = unwrapped(model)
+        if loss_func is None:
+            if forward is not None:
+                raise ValueError(
+                    "forward is given, but loss_func is not; expected both, or neither for a model "
+                    "that brings its own loss"
+                )
+            loss_func, data, forward = own_loss_of(model, data)
         if params is None:
             params = select_parameters(model, self.include, self.exclude)
         # Whatever names they were given, the penalty will look for them by those in the model.
@@ -255,6 +265,8 @@ class EKFACPenalty(ConsolidatedTasks):
         model: nn.Module,
         update: UpdateKind | str = UpdateKind.ROTATED,
         every: int = 1,
+        *,
+        view: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
     ) -> Attachment[EKFACPenalty]:
         """Have an optimizer's steps respect the penalty, from now on; the loss is without it.
 
@@ -267,6 +279,10 @@ class EKFACPenalty(ConsolidatedTasks):
             every: After how many steps the tangent is renewed, or for SGD the proximal step taken.
                 Call `flush` of the handle where the steps since then should count, such as before
                 `consolidate`.
+            view: From the model to the tensors that are protected, by the names they had when they
+                were consolidated; gradients must reach the model's parameters through them. It
+                needs update `"gradient"`. `rotate_ewc.integrations.peft.effective_parameters` is
+                one, for adapters. None is the model's own parameters.
 
         Returns:
             A handle, with `detach`, `flush`, `strength`, `state_dict` and `load_state_dict`.
@@ -277,7 +293,7 @@ class EKFACPenalty(ConsolidatedTasks):
                 `"merged"`.
             TypeError: If an argument has the wrong type.
         """
-        return Attachment(self, optimizer, model, update, every)
+        return Attachment(self, optimizer, model, update, every, view=view)
 
     def check_learning_rate(self, learning_rate: float) -> bool:
         """Return whether gradient descent on the penalty converges at a rate, and warn if not."""

@@ -23,12 +23,13 @@ from rotate_ewc._utils.numerics import statistics_dtype, without_autocast
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.tracing.recorder import ForwardPass, Use
 
-# The smallest exponent of the weights and how many there are: a part of a dtype's range.
+# The smallest exponent of the weights and how many there are: a part of a dtype's range. That of
+# double precision is not used up, since models may compute some things, such as norms, in float32.
 _EXPONENTS: Final = {
     torch.float16: (-3, 8),
     torch.bfloat16: (-60, 128),
     torch.float32: (-60, 128),
-    torch.float64: (-300, 700),
+    torch.float64: (-60, 128),
 }
 # A sum of rounded numbers may be wrong by this many roundings of the sum of their sizes.
 _ROUNDINGS: Final = 64

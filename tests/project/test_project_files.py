@@ -14,7 +14,15 @@ import rotate_ewc
 ROOT = Path(__file__).parents[2]
 MADE_LATER = {"./data", "dist/"}
 # Imported only when they are asked for.
-LAZY_PARTS = {"avalanche", "command.py", "figure.py", "tables.py"}
+LAZY_PARTS = {
+    "avalanche",
+    "command.py",
+    "figure.py",
+    "lightning.py",
+    "peft.py",
+    "tables.py",
+    "transformers",
+}
 
 
 def text_of(name: str) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 import rotate_ewc
-from rotate_ewc.integrations import avalanche
+from rotate_ewc.integrations import avalanche, lightning, peft, transformers
 
-PUBLIC = {id(getattr(module, n)) for module in (rotate_ewc, avalanche) for n in module.__all__}
+MODULES = (rotate_ewc, avalanche, lightning, peft, transformers)
+PUBLIC = {id(getattr(module, n)) for module in MODULES for n in module.__all__}
 
 
 def _mentioned(hint: Any) -> Iterator[type]:
@@ -47,7 +48,7 @@ def _annotations(owner: Any) -> Iterator[tuple[str, Any]]:
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(module, name) for module in (rotate_ewc, avalanche) for name in module.__all__],
+    [(module, name) for module in MODULES for name in module.__all__],
 )
 def test_what_a_public_name_mentions_is_public(module: Any, name: str) -> None:
     hidden = {

@@ -1,0 +1,222 @@
+"""Lightning: a callback that has a penalty take part in the training of a `LightningModule`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"rotate_ewc.integrations.lightning needs Lightning ({error}); "
+        f"install it with: pip install 'rotate-ewc[lightning]'"
+    ) from error
+
+from rotate_ewc._utils.validation import check_boolean, check_positive_integer
+from rotate_ewc.integrations.loaders import number_of_examples
+from rotate_ewc.penalty.attachment import Attachment, View
+from rotate_ewc.penalty.own_loss import own_loss_of
+from rotate_ewc.penalty.penalty import EKFACPenalty
+from rotate_ewc.penalty.updates import UpdateKind
+
+__all__ = ["RotatedEWCCallback"]
+
+
+class RotatedEWCCallback(Callback):
+    """Elastic weight consolidation in a rotated basis, as a callback of Lightning's `Trainer`.
+
+    While `fit` runs, the penalty is attached to the module's optimizer, with automatic and with
+    manual optimization; losses are without it. At the end of `fit` the task is consolidated, on the
+    data that it was trained with. Checkpoints hold the penalty, and the state of its part in the
+    optimizer's steps; a run that is resumed from one goes on to the same bits. At the end of every
+    epoch `rotated_ewc_penalty` and `rotated_ewc_strength` are logged.
+
+    Attributes:
+        penalty: The penalty.
+        attachment: The handle of the penalty in the optimizer's steps; None unless `fit` runs.
+        consolidation_seconds: How long the last consolidation took.
+
+    Example:
+        callback = RotatedEWCCallback(penalty, nn.CrossEntropyLoss())
+        trainer = lightning.Trainer(max_epochs=3, callbacks=[callback])
+        trainer.fit(module, loader)
+    """
+
+    def __init__(
+        self,
+        penalty: EKFACPenalty,
+        loss_func: Callable[..., Any] | None = None,
+        consolidate_at_end: bool = True,
+        *,
+        forward: Callable[[Any], Any] | None = None,
+        submodule: str = "",
+        data: Iterable[Any] | None = None,
+        optimizer: int = 0,
+        update: UpdateKind | str = UpdateKind.ROTATED,
+        every: int = 1,
+        view: View | None = None,
+    ) -> None:
+        """Make a callback of one penalty, which takes part in one `fit` after another.
+
+        Args:
+            penalty: The penalty; where it has tasks already, they are protected from the start.
+            loss_func: The loss of outputs and targets that the module trains with; None for models
+                that bring their own.
+            consolidate_at_end: Whether to consolidate the task at the end of `fit`.
+            forward: From a batch's inputs to outputs, where that is not the model's `forward`.
+            submodule: Name of the part of the module that is the model to protect, such as the
+                attribute that holds a model of transformers; parameters have the names they have
+                there. By default the whole module.
+            data: The task's data for the estimate, as `consolidate` takes them; None is the
+                training data of `fit`.
+            optimizer: Which of the module's optimizers has the parameters to protect.
+            update: As in `EKFACPenalty.attach`.
+            every: Likewise. What is left over is taken before validations and as epochs end.
+            view: As in `EKFACPenalty.attach`.
+
+        Raises:
+            TypeError: If `penalty` is not one penalty, or another argument has the wrong type.
+            ValueError: If an argument is out of range.
+        """
+        super().__init__()
+        if not isinstance(penalty, EKFACPenalty):
+            raise TypeError(
+                f"penalty is {type(penalty).__name__}; expected one EKFACPenalty (which holds any "
+                f"number of tasks)"
+            )
+        check_boolean("consolidate_at_end", consolidate_at_end)
+        check_positive_integer("every", every)
+        if isinstance(optimizer, bool) or not isinstance(optimizer, int) or optimizer < 0:
+            raise ValueError(f"optimizer is {optimizer!r}; expected the place of one, from 0 on")
+        if view is not None and consolidate_at_end:
+            raise ValueError(
+                "view is given, and consolidate_at_end is True; expected "
+                "consolidate_at_end=False: merge the adapters, and consolidate the model then"
+            )
+        self.penalty = penalty
+        self.loss_func = loss_func
+        self.consolidate_at_end = consolidate_at_end
+        self.forward = forward
+        self.submodule = submodule
+        self.data = data
+        self.optimizer = optimizer
+        self.update = update
+        self.every = every
+        self.view = view
+        self.attachment: Attachment[EKFACPenalty] | None = None
+        self.consolidation_seconds: float | None = None
+        self._saved_attachment: Mapping[str, Any] | None = None
+        # Whether the task at hand is in the penalty already, as in a checkpoint of the last moment.
+        self._consolidated = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach the penalty to the optimizer."""
+        self._detach()
+        count = len(trainer.optimizers)
+        if self.optimizer >= count:
+            raise ValueError(
+                f"optimizer is {self.optimizer}, but the module has {count}; expected less"
+            )
+        model = self._model(pl_module)
+        if self.consolidate_at_end and self.loss_func is None:
+            # What will not do is refused before anything is learned.
+            own_loss_of(model, self._data(trainer))
+        self.penalty.to(next(model.parameters()).device)
+        self.attachment = self.penalty.attach(
+            trainer.optimizers[self.optimizer], model, self.update, self.every, view=self.view
+        )
+        if (examples := number_of_examples(trainer.train_dataloader)) is not None:
+            self.penalty.current_num_data = examples
+        if self._saved_attachment is not None:
+            self.attachment.load_state_dict(self._saved_attachment)
+            self._saved_attachment = None
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note that there is something new to consolidate."""
+        self._consolidated = False
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take what is left over from `every`."""
+        self._flush()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take what is left over from `every`, and log the penalty and its strength."""
+        self._flush()
+        model = self._model(pl_module)
+        with torch.no_grad():
+            value = self.penalty(model if self.view is None else self.view(model))
+        pl_module.log("rotated_ewc_penalty", float(value))
+        pl_module.log("rotated_ewc_strength", float(self.penalty.strength))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach from the optimizer, and consolidate the task."""
+        self._detach()
+        if not self.consolidate_at_end or self._consolidated:
+            return
+        start = time.perf_counter()
+        self.penalty.consolidate(
+            self._model(pl_module), self.loss_func, self._data(trainer), forward=self.forward
+        )
+        self._consolidated = True
+        self.consolidation_seconds = time.perf_counter() - start
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Detach from the optimizer."""
+        self._detach()
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse to resume from a checkpoint in which there is no penalty."""
+        if self.state_key not in checkpoint.get("callbacks", {}):
+            raise ValueError(
+                "the checkpoint has no state of this callback, as if it was written without it; "
+                "expected one with a penalty, or to train on from its weights: "
+                "module.load_state_dict(torch.load(path)['state_dict']), and fit without ckpt_path"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the penalty's snapshot, and the state of its part in the optimizer's steps."""
+        attachment = self._saved_attachment
+        if self.attachment is not None:
+            attachment = self.attachment.state_dict()
+        return {
+            "penalty": self.penalty.state_dict(),
+            "attachment": attachment,
+            "consolidated": self._consolidated,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned; the handle's state is read when `fit` begins.
+
+        Raises:
+            SnapshotError: If the penalty's state is damaged, or of other tasks.
+        """
+        self.penalty.load_state_dict(state_dict["penalty"])
+        self._saved_attachment = state_dict["attachment"]
+        self._consolidated = state_dict["consolidated"]
+
+    def _model(self, pl_module: LightningModule) -> nn.Module:
+        model: nn.Module = pl_module.get_submodule(self.submodule)
+        return model
+
+    def _data(self, trainer: Trainer) -> Any:
+        return trainer.train_dataloader if self.data is None else self.data
+
+    def _detach(self) -> None:
+        attached, self.attachment = self.attachment, None
+        if attached is not None:
+            attached.detach()
+
+    def _flush(self) -> None:
+        if self.attachment is not None:
+            self.attachment.flush()

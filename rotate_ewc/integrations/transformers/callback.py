@@ -1,0 +1,237 @@
+"""`RotatedEWCCallback`: the penalty at the right places of `Trainer`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rotate_ewc._utils.preserve_state import kept, random_states
+from rotate_ewc._utils.validation import check_boolean, check_positive_integer
+from rotate_ewc.integrations.loaders import number_of_examples
+from rotate_ewc.integrations.transformers.checkpoints import (
+    checkpoint_to_resume,
+    folder_of,
+    load_attachment,
+    load_penalty,
+    save_both,
+)
+from rotate_ewc.integrations.transformers.own_loss import LabelledBatches, own_loss
+from rotate_ewc.penalty.attachment import Attachment, View
+from rotate_ewc.penalty.own_loss import OwnLoss
+from rotate_ewc.penalty.penalty import EKFACPenalty
+from rotate_ewc.penalty.updates import UpdateKind
+
+
+class RotatedEWCCallback(TrainerCallback):
+    """Elastic weight consolidation in a rotated basis, as a callback of `Trainer`.
+
+    While `Trainer` trains, the penalty is attached to its optimizer; the loss, and so `eval_loss`,
+    is without it. When training ends the task is consolidated: on the data that it was trained
+    with, by the model's own loss, at the weights that training ends with (the best ones with
+    `load_best_model_at_end`). Every checkpoint gets the penalty, and the state of its part in the
+    optimizer's steps; a run that is resumed from it goes on to the same bits.
+
+    With each training loss, the penalty is logged, its strength, and its share of loss plus
+    penalty.
+
+    Attributes:
+        penalty: The penalty.
+        attachment: The handle of the penalty in the optimizer's steps; None unless training runs.
+        consolidation_seconds: How long the last consolidation took.
+
+    Example:
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[RotatedEWCCallback(penalty)])
+        trainer.train()
+        penalty.save("penalty.safetensors")
+    """
+
+    def __init__(
+        self,
+        penalty: EKFACPenalty,
+        consolidate_at_end: bool = True,
+        *,
+        update: UpdateKind | str = UpdateKind.ROTATED,
+        every: int = 1,
+        num_samples: int | None = None,
+        view: View | None = None,
+    ) -> None:
+        """Make a callback of one penalty, which takes part in one training after another.
+
+        Args:
+            penalty: The penalty; where it has tasks already, they are protected from the start.
+            consolidate_at_end: Whether to consolidate the task when training ends. Where `Trainer`
+                is given a loss (`compute_loss_func`, or a `compute_loss` of your own), do it
+                yourself, with that loss.
+            update: As in `EKFACPenalty.attach`.
+            every: Likewise. What is left over is taken before evaluations and checkpoints.
+            num_samples: Examples to draw from the training data for the estimate; None takes all. A
+                few thousand are usually as good.
+            view: As in `EKFACPenalty.attach`; `rotate_ewc.integrations.peft` has one for adapters.
+
+        Raises:
+            TypeError: If `penalty` is not one penalty, or another argument has the wrong type.
+            ValueError: If an argument is out of range.
+        """
+        super().__init__()
+        if not isinstance(penalty, EKFACPenalty):
+            raise TypeError(
+                f"penalty is {type(penalty).__name__}; expected one EKFACPenalty (which holds any "
+                f"number of tasks)"
+            )
+        check_boolean("consolidate_at_end", consolidate_at_end)
+        check_positive_integer("every", every)
+        check_positive_integer("num_samples", num_samples, optional=True)
+        if view is not None and consolidate_at_end:
+            raise ValueError(
+                "view is given, and consolidate_at_end is True; expected "
+                "consolidate_at_end=False: merge the adapters, and consolidate the model then"
+            )
+        self.penalty = penalty
+        self.consolidate_at_end = consolidate_at_end
+        self.update = update
+        self.every = every
+        self.num_samples = num_samples
+        self.view = view
+        self.attachment: Attachment[EKFACPenalty] | None = None
+        self.consolidation_seconds: float | None = None
+        self._own: OwnLoss | None = None
+        self._num_data: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach the penalty to the optimizer; in a resumed run, with what was saved."""
+        model, train_dataloader = kwargs["model"], kwargs["train_dataloader"]
+        self._detach()
+        if self.consolidate_at_end and state.is_hyper_param_search:
+            raise ValueError(
+                "consolidate_at_end is True in a search of hyper-parameters, of which every trial "
+                "would count as a task; expected consolidate_at_end=False"
+            )
+        folder = checkpoint_to_resume(args, state) if state.global_step else None
+        if folder is not None:
+            load_penalty(self.penalty, folder)
+        # Trainer has moved the model, and may have done so after the penalty was made.
+        self.penalty.to(next(model.parameters()).device)
+        self._num_data = number_of_examples(train_dataloader)
+        self._own = None
+        if self.consolidate_at_end:
+            data = self._sampled(train_dataloader, args)
+            self._own = own_loss(model, data, label_smoothing=args.label_smoothing_factor)
+        attachment = self.penalty.attach(
+            kwargs["optimizer"], model, self.update, self.every, view=self.view
+        )
+        self.attachment = attachment
+        if folder is not None:
+            load_attachment(attachment, folder)
+        self._count_loss_terms()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take what is left over from `every`, if the weights are about to be looked at."""
+        if control.should_evaluate or control.should_save or control.should_training_stop:
+            self._flush()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take what is left over from `every`."""
+        self._flush()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the penalty, its strength and its share to what is logged with a training loss."""
+        model, logs = kwargs["model"], kwargs["logs"]
+        if self.attachment is None or "loss" not in logs:
+            return
+        with torch.no_grad():
+            seen = model if self.view is None else self.view(model)
+            penalty = float(self.penalty(seen))
+        total = logs["loss"] + penalty
+        values = {
+            "rotated_ewc_penalty": penalty,
+            "rotated_ewc_share": penalty / total if total > 0 else 0.0,
+            "rotated_ewc_strength": self.penalty.strength,
+        }
+        logs.update(values)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(values)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the penalty, and the state of its attachment, into the checkpoint."""
+        if self.attachment is not None and state.is_world_process_zero:
+            save_both(self.attachment, folder_of(args, state))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Detach from the optimizer, and consolidate the task."""
+        self._detach()
+        own, self._own = self._own, None
+        if own is not None:
+            start = time.perf_counter()
+            data = own.data
+            if args.world_size > 1 and isinstance(data, LabelledBatches):
+                part = slice(args.process_index, None, args.world_size)
+                data = replace(data, data=self._sampled(kwargs["train_dataloader"], args, part))
+            self.penalty.consolidate(
+                kwargs["model"], own.loss_func, data, forward=own.forward, num_data=self._num_data
+            )
+            self.consolidation_seconds = time.perf_counter() - start
+
+    def _detach(self) -> None:
+        attached, self.attachment = self.attachment, None
+        if attached is not None:
+            attached.detach()
+
+    def _flush(self) -> None:
+        if self.attachment is not None:
+            self.attachment.flush()
+
+    def _sampled(
+        self, loader: Any, args: TrainingArguments, part: slice = slice(None)
+    ) -> Iterable[Any]:
+        """Return the training data in a fixed order, or as many of them as are wanted.
+
+        Args:
+            loader: What `Trainer` trains with.
+            args: Its arguments.
+            part: Which of these, where each of several processes has a part.
+        """
+        if self._num_data is None:
+            if self.num_samples is not None:
+                raise ValueError(
+                    f"num_samples is {self.num_samples}, but the training data have no length; "
+                    f"expected None, or data that examples can be drawn from"
+                )
+            return loader  # type: ignore[no-any-return]
+        indices = torch.arange(self._num_data)
+        if self.num_samples is not None and self.num_samples < self._num_data:
+            generator = torch.Generator().manual_seed(self.penalty.settings.seed)
+            indices = torch.randperm(self._num_data, generator=generator)[: self.num_samples]
+        return DataLoader(
+            Subset(loader.dataset, indices[part].tolist()),
+            batch_size=args.per_device_train_batch_size,
+            collate_fn=loader.collate_fn,
+        )
+
+    def _count_loss_terms(self) -> None:
+        """Tell the penalty how many loss terms the task has that is about to be trained."""
+        if not self.penalty.num_tasks or self._num_data is None:
+            return
+        self.penalty.current_num_data = self._num_data
+        if self._own is None or not isinstance(self._own.data, LabelledBatches):
+            return
+        with kept(random_states([])):
+            terms, examples = self._own.data.num_terms()
+        self.penalty.current_num_loss_terms = terms * (self._num_data / examples) or None
