@@ -114,14 +114,18 @@ class FirstPass:
             self.factors[plan.key] = KroneckerFactors.of(plan)
         return self.factors[plan.key]
 
+    def unfollow(self, key: BlockKey, leader: BlockKey) -> None:
+        """Let a bias go on from a copy of the gradient factor of a weight."""
+        del self.leaders[key]
+        covariance = self.factors[leader].gradient_covariance
+        self.factors[key].gradient_covariance = covariance and covariance.clone()
+
     def _settle_leaders(self, captured: CapturedBatch) -> None:
         """Let biases go on from a copy as soon as their factor is no longer that of a weight."""
         followers = {p.follower: p.key for p in captured.plans if p.follower is not None}
         for key, weight in list(self.leaders.items()):
             if followers.get(key) != weight:
-                del self.leaders[key]
-                covariance = self.factors[weight].gradient_covariance
-                self.factors[key].gradient_covariance = covariance and covariance.clone()
+                self.unfollow(key, weight)
         for plan in captured.plans:
             leader = followers.get(plan.key)
             if leader is not None and not {plan.key, leader} & self.factors.keys():

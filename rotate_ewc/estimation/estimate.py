@@ -22,9 +22,11 @@ from rotate_ewc._utils.numerics import check_trace, statistics_dtype, underflowe
 from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.reached_modules import reached_modules
 from rotate_ewc._utils.warnings import warn_user
+from rotate_ewc.distributed.ranks import Ranks
 from rotate_ewc.estimation.accumulate import FirstPass, SecondPass
 from rotate_ewc.estimation.factors import decompose
 from rotate_ewc.estimation.repeatability import WatchedForward, check_equal
+from rotate_ewc.estimation.united import unite
 from rotate_ewc.linalg.block import Block, matrix_shape
 from rotate_ewc.losses import Likelihood, likelihood_of
 from rotate_ewc.options import EstimationSettings, KFACType, Reduction, Unsupported
@@ -68,10 +70,13 @@ def fit_blocks(
     settings: EstimationSettings,
     *,
     model: nn.Module | None,
+    ranks: Ranks,
     num_data: int | None = None,
     check_deterministic: bool = False,
 ) -> tuple[tuple[Block, ...], dict[str, torch.Size], Provenance]:
     """Estimate the blocks of an operator, leaving the model and the random states as they were.
+
+    To be called inside of `ranks.together()`.
 
     Args:
         forward: From a batch's inputs to the model's outputs.
@@ -81,7 +86,8 @@ def fit_blocks(
         settings: How to estimate.
         model: The model; None if it is not known. It is put into eval mode, and so are the modules
             that can be reached from `forward`.
-        num_data: Examples that the data stand for, where they are a sample of a larger set.
+        ranks: The processes, each with data of its own, that estimate one matrix.
+        num_data: Examples that all the data stand for, where they are a sample of a larger set.
         check_deterministic: Whether to estimate twice and raise if the results differ.
 
     Returns:
@@ -92,15 +98,18 @@ def fit_blocks(
         TypeError: If a part of a batch, or the outputs, have the wrong type.
     """
     likelihood = likelihood_of(loss_func)
+    if ranks.size > 1:
+        _check_same(likelihood, parameters, settings, num_data, ranks)
     given, parameters = parameters, _without_complex(parameters, settings.unsupported)
     complex_names = tuple(name for name in given if name not in parameters)
     constants = NO_CONSTANTS if model is None else Constants.of(model)
     modules = [*([] if model is None else model.modules()), *reached_modules(forward)]
     watched = WatchedForward(forward, {parameter.device for parameter in parameters.values()})
     with undisturbed(modules, parameters.values()), torch.inference_mode(False):
-        found = estimate(watched, likelihood, parameters, data, settings, constants, num_data)
+        arguments = (likelihood, parameters, data, settings, constants, num_data, ranks)
+        found = estimate(watched, *arguments)
         if check_deterministic:
-            again = estimate(forward, likelihood, parameters, data, settings, constants, num_data)
+            again = estimate(forward, *arguments)
             check_equal(found.blocks, again.blocks)
         watched.warn_if_random()
     if len(found.unused) == len(parameters):
@@ -138,6 +147,36 @@ def fit_blocks(
     return found.blocks, shapes, provenance
 
 
+def _check_same(
+    likelihood: Likelihood,
+    parameters: Mapping[str, Tensor],
+    settings: EstimationSettings,
+    num_data: int | None,
+    ranks: Ranks,
+) -> None:
+    """Raise unless all processes are about to estimate the same of the same model."""
+    own = {"memory_budget", "progressbar"}
+    ranks.check_same(
+        {
+            "loss_func": (likelihood.name, likelihood.reduction),
+            "num_data": num_data,
+            "params": {name: (list(p.shape), str(p.dtype)) for name, p in parameters.items()},
+            **{name: value for name, value in settings.to_json().items() if name not in own},
+        }
+    )
+    real = {name: p.detach() for name, p in parameters.items() if not p.is_complex()}
+    sums = [torch.stack([p.double().sum(), p.double().abs().sum()]) for p in real.values()]
+    every = ranks.gather("weights", [one.tolist() for one in sums])
+    for rank, others in enumerate(every):
+        pairs = zip(real, every[0], others, strict=True)
+        if differing := [n for n, a, b in pairs if abs(a[0] - b[0]) > 1e-6 * max(a[1], b[1])]:
+            raise ValueError(
+                f"{parameters_are(differing)} not the same on rank {rank} as on rank 0; expected "
+                f"replicas with the same weights, as DistributedDataParallel keeps them (or "
+                f"group=None, for each process by itself)"
+            )
+
+
 def estimate(
     forward: Callable[[Any], Tensor],
     likelihood: Likelihood,
@@ -146,6 +185,7 @@ def estimate(
     settings: EstimationSettings,
     constants: Constants = NO_CONSTANTS,
     num_data: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Estimate:
     """Estimate the Fisher matrix of a loss over a data set, block by block.
 
@@ -159,28 +199,35 @@ def estimate(
         data: Re-iterable batches (inputs, targets).
         settings: How to estimate.
         constants: The model's tensors that do not depend on the data.
-        num_data: Examples that the data stand for, where they are a sample of a larger set.
+        num_data: Examples that all the data stand for, where they are a sample of a larger set.
+        ranks: The processes that estimate together; None is this one alone.
 
     Returns:
-        Blocks in the order of `parameters`. A parameter on which the outputs do not depend has a
-        block of zeros, its exact Fisher matrix; one that is to be skipped has none.
+        The same in all processes: blocks in the order of `parameters`. A parameter on which the
+        outputs do not depend has a block of zeros, its exact Fisher matrix; one that is to be
+        skipped has none.
 
     Raises:
         ValueError: If the data, outputs or a layer cannot be handled; the message names which.
         TypeError: If the outputs, or a batch's parts, have the wrong type.
         MemoryError: If a single example, or a decomposition, takes more memory than there is.
     """
+    ranks = ranks or Ranks()
     check_reiterable(data)
     capturer = BatchCapturer(forward, likelihood, parameters, settings, constants)
-    passes = Passes(capturer, data, settings.memory_budget // 2)
+    passes = Passes(capturer, data, settings.memory_budget // 2, ranks)
     first = FirstPass(settings.kfac_approx is KFACType.REDUCE, settings.memory_budget // 4)
     passes.first(first.add)
+    without_rule = capturer.unsupported or frozenset()
+    capturer.unsupported = unite(first, without_rule, parameters, ranks)
     tiny = {key for key, factors in first.factors.items() if factors.underflowed}
-    second = SecondPass(decompose(first.factors, first.leaders), first.leaders, first.max_bytes)
+    bases = decompose(first.factors, first.leaders, ranks)
+    second = SecondPass(bases, first.leaders, first.max_bytes)
     first.factors.clear()
     passes.second(second.add)
-    without_rule = [_diagonal(name, squares) for name, squares in first.squares.items()]
-    used = (*second.blocks.values(), *without_rule)
+    ranks.sum("eigenvalues", [block.eigenvalues for block in second.blocks.values()])
+    diagonals = [_diagonal(name, squares) for name, squares in first.squares.items()]
+    used = (*second.blocks.values(), *diagonals)
     scale = _scale(first, likelihood, num_data)
     by_name = {}
     for block in used:
@@ -192,7 +239,7 @@ def estimate(
         for key, block in second.blocks.items()
         if key in first.reached and (key in tiny or underflowed(block.eigenvalues))
     )
-    unsupported = tuple(name for name in parameters if name in (capturer.unsupported or ()))
+    unsupported = tuple(name for name in parameters if name in capturer.unsupported)
     skipped = unsupported if settings.unsupported is Unsupported.SKIP else ()
     wanted = [name for name in parameters if name not in skipped]
     unused = tuple(name for name in wanted if name not in by_name)

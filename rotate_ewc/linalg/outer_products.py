@@ -29,6 +29,9 @@ _FEW: Final = 0.5
 _NARROWEST_PANEL: Final = 96
 _MOST_PANELS: Final = 4
 
+# Of a sum that goes to another process, strips of so many rows, from the diagonal on.
+_ROWS_OF_A_STRIP: Final = 64
+
 
 class OuterProducts:
     """`Σ v vᵀ`: the vectors themselves as long as they are few, then the sum.
@@ -69,19 +72,63 @@ class OuterProducts:
 
         In this way several sums can be changed together: see `add_to_all`.
         """
-        groups, size = self._diagonal.shape
+        size = self._diagonal.shape[1]
         count = self._num_vectors + vectors.shape[1] * vectors.shape[2]
         if self._matrix is None and count <= _FEW * size:
             # A copy: what they are a view of is larger, and the caller's.
             rows = vectors.flatten(1, 2).clone()
             return partial(self._keep, rows, self._diagonal + rows.square().sum(dim=1), count)
+        return _prepared_covariance(self._summed(), vectors)
+
+    def _summed(self) -> Tensor:
+        """Return the sum, from now on kept instead of the vectors."""
         if self._matrix is None:
-            with naming_matrix("the sum of outer products", size, vectors.dtype):
+            groups, size = self._diagonal.shape
+            with naming_matrix("the sum of outer products", size, self._diagonal.dtype):
                 matrix = self._diagonal.new_zeros(groups, size, size)
             for rows in self._vectors:
                 add_covariance_(matrix, rows[:, None])
             self._matrix, self._vectors = matrix, []
-        return _prepared_covariance(self._matrix, vectors)
+        return self._matrix
+
+    @property
+    def num_vectors(self) -> int | None:
+        """How many vectors are kept; None once there is only their sum."""
+        return self._num_vectors if self._matrix is None else None
+
+    def to_be_summed(self, counts: Sequence[int | None], place: int) -> list[Tensor]:
+        """Return tensors that, summed over several of these, hold the sum of all their vectors.
+
+        Args:
+            counts: `num_vectors` of all of them.
+            place: Which of them this is.
+
+        Returns:
+            Strips of the upper triangle; or, where all have few vectors, one tensor with zeros in
+            the places of the others'. The sum is to be taken in place, and `settle` to be called.
+        """
+        groups, size = self._diagonal.shape
+        few = [count for count in counts if count is not None]
+        if len(few) == len(counts) and sum(few) <= _FEW * size:
+            rows = self._diagonal.new_zeros(groups, sum(few), size)
+            start = sum(few[:place])
+            if self._vectors:
+                rows[:, start : start + few[place]] = torch.cat(self._vectors, dim=1)
+            self._vectors, self._num_vectors = [rows], sum(few)
+            return [rows]
+        matrix, width = self._summed(), _ROWS_OF_A_STRIP
+        return [matrix[:, start : start + width, start:] for start in range(0, size, width)]
+
+    def settle(self, diagonal: Tensor, *, keep: bool) -> None:
+        """Be the sum of several of these, of which the vectors or the matrix may be dropped.
+
+        Args:
+            diagonal: The diagonal of the sum.
+            keep: Whether what `to_be_summed` returned now holds the sum, or else anything.
+        """
+        self._diagonal = diagonal
+        if not keep:
+            self._vectors, self._matrix = [], None
 
     def _keep(self, rows: Tensor, diagonal: Tensor, count: int) -> None:
         self._vectors.append(rows)

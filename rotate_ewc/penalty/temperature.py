@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc._utils.parameters import parameters_of
 from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.reached_modules import reached_modules
+from rotate_ewc.distributed.ranks import Ranks
 from rotate_ewc.losses import Likelihood, likelihood_of
 from rotate_ewc.options import EstimationSettings
 from rotate_ewc.tracing.passes import (
@@ -50,6 +51,7 @@ def softening_temperature(
     loss_func: Callable[..., Any],
     data: Iterable[Any],
     settings: EstimationSettings,
+    ranks: Ranks,
 ) -> float:
     """Return the temperature at which predictions have a given mean entropy.
 
@@ -65,6 +67,7 @@ def softening_temperature(
         data: Re-iterable batches (inputs, targets), gone through once.
         settings: Of the estimate. Outputs may take its memory budget; of more, every second batch
             is looked at, or fewer.
+        ranks: The processes whose predictions count together, each with data of its own.
 
     Returns:
         At least 1; exactly 1 if the predictions are soft enough, or have no entropy (regression).
@@ -76,10 +79,17 @@ def softening_temperature(
         likelihood = likelihood_of(loss_func)
         device = next(iter(parameters.values())).device
         shown = batches(
-            data, device, progressbar=bool(settings.progressbar), description="temperature"
+            data,
+            device,
+            progressbar=bool(settings.progressbar),
+            description="temperature",
+            ranks=ranks,
         )
         seen = _seen(forward, likelihood, shown, settings.memory_budget)
-        return _temperature_of(seen, likelihood) if seen else 1.0
+        every = ranks.gather("outputs", None if seen is None else len(seen))
+        if seen is None or None in every:
+            return 1.0
+        return _temperature_of(seen, likelihood, ranks)
 
 
 def _seen(
@@ -87,8 +97,8 @@ def _seen(
     likelihood: Likelihood,
     shown: Iterable[Batch],
     max_bytes: int,
-) -> list[tuple[Tensor, Tensor]]:
-    """Return outputs and targets, as many as there is room for; none if nothing can be softened."""
+) -> list[tuple[Tensor, Tensor]] | None:
+    """Return outputs and targets, as many as there is room for; None if nothing can be softened."""
     seen: list[tuple[Tensor, Tensor]] = []
     stride = 1
     for number, inputs, targets in shown:
@@ -97,7 +107,7 @@ def _seen(
         with naming_batch(number), noting_batch(number):
             outputs = forward(inputs)
         if not _can_be_softened(likelihood, outputs, targets):
-            return []
+            return None
         seen.append((outputs, targets))
         while len(seen) > 1 and sum(o.nbytes + t.nbytes for o, t in seen) > max_bytes:
             seen, stride = seen[::2], 2 * stride
@@ -118,14 +128,16 @@ def _can_be_softened(likelihood: Likelihood, outputs: Any, targets: Tensor) -> b
     return likelihood.relative_entropies(outputs, targets) is not None
 
 
-def _temperature_of(seen: list[tuple[Tensor, Tensor]], likelihood: Likelihood) -> float:
+def _temperature_of(
+    seen: Sequence[tuple[Tensor, Tensor]], likelihood: Likelihood, ranks: Ranks
+) -> float:
     """Return the temperature for outputs and targets by bisection of its logarithm."""
-    if _mean_entropy(seen, likelihood, 1.0) >= TARGET_ENTROPY:
+    if _mean_entropy(seen, likelihood, 1.0, ranks) >= TARGET_ENTROPY:
         return 1.0
     low, high = 0.0, math.log(_LARGEST_TEMPERATURE)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        if _mean_entropy(seen, likelihood, math.exp(middle)) < TARGET_ENTROPY:
+        if _mean_entropy(seen, likelihood, math.exp(middle), ranks) < TARGET_ENTROPY:
             low = middle
         else:
             high = middle
@@ -133,7 +145,7 @@ def _temperature_of(seen: list[tuple[Tensor, Tensor]], likelihood: Likelihood) -
 
 
 def _mean_entropy(
-    seen: list[tuple[Tensor, Tensor]], likelihood: Likelihood, temperature: float
+    seen: Sequence[tuple[Tensor, Tensor]], likelihood: Likelihood, temperature: float, ranks: Ranks
 ) -> float:
     """Return the mean over all predictions that count; 1 where none does."""
     total, count = 0.0, 0
@@ -142,4 +154,6 @@ def _mean_entropy(
         entropies = likelihood.relative_entropies(softened, targets)
         if entropies is not None:
             total, count = total + float(entropies.double().sum()), count + entropies.numel()
+    sums = ranks.gather("entropies", (total, count))
+    total, count = sum(one[0] for one in sums), sum(one[1] for one in sums)
     return total / count if count else 1.0

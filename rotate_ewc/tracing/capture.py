@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from rotate_ewc._utils.messages import left_out, parameters_are, quoted
 from rotate_ewc._utils.numerics import statistics_dtype
@@ -19,6 +19,7 @@ from rotate_ewc._utils.warnings import add_note
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.layers import Factors
 from rotate_ewc.losses import Likelihood
+from rotate_ewc.losses.draws import LabelGenerator
 from rotate_ewc.options import EstimationSettings, FisherType, Unsupported
 from rotate_ewc.tracing.autograd_graph import reachable_nodes, unsupported_parameters
 from rotate_ewc.tracing.block_plan import BlockPlan, plan_blocks
@@ -197,7 +198,7 @@ class BatchCapturer:
         return next(iter(self.parameters.values())).device
 
     def capture(
-        self, inputs: Any, targets: Tensor, generator: Generator, *, with_squares: bool
+        self, inputs: Any, targets: Tensor, generator: LabelGenerator, *, with_squares: bool
     ) -> Iterator[CapturedBatch]:
         """Run the model on a batch, and yield what it shows, in parts where memory asks for it.
 
@@ -219,6 +220,7 @@ class BatchCapturer:
         num_examples = self.counter.count(inputs, outputs, targets)
         self._check_terms(outputs, num_examples)
         normalizer = float(self.likelihood.num_terms(outputs, targets))
+        generator.begin(num_examples)
         vectors = self._vectors(outputs, targets, num_examples, generator)
         recorded, (layout, vectors, known) = self._located(recorded, inputs, num_examples, vectors)
         self._check_layout(recorded, layout, num_examples)
@@ -387,7 +389,7 @@ class BatchCapturer:
         return {name: self.parameters[name] for name in sorted(self.unsupported or ())}
 
     def _vectors(
-        self, outputs: Tensor, targets: Tensor, num_examples: int, generator: Generator
+        self, outputs: Tensor, targets: Tensor, num_examples: int, generator: LabelGenerator
     ) -> Iterator[Tensor]:
         """Yield the output vectors; one of zeros where there are none (with a single class)."""
         settings, vector = self.settings, None
