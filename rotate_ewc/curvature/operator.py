@@ -127,11 +127,11 @@ class EKFACLinearOperator:
         if not callable(model_func):
             raise TypeError(f"model_func is {model_func!r}; expected a module or a function")
         model = model_func if isinstance(model_func, nn.Module) else None
-        with whole(model, params) as params:
+        with whole(model, params) as given:
             blocks, self._shapes, self._provenance = fit_blocks(
                 model_func,
                 loss_func,
-                name_parameters(params, model),
+                name_parameters(given, model),
                 data,
                 settings,
                 model=model,

@@ -7,15 +7,18 @@ All that is done here must be done by all processes of its mesh, in the same ord
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from rotate_ewc._utils.messages import parameters_are
 from rotate_ewc._utils.parameters import Parameters, named_parameters, unwrapped
+
+# Parameters, or None.
+Given = TypeVar("Given", bound=Parameters | None)
 
 
 def is_sharded(tensor: object) -> TypeGuard[Any]:
@@ -27,9 +30,7 @@ def is_sharded(tensor: object) -> TypeGuard[Any]:
 
 def gathered(tensor: Tensor) -> Tensor:
     """Return all numbers of a tensor, differentiably; an ordinary tensor is returned itself."""
-    if not is_sharded(tensor):
-        return tensor
-    full: Tensor = tensor.full_tensor()
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return full
 
 
@@ -37,7 +38,7 @@ def spread_like(whole: Tensor, like: Tensor) -> Tensor:
     """Return a tensor spread as another one is; all processes must have it whole."""
     if not is_sharded(like):
         return whole
-    return type(like).from_local(
+    spread: Tensor = type(like).from_local(
         _own_part(whole, like).contiguous(),
         like.device_mesh,
         like.placements,
@@ -45,13 +46,12 @@ def spread_like(whole: Tensor, like: Tensor) -> Tensor:
         shape=whole.shape,
         stride=like.stride(),
     )
+    return spread
 
 
 def own_numbers(tensor: Tensor) -> Tensor:
-    """Return what this process has of a tensor, to be changed in place."""
-    if not is_sharded(tensor):
-        return tensor
-    local: Tensor = tensor.to_local()
+    """Return what this process has of a tensor, to be changed in place, without gradients."""
+    local: Tensor = tensor.detach().to_local() if is_sharded(tensor) else tensor
     return local
 
 
@@ -60,17 +60,36 @@ def write_(sharded: Tensor, whole: Tensor) -> None:
     own_numbers(sharded).copy_(_own_part(whole, sharded))
 
 
-def reshard(model: nn.Module) -> None:
-    """Have the parameters of a model be the sharded ones that its optimizer knows.
+def fully_sharded_modules(model: nn.Module) -> list[Any]:
+    """Return the modules to which `fully_shard` was applied."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    kind = getattr(dist.fsdp, "FSDPModule", None)
+    return [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
+
+
+def reshard(modules: Iterable[Any]) -> None:
+    """Have the parameters of modules be the sharded ones that an optimizer knows.
 
     After an evaluation, those of an FSDP2 model may be whole ones, until it trains again.
     """
-    for module in _fully_sharded(model):
+    for module in modules:
         module.reshard()
 
 
+def check_one_axis(named: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` unless every sharded tensor is cut along one axis, naming the others."""
+    other = {
+        name: tensor
+        for name, tensor in named.items()
+        if is_sharded(tensor) and sum(not p.is_replicate() for p in tensor.placements) > 1
+    }
+    if other:
+        raise ValueError(_not_whole(other))
+
+
 @contextmanager
-def whole(model: nn.Module | None, params: Parameters | None) -> Iterator[Parameters | None]:
+def whole(model: nn.Module | None, params: Given) -> Iterator[Given]:
     """Have an FSDP2 model be an ordinary one meanwhile, with all numbers of its parameters.
 
     They are gathered once, in their own dtypes, and the hooks that gather and cast them in every
@@ -87,43 +106,51 @@ def whole(model: nn.Module | None, params: Parameters | None) -> Iterator[Parame
         ValueError: If a parameter is spread in another way, as by tensor parallelism.
     """
     model = None if model is None else unwrapped(model)
-    if model is not None:
-        reshard(model)
-    named = {} if model is None else named_parameters(model)
-    given = dict(params) if isinstance(params, Mapping) else dict(enumerate(params or ()))
-    spread = {str(name): t for name, t in {**given, **named}.items() if is_sharded(t)}
-    if not spread or model is None:
-        if spread:
-            raise ValueError(_not_whole(spread))
+    modules = [] if model is None else fully_sharded_modules(model)
+    reshard(modules)
+    named: dict[str, Any] = {} if model is None else dict(named_parameters(model))
+    if isinstance(params, Mapping):
+        named.update(params)
+    elif isinstance(params, Iterable) and not isinstance(params, Tensor):
+        listed = list(params)  # what can be iterated once only is not to be lost
+        params = cast(Given, listed)
+        named.update((str(number), tensor) for number, tensor in enumerate(listed))
+    spread = {name: tensor for name, tensor in named.items() if is_sharded(tensor)}
+    if not spread:
         yield params
         return
-    _check_placements(model, named)
+    inside = {id(parameter) for module in modules for parameter in module.parameters()}
+    if strange := {name: t for name, t in spread.items() if id(t) not in inside}:
+        raise ValueError(_not_whole(strange))
+    check_one_axis(spread)
     replaced: dict[int, Tensor] = {}
     for parameter in spread.values():
         if id(parameter) not in replaced:
             full = gathered(parameter.detach())
             replaced[id(parameter)] = nn.Parameter(full, parameter.requires_grad)
-    with _with_parameters(model, replaced), _without_hooks(model):
+    with _with_parameters(modules, replaced), _without_hooks(modules):
         if isinstance(params, Mapping):
-            yield {name: replaced.get(id(t), t) for name, t in params.items()}
-        elif isinstance(params, (list, tuple)):
-            yield [replaced.get(id(t), t) for t in params]
+            yield cast(Given, {name: replaced.get(id(t), t) for name, t in params.items()})
+        elif params is not None:
+            yield cast(Given, [replaced.get(id(t), t) for t in params])
         else:
             yield params
 
 
 @contextmanager
-def _with_parameters(model: nn.Module, replaced: Mapping[int, Tensor]) -> Iterator[None]:
-    """Put other parameters in the places of a model's own."""
-    places = [
+def _with_parameters(
+    modules: Iterable[nn.Module], replaced: Mapping[int, Tensor]
+) -> Iterator[None]:
+    """Put other parameters in the places of modules' own."""
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
         (module._parameters, name, parameter)
-        for module in model.modules()
+        for module in dict.fromkeys(inner for outer in modules for inner in outer.modules())
         for name, parameter in module._parameters.items()
-        if id(parameter) in replaced
+        if parameter is not None and id(parameter) in replaced
     ]
     try:
         for parameters, name, parameter in places:
-            parameters[name] = replaced[id(parameter)]  # type: ignore[assignment]
+            parameters[name] = replaced[id(parameter)]
         yield
     finally:
         for parameters, name, parameter in places:
@@ -131,11 +158,11 @@ def _with_parameters(model: nn.Module, replaced: Mapping[int, Tensor]) -> Iterat
 
 
 @contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Run the modules of a model without the hooks of FSDP2."""
+def _without_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run modules without the hooks of FSDP2."""
     removed: list[tuple[Any, dict[Any, Any]]] = []
     try:
-        for module in _fully_sharded(model):
+        for module in modules:
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 removed.append((hooks, dict(hooks)))
                 for key, hook in list(hooks.items()):
@@ -156,37 +183,13 @@ def _is_of_fsdp(hook: Callable[..., Any]) -> bool:
     return str(module).startswith("torch.distributed.fsdp")
 
 
-def _fully_sharded(model: nn.Module) -> list[Any]:
-    """Return the modules to which `fully_shard` was applied."""
-    if "torch.distributed.fsdp" not in sys.modules:
-        return []
-    kind = getattr(dist.fsdp, "FSDPModule", None)
-    return [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
-
-
-def _check_placements(model: nn.Module, named: Mapping[str, Tensor]) -> None:
-    """Raise unless all sharded parameters are cut along one axis, by FSDP2."""
-    inside = {id(p) for module in _fully_sharded(model) for p in module.parameters()}
-    other = {
-        name: tensor
-        for name, tensor in named.items()
-        if is_sharded(tensor)
-        and (
-            id(tensor) not in inside
-            or sum(not placement.is_replicate() for placement in tensor.placements) > 1
-        )
-    }
-    if other:
-        raise ValueError(_not_whole(other))
-
-
 def _not_whole(tensors: Mapping[str, Any]) -> str:
     placements = next(iter(tensors.values())).placements
     return (
         f"{parameters_are(tensors)} spread over processes in a way that is not supported "
         f"(placements {list(placements)}), as by tensor parallelism; expected parameters of the "
-        f"model that fully_shard cuts along one axis. Use fully_shard for them, or consolidate a "
-        f"model of the same weights without tensor parallelism"
+        f"model itself that fully_shard cuts along one axis. Use fully_shard for them, or "
+        f"consolidate a model of the same weights without tensor parallelism"
     )
 
 

@@ -69,5 +69,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
