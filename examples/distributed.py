@@ -33,10 +33,10 @@ def make_task(seed: int | None) -> list[TensorDataset]:
 def train(model: nn.Module, data: TensorDataset) -> None:
     """Train as ever, each process on its part, with the penalty attached to the optimizer."""
     sampler = DistributedSampler(data)
-    loader = DataLoader(data, 16, sampler=sampler)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    loader = DataLoader(data, 50, sampler=sampler)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     with penalty.attach(optimizer, model):  # does nothing before the first consolidation
-        for epoch in range(20):
+        for epoch in range(5):
             sampler.set_epoch(epoch)
             for x, y in loader:
                 optimizer.zero_grad()

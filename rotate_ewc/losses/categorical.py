@@ -210,11 +210,10 @@ def _drawn(probabilities: Tensor, numbers: Tensor) -> Tensor:
 
     Label c is drawn where the number is between the sums of the first c and c + 1 probabilities.
     """
-    sums = probabilities.movedim(1, -1).cumsum(dim=-1)
-    total = sums[..., -1]
-    # Less than the total, whatever rounding does, so that no label without probability is drawn.
-    places = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(sums, places.unsqueeze(-1), right=True).squeeze(-1)
+    sums = probabilities.movedim(1, -1).contiguous().cumsum(dim=-1)
+    # A little less, so that rounding draws no label that has no probability.
+    total = sums[..., -1:] * (1.0 - torch.finfo(sums.dtype).eps)
+    return torch.searchsorted(sums, numbers.unsqueeze(-1) * total, right=True).squeeze(-1)
 
 
 def _one_hot(labels: Tensor, outputs: Tensor) -> Tensor:

@@ -162,6 +162,8 @@ def _work(rank: int, parent: Any) -> None:
 def _tried(rank: int, module: str, name: str, size: int, backend: str, store: str) -> str:
     """Run a test in this process, and return its error."""
     try:
+        # Before there is a group, as programs import what they need.
+        body = getattr(importlib.import_module(module), name).body
         dist.init_process_group(
             backend,
             init_method=f"file://{store}",
@@ -169,7 +171,7 @@ def _tried(rank: int, module: str, name: str, size: int, backend: str, store: st
             world_size=size,
             timeout=timedelta(seconds=30),
         )
-        getattr(importlib.import_module(module), name).body()
+        body()
     except BaseException:
         return traceback.format_exc()
     finally:

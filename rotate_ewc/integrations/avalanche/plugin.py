@@ -61,7 +61,7 @@ class Update(Choice):
     LOSS = "loss"
 
 
-class RotatedEWCPlugin(SupervisedPlugin):
+class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):
     """Elastic weight consolidation in a rotated basis, as a plugin for any supervised strategy.
 
     After each experience the Fisher matrix is estimated on the experience's data, with its
