@@ -61,7 +61,7 @@ class Update(Choice):
     LOSS = "loss"
 
 
-class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):
+class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Elastic weight consolidation in a rotated basis, as a plugin for any supervised strategy.
 
     After each experience the Fisher matrix is estimated on the experience's data, with its
