@@ -211,8 +211,9 @@ class EKFACPenalty(ConsolidatedTasks):
             folded = self._consolidated(
                 model, loss_func, data, params, forward, num_data, weight, ranks
             )
+        self._replicas = Replicas.of(folded[0][-1].operator.blocks, ranks)
+        # At the very end, so that an interrupt leaves all of it or nothing.
         self._replace_terms(*folded)
-        self._replicas = Replicas.of(self._terms[-1].operator.blocks, ranks)
 
     def _consolidated(
         self,
