@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rotate_ewc._utils.messages import parameters_are
+from rotate_ewc.distributed.sharding import gathered
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.displacement import Displacement, without_rounding_errors_
 from rotate_ewc.penalty.plasticity import Progress
@@ -62,13 +63,13 @@ class RotatedUpdate(DisplacedUpdate):
             for key, name, anchor in displacement.stack.members:
                 parameter, inner = step.parameters[name], tuple(map(slice, anchor.shape[1:]))
                 self.stand_ins.put(
-                    parameter,
+                    step.held(name),
                     _replaced(step.gradients[name], inner, gradients[key], parameter),
                     _replaced(parameter.detach(), inner, seen[key], parameter),
                 )
         for name in step.groups:
             tasks = self.penalty.num_tasks if name in names else 0
-            self.stand_ins.restart(step.optimizer, step.parameters[name], tasks)
+            self.stand_ins.restart(step.optimizer, step.held(name), tasks)
         self._moving = moving
 
     def after(self, step: Step) -> None:
@@ -129,7 +130,9 @@ class RotatedUpdate(DisplacedUpdate):
     def _size(self, name: str, inner: tuple[slice, ...], step: Step) -> Tensor:
         """Return η for the protected part of a parameter."""
         size = self.rule.size(step.groups[name], step.state(name))
-        if not isinstance(size, Tensor):
+        if isinstance(size, Tensor):
+            size = gathered(size)
+        else:
             return step.parameters[name].new_tensor(size)
         return size[inner] if size.ndim else size
 
