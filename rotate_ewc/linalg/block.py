@@ -199,9 +199,8 @@ class Block:
         return self.split(product, shapes)
 
     def prepare(self) -> None:
-        """Complete thin bases now, and not in the first rotation."""
-        if self.is_thin:
-            _ = self._rotations, self._spread
+        """Find now what is kept, and not in the first rotation, which may be compiled."""
+        _ = self._rotations, self.spectrum
 
     def diagonal_in(self, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
         """Return the diagonal of the block's matrix in another basis.

@@ -193,7 +193,8 @@ def test_an_interrupt_at_any_moment(mode: str, ends: int, between: int) -> None:
         assert same(made.penalty.state_dict(), done.penalty.state_dict())
         made = world(mode)
         before = made.state()
-    assert stopped > ends + between
+    # What an interrupted call found out of blocks is kept, so the next one may have fewer moments.
+    assert stopped > between
     made.assert_goes_on(mode)
 
 

@@ -69,6 +69,8 @@ OTHERS: dict[str, tuple[Any, Any]] = {
     "kfac_approx": ("reduce", KFACType.REDUCE),
     "separate_weight_and_bias": (False, False),
     "seed": (12, 12),
+    "rank": (5, 5),
+    "diagonal": (["3.*"], ("3.*",)),
     "memory_budget": (2**20, 2**20),
     "num_per_example_loss_terms": (1, 1),
     "batch_size_fn": (len, len),
