@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rotate_ewc import EKFACLinearOperator, SumOfLosses
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SumOfLosses
 from rotate_ewc.linalg import leading
+from rotate_ewc.linalg.outer_products import OuterProducts
+from rotate_ewc.linalg.truncation import Truncation
 from tests.helpers.cases import BY_NAME, Case
 from tests.helpers.penalties import Batches
 from tests.helpers.processes import distributed_test, gather, here
@@ -216,6 +218,14 @@ def estimate_both(
     return found[0], found[1]
 
 
+def held_by_inputs(width: int, data: Batches) -> str:
+    """What is held of the inputs of the first layer in one process."""
+    total = OuterProducts(1, width, torch.zeros(0, dtype=torch.float64), Truncation(4))
+    for x, _ in data:
+        total.add(x[None, :, None])
+    return total.held.kind
+
+
 def wide(width: int) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(width, 6), nn.Tanh(), nn.Linear(6, 3)).double()
@@ -226,7 +236,7 @@ def wide_data(width: int, count: int) -> Batches:
     # Of decaying size, so that the leading directions are well separated.
     scale = 0.9 ** torch.arange(width, dtype=torch.float64)
     x = torch.randn(count, width, dtype=torch.float64, generator=generator) * scale
-    return [(x[i : i + 1], torch.tensor([i % 3])) for i in range(count)]
+    return [(x[i : i + 6], torch.arange(6) % 3) for i in range(0, count, 6)]
 
 
 @distributed_test((2, 3))
@@ -238,13 +248,16 @@ def test_thin_bases() -> None:
     for width, count, kind in cases:
         if kind == "sketch":
             leading.LONGEST_SQUARE, leading._SMALL_PART, leading._FEWEST_COLUMNS = 30, 0.5, 20
+        data = wide_data(width, count)
         try:
+            assert held_by_inputs(width, data) == kind
             together, alone = estimate_both(
                 partial(wide, width),
                 nn.CrossEntropyLoss,
-                wide_data(width, count),
+                data,
                 fisher_type="type2",
                 rank=4,
+                check_deterministic=False,
             )
         finally:
             leading.LONGEST_SQUARE, leading._SMALL_PART, leading._FEWEST_COLUMNS = limits
@@ -271,29 +284,53 @@ class TwoOutputs(nn.Module):
 
 @distributed_test((2, 3))
 def test_sums_of_losses() -> None:
-    """What each loss's mean divides by is counted over all processes, one of which has no data."""
+    """What each loss's mean divides by is counted over all processes; some have no data."""
     generator = torch.Generator().manual_seed(2)
     data = [
         (
-            torch.randn(n, 4, dtype=torch.float64, generator=generator),
+            torch.randn(1, 4, dtype=torch.float64, generator=generator),
             {
-                "kind": torch.tensor([-100, 1, 2][:n]),
-                "place": torch.randn(n, 2, dtype=torch.float64, generator=generator),
+                "kind": torch.tensor([label]),
+                "place": torch.randn(1, 2, dtype=torch.float64, generator=generator),
             },
         )
-        for n in (3, 2)
+        for label in (-100, 1, 2, -100, 1)
     ]
     losses = {"kind": nn.CrossEntropyLoss(), "place": nn.MSELoss()}
+    loss = partial(SumOfLosses, losses, {"place": 0.3})
     for fisher_type in ("type2", "mc", "empirical"):
-        # The labels drawn are those of examples in turn.
-        whole = [data[0]] if fisher_type == "mc" else data
-        together, alone = estimate_both(
-            TwoOutputs, partial(SumOfLosses, losses, {"place": 0.3}), whole, fisher_type=fisher_type
-        )
-        if fisher_type != "mc":
+        for batches in (data, data[1:2]):
+            together, alone = estimate_both(TwoOutputs, loss, batches, fisher_type=fisher_type)
             assert relative(together.to_dense(), alone.to_dense()) < TOLERANCE, fisher_type
-        assert together.provenance == alone.provenance, fisher_type
-        assert_same_bits(together)
+            terms = alone.provenance.num_loss_terms
+            assert together.provenance.num_loss_terms == pytest.approx(terms, rel=1e-12)
+            assert_same_bits(together)
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3).double()
+
+
+@distributed_test((2, 3))
+def test_labels_that_are_drawn() -> None:
+    """They depend on the place of the example alone, whatever the distribution."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(6, 4, dtype=torch.float64, generator=generator)
+    y = torch.rand(6, 3, dtype=torch.float64, generator=generator)
+    data = [(x[i : i + 1], y[i : i + 1]) for i in range(6)]
+    given = [(x, (y, torch.ones_like(y))) for x, y in data]
+    cases = (
+        (nn.MSELoss, linear, data),
+        (nn.HuberLoss, linear, data),
+        (nn.PoissonNLLLoss, linear, data),
+        (nn.GaussianNLLLoss, linear, given),
+        (nn.BCEWithLogitsLoss, linear, data),
+        (nn.BCELoss, lambda: nn.Sequential(linear(), nn.Sigmoid()), data),
+    )
+    for loss, make, batches in cases:
+        together, alone = estimate_both(make, loss, batches, fisher_type="mc", mc_samples=2)
+        assert relative(together.to_dense(), alone.to_dense()) < TOLERANCE, loss
 
 
 def absolute_errors(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -311,10 +348,6 @@ def test_reductions_that_are_measured() -> None:
     x = torch.randn(4, 4, dtype=torch.float64, generator=generator)
     y = torch.randn(4, 3, dtype=torch.float64, generator=generator)
 
-    def linear() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Linear(4, 3).double()
-
     for loss, reduction in ((absolute_errors, "sum"), (absolute_error, "mean")):
         together, alone = estimate_both(
             linear, lambda loss=loss: loss, [(x, y)], fisher_type="empirical"
@@ -326,8 +359,73 @@ def test_reductions_that_are_measured() -> None:
     def of_rank(outputs: Tensor, targets: Tensor) -> Tensor:
         return (absolute_error if dist.get_rank() else absolute_errors)(outputs, targets)
 
+    model = here(linear())
+    parameters = list(model.parameters())
     with pytest.raises(ValueError, match="has reduction 'sum' on rank 0, but 'mean' on rank 1"):
-        model = here(linear())
-        EKFACLinearOperator(
-            model, of_rank, list(model.parameters()), here([(x, y)]), fisher_type="empirical"
-        )
+        EKFACLinearOperator(model, of_rank, parameters, here([(x, y)]), fisher_type="empirical")
+
+
+class BiasedTwice(nn.Module):
+    """Of some batches, the bias is used a second time, away from its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.last = nn.Linear(100, 800), nn.Linear(800, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        if x[0, 0] > 0:
+            hidden = hidden + self.layer.bias
+        outputs: Tensor = self.last(torch.tanh(hidden))
+        return outputs
+
+
+@distributed_test((2,))
+def test_biases_that_keep_less_than_their_weights() -> None:
+    """What processes hold of a factor cannot be summed if it is a matrix here, a sketch there."""
+    generator = torch.Generator().manual_seed(5)
+    x = 0.1 * torch.randn(840, 100, dtype=torch.float64, generator=generator)
+    x[:420, 0], x[420:, 0] = -1.0, 1.0
+    y = torch.randn(840, 3, dtype=torch.float64, generator=generator)
+    data = [(x[:420], y[:420]), (x[420:], y[420:])]
+    found = []
+    for rank in ("auto", {"layer.bias": 16}):
+        for own, group in (([data[dist.get_rank()]], "auto"), (data, None)):
+            model = here(BiasedTwice())
+            parameters = [*model.layer.parameters()]
+            arguments = (model, nn.MSELoss(), parameters, here(own))
+            options = {"rank": rank, "group": group, "fisher_type": "empirical"}
+            if rank == "auto" and group == "auto":
+                with pytest.raises(ValueError, match=r"rank=\{'layer.bias': 16\}"):
+                    EKFACLinearOperator(*arguments, **options)
+            elif rank != "auto":
+                found.append(EKFACLinearOperator(*arguments, **options))
+    for together, alone in zip(found[0].blocks, found[1].blocks, strict=True):
+        assert together.ranks == alone.ranks
+        assert relative(together.eigenvalues, alone.eigenvalues) < 1e-7
+
+
+@distributed_test((2, 3))
+def test_merged_thin_bases() -> None:
+    """Of the second task on, each thin block is merged in one process, and shared."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    values, kept = [], []
+    for group in ("auto", None):
+        penalty = EKFACPenalty(strength=1.0, rank=4, fisher_type="type2", temperature=1.0)
+        model = here(wide(40))
+        for count in (36, 60):
+            data = wide_data(40, count)
+            own = data if group is None else data[rank::size]
+            penalty.consolidate(model, nn.CrossEntropyLoss(), here(own), group=group)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.1)
+        values.append(float(penalty(model)))
+        kept.append([block.ranks for block in penalty._terms[0].operator.blocks])
+        if group == "auto":
+            assert_same_bits(penalty._terms[0].operator)
+    assert kept[0] == kept[1]
+    assert kept[0][0] == (4, 4)
+    assert values[0] == pytest.approx(values[1], rel=1e-10)
