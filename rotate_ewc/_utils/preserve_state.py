@@ -64,8 +64,9 @@ def undisturbed(
     random states of torch (CPU and the parameters' devices), Python and NumPy are restored, also
     after an exception. A buffer in whose place the model has put another one stays replaced.
 
-    What `torch.compile` has compiled runs as it was written meanwhile (with torch 2.6 or later), so
-    that nothing is compiled for the evaluation, or again after it.
+    A `DistributedDataParallel` exchanges nothing meanwhile, since processes may run it a different
+    number of times. What `torch.compile` has compiled runs as it was written (with torch 2.6 or
+    later), so that nothing is compiled for the evaluation, or again after it.
 
     All of these are shared by the threads of a process. Where several are inside at once, they are
     restored when the last one leaves; what other threads draw at random meanwhile is drawn again.
@@ -83,6 +84,7 @@ def undisturbed(
             *random_states(tensor.device for tensor in tensors),
             *_compilation(),
             *map(_eval_mode, each),
+            *(setting for module in each for setting in _exchanges(module)),
             *map(_requiring_gradients, tensors),
             *map(_buffer, buffers.values()),
         ]
@@ -184,6 +186,18 @@ def _eval_mode(module: nn.Module) -> Setting:
         module.training = training
 
     return Setting(("training", id(module)), lambda: module.training, write, False)
+
+
+def _exchanges(module: nn.Module) -> Iterator[Setting]:
+    """Whether a wrapper of data-parallel training broadcasts buffers, and averages gradients."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        for name in ("require_forward_param_sync", "require_backward_grad_sync"):
+            yield Setting(
+                (name, id(module)),
+                partial(getattr, module, name),
+                partial(setattr, module, name),
+                False,
+            )
 
 
 def _requiring_gradients(tensor: Tensor) -> Setting:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from msgspec import structs
@@ -17,6 +18,7 @@ from rotate_ewc.curvature.matching import common_shapes, matching_blocks
 from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.curvature.ranks import ranks_of_sum
 from rotate_ewc.curvature.sides import Side, merged_basis, merged_rank
+from rotate_ewc.distributed.ranks import Ranks
 from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.block import Block, matrix_shape
 from rotate_ewc.linalg.cut import cut
@@ -60,6 +62,19 @@ def merge(
         MemoryError: If there is not enough memory, naming the factor.
         TypeError: If something is not an operator, or a weight not a number.
     """
+    return merge_together(operators, weights, rank, Ranks())
+
+
+def merge_together(
+    operators: Sequence[EKFACLinearOperator],
+    weights: Sequence[float] | None,
+    rank: Rank | Mapping[str, Rank] | None,
+    ranks: Ranks,
+) -> EKFACLinearOperator:
+    """Do what `merge` does, in several processes that have the same operators.
+
+    Each block is merged in one of them, the most expensive first, and all get the same bits.
+    """
     operators = list(operators)
     if not operators:
         raise ValueError("operators is empty; expected at least one")
@@ -73,18 +88,38 @@ def merge(
     settings = None if rank is None else EstimationSettings(rank=rank)
     groups = matching_blocks(operators, checked)
     shapes = common_shapes(operators, groups)
-    blocks = []
-    for group in groups:
-        names = group[0].parameters
-        with advising(left_out(names)):
-            kept = None if settings is None else settings.rank_of(names[0])
-            blocks.append(_merge_blocks(group, shapes[names[0]], kept))
+    blocks = _merged(groups, shapes, settings, ranks)
     num_data = sum(operator.num_data for operator in operators)
     num_loss_terms = sum(operator.provenance.num_loss_terms for operator in operators)
     provenance = structs.replace(
         operators[-1].provenance, num_data=num_data, num_loss_terms=num_loss_terms
     )
     return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
+
+
+def _merged(
+    groups: Sequence[Sequence[Block]],
+    shapes: Mapping[str, torch.Size],
+    settings: EstimationSettings | None,
+    ranks: Ranks,
+) -> list[Block]:
+    """Sum the blocks of each group."""
+    costs = [sum(size**3 for size in group[-1].shape[1:]) for group in groups]
+    own = {}
+    for index, (group, owner) in enumerate(zip(groups, ranks.owners(costs), strict=True)):
+        if owner == ranks.rank:
+            names = group[0].parameters
+            with advising(left_out(names)):
+                kept = None if settings is None else settings.rank_of(names[0])
+                own[index] = _merge_blocks(group, shapes[names[0]], kept)
+    if ranks.size == 1:
+        return list(own.values())
+    device = groups[0][0].eigenvalues.device
+    tensors = {index: block.tensors for index, block in own.items()}
+    found = ranks.share("merged blocks", tensors, device)
+    nothing: dict[str, Any] = {"gradient_basis": None, "activation_basis": None}
+    # The form is that of every block of the group.
+    return [replace(group[0], **(nothing | found[i])) for i, group in enumerate(groups)]
 
 
 def _merge_blocks(blocks: Sequence[Block], shape: torch.Size, rank: Rank | None) -> Block:

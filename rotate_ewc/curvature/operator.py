@@ -13,8 +13,10 @@ from typing_extensions import Unpack
 
 from rotate_ewc._utils.keywords import forwards_keywords
 from rotate_ewc._utils.parameters import Parameters, name_parameters
-from rotate_ewc._utils.validation import as_non_negative_number, check_positive_integer
+from rotate_ewc._utils.validation import AUTO, as_non_negative_number, check_positive_integer
 from rotate_ewc.curvature import vectors
+from rotate_ewc.distributed.ranks import Group, Ranks
+from rotate_ewc.distributed.sharding import whole
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.estimation.estimate import fit_blocks
 from rotate_ewc.io import files, snapshot
@@ -72,6 +74,7 @@ class EKFACLinearOperator:
         *,
         num_data: int | None = None,
         check_deterministic: bool = True,
+        group: Group = AUTO,
         settings: EstimationSettings | None = None,
         **options: Unpack[EstimationOptions],
     ) -> None:
@@ -91,6 +94,11 @@ class EKFACLinearOperator:
                 differ, as they do when the model or the data are random. Doubles the time.
                 Without it, a model that draws random numbers runs once more on the first batch,
                 and if its outputs differ, there is a warning.
+            group: The processes that estimate together, each with data of its own: `"auto"` (the
+                default group, where `torch.distributed` is initialised), a `ProcessGroup`, a
+                `DeviceMesh` of one dimension, or None (this process alone). All of them must make
+                the operator; the result is that of one process with all the data, and the same in
+                all. See `docs/distributed.md`.
             settings: How to estimate; None is all defaults.
             **options: Single fields of `EstimationSettings`, such as `fisher_type="type2"`, which
                 replace those of `settings`.
@@ -99,23 +107,41 @@ class EKFACLinearOperator:
             ValueError: If a parameter, layer, loss or batch cannot be handled, naming it.
             TypeError: If an argument has the wrong type, or there is no such option.
         """
-        settings = EstimationSettings.gather(settings, options)
+        ranks = Ranks.of(group)
+        with ranks.together():
+            settings = EstimationSettings.gather(settings, options)
+            self._estimate(
+                model_func, loss_func, params, data, num_data, check_deterministic, settings, ranks
+            )
+
+    def _estimate(
+        self,
+        model_func: Callable[[Any], Tensor],
+        loss_func: Callable[..., Any],
+        params: Parameters,
+        data: Iterable[Any],
+        num_data: int | None,
+        check_deterministic: bool,
+        settings: EstimationSettings,
+        ranks: Ranks,
+    ) -> None:
         check_positive_integer("num_data", num_data, optional=True)
         if not callable(model_func):
             raise TypeError(f"model_func is {model_func!r}; expected a module or a function")
         model = model_func if isinstance(model_func, nn.Module) else None
-        named = name_parameters(params, model)
         likelihood = likelihood_of(loss_func, settings.fisher_type)
-        blocks, self._shapes, self._provenance = fit_blocks(
-            likelihood.packing_forward(model_func),
-            likelihood,
-            named,
-            data,
-            settings,
-            model=model,
-            num_data=num_data,
-            check_deterministic=check_deterministic,
-        )
+        with whole(model, params) as given:
+            blocks, self._shapes, self._provenance = fit_blocks(
+                likelihood.packing_forward(model_func),
+                likelihood,
+                name_parameters(given, model),
+                data,
+                settings,
+                model=model,
+                ranks=ranks,
+                num_data=num_data,
+                check_deterministic=check_deterministic,
+            )
         self._blocks = _laid_out(blocks)
 
     @classmethod

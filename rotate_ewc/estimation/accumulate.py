@@ -119,6 +119,14 @@ class FirstPass:
             self.factors[plan.key] = KroneckerFactors.of(plan, rank)
         return self.factors[plan.key]
 
+    def unfollow(self, key: BlockKey, leader: BlockKey) -> None:
+        """Let a bias go on from a copy of the gradient factor of a weight."""
+        del self.leaders[key]
+        covariance = self.factors[leader].gradient_covariance
+        if covariance is not None:
+            covariance = covariance.clone(self.factors[key].gradient_truncation)
+        self.factors[key].gradient_covariance = covariance
+
     def _settle_leaders(self, captured: CapturedBatch) -> None:
         """Let biases go on from a copy as soon as their factor is no longer that of a weight."""
         followers = {
@@ -129,11 +137,7 @@ class FirstPass:
         }
         for key, weight in list(self.leaders.items()):
             if followers.get(key) != weight:
-                del self.leaders[key]
-                covariance = self.factors[weight].gradient_covariance
-                if covariance is not None:
-                    own = covariance.clone(self.factors[key].gradient_truncation)
-                    self.factors[key].gradient_covariance = own
+                self.unfollow(key, weight)
         for plan in captured.plans:
             leader = followers.get(plan.key)
             if leader is not None and not {plan.key, leader} & self.factors.keys():

@@ -23,9 +23,11 @@ from rotate_ewc._utils.parameters import check_matching
 from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.reached_modules import reached_modules
 from rotate_ewc._utils.warnings import warn_user
+from rotate_ewc.distributed.ranks import Ranks
 from rotate_ewc.estimation.accumulate import FirstPass, SecondPass
 from rotate_ewc.estimation.factors import decompose
 from rotate_ewc.estimation.repeatability import WatchedForward, check_equal
+from rotate_ewc.estimation.united import unite
 from rotate_ewc.linalg.block import Block, matrix_shape
 from rotate_ewc.losses import Likelihood
 from rotate_ewc.options import EstimationSettings, KFACType, Reduction, Unsupported
@@ -78,10 +80,13 @@ def fit_blocks(
     settings: EstimationSettings,
     *,
     model: nn.Module | None,
+    ranks: Ranks,
     num_data: int | None = None,
     check_deterministic: bool = False,
 ) -> tuple[tuple[Block, ...], dict[str, torch.Size], Provenance]:
     """Estimate the blocks of an operator, leaving the model and the random states as they were.
+
+    To be called inside of `ranks.together()`.
 
     Args:
         forward: From a batch's inputs to the model's outputs, packed by the likelihood.
@@ -91,7 +96,8 @@ def fit_blocks(
         settings: How to estimate.
         model: The model; None if it is not known. It is put into eval mode, and so are the modules
             that can be reached from `forward`.
-        num_data: Examples that the data stand for, where they are a sample of a larger set.
+        ranks: The processes, each with data of its own, that estimate one matrix.
+        num_data: Examples that all the data stand for, where they are a sample of a larger set.
         check_deterministic: Whether to estimate twice and raise if the results differ.
 
     Returns:
@@ -101,6 +107,8 @@ def fit_blocks(
         ValueError: If a parameter, layer, loss or batch cannot be handled, naming it.
         TypeError: If a part of a batch, or the outputs, have the wrong type.
     """
+    if ranks.size > 1:
+        _check_same(likelihood, parameters, settings, num_data, ranks)
     given, parameters = parameters, _without_complex(parameters, settings.unsupported)
     complex_names = tuple(name for name in given if name not in parameters)
     ranked = settings.rank if isinstance(settings.rank, Mapping) else ()
@@ -112,9 +120,10 @@ def fit_blocks(
         modules += reached_modules(function)
     watched = WatchedForward(forward, {parameter.device for parameter in parameters.values()})
     with undisturbed(modules, parameters.values()), torch.inference_mode(False):
-        found = estimate(watched, likelihood, parameters, data, settings, constants, num_data)
+        arguments = (likelihood, parameters, data, settings, constants, num_data, ranks)
+        found = estimate(watched, *arguments)
         if check_deterministic:
-            again = estimate(forward, likelihood, parameters, data, settings, constants, num_data)
+            again = estimate(forward, *arguments)
             check_equal(found.blocks, again.blocks)
         watched.warn_if_random()
     if len(found.unused) == len(parameters):
@@ -152,6 +161,36 @@ def fit_blocks(
     return found.blocks, shapes, provenance
 
 
+def _check_same(
+    likelihood: Likelihood,
+    parameters: Mapping[str, Tensor],
+    settings: EstimationSettings,
+    num_data: int | None,
+    ranks: Ranks,
+) -> None:
+    """Raise unless all processes are about to estimate the same of the same model."""
+    own = {"memory_budget", "progressbar"}
+    ranks.check_same(
+        {
+            "loss_func": (likelihood.name, likelihood.final_reduction),
+            "num_data": num_data,
+            "params": {name: (list(p.shape), str(p.dtype)) for name, p in parameters.items()},
+            **{name: value for name, value in settings.to_json().items() if name not in own},
+        }
+    )
+    real = {name: p.detach() for name, p in parameters.items() if not p.is_complex()}
+    sums = [torch.stack([p.double().sum(), p.double().abs().sum()]) for p in real.values()]
+    every = ranks.gather("weights", [one.tolist() for one in sums])
+    for rank, others in enumerate(every):
+        pairs = zip(real, every[0], others, strict=True)
+        if differing := [n for n, a, b in pairs if abs(a[0] - b[0]) > 1e-6 * max(a[1], b[1])]:
+            raise ValueError(
+                f"{parameters_are(differing)} not the same on rank {rank} as on rank 0; expected "
+                f"replicas with the same weights, as DistributedDataParallel keeps them (or "
+                f"group=None, for each process by itself)"
+            )
+
+
 def estimate(
     forward: Callable[[Any], Tensor],
     likelihood: Likelihood,
@@ -160,6 +199,7 @@ def estimate(
     settings: EstimationSettings,
     constants: Constants = NO_CONSTANTS,
     num_data: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Estimate:
     """Estimate the Fisher matrix of a loss over a data set, block by block.
 
@@ -173,30 +213,38 @@ def estimate(
         data: Re-iterable batches (inputs, targets).
         settings: How to estimate.
         constants: The model's tensors that do not depend on the data.
-        num_data: Examples that the data stand for, where they are a sample of a larger set.
+        num_data: Examples that all the data stand for, where they are a sample of a larger set.
+        ranks: The processes that estimate together; None is this one alone.
 
     Returns:
-        Blocks in the order of `parameters`. A parameter on which the outputs do not depend has a
-        block of zeros, its exact Fisher matrix; one that is to be skipped has none.
+        The same in all processes: blocks in the order of `parameters`. A parameter on which the
+        outputs do not depend has a block of zeros, its exact Fisher matrix; one that is to be
+        skipped has none.
 
     Raises:
         ValueError: If the data, outputs or a layer cannot be handled; the message names which.
         TypeError: If the outputs, or a batch's parts, have the wrong type.
         MemoryError: If a single example, or a decomposition, takes more memory than there is.
     """
+    ranks = ranks or Ranks()
     check_reiterable(data)
     capturer = BatchCapturer(forward, likelihood, parameters, settings, constants)
-    capturer.likelihood = likelihood = _counted(capturer, data)
-    passes = Passes(capturer, data, settings.memory_budget // 2)
+    capturer.likelihood = likelihood = _counted(capturer, data, ranks)
+    passes = Passes(capturer, data, settings.memory_budget // 2, ranks)
     reduce = settings.kfac_approx is KFACType.REDUCE
     first = FirstPass(reduce, settings.memory_budget // 4, settings.rank_of)
     passes.first(first.add)
+    _agree(likelihood, ranks)
+    without_rule = capturer.unsupported or frozenset()
+    capturer.unsupported = unite(first, without_rule, parameters, ranks)
     tiny = {key for key, factors in first.factors.items() if factors.underflowed}
-    second = SecondPass(decompose(first.factors, first.leaders), first.leaders, first.max_bytes)
+    bases = decompose(first.factors, first.leaders, ranks)
+    second = SecondPass(bases, first.leaders, first.max_bytes)
     first.factors.clear()
     passes.second(second.add)
-    without_rule = [_diagonal(name, squares) for name, squares in first.squares.items()]
-    used = (*second.blocks.values(), *without_rule)
+    ranks.sum("eigenvalues", [block.eigenvalues for block in second.blocks.values()])
+    diagonals = [_diagonal(name, squares) for name, squares in first.squares.items()]
+    used = (*second.blocks.values(), *diagonals)
     scale = _scale(first, likelihood, num_data)
     by_name = {}
     for block in used:
@@ -211,7 +259,7 @@ def estimate(
         for key, block in second.blocks.items()
         if key in first.reached and (key in tiny or underflowed(block.eigenvalues))
     )
-    unsupported = tuple(name for name in parameters if name in (capturer.unsupported or ()))
+    unsupported = tuple(name for name in parameters if name in capturer.unsupported)
     skipped = unsupported if settings.unsupported is Unsupported.SKIP else ()
     wanted = [name for name in parameters if name not in skipped]
     unused = tuple(name for name in wanted if name not in by_name)
@@ -222,7 +270,24 @@ def estimate(
     )
 
 
-def _counted(capturer: BatchCapturer, data: Iterable[Any]) -> Likelihood:
+def _agree(likelihood: Likelihood, ranks: Ranks) -> None:
+    """Have all processes know what any of them has seen of a loss."""
+    if likelihood.has_distribution or ranks.size == 1:
+        return
+    known: dict[str, tuple[int, Any]] = {}
+    for rank, observed in enumerate(ranks.gather("loss", likelihood.observed)):
+        for name, value in observed.items():
+            first, expected = known.setdefault(name, (rank, value))
+            if value != expected:
+                raise ValueError(
+                    f"loss_func {likelihood.name} has {name} {expected!r} on rank {first}, but "
+                    f"{value!r} on rank {rank}; expected the same on all ranks: return a loss for "
+                    f"each example"
+                )
+    likelihood.take_over({name: value for name, (_, value) in known.items()})
+
+
+def _counted(capturer: BatchCapturer, data: Iterable[Any], ranks: Ranks) -> Likelihood:
     """Return the likelihood with what it must know of all data, by a pass without gradients.
 
     There is none unless the loss has counts, as sums of means do.
@@ -237,6 +302,7 @@ def _counted(capturer: BatchCapturer, data: Iterable[Any]) -> Likelihood:
         likelihood.batch_form,
         progressbar=bool(settings.progressbar),
         description="loss terms",
+        ranks=ranks,
     )
     for number, inputs, targets in shown:
         with torch.no_grad(), naming_batch(number), noting_batch(number):
@@ -247,7 +313,9 @@ def _counted(capturer: BatchCapturer, data: Iterable[Any]) -> Likelihood:
             current.check(outputs, targets)
             counts = current.counts(outputs, targets)
             total = counts if total is None else total + counts
-    return likelihood if total is None else likelihood.with_counts(total)
+    every = ranks.gather("loss terms", None if total is None else total.cpu())
+    known = [counts for counts in every if counts is not None]
+    return likelihood.with_counts(torch.stack(known).sum(dim=0)) if known else likelihood
 
 
 def _scale(first: FirstPass, likelihood: Likelihood, num_data: int | None) -> float:

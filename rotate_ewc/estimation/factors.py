@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from rotate_ewc._utils.messages import left_out, listed
 from rotate_ewc._utils.numerics import statistics_dtype, underflowed
 from rotate_ewc._utils.out_of_memory import advising, naming_matrix
 from rotate_ewc._utils.validation import AUTO, Rank
+from rotate_ewc.distributed.ranks import Ranks
 from rotate_ewc.estimation.ranks import truncation_of
 from rotate_ewc.layers import Form
 from rotate_ewc.linalg.block import Block
@@ -77,16 +79,49 @@ class KroneckerFactors:
         return any(side is not None and underflowed(side.diagonal) for side in sides)
 
 
-def decompose(
+class Side(NamedTuple):
+    """One factor that is to be decomposed.
+
+    Attributes:
+        key: The block's parameters.
+        name: `"gradient"` or `"activation"`.
+        total: The factor.
+    """
+
+    key: BlockKey
+    name: str
+    total: OuterProducts
+
+
+def sides_of(
     factors: Mapping[BlockKey, KroneckerFactors], leaders: Mapping[BlockKey, BlockKey]
+) -> list[Side]:
+    """Return all factors that are to be decomposed, in order."""
+    own = {key: total for key, total in factors.items() if key not in leaders}
+    sides = [(key, "gradient", total.gradient_covariance) for key, total in own.items()]
+    sides += [(key, "activation", total.activation_covariance) for key, total in own.items()]
+    return [Side(key, name, total) for key, name, total in sides if total is not None]
+
+
+def owners_of(sides: Sequence[Side], ranks: Ranks) -> list[int]:
+    """Return which process decomposes each factor."""
+    shapes = (side.total.diagonal.shape for side in sides)
+    return ranks.owners([groups * size**3 for groups, size in shapes])
+
+
+def decompose(
+    factors: Mapping[BlockKey, KroneckerFactors],
+    leaders: Mapping[BlockKey, BlockKey],
+    ranks: Ranks,
 ) -> dict[BlockKey, Block]:
     """Return the blocks in the eigenbases of their factors; all eigenvalues are zero still.
 
     In a thin block they will be sums, also over the complement.
 
     Args:
-        factors: The factors of every block.
+        factors: The factors of every block; of several processes, those that this one owns.
         leaders: Blocks whose gradient factor is that of another one, and this other one.
+        ranks: The processes, each of which decomposes what it owns.
 
     Raises:
         ValueError: If a joint block would claim a parameter that another block claims too, or a
@@ -94,14 +129,18 @@ def decompose(
         MemoryError: If there is not enough memory; the message names the factor.
     """
     _check_partition(factors)
-    own = {key: total for key, total in factors.items() if key not in leaders}
-    sides = [(key, "gradient", total.gradient_covariance) for key, total in own.items()]
-    sides += [(key, "activation", total.activation_covariance) for key, total in own.items()]
-    present = [(key, side, total) for key, side, total in sides if total is not None]
-    labels = [f"{side} factor of {key.label!r}" for key, side, _ in present]
+    sides = sides_of(factors, leaders)
+    mine = [
+        side
+        for side, owner in zip(sides, owners_of(sides, ranks), strict=True)
+        if owner == ranks.rank
+    ]
+    labels = [f"{side.name} factor of {side.key.label!r}" for side in mine]
     with advising(_advice(factors, leaders)):
-        bases = eigenvectors([total for *_, total in present], labels)
-        found = {place[:2]: basis for place, basis in zip(present, bases, strict=True)}
+        bases = eigenvectors([side.total for side in mine], labels)
+        own = {(s.key, s.name): {"basis": b} for s, b in zip(mine, bases, strict=True)}
+        device = next((t.template.device for t in factors.values()), torch.device("cpu"))
+        found = {place: t["basis"] for place, t in ranks.share("bases", own, device).items()}
         for key, leader in leaders.items():
             if (leader, "gradient") in found:
                 basis = found[leader, "gradient"]

@@ -17,7 +17,8 @@ except ModuleNotFoundError as error:
         f"install it with: pip install 'rotate-ewc[lightning]'"
     ) from error
 
-from rotate_ewc._utils.validation import check_boolean, check_positive_integer
+from rotate_ewc._utils.validation import AUTO, check_boolean, check_positive_integer
+from rotate_ewc.distributed.ranks import Group, Ranks
 from rotate_ewc.integrations.loaders import number_of_examples
 from rotate_ewc.penalty.attachment import Attachment, View
 from rotate_ewc.penalty.own_loss import own_loss_of
@@ -60,6 +61,7 @@ class RotatedEWCCallback(Callback):
         update: UpdateKind | str = UpdateKind.ROTATED,
         every: int = 1,
         view: View | None = None,
+        group: Group = AUTO,
     ) -> None:
         """Make a callback of one penalty, which takes part in one `fit` after another.
 
@@ -78,6 +80,8 @@ class RotatedEWCCallback(Callback):
             update: As in `EKFACPenalty.attach`.
             every: Likewise. What is left over is taken before validations and as epochs end.
             view: As in `EKFACPenalty.attach`.
+            group: The processes that consolidate together, as `EKFACPenalty.consolidate` takes
+                them; each with its own part of the data, as Lightning splits those of `fit`.
 
         Raises:
             TypeError: If `penalty` is not one penalty, or another argument has the wrong type.
@@ -98,6 +102,8 @@ class RotatedEWCCallback(Callback):
                 "view is given, and consolidate_at_end is True; expected "
                 "consolidate_at_end=False: merge the adapters, and consolidate the model then"
             )
+        Ranks.of(group)  # what is no group is refused at once
+        self.group = group
         self.penalty = penalty
         self.loss_func = loss_func
         self.consolidate_at_end = consolidate_at_end
@@ -162,7 +168,11 @@ class RotatedEWCCallback(Callback):
             return
         start = time.perf_counter()
         self.penalty.consolidate(
-            self._model(pl_module), self.loss_func, self._data(trainer), forward=self.forward
+            self._model(pl_module),
+            self.loss_func,
+            self._data(trainer),
+            forward=self.forward,
+            group=self.group,
         )
         self._consolidated = True
         self.consolidation_seconds = time.perf_counter() - start

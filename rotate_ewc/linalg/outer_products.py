@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,21 @@ _MOST_OF_A_SKETCH: Final = 512
 # products of less than about this width are slow.
 _NARROWEST_PANEL: Final = 96
 _MOST_PANELS: Final = 4
+
+# Of a sum that goes to another process, strips of so many rows, from the diagonal on.
+_ROWS_OF_A_STRIP: Final = 64
+
+
+class Held(NamedTuple):
+    """What a sum of outer products holds.
+
+    Attributes:
+        kind: `"vectors"`, `"matrix"` or `"sketch"`.
+        size: How many vectors, or columns.
+    """
+
+    kind: str
+    size: int
 
 
 class OuterProducts:
@@ -91,7 +106,7 @@ class OuterProducts:
             rows = vectors.flatten(1, 2).clone()
             return partial(self._keep, rows, self._diagonal + rows.square().sum(dim=1), count)
         if is_list:
-            self._begin_sum(vectors.dtype)
+            self._begin_sum(self.form_of_sum)
         if self._matrix is not None:
             return _prepared_covariance(self._matrix, vectors)
         if self._sketch is None:
@@ -119,13 +134,20 @@ class OuterProducts:
             return few
         return min(few, leading.sketch_width(self._diagonal.shape[1], self._most))
 
-    def _begin_sum(self, dtype: torch.dtype) -> None:
-        """Have a sum, or a sketch of it, in place of the vectors."""
-        groups, size = self._diagonal.shape
+    @property
+    def form_of_sum(self) -> Held:
+        """What there will be in place of the vectors once they are many."""
+        size = self._diagonal.shape[1]
         if self.truncation is not None and leading.is_sketched(size, self._most):
-            width = leading.sketch_width(size, self._most)
-            with naming_matrix("the sketch of a sum of outer products", size, dtype, width):
-                sketch = Sketch(groups, size, width, self._diagonal)
+            return Held("sketch", leading.sketch_width(size, self._most))
+        return Held("matrix", size)
+
+    def _begin_sum(self, form: Held) -> None:
+        """Have a sum, or a sketch of it, in place of the vectors."""
+        (groups, size), dtype = self._diagonal.shape, self._diagonal.dtype
+        if form.kind == "sketch":
+            with naming_matrix("the sketch of a sum of outer products", size, dtype, form.size):
+                sketch = Sketch(groups, size, form.size, self._diagonal)
                 for rows in self._vectors:
                     sketch.prepared(rows)()
             self._sketch, self._vectors = sketch, []
@@ -137,6 +159,55 @@ class OuterProducts:
         for rows in self._vectors:
             add_covariance_(matrix, rows[:, None])
         self._matrix, self._vectors = matrix, []
+
+    @property
+    def held(self) -> Held:
+        """What there is of the sum."""
+        if self._matrix is not None:
+            return Held("matrix", self._matrix.shape[1])
+        if self._sketch is not None:
+            return Held("sketch", self._sketch.product.shape[2])
+        return Held("vectors", self._num_vectors)
+
+    def to_be_summed(self, every: Sequence[Held], place: int) -> list[Tensor]:
+        """Return tensors that, summed over several of these, hold the sum of all their vectors.
+
+        Args:
+            every: `held` of all of them; those that hold no vectors must hold the same.
+            place: Which of them this is.
+
+        Returns:
+            Strips of the upper triangle, or the sketch; or, where all have few vectors, one tensor
+            with zeros in the places of the others'. The sum is to be taken in place, and `settle`
+            to be called.
+        """
+        groups, size = self._diagonal.shape
+        few = [held.size for held in every if held.kind == "vectors"]
+        if len(few) == len(every) and sum(few) <= self._most_vectors:
+            rows = self._diagonal.new_zeros(groups, sum(few), size)
+            start = sum(few[:place])
+            if self._vectors:
+                rows[:, start : start + few[place]] = torch.cat(self._vectors, dim=1)
+            self._vectors, self._num_vectors = [rows], sum(few)
+            return [rows]
+        if self.held.kind == "vectors":
+            begun = (held for held in every if held.kind != "vectors")
+            self._begin_sum(next(begun, self.form_of_sum))
+        if self._matrix is None:
+            return [] if self._sketch is None else [self._sketch.product]
+        width = _ROWS_OF_A_STRIP
+        return [self._matrix[:, start : start + width, start:] for start in range(0, size, width)]
+
+    def settle(self, diagonal: Tensor, *, keep: bool) -> None:
+        """Be the sum of several of these, of which all but the diagonal may be dropped.
+
+        Args:
+            diagonal: The diagonal of the sum.
+            keep: Whether what `to_be_summed` returned now holds the sum, or else anything.
+        """
+        self._diagonal = diagonal
+        if not keep:
+            self._vectors, self._matrix, self._sketch = [], None, None
 
     def _keep(self, rows: Tensor, diagonal: Tensor, count: int) -> None:
         self._vectors.append(rows)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -198,6 +198,15 @@ class Likelihood(ABC):
                 f"{fisher_type!r} depends on them; expected (inputs, targets)"
             )
         return found
+
+    @property
+    def observed(self) -> dict[str, Any]:
+        """What the batches so far have shown of the loss, by names for messages."""
+        return {}
+
+    def take_over(self, observed: Mapping[str, Any]) -> None:
+        """Know what other processes have observed."""
+        del observed
 
     @property
     def has_counts(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rotate_ewc.losses.base import Likelihood, non_negative, shape_of
+from rotate_ewc.losses.draws import uniform
 
 _DRAWN_AT_ONCE: Final = 2**18
 
@@ -117,9 +118,11 @@ class Categorical(Likelihood):
     def sampled_vector(self, outputs: Tensor, targets: Tensor, generator: Generator) -> Tensor:
         """Return `√s (p - e_y)` with labels y drawn from p."""
         probabilities = outputs.softmax(dim=1)
-        # In parts, since drawing takes copies of the probabilities.
+        numbers = uniform((len(outputs), *outputs.shape[2:]), outputs, generator)
+        # In parts, since drawing takes a copy of the probabilities.
         size = max(1, _DRAWN_AT_ONCE // max(1, outputs[0].numel()))
-        labels = torch.cat([_drawn(part, generator) for part in torch.split(probabilities, size)])
+        parts = zip(torch.split(probabilities, size), torch.split(numbers, size), strict=True)
+        labels = torch.cat([_drawn(part, number) for part, number in parts])
         roots = self._strengths(outputs, targets).sqrt()
         return _minus_one_hot_(probabilities, labels.unsqueeze(1)).mul_(roots)
 
@@ -210,11 +213,15 @@ def checked_class_weights(loss: str, weights: Tensor | None) -> Tensor | None:
     return non_negative(loss, "class weights", weights)
 
 
-def _drawn(probabilities: Tensor, generator: Generator) -> Tensor:
-    """Draw labels `[N, ...]` from probabilities `[N, C, ...]`."""
-    rows = probabilities.movedim(1, -1)
-    drawn = torch.multinomial(rows.flatten(0, -2), 1, generator=generator)
-    return drawn.view(rows.shape[:-1])
+def _drawn(probabilities: Tensor, numbers: Tensor) -> Tensor:
+    """Draw labels `[N, ...]` from probabilities `[N, C, ...]`, with a number from 0 to 1 for each.
+
+    Label c is drawn where the number is between the sums of the first c and c + 1 probabilities.
+    """
+    sums = probabilities.movedim(1, -1).contiguous().cumsum(dim=-1)
+    # A little less, so that rounding draws no label that has no probability.
+    total = sums[..., -1:] * (1.0 - torch.finfo(sums.dtype).eps)
+    return torch.searchsorted(sums, numbers.unsqueeze(-1) * total, right=True).squeeze(-1)
 
 
 def _one_hot(labels: Tensor, outputs: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
+from rotate_ewc.losses.draws import uniform
 from rotate_ewc.losses.elementwise import Elementwise
 
 
@@ -50,7 +51,7 @@ class Poisson(Elementwise):
         """Return `r - y`, or `(r - y) / (r + ε)`, with counts y drawn from r."""
         del targets
         rates = outputs.exp() if self.log_input else outputs
-        difference = rates - torch.poisson(rates, generator=generator)
+        difference = rates - _drawn(rates, uniform(rates.shape, rates, generator))
         return difference if self.log_input else difference / (outputs + self.eps)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -61,3 +62,18 @@ class Poisson(Elementwise):
     def stand_in_targets(self, outputs: Tensor) -> Tensor:
         """Return zeros, since no matrix depends on the counts given."""
         return torch.zeros_like(outputs)
+
+
+def _drawn(rates: Tensor, numbers: Tensor) -> Tensor:
+    """Draw counts of given rates, with a number from 0 to 1 for each.
+
+    Count k is drawn where the number is between the probabilities of less than k and of at most k,
+    which is found by bisection.
+    """
+    wide, numbers = rates.double(), numbers.double()
+    low, high = torch.full_like(wide, -1.0), (wide + 12 * wide.sqrt() + 40).ceil()
+    while bool((high - low > 1).any()):
+        middle = ((low + high) / 2).floor().clamp(min=0)
+        enough = torch.special.gammaincc(middle + 1, wide) > numbers
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return high.to(rates.dtype)

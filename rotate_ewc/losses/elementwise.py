@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rotate_ewc.losses.base import Likelihood, non_negative, shape_of
+from rotate_ewc.losses.draws import normal, uniform
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +69,7 @@ class Gaussian(Elementwise):
     def sampled_vector(self, outputs: Tensor, targets: Tensor, generator: Generator) -> Tensor:
         """Return `√2 ε`: labels are drawn with the variance ½ that the loss implies."""
         del targets
-        noise = torch.randn(
-            outputs.shape, generator=generator, device=outputs.device, dtype=outputs.dtype
-        )
-        return math.sqrt(2.0) * noise
+        return math.sqrt(2.0) * normal(outputs.shape, outputs, generator)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return `2 (f - y)`."""
@@ -124,9 +122,10 @@ class Bernoulli(Elementwise):
 
     def sampled_vector(self, outputs: Tensor, targets: Tensor, generator: Generator) -> Tensor:
         """Return `√s (σ - y)` with labels y drawn from σ."""
-        drawn = torch.bernoulli(torch.sigmoid(outputs), generator=generator)
+        probabilities = torch.sigmoid(outputs)
+        drawn = uniform(outputs.shape, outputs, generator) < probabilities
         # σ(x) - 1 is -σ(-x), which has all digits also where σ(x) is next to one.
-        difference = torch.where(drawn > 0, -torch.sigmoid(-outputs), torch.sigmoid(outputs))
+        difference = torch.where(drawn, -torch.sigmoid(-outputs), probabilities)
         return self._strength(outputs, targets).sqrt() * difference
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, NoReturn
@@ -134,6 +134,22 @@ class Empirical(Structured):
     def final_reduction(self) -> str:
         """The reduction that was measured."""
         return self.measured.reduction or "mean"
+
+    @property
+    def observed(self) -> dict[str, Any]:
+        """The reduction, and what it rests on, as far as they are known."""
+        found: dict[str, Any] = {}
+        if self.measured.reduction is not None:
+            found["reduction"] = self.measured.reduction
+        if self.measured.several is not None:
+            found["several numbers"] = self.measured.several
+            if self._is_plain_mean(self.measured.several):
+                found["outputs of an example of shape"] = self.measured.shape
+        return found
+
+    def take_over(self, observed: Mapping[str, Any]) -> None:
+        """Take over the reduction."""
+        self.measured.reduction = observed.get("reduction")
 
     def completed_targets(self, outputs: Tensor, targets: Any, fisher_type: FisherType) -> Any:
         """Leave targets as they are: None may be what the loss expects."""
@@ -297,13 +313,16 @@ class Empirical(Structured):
         if self.measured.several is None:
             self.measured.several, self.measured.shape = several, shape
             return
-        is_mean = not several and self.final_reduction == "mean" and self.loss.terms is None
-        if is_mean and shape != self.measured.shape:
+        if self._is_plain_mean(several) and shape != self.measured.shape:
             raise ValueError(
                 f"loss_func {self.name} is a mean, and the outputs of an example have other "
                 f"shapes in other batches ({list(shape)}, and {list(self.measured.shape)} "
                 f"before), so that what batches weigh is not known; {_REMEDY}"
             )
+
+    def _is_plain_mean(self, several: bool) -> bool:
+        """Whether the loss is a mean of which only the outputs' shape tells over how many terms."""
+        return not several and self.final_reduction == "mean" and self.loss.terms is None
 
     def _reduction(
         self, outputs: Tensor, targets: Any, whole: Tensor, alone: Tensor, shares: Tensor

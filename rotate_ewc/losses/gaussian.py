@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from rotate_ewc._utils.structure import packed_like
 from rotate_ewc.losses.base import shape_of
+from rotate_ewc.losses.draws import normal
 from rotate_ewc.losses.elementwise import one_element_each
 from rotate_ewc.losses.structured import Structured
 
@@ -88,7 +89,7 @@ class GaussianVariance(Structured):
     def sampled_vector(self, outputs: Tensor, targets: Any, generator: Generator) -> Tensor:
         """Return the gradient for targets drawn with the mean and variance."""
         mean, variance, _ = self._parts(outputs, targets)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        noise = normal(mean.shape, mean, generator)
         return self._gradient(outputs, variance.clamp_min(self.eps), noise, variance.shape)
 
     def gradient(self, outputs: Tensor, targets: Any) -> Tensor:

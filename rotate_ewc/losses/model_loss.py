@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -124,6 +124,16 @@ class OwnLosses(Likelihood):
     def final_reduction(self) -> str:
         """The reduction that was measured."""
         return self.progress.reduction or "mean"
+
+    @property
+    def observed(self) -> dict[str, Any]:
+        """The reduction, and whether it was one number, as far as they are known."""
+        found = {"reduction": self.progress.reduction, "several numbers": self.progress.several}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def take_over(self, observed: Mapping[str, Any]) -> None:
+        """Take over the reduction."""
+        self.progress.reduction = observed.get("reduction")
 
     def packing_forward(self, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Return a function from a batch to the losses of its examples."""

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rotate_ewc.losses.base import non_negative
+from rotate_ewc.losses.draws import uniform
 from rotate_ewc.losses.elementwise import Elementwise, check_fits, check_fractions
 
 # What PyTorch takes for p (1 - p) where that is smaller.
@@ -69,8 +70,8 @@ class Probabilities(Elementwise):
     def sampled_vector(self, outputs: Tensor, targets: Tensor, generator: Generator) -> Tensor:
         """Return `√w (p - y) / (p (1 - p))` with labels y drawn from p."""
         del targets
-        drawn = torch.bernoulli(outputs, generator=generator)
-        difference = torch.where(drawn > 0, outputs - 1, outputs)
+        drawn = uniform(outputs.shape, outputs, generator) < outputs
+        difference = torch.where(drawn, outputs - 1, outputs)
         roots = self._weighted(torch.ones_like(outputs)).sqrt()
         return roots * difference / _variance(outputs)
 

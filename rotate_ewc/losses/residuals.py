@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
+from rotate_ewc.losses.draws import uniform
 from rotate_ewc.losses.elementwise import Elementwise
 
 
@@ -53,8 +54,8 @@ class Residual(Elementwise):
 
         No labels are drawn: with residuals drawn from a distribution the matrix would be another.
         """
-        signs = torch.randint(2, outputs.shape, generator=generator, device=outputs.device)
-        return self.curvature(outputs, targets).sqrt() * (2 * signs - 1)
+        roots = self.curvature(outputs, targets).sqrt()
+        return torch.where(uniform(outputs.shape, outputs, generator) < 0.5, -roots, roots)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return `c e`, at most `c δ` in size; the sign of e where δ is 0."""

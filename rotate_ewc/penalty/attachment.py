@@ -38,6 +38,13 @@ from torch.utils.hooks import RemovableHandle
 from rotate_ewc._utils.messages import parameters_are, parameters_have
 from rotate_ewc._utils.parameters import named_parameters
 from rotate_ewc._utils.validation import as_choice, check_positive_integer
+from rotate_ewc.distributed.sharding import (
+    check_one_axis,
+    fully_sharded_modules,
+    gathered,
+    is_sharded,
+    reshard,
+)
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.plasticity import Plasticity
@@ -83,7 +90,7 @@ class Attachment(Generic[Penalty]):
         self.every = every
         check_positive_integer("every", every)
         penalty.check_merged()
-        _check_model(model, self.optimizer)
+        self._sharded_modules = _check_model(model, self.optimizer)
         rule = _check_optimizer(self.optimizer, self.update)
         _check_cadence(every, self.update, rule, self.optimizer)
         self.view = view
@@ -144,9 +151,13 @@ class Attachment(Generic[Penalty]):
         """
         self._undo()
         if self.penalty.stacks:
+            reshard(self._sharded_modules)
             parameters = named_parameters(self.model)
             groups = {name: group for name, _, group in self._held(parameters)}
-            self._update.flush(Step(self.optimizer, parameters, {}, groups))
+            sharded = self._sharded(parameters)
+            step = Step(self.optimizer, parameters, {}, groups, sharded).collect()
+            self._update.flush(step)
+            step.spread()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run needs to go on to the bit, with the states of the others.
@@ -225,7 +236,9 @@ class Attachment(Generic[Penalty]):
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Finish a step: the hook that runs after it."""
         if self._step is not None:
-            self._update.after(self._step)
+            step = self._step.collect()
+            self._update.after(step)
+            step.spread()
             self._step = None
 
     def _undo(self) -> None:
@@ -236,6 +249,7 @@ class Attachment(Generic[Penalty]):
 
     def _gather(self) -> Step:
         """Find what is about to be stepped, and refuse what cannot be."""
+        reshard(self._sharded_modules)
         parameters = named_parameters(self.model)
         protected = {name for stack in self.penalty.stacks for name in stack.names}
         held, gradients, groups = set(), {}, {}
@@ -257,12 +271,22 @@ class Attachment(Generic[Penalty]):
                 f"{parameters_have(sparse)} a sparse gradient; expected a dense one, as of "
                 f"torch.nn.Embedding(..., sparse=False)"
             )
-        if odd := [n for n in groups if n in protected and type(parameters[n].data) is not Tensor]:
+        sharded = self._sharded(parameters)
+        gradients.update({n: gathered(gradients[n]) for n in sharded if n in gradients})
+        ordinary = [n for n in groups if n in protected and n not in sharded]
+        if odd := [n for n in ordinary if type(parameters[n].data) is not Tensor]:
             raise ValueError(
-                f"{parameters_are(odd)} {type(parameters[odd[0]].data).__name__}, as of sharded "
-                f"training; expected ordinary tensors, each with all of its numbers"
+                f"{parameters_are(odd)} {type(parameters[odd[0]].data).__name__}; expected "
+                f"ordinary tensors{', or those of fully_shard' if self.view is None else ''}"
             )
-        return Step(self.optimizer, parameters, gradients, groups)
+        return Step(self.optimizer, parameters, gradients, groups, sharded).collect()
+
+    def _sharded(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the protected parameters that are spread over processes."""
+        names = dict.fromkeys(name for stack in self.penalty.stacks for name in stack.names)
+        sharded = {n: parameters[n] for n in names if is_sharded(parameters.get(n))}
+        check_one_axis(sharded)
+        return sharded
 
     def _held(
         self, parameters: Mapping[str, Tensor]
@@ -321,10 +345,12 @@ def _unwrapped(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _check_model(model: nn.Module, optimizer: Optimizer) -> None:
-    """Raise unless an optimizer has parameters of a model."""
+def _check_model(model: nn.Module, optimizer: Optimizer) -> list[Any]:
+    """Raise unless an optimizer has parameters of a model; return the modules of FSDP2 in it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+    modules = fully_sharded_modules(model)
+    reshard(modules)
     own = {id(parameter) for parameter in model.parameters()}
     given: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(id(parameter) in own for parameter in given):
@@ -332,6 +358,7 @@ def _check_model(model: nn.Module, optimizer: Optimizer) -> None:
             f"the optimizer has {len(given)} parameters, of which none is the model's; expected "
             f"an optimizer of this model, made after it was moved or wrapped for the last time"
         )
+    return modules
 
 
 def _check_optimizer(optimizer: Optimizer, update: UpdateKind) -> StepRule | None:

@@ -19,9 +19,11 @@ from rotate_ewc._utils.validation import (
     unless_auto,
 )
 from rotate_ewc._utils.warnings import warn_user
+from rotate_ewc.distributed.sharding import gathered, is_sharded
 from rotate_ewc.io.header import HEADER
 from rotate_ewc.options import Mode, Weighting
 from rotate_ewc.penalty.plasticity import FoundStrength
+from rotate_ewc.penalty.replicas import Replicas
 from rotate_ewc.penalty.stability import largest_curvature
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.terms import Stack, Term, stack_terms
@@ -94,6 +96,8 @@ class ConsolidatedTasks(nn.Module):
         self._current_num_loss_terms: float | None = None
         self._left_out: set[str] = set()
         self._grown: set[tuple[str, torch.Size]] = set()
+        # Until it is known whether all processes have consolidated the same.
+        self._replicas: Replicas | None = None
 
     @property
     def strength(self) -> float:
@@ -219,11 +223,15 @@ class ConsolidatedTasks(nn.Module):
     def protected(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what is protected of each parameter, by the stacks' own names for parameters.
 
-        Those that are missing, and need not be there (`strict=False`), are left out.
+        Those that are missing, and need not be there (`strict=False`), are left out. Of those that
+        are spread over processes, all numbers are gathered.
 
         Raises:
             ValueError: If one is missing, or smaller than it was.
         """
+        if self._replicas is not None and self._replicas.are_compared():
+            self._replicas = None
+        parameters = self._gathered(parameters)
         found: dict[str, Tensor] = {}
         grown: dict[str, tuple[Tensor, Tensor]] = {}
         left_out: set[str] = set()
@@ -248,6 +256,14 @@ class ConsolidatedTasks(nn.Module):
         if grown:
             self._warn_of_replaced(parameters, grown)
         return found
+
+    def _gathered(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return parameters with those whole that are protected."""
+        names = (name for stack in self._stacks for name in stack.names)
+        spread = [name for name in dict.fromkeys(names) if is_sharded(parameters.get(name))]
+        return (
+            {**parameters, **{n: gathered(parameters[n]) for n in spread}} if spread else parameters
+        )
 
     def _wanted(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the anchors of the parameters that must be there."""
@@ -299,6 +315,10 @@ class ConsolidatedTasks(nn.Module):
             _last_examples=last_examples,
             _last_loss_terms=last_loss_terms,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles have, which no other process knows of."""
+        return {**vars(self), "_replicas": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConsolidatedTasks:
         """Move or cast the state, as `nn.Module.to` and its relatives ask for."""

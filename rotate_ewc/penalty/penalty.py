@@ -33,8 +33,10 @@ from rotate_ewc._utils.validation import (
     check_positive_integer,
     unless_auto,
 )
-from rotate_ewc.curvature.merge import merge
+from rotate_ewc.curvature.merge import merge_together
 from rotate_ewc.curvature.operator import EKFACLinearOperator
+from rotate_ewc.distributed.ranks import Group, Ranks
+from rotate_ewc.distributed.sharding import whole
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.estimation.estimate import fit_blocks
 from rotate_ewc.io import files
@@ -46,12 +48,16 @@ from rotate_ewc.options import EstimationOptions, EstimationSettings, Mode, Weig
 from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.own_loss import own_loss_of
+from rotate_ewc.penalty.replicas import Replicas
 from rotate_ewc.penalty.stability import warn_if_divergent
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.temperature import fitting_temperature, softened
 from rotate_ewc.penalty.terms import Term
 from rotate_ewc.penalty.updates import UpdateKind
 from rotate_ewc.penalty.weighting import kept_weight
+
+# What `_replace_terms` takes.
+Folded = tuple[list[Term], int, int, float]
 
 
 class EKFACPenalty(ConsolidatedTasks):
@@ -174,6 +180,7 @@ class EKFACPenalty(ConsolidatedTasks):
         forward: Callable[[Any], Any] | None = None,
         num_data: int | None = None,
         weight: float = 1.0,
+        group: Group = AUTO,
     ) -> None:
         """Remember a task: estimate its Fisher matrix at the current solution and fold it in.
 
@@ -194,11 +201,37 @@ class EKFACPenalty(ConsolidatedTasks):
                 `model(inputs)`. Modules that it reaches are put into eval mode, as the model is.
             num_data: The task's number of examples, where `data` is only a sample of them.
             weight: w_t, what this task weighs in comparison with the others, at least 0.
+            group: The processes that consolidate together, each with data of its own: `"auto"` (the
+                default group, where `torch.distributed` is initialised), a `ProcessGroup`, a
+                `DeviceMesh` of one dimension, or None (this process alone). All of them must call
+                this; all get the same bits, those of one process with all the data but for
+                rounding. See `docs/distributed.md`.
 
         Raises:
             ValueError: If a parameter, layer, loss or batch cannot be handled, naming it.
             TypeError: If an argument has the wrong type.
         """
+        ranks = Ranks.of(group)
+        with ranks.together():
+            folded = self._consolidated(
+                model, loss_func, data, params, forward, num_data, weight, ranks
+            )
+        self._replicas = Replicas.of(folded[0][-1].operator.blocks, ranks)
+        # At the very end, so that an interrupt leaves all of it or nothing.
+        self._replace_terms(*folded)
+
+    def _consolidated(
+        self,
+        model: nn.Module,
+        loss_func: Callable[..., Any] | None,
+        data: Iterable[Any] | None,
+        params: Parameters | None,
+        forward: Callable[[Any], Any] | None,
+        num_data: int | None,
+        weight: float,
+        ranks: Ranks,
+    ) -> Folded:
+        """Return what `consolidate` makes of the penalty, which stays as it is."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
         check_positive_integer("num_data", num_data, optional=True)
@@ -206,23 +239,43 @@ class EKFACPenalty(ConsolidatedTasks):
         if data is None:
             raise TypeError("data is missing; expected the task's batches: data=loader")
         model = unwrapped(model)
-        if loss_func is None:
-            if forward is not None:
-                raise ValueError(
-                    "forward is given, but loss_func is not; expected both, or neither for a model "
-                    "that brings its own loss"
-                )
-            loss_func, data, forward = own_loss_of(model, data)
-        if params is None:
-            params = select_parameters(model, self.include, self.exclude)
-        # Whatever names they were given, the penalty will look for them by those in the model.
-        chosen = name_parameters(params, model)
-        named = name_parameters(list(chosen.values()), model)
-        self.protected(parameters_of(model))
+        if ranks.size > 1:
+            told = {"number of tasks": self._num_tasks, "weight": weight, "mode": self.mode.value}
+            told |= {"temperature": self.temperature, "damping": self.damping}
+            ranks.check_same({**told, "weighting": self.weighting.value, "decay": self.decay})
+        with whole(model, params) as params:
+            if loss_func is None:
+                if forward is not None:
+                    raise ValueError(
+                        "forward is given, but loss_func is not; expected both, or neither for a "
+                        "model that brings its own loss"
+                    )
+                loss_func, data, forward = own_loss_of(model, data)
+            if params is None:
+                params = select_parameters(model, self.include, self.exclude)
+            # Whatever names they were given, the penalty will look for them by those in the model.
+            chosen = name_parameters(params, model)
+            named = name_parameters(list(chosen.values()), model)
+            self.protected(parameters_of(model))
+            operator = self._estimated(model, loss_func, named, data, forward, num_data, ranks)
+            anchor = {name: named[name].detach().clone() for name in operator.parameter_shapes}
+            return self._fold_in(operator, anchor, weight, parameters_of(model), ranks)
+
+    def _estimated(
+        self,
+        model: nn.Module,
+        loss_func: Callable[..., Any],
+        named: dict[str, Tensor],
+        data: Iterable[Any],
+        forward: Callable[[Any], Any] | None,
+        num_data: int | None,
+        ranks: Ranks,
+    ) -> EKFACLinearOperator:
+        """Return a task's Fisher matrix, softened and damped."""
         likelihood = likelihood_of(loss_func, self.settings.fisher_type)
         shown = likelihood.packing_forward(forward or model)
         temperature = fitting_temperature(
-            self.temperature, model, shown, likelihood, data, self.settings
+            self.temperature, model, shown, likelihood, data, self.settings, ranks
         )
         blocks, shapes, provenance = fit_blocks(
             softened(shown, likelihood, temperature),
@@ -231,14 +284,13 @@ class EKFACPenalty(ConsolidatedTasks):
             data,
             replace(self.settings, seed=self.settings.seed + self._num_tasks),
             model=model,
+            ranks=ranks,
             num_data=num_data,
         )
         blocks = tuple(_damped(block, temperature**2, self.damping) for block in blocks)
         told = {**provenance.settings, "temperature": temperature, "damping": self.damping}
         provenance = structs.replace(provenance, settings=told)
-        operator = EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
-        anchor = {name: named[name].detach().clone() for name in operator.parameter_shapes}
-        self._fold_in(operator, anchor, weight, parameters_of(model))
+        return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
 
     def forward(self, model: nn.Module | Mapping[str, Tensor]) -> Tensor:
         """Return the penalty, a scalar tensor; zero before the first task.
@@ -348,8 +400,9 @@ class EKFACPenalty(ConsolidatedTasks):
         anchor: dict[str, Tensor],
         weight: float,
         parameters: Mapping[str, Tensor],
-    ) -> None:
-        """Add a task's operator; everything that can fail comes before the first change."""
+        ranks: Ranks,
+    ) -> Folded:
+        """Return what there is with a task's operator added, for `_replace_terms`."""
         reductions = {term.operator.provenance.reduction for term in self._terms}
         reduction = operator.provenance.reduction
         if reductions - {reduction}:
@@ -363,10 +416,10 @@ class EKFACPenalty(ConsolidatedTasks):
         terms = [replace(term, weight=self.decay * term.weight) for term in left if term]
         terms.append(Term(operator, anchor, weight))
         if self.mode is Mode.MERGED:
-            weights = [term.weight for term in terms]
+            operators, weights = [t.operator for t in terms], [t.weight for t in terms]
             # Of one task alone as much is kept as was estimated.
             rank = self.settings.rank if len(terms) > 1 else None
-            merged = merge([term.operator for term in terms], weights, rank=rank)
+            merged = merge_together(operators, weights, rank, ranks)
             terms = [Term(merged, {**terms[0].anchor, **anchor}, 1.0)]
         for term in terms:
             for block in term.operator.blocks:
@@ -375,7 +428,7 @@ class EKFACPenalty(ConsolidatedTasks):
         last = (operator.num_data, num_loss_terms)
         if not num_loss_terms:
             last = (self._last_examples, self._last_loss_terms)
-        self._replace_terms(terms, self._num_tasks + 1, *last)
+        return terms, self._num_tasks + 1, *last
 
     @property
     def options(self) -> dict[str, Any]:

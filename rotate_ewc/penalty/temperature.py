@@ -16,6 +16,7 @@ from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.reached_modules import reached_modules
 from rotate_ewc._utils.structure import tensors_of
 from rotate_ewc._utils.validation import AUTO
+from rotate_ewc.distributed.ranks import Ranks
 from rotate_ewc.losses import Likelihood
 from rotate_ewc.options import EstimationSettings
 from rotate_ewc.tracing.passes import (
@@ -57,6 +58,7 @@ def fitting_temperature(
     likelihood: Likelihood,
     data: Iterable[Any],
     settings: EstimationSettings,
+    ranks: Ranks,
 ) -> float:
     """Return the temperature that was asked for; find one for `"auto"`.
 
@@ -68,7 +70,7 @@ def fitting_temperature(
     if likelihood.can_be_softened:
         if not isinstance(asked, str):
             return asked
-        return softening_temperature(model, forward, likelihood, data, settings)
+        return softening_temperature(model, forward, likelihood, data, settings, ranks)
     if not likelihood.has_distribution and asked not in (AUTO, 1.0):
         raise ValueError(
             f"temperature is {asked}, but of {likelihood.name} only gradients are known, and no "
@@ -83,6 +85,7 @@ def softening_temperature(
     likelihood: Likelihood,
     data: Iterable[Any],
     settings: EstimationSettings,
+    ranks: Ranks,
 ) -> float:
     """Return the temperature at which predictions have a given mean entropy.
 
@@ -98,6 +101,7 @@ def softening_temperature(
         data: Re-iterable batches (inputs, targets), gone through once.
         settings: Of the estimate. Outputs may take its memory budget; of more, every second batch
             is looked at, or fewer.
+        ranks: The processes whose predictions count together, each with data of its own.
 
     Returns:
         At least 1; exactly 1 if the predictions are soft enough, or have no entropy (regression).
@@ -113,9 +117,13 @@ def softening_temperature(
             likelihood.batch_form,
             progressbar=bool(settings.progressbar),
             description="temperature",
+            ranks=ranks,
         )
         seen = _seen(forward, likelihood, shown, settings)
-        return _temperature_of(seen) if seen else 1.0
+        every = ranks.gather("outputs", None if seen is None else len(seen))
+        if seen is None or None in every:
+            return 1.0
+        return _temperature_of(seen, ranks)
 
 
 class Seen(NamedTuple):
@@ -136,8 +144,8 @@ def _seen(
     likelihood: Likelihood,
     shown: Iterable[Batch],
     settings: EstimationSettings,
-) -> list[Seen]:
-    """Return outputs and targets, as many as there is room for; none if nothing can be softened."""
+) -> list[Seen] | None:
+    """Return outputs and targets, as many as there is room for; None if nothing can be softened."""
     seen: list[Seen] = []
     stride = 1
     for number, inputs, targets in shown:
@@ -147,7 +155,7 @@ def _seen(
             outputs = forward(inputs)
         found = _softenable(likelihood.current, outputs, targets, settings)
         if found is None:
-            return []
+            return None
         seen.append(found)
         while len(seen) > 1 and sum(batch.nbytes for batch in seen) > settings.memory_budget:
             seen, stride = seen[::2], 2 * stride
@@ -173,21 +181,21 @@ def _softenable(
     return Seen(outputs, targets, likelihood)
 
 
-def _temperature_of(seen: Sequence[Seen]) -> float:
+def _temperature_of(seen: Sequence[Seen], ranks: Ranks) -> float:
     """Return the temperature for outputs and targets by bisection of its logarithm."""
-    if _mean_entropy(seen, 1.0) >= TARGET_ENTROPY:
+    if _mean_entropy(seen, 1.0, ranks) >= TARGET_ENTROPY:
         return 1.0
     low, high = 0.0, math.log(_LARGEST_TEMPERATURE)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        if _mean_entropy(seen, math.exp(middle)) < TARGET_ENTROPY:
+        if _mean_entropy(seen, math.exp(middle), ranks) < TARGET_ENTROPY:
             low = middle
         else:
             high = middle
     return math.exp(low)
 
 
-def _mean_entropy(seen: Sequence[Seen], temperature: float) -> float:
+def _mean_entropy(seen: Sequence[Seen], temperature: float, ranks: Ranks) -> float:
     """Return the mean over all predictions that count; 1 where none does."""
     total, count = 0.0, 0
     for outputs, targets, likelihood in seen:
@@ -196,4 +204,6 @@ def _mean_entropy(seen: Sequence[Seen], temperature: float) -> float:
         entropies = likelihood.relative_entropies(softened, targets)
         if entropies is not None:
             total, count = total + float(entropies.double().sum()), count + entropies.numel()
+    sums = ranks.gather("entropies", (total, count))
+    total, count = sum(one[0] for one in sums), sum(one[1] for one in sums)
     return total / count if count else 1.0

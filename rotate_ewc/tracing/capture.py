@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from rotate_ewc._utils.messages import left_out, parameters_are, quoted
 from rotate_ewc._utils.numerics import statistics_dtype
@@ -20,6 +20,7 @@ from rotate_ewc._utils.warnings import add_note
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.layers import Factors
 from rotate_ewc.losses import Likelihood
+from rotate_ewc.losses.draws import LabelGenerator
 from rotate_ewc.options import EstimationSettings, FisherType, Unsupported
 from rotate_ewc.tracing.autograd_graph import reachable_nodes, unsupported_parameters
 from rotate_ewc.tracing.block_plan import BlockPlan, plan_blocks
@@ -198,7 +199,7 @@ class BatchCapturer:
         return next(iter(self.parameters.values())).device
 
     def capture(
-        self, inputs: Any, targets: Any, generator: Generator, *, with_squares: bool
+        self, inputs: Any, targets: Any, generator: LabelGenerator, *, with_squares: bool
     ) -> Iterator[CapturedBatch]:
         """Run the model on a batch, and yield what it shows, in parts where memory asks for it.
 
@@ -218,7 +219,7 @@ class BatchCapturer:
             yield from self._capture(part, targets, generator, with_squares=with_squares)
 
     def _capture(
-        self, inputs: Any, targets: Any, generator: Generator, *, with_squares: bool
+        self, inputs: Any, targets: Any, generator: LabelGenerator, *, with_squares: bool
     ) -> Iterator[CapturedBatch]:
         """Capture a batch, or one of its examples where these must be seen alone."""
         self.counter.check(inputs)
@@ -233,6 +234,7 @@ class BatchCapturer:
         num_examples = self.counter.count(inputs, outputs, targets)
         self._check_terms(likelihood, outputs, num_examples)
         normalizer = float(likelihood.num_terms(outputs, targets))
+        generator.begin(num_examples)
         vectors = self._vectors(likelihood, outputs, targets, num_examples, generator)
         recorded, (layout, vectors, known) = self._located(recorded, inputs, num_examples, vectors)
         self._check_layout(recorded, layout, num_examples)
@@ -413,7 +415,7 @@ class BatchCapturer:
         outputs: Tensor,
         targets: Any,
         num_examples: int,
-        generator: Generator,
+        generator: LabelGenerator,
     ) -> Iterator[Tensor]:
         """Yield the output vectors; one of zeros where there are none (with a single class)."""
         settings, vector = self.settings, None

@@ -9,15 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from tqdm import tqdm
 
 from rotate_ewc._utils.out_of_memory import is_out_of_memory
 from rotate_ewc._utils.structure import mapped, tensors_of
 from rotate_ewc._utils.tree import parts_of, same, to_device, version_of
 from rotate_ewc._utils.warnings import add_note
+from rotate_ewc.distributed.ranks import Ranks
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.losses import BatchForm
+from rotate_ewc.losses.draws import LabelGenerator
 from rotate_ewc.tracing.capture import BatchCapturer, CapturedBatch
 from rotate_ewc.tracing.forward_advice import advice_for_batch
 
@@ -39,16 +41,21 @@ class Passes:
     3.11 or later); neither is what the data raise.
     """
 
-    def __init__(self, capturer: BatchCapturer, data: Iterable[Any], max_bytes: int) -> None:
+    def __init__(
+        self, capturer: BatchCapturer, data: Iterable[Any], max_bytes: int, ranks: Ranks
+    ) -> None:
         """Prepare the first pass.
 
         Args:
             capturer: Runs the model.
-            data: Batches (inputs, targets) that can be iterated more than once.
+            data: Batches (inputs, targets) that can be iterated more than once; of several
+                processes, those of this one.
             max_bytes: What may be kept of the first pass for the second.
+            ranks: The processes that go through data of their own.
         """
         self._capturer = capturer
         self._data = data
+        self._ranks = ranks
         self._cache = ActivationCache(max_bytes)
 
     def first(self, consume: Consumer) -> None:
@@ -69,7 +76,7 @@ class Passes:
                     self._cache.add(batch, captured)
                     # Or it would live on while the model runs on the next batch.
                     del captured
-            self._cache.end_batch(generator.get_state())
+            self._cache.end_batch(generator.position)
 
     def second(self, consume: Consumer) -> None:
         """Show all batches again, those in the cache as they were, without the squares.
@@ -89,7 +96,7 @@ class Passes:
         for batch in self._batches("eigenvalues"):
             found = self._cache.take(batch)
             if found is not None:
-                generator.set_state(found.random_state)
+                generator.position = found.position
                 _hand_on(found, consume)
                 continue
             with naming_batch(batch.number):
@@ -97,8 +104,9 @@ class Passes:
                     consume(captured)
                     del captured
 
-    def _label_generator(self) -> Generator:
-        return Generator(self._capturer.device).manual_seed(self._capturer.settings.seed)
+    def _label_generator(self) -> LabelGenerator:
+        seed, ranks = self._capturer.settings.seed, self._ranks
+        return LabelGenerator(self._capturer.device, seed, ranks.rank, ranks.size)
 
     def _batches(self, description: str) -> Iterator[Batch]:
         return batches(
@@ -107,10 +115,11 @@ class Passes:
             self._capturer.likelihood.batch_form,
             progressbar=bool(self._capturer.settings.progressbar),
             description=description,
+            ranks=self._ranks,
         )
 
     def _captured(
-        self, batch: Batch, generator: Generator, *, with_squares: bool
+        self, batch: Batch, generator: LabelGenerator, *, with_squares: bool
     ) -> Iterator[CapturedBatch]:
         """Run the model on a batch, and note on its own errors which batch it was."""
         with noting_batch(batch.number):
@@ -127,13 +136,13 @@ class CachedBatch:
         batch: The batch as it was given.
         versions: How often its tensors had been written to.
         parts: What it has shown.
-        random_state: State of the generator of labels after the batch, set at its end.
+        position: Number of examples that labels were drawn for by its end.
     """
 
     batch: Batch
     versions: list[int]
     parts: deque[CapturedBatch] = field(default_factory=deque)
-    random_state: Tensor = field(default_factory=lambda: torch.empty(0))
+    position: int = 0
 
     @property
     def unmodified(self) -> bool:
@@ -177,10 +186,10 @@ class ActivationCache:
             self._full = True
             self._cached.pop()
 
-    def end_batch(self, random_state: Tensor) -> None:
-        """Note the state of the generator of labels after the last batch that was added."""
+    def end_batch(self, position: int) -> None:
+        """Note how many examples labels were drawn for by the end of the last batch."""
         if not self._full:
-            self._cached[-1].random_state = random_state
+            self._cached[-1].position = position
 
     @property
     def holds_all(self) -> bool:
@@ -231,8 +240,11 @@ def batches(
     *,
     progressbar: bool,
     description: str,
+    ranks: Ranks,
 ) -> Iterator[Batch]:
     """Yield every batch, checked and moved to a device.
+
+    One of several processes may have none.
 
     Raises:
         ValueError: If a batch has not the form that is asked for, or if there are no batches.
@@ -242,6 +254,7 @@ def batches(
     for index, batch in enumerate(tqdm(data, desc=description, disable=not progressbar)):
         if form is BatchForm.INPUTS or isinstance(batch, Tensor):
             yield Batch(index, to_device(batch, device), None)
+            ranks.look()
             continue
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             got = (
@@ -260,7 +273,8 @@ def batches(
                 f"expected a tensor"
             )
         yield Batch(index, to_device(inputs, device), _moved(targets, device))
-    if index < 0:
+        ranks.look()
+    if index < 0 and ranks.size == 1:
         raise ValueError("data is empty; expected at least one batch (inputs, targets)")
 
 

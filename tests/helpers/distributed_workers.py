@@ -22,12 +22,14 @@ def estimate(seed: int) -> Tensor:
     model = make("plain")
     parameters = dict(model.named_parameters())
     data = task("plain", 0)
-    return EKFACLinearOperator(model, CE, parameters, data, fisher_type="mc", seed=seed).to_dense()
+    return EKFACLinearOperator(
+        model, CE, parameters, data, group=None, fisher_type="mc", seed=seed
+    ).to_dense()
 
 
 def consolidated() -> tuple[nn.Module, EKFACPenalty]:
     model, penalty = make("plain"), exact_penalty(50.0, seed=3)
-    penalty.consolidate(model, CE, task("plain", 0))
+    penalty.consolidate(model, CE, task("plain", 0), group=None)
     return model, penalty
 
 

@@ -18,6 +18,8 @@ FLOORS = (
     # What everything stands on.
     ("errors", "version"),
     ("_utils",),
+    # Several processes.
+    ("distributed",),
     # What users may choose, and what is written down of a run.
     ("options",),
     ("provenance",),

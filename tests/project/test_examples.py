@@ -6,19 +6,23 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 
 
-def start(name: str, folder: Path) -> subprocess.Popen[str]:
-    """Run an example in a folder of its own."""
+def start(
+    name: str, folder: Path, *launched: str, arguments: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """Run an example in a folder of its own, launched by another module if one is named."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "examples" / name)],
+        [sys.executable, *launched, str(ROOT / "examples" / name), *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -72,6 +76,28 @@ def test_plain_pytorch(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert set(state) == {"model", "penalty"}
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_distributed(tmp_path: Path) -> None:
+    """Replicas and spread parameters learn, and remember, the same."""
+    launched = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    replicas, spread = (
+        lines_of(start("distributed.py", tmp_path, *launched, arguments=arguments))
+        for arguments in ((), ("--fsdp",))
+    )
+    assert [line.split("task 1 ")[0].strip() for line in replicas] == [
+        "after the first task",
+        "after the second",
+    ]
+    for lines in (replicas, spread):
+        (learned,), (kept, second) = (
+            [float(n) for n in re.findall(r"([\d.]+) %", line)] for line in lines
+        )
+        assert learned > 80
+        assert kept > learned - 10
+        assert second > 75
 
 
 def test_examples_are_short() -> None:

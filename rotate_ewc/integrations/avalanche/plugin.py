@@ -26,6 +26,7 @@ from rotate_ewc._utils.validation import (
     check_positive_integer,
     unless_auto,
 )
+from rotate_ewc.distributed.ranks import Group, Ranks
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.integrations.avalanche.batches import (
     Minibatches,
@@ -60,7 +61,7 @@ class Update(Choice):
     LOSS = "loss"
 
 
-class RotatedEWCPlugin(SupervisedPlugin):
+class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Elastic weight consolidation in a rotated basis, as a plugin for any supervised strategy.
 
     After each experience the Fisher matrix is estimated on the experience's data, with its
@@ -97,6 +98,7 @@ class RotatedEWCPlugin(SupervisedPlugin):
         every: int = 1,
         num_samples: int | None = None,
         estimation_mb_size: int | None = None,
+        group: Group = AUTO,
         **penalty_options: Unpack[PenaltyOptions],
     ) -> None:
         """Make a plugin that does nothing until the first experience has ended.
@@ -116,6 +118,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
                 few thousand are usually as good.
             estimation_mb_size: Mini-batch size of the estimate, which changes its speed but not its
                 result; None takes the strategy's `train_mb_size`.
+            group: The processes that consolidate together, as `EKFACPenalty.consolidate` takes
+                them. All of them have the whole experience; each looks at its part of it.
             **penalty_options: Other arguments of `EKFACPenalty`, those for `EstimationSettings`
                 among them. The seed is also that of the drawn examples; a `batch_size_fn` gets
                 the minibatches that the strategy has unpacked.
@@ -150,6 +154,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self.every = every
         self.num_samples = num_samples
         self.estimation_mb_size = estimation_mb_size
+        Ranks.of(group)  # what is no group is refused at once
+        self.group = group
         self.penalty_in_loss: Tensor | float = 0.0
         self.consolidation_seconds: float | None = None
         self.attachment: Attachment[EKFACPenalty] | None = None
@@ -221,9 +227,10 @@ class RotatedEWCPlugin(SupervisedPlugin):
                 self.penalty.consolidate(
                     strategy.model,
                     strategy._criterion,
-                    self._minibatches(dataset.eval(), strategy),
+                    self._minibatches(dataset.eval(), strategy, Ranks.of(self.group)),
                     forward=partial(outputs_for, strategy),
                     num_data=len(dataset),
+                    group=self.group,
                 )
         finally:
             self.penalty.settings = settings
@@ -342,7 +349,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
         self._sub_experiences = 1 if part.is_first_subexp else self._sub_experiences + 1
         return bool(part.is_last_subexp) or self._sub_experiences == part.sub_stream_length
 
-    def _minibatches(self, dataset: Any, strategy: Any) -> Minibatches:
+    def _minibatches(self, dataset: Any, strategy: Any, ranks: Ranks | None = None) -> Minibatches:
+        """Return the minibatches of an estimate; of several processes, those of this one."""
         collate = getattr(dataset, "collate_fn", None)
         if self.num_samples is not None and self.num_samples < len(dataset):
             generator = torch.Generator().manual_seed(
@@ -351,6 +359,8 @@ class RotatedEWCPlugin(SupervisedPlugin):
             # Class-incremental data come ordered by class, so the first ones would not do.
             drawn = torch.randperm(len(dataset), generator=generator)[: self.num_samples]
             dataset = Subset(dataset, drawn.tolist())
+        if ranks is not None and ranks.size > 1:
+            dataset = Subset(dataset, range(ranks.rank, len(dataset), ranks.size))
         size = self.estimation_mb_size or strategy.train_mb_size
         return Minibatches(DataLoader(dataset, batch_size=size, collate_fn=collate), strategy)
 

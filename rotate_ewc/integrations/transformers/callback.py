@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rotate_ewc._utils.preserve_state import kept, random_states
-from rotate_ewc._utils.validation import check_boolean, check_positive_integer
+from rotate_ewc._utils.validation import AUTO, check_boolean, check_positive_integer
+from rotate_ewc.distributed.ranks import Group, Ranks
 from rotate_ewc.integrations.loaders import number_of_examples
 from rotate_ewc.integrations.transformers.checkpoints import (
     checkpoint_to_resume,
@@ -60,6 +61,7 @@ class RotatedEWCCallback(TrainerCallback):
         every: int = 1,
         num_samples: int | None = None,
         view: View | None = None,
+        group: Group = AUTO,
     ) -> None:
         """Make a callback of one penalty, which takes part in one training after another.
 
@@ -73,6 +75,8 @@ class RotatedEWCCallback(TrainerCallback):
             num_samples: Examples to draw from the training data for the estimate; None takes all. A
                 few thousand are usually as good.
             view: As in `EKFACPenalty.attach`; `rotate_ewc.integrations.peft` has one for adapters.
+            group: The processes that consolidate together, as `EKFACPenalty.consolidate` takes
+                them.
 
         Raises:
             TypeError: If `penalty` is not one penalty, or another argument has the wrong type.
@@ -92,6 +96,8 @@ class RotatedEWCCallback(TrainerCallback):
                 "view is given, and consolidate_at_end is True; expected "
                 "consolidate_at_end=False: merge the adapters, and consolidate the model then"
             )
+        Ranks.of(group)  # what is no group is refused at once
+        self.group = group
         self.penalty = penalty
         self.consolidate_at_end = consolidate_at_end
         self.update = update
@@ -180,12 +186,17 @@ class RotatedEWCCallback(TrainerCallback):
         own, self._own = self._own, None
         if own is not None:
             start = time.perf_counter()
-            data = own.data
-            if args.world_size > 1 and isinstance(data, LabelledBatches):
-                part = slice(args.process_index, None, args.world_size)
+            data, ranks = own.data, Ranks.of(self.group)
+            if ranks.size > 1 and isinstance(data, LabelledBatches):
+                part = slice(ranks.rank, None, ranks.size)
                 data = replace(data, data=self._sampled(kwargs["train_dataloader"], args, part))
             self.penalty.consolidate(
-                kwargs["model"], own.loss_func, data, forward=own.forward, num_data=self._num_data
+                kwargs["model"],
+                own.loss_func,
+                data,
+                forward=own.forward,
+                num_data=self._num_data,
+                group=self.group,
             )
             self.consolidation_seconds = time.perf_counter() - start
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -13,6 +13,13 @@ from torch.optim import Adagrad, Optimizer
 
 from rotate_ewc._utils.messages import parameters_have, quoted
 from rotate_ewc._utils.parameters import fits, protected_slice
+from rotate_ewc.distributed.sharding import (
+    gathered,
+    is_sharded,
+    own_numbers,
+    spread_like,
+    write_,
+)
 from rotate_ewc.errors import NotFiniteError, SnapshotError
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.plasticity import Plasticity, Progress
@@ -32,17 +39,36 @@ class Step:
         parameters: All of the model's, by name.
         gradients: Those of the parameters that the optimizer has, as far as there are any.
         groups: The options for each of these.
+        sharded: Those that are spread over processes. In `parameters` and `gradients` are all of
+            their numbers; what becomes of them there, `spread` writes into these.
     """
 
     optimizer: Optimizer
     parameters: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     groups: Mapping[str, Mapping[str, Any]]
+    sharded: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def held(self, name: str) -> Tensor:
+        """Return a parameter as the optimizer has it."""
+        return self.sharded.get(name, self.parameters[name])
 
     def state(self, name: str) -> dict[str, Any]:
         """Return the optimizer's state of a parameter."""
-        state: dict[str, Any] = self.optimizer.state[self.parameters[name]]
+        state: dict[str, Any] = self.optimizer.state[self.held(name)]
         return state
+
+    def collect(self) -> Step:
+        """Return the step with the numbers that sharded parameters have now."""
+        if not self.sharded:
+            return self
+        found = {name: gathered(tensor.detach()) for name, tensor in self.sharded.items()}
+        return replace(self, parameters={**self.parameters, **found})
+
+    def spread(self) -> None:
+        """Give sharded parameters the numbers that they have here."""
+        for name, tensor in self.sharded.items():
+            write_(tensor, self.parameters[name])
 
     def factor(self, name: str) -> Tensor | float:
         """Return what gradients of a parameter are multiplied with, for the optimizer to divide by.
@@ -63,6 +89,14 @@ class StandIns:
 
     def put(self, parameter: Tensor, gradient: Tensor, data: Tensor | None = None) -> None:
         """Give a parameter another gradient, and other data if there are any."""
+        if is_sharded(parameter):
+            # A DTensor's data cannot be exchanged, since FSDP2 reads where they were.
+            own = own_numbers(parameter)
+            self._kept.append((parameter, None if data is None else own.clone(), parameter.grad))
+            if data is not None:
+                write_(parameter, data)
+            parameter.grad = spread_like(gradient, parameter)
+            return
         self._kept.append((parameter, None if data is None else parameter.data, parameter.grad))
         if data is not None:
             parameter.data = data
@@ -79,7 +113,9 @@ class StandIns:
     def take_back(self) -> None:
         """Give the parameters back what they had; what has become of the other data is dropped."""
         for parameter, data, gradient in self._kept:
-            if data is not None:
+            if data is not None and is_sharded(parameter):
+                own_numbers(parameter).copy_(data)
+            elif data is not None:
                 parameter.data = data
             parameter.grad = gradient
         self._kept.clear()

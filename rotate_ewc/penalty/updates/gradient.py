@@ -64,6 +64,6 @@ def add_gradients(update: Update, step: Step, gradients: Mapping[str, Tensor]) -
                 whole = step.gradients[name].clone()
                 part = whole[tuple(map(slice, anchor.shape[1:]))]
                 part.add_(gradients[key][0] * (update.penalty.scale * step.factor(name)))
-                update.stand_ins.put(step.parameters[name], whole)
+                update.stand_ins.put(step.held(name), whole)
     for name in step.groups:
-        update.stand_ins.restart(step.optimizer, step.parameters[name], 0)
+        update.stand_ins.restart(step.optimizer, step.held(name), 0)

@@ -45,7 +45,7 @@ class ProximalUpdate(DisplacedUpdate):
             gradients = [step.gradients[name] for name in displacement.stack.names]
             check_gradients([displacement.stack] * len(gradients), gradients)
         for name in step.groups:
-            self.stand_ins.restart(step.optimizer, step.parameters[name], 0)
+            self.stand_ins.restart(step.optimizer, step.held(name), 0)
 
     def after(self, step: Step) -> None:
         """Count the step, and take the proximal one where it is time."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rotate_ewc._utils.messages import parameters_are
+from rotate_ewc.distributed.sharding import gathered
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.displacement import Displacement, without_rounding_errors_
 from rotate_ewc.penalty.plasticity import Progress
@@ -62,13 +63,13 @@ class RotatedUpdate(DisplacedUpdate):
             for key, name, anchor in displacement.stack.members:
                 parameter, inner = step.parameters[name], tuple(map(slice, anchor.shape[1:]))
                 self.stand_ins.put(
-                    parameter,
+                    step.held(name),
                     _replaced(step.gradients[name], inner, gradients[key], parameter),
                     _replaced(parameter.detach(), inner, seen[key], parameter),
                 )
         for name in step.groups:
             tasks = self.penalty.num_tasks if name in names else 0
-            self.stand_ins.restart(step.optimizer, step.parameters[name], tasks)
+            self.stand_ins.restart(step.optimizer, step.held(name), tasks)
         self._moving = moving
 
     def after(self, step: Step) -> None:
@@ -129,7 +130,9 @@ class RotatedUpdate(DisplacedUpdate):
     def _size(self, name: str, inner: tuple[slice, ...], step: Step) -> Tensor:
         """Return η for the protected part of a parameter."""
         size = self.rule.size(step.groups[name], step.state(name))
-        if not isinstance(size, Tensor):
+        if isinstance(size, Tensor):
+            size = gathered(size)
+        else:
             return step.parameters[name].new_tensor(size)
         return size[inner] if size.ndim else size
 
@@ -145,7 +148,8 @@ class RotatedUpdate(DisplacedUpdate):
             size = self.rule.quotient(step.groups[name], step.state(name))
             if isinstance(size, Quotient) and isinstance(size.rate, float):
                 ratio = min(size.rate * factor, torch.finfo(spectrum.dtype).max)
-                found[key] = torch.addcdiv(one, eigenvalues[key], size.scale[inner], value=ratio)
+                scale = gathered(size.scale)[inner]
+                found[key] = torch.addcdiv(one, eigenvalues[key], scale, value=ratio)
                 continue
             stiffness = displacement.split(self.stiffness(displacement.stack))[key]
             found[key] = (stiffness * self._size(name, inner, step)).add_(1.0)
@@ -163,6 +167,8 @@ class RotatedUpdate(DisplacedUpdate):
             if shifted:
                 # Where nothing moved, z is to be the same to the bit.
                 moved = displacement.coordinates[key] + (moved - seen[key])
+            elif name in step.sharded:
+                moved = moved.clone()  # the whole parameter is to be written into where it is
             # What the optimizer made is nobody else's, so that it can be divided in place.
             shrunk[key] = moved.div_(shrinkages[key])
         return shrunk

@@ -9,6 +9,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from rotate_ewc._utils.parameters import protected_slice
+from rotate_ewc.distributed.sharding import gathered
 from rotate_ewc.io.snapshot import checked_tensor
 from rotate_ewc.linalg.block import shapes_of
 from rotate_ewc.linalg.quadratic import quadratic_gradient
@@ -118,7 +119,7 @@ class TangentUpdate(Update):
         if not isinstance(size, Tensor) or not size.ndim:
             return self._steps * float(size)
         # An entry that never had a gradient does not move, and its size may be enormous.
-        inner = size[tuple(map(slice, moved.shape))][moved != 0]
+        inner = gathered(size)[tuple(map(slice, moved.shape))][moved != 0]
         return self._steps * float(inner.log().mean().exp()) if inner.numel() else 0.0
 
     def state_dict(self) -> dict[str, Any]:

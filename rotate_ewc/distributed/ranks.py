@@ -1,0 +1,407 @@
+"""`Ranks`: the processes of a group, which succeed together or fail together.
+
+**No process waits for one that has failed.** All that is exchanged is exchanged after a vote: one
+small `all_reduce`, in which each process says whether it is still well, and where it is. Whatever
+a process raises, its next vote is that it has failed; all others raise the same at their next vote,
+and nothing more is exchanged. Between votes, in work that takes long, a process looks now and then
+whether another one has failed.
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Final, TypeVar
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rotate_ewc._utils.validation import AUTO
+from rotate_ewc._utils.warnings import add_note
+from rotate_ewc.distributed.buckets import Bucket, buckets
+from rotate_ewc.errors import NotFiniteError
+
+Key = TypeVar("Key", bound=Hashable)
+# "auto", a ProcessGroup, a DeviceMesh of one dimension, or None. The classes of the last two are
+# not there in every build of PyTorch.
+Group = Any
+
+_SECONDS_BETWEEN_LOOKS: Final = 0.5
+# Errors that are raised in all processes as what they are in one; of others, RuntimeError is.
+_KINDS: Final = {kind.__name__: kind for kind in (ValueError, TypeError, MemoryError)}
+_KINDS[NotFiniteError.__name__] = NotFiniteError
+
+
+class _FailedElsewhere(Exception):  # noqa: N818
+    """Another process has failed; what with is told by the vote."""
+
+
+class Ranks:
+    """The processes of a group; one alone if there is none, for which everything here is free.
+
+    Attributes:
+        size: Number of processes.
+        rank: Which of them this one is.
+        bytes_exchanged: Bytes of the tensors that this process has given to collectives.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        """Take part in a `ProcessGroup`; None is no group."""
+        self._group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.bytes_exchanged = 0
+        self._inside = False
+        self._over = False
+        self._failure_key = ""
+        self._looked = 0.0
+
+    @classmethod
+    def of(cls, group: Group) -> Ranks:
+        """Return the processes of a group as users name it.
+
+        Args:
+            group: `"auto"` (the default group, where one is initialised), a `ProcessGroup`, a
+                `DeviceMesh` of one dimension, or None (this process alone).
+
+        Raises:
+            TypeError: If it is none of these.
+            ValueError: If this process is not in it, or a mesh has several dimensions.
+        """
+        if group is None:
+            return cls()
+        if not dist.is_available() or isinstance(group, str):
+            if group != AUTO:
+                raise TypeError(_not_a_group(group))
+            there = dist.is_available() and dist.is_initialized()
+            return cls(dist.group.WORLD if there else None)
+        if isinstance(group, dist.device_mesh.DeviceMesh):
+            if group.ndim != 1:
+                raise ValueError(
+                    f"group is a DeviceMesh with dimensions {group.mesh_dim_names or group.ndim}; "
+                    f"expected one of them, over which the data are split, such as mesh['dp']"
+                )
+            return cls(group.get_group())
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                "group does not contain this process; expected one that does, or group=None"
+            )
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(_not_a_group(group))
+        return cls(group)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Succeed in all processes, or raise in all of them.
+
+        Inside of another one it does nothing. To be entered by all processes of the group.
+
+        Raises:
+            Exception: What was raised inside; where that was in another process, an error of the
+                same kind, or a RuntimeError, which names it.
+        """
+        if self.size == 1 or self._inside:
+            yield
+            return
+        self._inside, self._over = True, False
+        try:
+            # So that what is left of earlier failures is not taken for one of this time.
+            token = self._vote("begin", None, secrets.randbits(62))
+            self._failure_key, self._looked = f"rotate_ewc/failed/{token}", time.monotonic()
+            yield
+            with uninterrupted():
+                self._vote("end", None)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            self._inside = False
+
+    def look(self) -> None:
+        """Raise if another process has failed; to be called now and then in work that takes long.
+
+        Whatever is raised must go through to the end of `together`.
+        """
+        if self.size == 1 or time.monotonic() - self._looked < _SECONDS_BETWEEN_LOOKS:
+            return
+        self._looked = time.monotonic()
+        store = _store()
+        if store is not None and store.check([self._failure_key]):
+            raise _FailedElsewhere
+
+    def gather(self, place: str, value: Any) -> list[Any]:
+        """Return what every process has, by rank.
+
+        Args:
+            place: What is exchanged, the same in all processes.
+            value: Something small that can be pickled.
+        """
+        if self.size == 1:
+            return [value]
+        with uninterrupted():
+            self._vote(place, None)
+            return self._gathered(value)
+
+    def sum(self, place: str, tensors: Sequence[Tensor]) -> None:
+        """Sum tensors over all processes, in place; all get the same bits.
+
+        Args:
+            place: What is summed.
+            tensors: Of the same shapes and dtypes, in the same order, in all processes.
+        """
+        if self.size > 1:
+            for bucket in buckets([(tensor, 0) for tensor in tensors]):
+                with self._exchanging(place, bucket):
+                    dist.all_reduce(bucket.flat, group=self._group)
+
+    def reduce(self, place: str, tensors: Sequence[tuple[Tensor, int]]) -> None:
+        """Sum tensors over all processes, in place, at their owners; elsewhere they are garbage.
+
+        Args:
+            place: What is summed.
+            tensors: Tensors and the ranks of their owners, in the same order everywhere.
+        """
+        if self.size > 1:
+            for bucket in buckets(tensors):
+                with self._exchanging(place, bucket):
+                    dist.reduce(bucket.flat, self._global(bucket.owner), group=self._group)
+
+    def share(
+        self, place: str, own: Mapping[Key, Mapping[str, Tensor]], device: torch.device
+    ) -> dict[Key, dict[str, Tensor]]:
+        """Return the tensors of all processes by their keys: everywhere the same bits and layouts.
+
+        Args:
+            place: What is shared.
+            own: Named tensors of this process by keys, which no other process has.
+            device: Where tensors of others are to be.
+        """
+        if self.size == 1:
+            return {key: dict(tensors) for key, tensors in own.items()}
+        kept = {key: {n: _Laid.of(t) for n, t in tensors.items()} for key, tensors in own.items()}
+        told = self.gather(
+            f"{place}, shapes",
+            [(key, {n: laid.told for n, laid in laids.items()}) for key, laids in kept.items()],
+        )
+        found: dict[Key, dict[str, _Laid]] = {}
+        for rank, described in enumerate(told):
+            for key, named in described:
+                found[key] = (
+                    kept[key]
+                    if rank == self.rank
+                    else {name: _Laid.empty(one, device) for name, one in named.items()}
+                )
+        order = [
+            (laid.wire, rank)
+            for rank, described in enumerate(told)
+            for key, _ in described
+            for laid in found[key].values()
+        ]
+        for bucket in buckets(order):
+            with self._exchanging(place, bucket, sends=bucket.owner == self.rank):
+                dist.broadcast(bucket.flat, self._global(bucket.owner), group=self._group)
+        return {key: {n: laid.tensor for n, laid in laids.items()} for key, laids in found.items()}
+
+    def owners(self, costs: Sequence[float]) -> list[int]:
+        """Return which process is to do each of several tasks: the largest first, to the idlest."""
+        busy, owners = [0.0] * self.size, [0] * len(costs)
+        for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            owners[index] = busy.index(min(busy))
+            busy[owners[index]] += costs[index]
+        return owners
+
+    def check_same(self, values: Mapping[str, Any]) -> None:
+        """Raise `ValueError` unless all processes have the same values, naming those that differ.
+
+        Args:
+            values: By names for messages; something that can be pickled and compared.
+        """
+        told = self.gather("arguments", dict(values))
+        for rank, others in enumerate(told[1:], 1):
+            for name in {**told[0], **others}:
+                first, other = told[0].get(name), others.get(name)
+                if first != other:
+                    raise ValueError(
+                        f"{name} is {first!r} on rank 0, but {other!r} on rank {rank}; expected "
+                        f"the same on all ranks of the group (or group=None, for each by itself)"
+                    )
+
+    def _global(self, rank: int) -> int:
+        return int(dist.get_global_rank(self._group, rank))
+
+    @contextmanager
+    def _exchanging(self, place: str, bucket: Bucket, *, sends: bool = True) -> Iterator[None]:
+        """Vote, exchange a bucket, and put what came out into its tensors."""
+        with uninterrupted():
+            self._vote(place, None)
+            yield
+            bucket.unpack()
+        self.bytes_exchanged += bucket.flat.nbytes if sends else 0
+
+    def _vote(self, place: str, error: BaseException | None, token: int = 0) -> int:
+        """Wait for all processes; raise if one has failed, or is at another place.
+
+        Args:
+            place: Where this one is.
+            error: Why it has failed.
+            token: Of all processes', the largest is returned.
+        """
+        code = crc32(place.encode())
+        votes = torch.tensor([int(error is not None), code, -code, token], device=self._device)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
+        failed, largest, smallest, token = map(int, votes.tolist())
+        if failed:
+            self._over = True
+            told = None if error is None else (type(error).__name__, str(error))
+            everywhere = self._gathered(told)
+            if error is None:
+                raise _raised_elsewhere(everywhere)
+        elif largest != -smallest:
+            self._over = True
+            places = self._gathered(place)
+            raise RuntimeError(
+                f"the ranks are at different places: "
+                f"{', '.join(f'rank {r} at {p!r}' for r, p in enumerate(places))}; expected the "
+                f"same calls, in the same order, on all ranks of the group"
+            )
+        return token
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell all others of an error, unless they know; or raise theirs, if that is what it is."""
+        if self._over:
+            return
+        self._over = True
+        elsewhere = isinstance(error, _FailedElsewhere)
+        store = _store()
+        with uninterrupted():
+            if store is not None and not elsewhere:
+                # Without it they hear of it a little later.
+                with suppress(RuntimeError, ValueError):
+                    store.set(self._failure_key, b"1")
+            try:
+                self._vote("failed", None if elsewhere else error)
+            except RuntimeError as broken:
+                if elsewhere:
+                    raise
+                add_note(error, f"the other ranks could not be told of it: {broken}")
+
+    def _gathered(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the group can exchange numbers."""
+        if dist.get_backend(self._group) == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+
+class Notes:
+    """Notes that the processes of the default group leave for each other, without waiting.
+
+    Attributes:
+        size: Number of processes.
+        rank: Which of them this one is.
+    """
+
+    def __init__(self, store: Any) -> None:
+        """Keep them in a store."""
+        self._store = store
+        self.size, self.rank = dist.get_world_size(), dist.get_rank()
+
+    @classmethod
+    def of_default_group(cls) -> Notes | None:
+        """Return the place for notes; None without other processes."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return None
+        store = _store()
+        return None if store is None else cls(store)
+
+    def leave(self, key: str, text: str) -> None:
+        """Leave a note, if the others can still be reached."""
+        with suppress(RuntimeError):
+            self._store.set(key, text)
+
+    def has(self, keys: Sequence[str]) -> bool:
+        """Whether there are all of some notes."""
+        try:
+            return bool(self._store.check(list(keys)))
+        except RuntimeError:
+            return False
+
+    def read(self, key: str) -> str:
+        """Return a note that is there."""
+        return bytes(self._store.get(key)).decode()
+
+
+class _Laid:
+    """A tensor, and the contiguous one with the same numbers in which it is sent.
+
+    Matrices whose columns lie together, as those of `eigh`, keep doing so: products with the same
+    numbers in another layout may differ in their last bits.
+    """
+
+    def __init__(self, wire: Tensor, columns: bool) -> None:
+        self.wire = wire
+        self.tensor = wire.mT if columns else wire
+        self.told = tuple(wire.shape), wire.dtype, columns
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Laid:
+        """Lay out a tensor of this process."""
+        columns = tensor.ndim > 1 and not tensor.is_contiguous() and tensor.mT.is_contiguous()
+        return cls(tensor.mT if columns else tensor.contiguous(), columns)
+
+    @classmethod
+    def empty(cls, told: tuple[Any, torch.dtype, bool], device: torch.device) -> _Laid:
+        """Make room for one of another process."""
+        shape, dtype, columns = told
+        return cls(torch.empty(shape, dtype=dtype, device=device), columns)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait, so that what several processes do together is not left half done by one."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is None:
+        yield
+        return
+    received: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received and callable(handler):
+            handler(*received[0])
+
+
+def _raised_elsewhere(told: Sequence[tuple[str, str] | None]) -> Exception:
+    """Return what to raise where another process has failed."""
+    rank, (name, message) = next((r, one) for r, one in enumerate(told) if one is not None)
+    if name in _KINDS:
+        return _KINDS[name](f"on rank {rank}: {message}")
+    return RuntimeError(f"rank {rank} has failed with {name}: {message}")
+
+
+def _not_a_group(group: object) -> str:
+    return (
+        f"group is {group!r}; expected 'auto', a torch.distributed.ProcessGroup, a DeviceMesh of "
+        f"one dimension, or None"
+    )
+
+
+def _store() -> Any:
+    """Return where processes can leave notes for each other; None if there is no such place."""
+    try:
+        return dist.distributed_c10d._get_default_store()
+    except (AttributeError, RuntimeError, ValueError):
+        return None
