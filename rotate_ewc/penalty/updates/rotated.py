@@ -148,7 +148,8 @@ class RotatedUpdate(DisplacedUpdate):
             size = self.rule.quotient(step.groups[name], step.state(name))
             if isinstance(size, Quotient) and isinstance(size.rate, float):
                 ratio = min(size.rate * factor, torch.finfo(spectrum.dtype).max)
-                found[key] = torch.addcdiv(one, eigenvalues[key], size.scale[inner], value=ratio)
+                scale = gathered(size.scale)[inner]
+                found[key] = torch.addcdiv(one, eigenvalues[key], scale, value=ratio)
                 continue
             stiffness = displacement.split(self.stiffness(displacement.stack))[key]
             found[key] = (stiffness * self._size(name, inner, step)).add_(1.0)
@@ -166,6 +167,8 @@ class RotatedUpdate(DisplacedUpdate):
             if shifted:
                 # Where nothing moved, z is to be the same to the bit.
                 moved = displacement.coordinates[key] + (moved - seen[key])
+            elif name in step.sharded:
+                moved = moved.clone()  # the whole parameter is to be written into where it is
             # What the optimizer made is nobody else's, so that it can be divided in place.
             shrunk[key] = moved.div_(shrinkages[key])
         return shrunk
