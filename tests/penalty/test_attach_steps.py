@@ -445,7 +445,7 @@ def test_tensors_of_other_kinds(update: str) -> None:
     optimizer = Adam(model.parameters(), lr=0.1)
     penalty.attach(optimizer, model, update)
     draw(model, 0)
-    with pytest.raises(ValueError, match=r"'0\.weight' is Sharded, as of sharded training"):
+    with pytest.raises(ValueError, match=r"'0\.weight' is Sharded; expected ordinary tensors, or"):
         optimizer.step()
 
 

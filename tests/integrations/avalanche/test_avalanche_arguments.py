@@ -41,7 +41,7 @@ def settings_of(plugin: RotatedEWCPlugin) -> dict[str, Any]:
     of_penalty = ("mode", "plasticity", "weighting", "decay", "temperature", "damping")
     for name in (*of_penalty, "include", "exclude", "strict"):
         found[name] = getattr(penalty, name)
-    told = ("ewc_lambda", "update", "every", "num_samples", "estimation_mb_size")
+    told = ("ewc_lambda", "update", "every", "num_samples", "estimation_mb_size", "group")
     for name in told:
         found[name] = getattr(plugin, name)
     return found
@@ -71,6 +71,7 @@ OTHERS: dict[str, tuple[Any, Any]] = {
     "seed": (12, 12),
     "rank": (5, 5),
     "diagonal": (["3.*"], ("3.*",)),
+    "group": (None, None),
     "memory_budget": (2**20, 2**20),
     "num_per_example_loss_terms": (1, 1),
     "batch_size_fn": (len, len),
@@ -84,7 +85,7 @@ def test_all_arguments_are_known_here() -> None:
 
 
 def test_typed_options_are_those_of_the_signature() -> None:
-    own = ("ewc_lambda", "mode", "update", "every", "num_samples")
+    own = ("ewc_lambda", "mode", "update", "every", "num_samples", "group")
     typed = PenaltyOptions.__optional_keys__
     assert set(PLUGIN) == {*own, "estimation_mb_size", *typed}
     assert PenaltyOptions.__required_keys__ == set()
