@@ -70,6 +70,8 @@ TANGENT_EVERY = 20
 
 STEP = "step"
 ATTACHED = "step, attached"
+# In the one task in which the strength is found; the other steps are with a number.
+FINDING = "step, attached, finding λ"
 TANGENT = f"step, attached, tangent, k={TANGENT_EVERY}"
 GRADIENT = "step, attached, gradient"
 # At most so many plain steps is an attached one to take.

@@ -25,7 +25,8 @@ class Options(MeasuringOptions):
 
     Merged penalties after some numbers of tasks, and, but for e, tasks kept separate. Peers have
     the matrix of one task, over linear layers and convolutions. Attached steps are after the most
-    tasks. Last, how long it takes to load a snapshot, and to import the package.
+    tasks, with a strength that is given, and while it is found. Last, how long it takes to load a
+    snapshot, and to import the package.
 
     All contenders of a case take turns within one process; the median of each turn counts. Ratios
     are within a round, and medians over rounds. The data are noise: cost depends on shapes alone.

@@ -99,7 +99,7 @@ def compare(record: Training) -> list[Comparison]:
     target = names.TARGETS.get(record.case)
     bound = f" (to be at most {target:g})" if target else ""
     quotient(names.ATTACHED, names.STEP, f"{names.ATTACHED} / {names.STEP}{bound}")
-    for attached in (names.GRADIENT, names.TANGENT):
+    for attached in (names.FINDING, names.GRADIENT, names.TANGENT):
         quotient(attached, names.STEP)
     for tasks in record.tasks:
         overhead(names.after(names.STEP_WITH_PENALTY, tasks))

@@ -60,12 +60,14 @@ def enter(case: str, history: History) -> tuple[dict[str, Work], dict[str, Resul
         known of some contenders before anything is timed.
     """
     workload, merged = history.workload, history.merged
-    last = merged[max(merged)]
+    last, given = merged[max(merged)], copy.deepcopy(merged[max(merged)])
+    given.strength = 1.0
     works = {
         names.STEP: steps.training_steps(workload),
-        names.ATTACHED: steps.training_steps(workload, last, "rotated"),
-        names.GRADIENT: steps.training_steps(workload, last, "gradient"),
-        names.TANGENT: steps.training_steps(workload, last, "tangent", names.TANGENT_EVERY),
+        names.ATTACHED: steps.training_steps(workload, given, "rotated"),
+        names.FINDING: steps.training_steps(workload, last, "rotated"),
+        names.GRADIENT: steps.training_steps(workload, given, "gradient"),
+        names.TANGENT: steps.training_steps(workload, given, "tangent", names.TANGENT_EVERY),
     }
     for tasks, penalty in merged.items():
         name = names.after(names.STEP_WITH_PENALTY, tasks)

@@ -147,6 +147,7 @@ def test_everything_is_measured_and_written(
     assert [one["name"] for one in timed] == [
         "step",
         "step, attached",
+        "step, attached, finding λ",
         "step, attached, gradient",
         "step, attached, tangent, k=20",
         "step with penalty, 1 task",
