@@ -14,6 +14,7 @@ the *terms*, which is what the reduction `mean` divides by, gives that of the me
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -252,8 +253,13 @@ class Likelihood(ABC):
         if fisher_type is FisherType.TYPE2:
             yield from self.exact_vectors(outputs, targets, num_examples)
         elif fisher_type is FisherType.MC:
+            drawn: Callable[..., Tensor] = self.sampled_vector
+            if "torch._dynamo" in sys.modules:
+                # An estimate may be called from what is compiled, which knows no other generators.
+                disable: Callable[[Any], Any] = torch.compiler.disable
+                drawn = disable(drawn)
             for _ in range(mc_samples):
-                yield self.sampled_vector(outputs, targets, generator) / math.sqrt(mc_samples)
+                yield drawn(outputs, targets, generator) / math.sqrt(mc_samples)
         else:
             yield self.gradient(outputs, targets)
 
