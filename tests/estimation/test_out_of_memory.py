@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rotate_ewc._utils.out_of_memory import is_out_of_memory
 from rotate_ewc.estimation import accumulate
-from rotate_ewc.estimation.accumulate import Microbatch, in_halves
+from rotate_ewc.estimation.microbatch import Microbatch, in_halves
 from rotate_ewc.linalg import eigenvalues, outer_products
 from rotate_ewc.linalg.outer_products import OuterProducts
 from tests.helpers.cases import BY_NAME
