@@ -263,14 +263,29 @@ def squared_lookups(gradients: Tensor, indices: Tensor, vocabulary: int) -> Tens
     Returns:
         `[vocabulary, d]`.
     """
+    sums, rows = summed_by_row(gradients, indices, vocabulary)
+    total = gradients.new_zeros(vocabulary, gradients.shape[2])
+    return total.index_add_(0, rows, sums.square_())
+
+
+def summed_by_row(gradients: Tensor, indices: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Sum what each example adds to each of the rows that it looks up.
+
+    Args:
+        gradients: `[n, shared, d]`.
+        indices: `[n, shared]`; negative ones count nothing.
+        vocabulary: Number of rows.
+
+    Returns:
+        The sums, one for each example and row that it looks up, `[m, d]`, and these rows, `[m]`.
+    """
     kept = (indices >= 0).flatten()
     example = torch.arange(len(indices), device=indices.device)[:, None]
     rows = (example * vocabulary + indices).flatten()[kept]
     distinct, place = torch.unique(rows, return_inverse=True)
     sums = gradients.new_zeros(len(distinct), gradients.shape[2])
     sums.index_add_(0, place, gradients.flatten(0, 1)[kept])
-    total = gradients.new_zeros(vocabulary, gradients.shape[2])
-    return total.index_add_(0, distinct % vocabulary, sums.square_())
+    return sums, distinct % vocabulary
 
 
 def examples_at_once(like: Tensor, elements_per_example: int, max_bytes: int | None) -> int:

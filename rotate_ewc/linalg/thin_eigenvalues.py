@@ -30,6 +30,7 @@ from rotate_ewc.linalg.eigenvalues import (
     rotate,
     single_position_product,
     squared_rotations,
+    summed_by_row,
 )
 from rotate_ewc.linalg.kronecker import Basis
 
@@ -245,15 +246,10 @@ def summed_lookups(gradients: Tensor, indices: Tensor, vocabulary: int, basis: T
     Returns:
         `[vocabulary, k + 1]`.
     """
-    kept = (indices >= 0).flatten()
-    example = torch.arange(len(indices), device=indices.device)[:, None]
-    rows = (example * vocabulary + indices).flatten()[kept]
-    distinct, place = torch.unique(rows, return_inverse=True)
-    sums = gradients.new_zeros(len(distinct), gradients.shape[2])
-    sums.index_add_(0, place, gradients.flatten(0, 1)[kept])
+    sums, rows = summed_by_row(gradients, indices, vocabulary)
     squares = squared_with_rest([sums[None, :, None]], basis)[0, :, 0]
     total = gradients.new_zeros(vocabulary, squares.shape[1])
-    return total.index_add_(0, distinct % vocabulary, squares)
+    return total.index_add_(0, rows, squares)
 
 
 def thinned(squares: Tensor, rank: int, thinner: int, size: int) -> Tensor:
