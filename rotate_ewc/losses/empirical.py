@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import torch
 from torch import Generator, Tensor, nn
@@ -14,11 +14,12 @@ from torch.func import grad, vmap
 
 from rotate_ewc._utils.structure import Packing, mapped, tensors_of
 from rotate_ewc.losses.base import BatchForm
+from rotate_ewc.losses.gradients_only import GradientsOnly, UserLoss
 from rotate_ewc.losses.structured import Structured
 from rotate_ewc.options import FisherType
 
 
-class EmpiricalLoss:
+class EmpiricalLoss(UserLoss):
     """A loss of outputs and targets, with what cannot be seen in it, for `fisher_type="empirical"`.
 
     A function needs none of this if it returns a number for each term, or if it returns their mean
@@ -57,12 +58,7 @@ class EmpiricalLoss:
             TypeError: If `function` or `terms` cannot be called.
             ValueError: If the reduction is another.
         """
-        for name, value in (("function", function), ("terms", terms)):
-            if not callable(value) and (value is not None or name == "function"):
-                raise TypeError(f"{name} is {value!r}; expected a function")
-        if reduction not in (None, "mean", "sum"):
-            raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or None")
-        self.function, self.terms, self.reduction = function, terms, reduction
+        super().__init__(function, terms=terms, reduction=reduction)
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Return the loss, for training."""
@@ -85,7 +81,7 @@ class Measured:
 
 
 @dataclass(frozen=True, eq=False)
-class Empirical(Structured):
+class Empirical(GradientsOnly, Structured):
     """Gradients of each example's loss at the outputs, by autograd.
 
     The loss of every example is computed by itself, and its gradient compared with that of the
@@ -119,16 +115,6 @@ class Empirical(Structured):
     def batch_form(self) -> BatchForm:
         """Inputs alone for a function of outputs alone."""
         return BatchForm.PAIR if self._takes_targets else BatchForm.INPUTS
-
-    @property
-    def user_functions(self) -> tuple[Callable[..., Any], ...]:
-        """The loss itself."""
-        return (self.loss.function,)
-
-    @property
-    def has_distribution(self) -> bool:
-        """Only gradients are known."""
-        return False
 
     @property
     def final_reduction(self) -> str:
@@ -183,7 +169,7 @@ class Empirical(Structured):
         """
         del mc_samples, generator
         if fisher_type is not FisherType.EMPIRICAL:
-            self._refuse()
+            self.refuse()
         value, whole = self._of_batch(outputs, targets)
         self._check_form(value, outputs, num_examples)
         alone = self._of_examples(outputs, targets, num_examples)
@@ -203,20 +189,9 @@ class Empirical(Structured):
         found = self._reduction(outputs, targets, whole, alone, weights / terms.sum())
         yield alone * weights if found == "mean" else alone
 
-    def exact_vectors(self, outputs: Tensor, targets: Any, num_examples: int) -> Iterator[Tensor]:
-        """Refuse: there is no distribution."""
-        self._refuse()
-
-    def sampled_vector(self, outputs: Tensor, targets: Any, generator: Generator) -> Tensor:
-        """Refuse: there is no distribution."""
-        self._refuse()
-
     def gradient(self, outputs: Tensor, targets: Any) -> Tensor:
         """Return the gradient of the batch's loss."""
         return self._of_batch(outputs, targets)[1]
-
-    def _refuse(self) -> NoReturn:
-        raise TypeError(f"{self.name} has no distribution; expected fisher_type='empirical'")
 
     @property
     def _takes_targets(self) -> bool:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from rotate_ewc._utils.structure import mapped, tensors_of
 from rotate_ewc.errors import NotFiniteError
-from rotate_ewc.losses.base import BatchForm, Likelihood
+from rotate_ewc.losses.base import BatchForm
+from rotate_ewc.losses.gradients_only import GradientsOnly, UserLoss
 from rotate_ewc.options import FisherType
 
 
-class ModelLoss:
+class ModelLoss(UserLoss):
     """A loss as a function of a model and a batch, for `fisher_type="empirical"`.
 
     Batches are what the data yield, whole. A function that returns a loss for each example takes a
@@ -52,12 +53,7 @@ class ModelLoss:
             TypeError: If `function` or `terms` cannot be called.
             ValueError: If the reduction is another.
         """
-        for name, value in (("function", function), ("terms", terms)):
-            if not callable(value) and (value is not None or name == "function"):
-                raise TypeError(f"{name} is {value!r}; expected a function")
-        if reduction not in (None, "mean", "sum"):
-            raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or None")
-        self.function, self.terms, self.reduction = function, terms, reduction
+        super().__init__(function, terms=terms, reduction=reduction)
 
     def __call__(self, model: Any, batch: Any) -> Tensor:
         """Return the loss, for training."""
@@ -86,7 +82,7 @@ class Progress:
 
 
 @dataclass(frozen=True, eq=False)
-class OwnLosses(Likelihood):
+class OwnLosses(GradientsOnly):
     """The outputs are the losses, and all that there is to back-propagate is their sum.
 
     Attributes:
@@ -109,16 +105,6 @@ class OwnLosses(Likelihood):
     def batch_form(self) -> BatchForm:
         """Batches are given to the function as they are."""
         return BatchForm.INPUTS
-
-    @property
-    def user_functions(self) -> tuple[Callable[..., Any], ...]:
-        """The loss itself."""
-        return (self.loss.function,)
-
-    @property
-    def has_distribution(self) -> bool:
-        """Only gradients are known."""
-        return False
 
     @property
     def final_reduction(self) -> str:
@@ -216,17 +202,6 @@ class OwnLosses(Likelihood):
         if self.final_reduction == "sum":
             return torch.ones_like(outputs)
         return torch.full_like(outputs, float(self._own_terms(self.progress.batch).sum()))
-
-    def exact_vectors(self, outputs: Tensor, targets: Any, num_examples: int) -> Iterator[Tensor]:
-        """Refuse: there is no distribution."""
-        self._refuse()
-
-    def sampled_vector(self, outputs: Tensor, targets: Any, generator: Generator) -> Tensor:
-        """Refuse: there is no distribution."""
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise TypeError(f"{self.name} has no distribution; expected fisher_type='empirical'")
 
     def _own_terms(self, batch: Any) -> Tensor:
         """Count the terms as the user does, or one for each example."""
