@@ -17,10 +17,11 @@ except ModuleNotFoundError as error:
         f"install it with: pip install 'rotate-ewc[lightning]'"
     ) from error
 
-from rotate_ewc._utils.validation import AUTO, check_boolean, check_positive_integer
-from rotate_ewc.distributed.ranks import Group, Ranks
+from rotate_ewc._utils.validation import AUTO
+from rotate_ewc.distributed.ranks import Group
+from rotate_ewc.integrations.attaching import AttachesPenalty
 from rotate_ewc.integrations.loaders import number_of_examples
-from rotate_ewc.penalty.attachment import Attachment, View
+from rotate_ewc.penalty.attachment import View
 from rotate_ewc.penalty.own_loss import own_loss_of
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.updates import UpdateKind
@@ -28,7 +29,7 @@ from rotate_ewc.penalty.updates import UpdateKind
 __all__ = ["RotatedEWCCallback"]
 
 
-class RotatedEWCCallback(Callback):
+class RotatedEWCCallback(AttachesPenalty, Callback):
     """Elastic weight consolidation in a rotated basis, as a callback of Lightning's `Trainer`.
 
     While `fit` runs, the penalty is attached to the module's optimizer, with automatic and with
@@ -88,34 +89,21 @@ class RotatedEWCCallback(Callback):
             ValueError: If an argument is out of range.
         """
         super().__init__()
-        if not isinstance(penalty, EKFACPenalty):
-            raise TypeError(
-                f"penalty is {type(penalty).__name__}; expected one EKFACPenalty (which holds any "
-                f"number of tasks)"
-            )
-        check_boolean("consolidate_at_end", consolidate_at_end)
-        check_positive_integer("every", every)
+        self._take(
+            penalty,
+            consolidate_at_end=consolidate_at_end,
+            update=update,
+            every=every,
+            view=view,
+            group=group,
+        )
         if isinstance(optimizer, bool) or not isinstance(optimizer, int) or optimizer < 0:
             raise ValueError(f"optimizer is {optimizer!r}; expected the place of one, from 0 on")
-        if view is not None and consolidate_at_end:
-            raise ValueError(
-                "view is given, and consolidate_at_end is True; expected "
-                "consolidate_at_end=False: merge the adapters, and consolidate the model then"
-            )
-        Ranks.of(group)  # what is no group is refused at once
-        self.group = group
-        self.penalty = penalty
         self.loss_func = loss_func
-        self.consolidate_at_end = consolidate_at_end
         self.forward = forward
         self.submodule = submodule
         self.data = data
         self.optimizer = optimizer
-        self.update = update
-        self.every = every
-        self.view = view
-        self.attachment: Attachment[EKFACPenalty] | None = None
-        self.consolidation_seconds: float | None = None
         self._saved_attachment: Mapping[str, Any] | None = None
         # Whether the task at hand is in the penalty already, as in a checkpoint of the last moment.
         self._consolidated = False
@@ -221,12 +209,3 @@ class RotatedEWCCallback(Callback):
 
     def _data(self, trainer: Trainer) -> Any:
         return trainer.train_dataloader if self.data is None else self.data
-
-    def _detach(self) -> None:
-        attached, self.attachment = self.attachment, None
-        if attached is not None:
-            attached.detach()
-
-    def _flush(self) -> None:
-        if self.attachment is not None:
-            self.attachment.flush()

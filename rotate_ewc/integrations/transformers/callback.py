@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rotate_ewc._utils.preserve_state import kept, random_states
-from rotate_ewc._utils.validation import AUTO, check_boolean, check_positive_integer
+from rotate_ewc._utils.validation import AUTO, check_positive_integer
 from rotate_ewc.distributed.ranks import Group, Ranks
+from rotate_ewc.integrations.attaching import AttachesPenalty
 from rotate_ewc.integrations.loaders import number_of_examples
 from rotate_ewc.integrations.transformers.checkpoints import (
     checkpoint_to_resume,
@@ -23,13 +24,13 @@ from rotate_ewc.integrations.transformers.checkpoints import (
     save_both,
 )
 from rotate_ewc.integrations.transformers.own_loss import LabelledBatches, own_loss
-from rotate_ewc.penalty.attachment import Attachment, View
+from rotate_ewc.penalty.attachment import View
 from rotate_ewc.penalty.own_loss import OwnLoss
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.updates import UpdateKind
 
 
-class RotatedEWCCallback(TrainerCallback):
+class RotatedEWCCallback(AttachesPenalty, TrainerCallback):
     """Elastic weight consolidation in a rotated basis, as a callback of `Trainer`.
 
     While `Trainer` trains, the penalty is attached to its optimizer; the loss, and so `eval_loss`,
@@ -83,29 +84,16 @@ class RotatedEWCCallback(TrainerCallback):
             ValueError: If an argument is out of range.
         """
         super().__init__()
-        if not isinstance(penalty, EKFACPenalty):
-            raise TypeError(
-                f"penalty is {type(penalty).__name__}; expected one EKFACPenalty (which holds any "
-                f"number of tasks)"
-            )
-        check_boolean("consolidate_at_end", consolidate_at_end)
-        check_positive_integer("every", every)
+        self._take(
+            penalty,
+            consolidate_at_end=consolidate_at_end,
+            update=update,
+            every=every,
+            view=view,
+            group=group,
+        )
         check_positive_integer("num_samples", num_samples, optional=True)
-        if view is not None and consolidate_at_end:
-            raise ValueError(
-                "view is given, and consolidate_at_end is True; expected "
-                "consolidate_at_end=False: merge the adapters, and consolidate the model then"
-            )
-        Ranks.of(group)  # what is no group is refused at once
-        self.group = group
-        self.penalty = penalty
-        self.consolidate_at_end = consolidate_at_end
-        self.update = update
-        self.every = every
         self.num_samples = num_samples
-        self.view = view
-        self.attachment: Attachment[EKFACPenalty] | None = None
-        self.consolidation_seconds: float | None = None
         self._own: OwnLoss | None = None
         self._num_data: int | None = None
 
@@ -199,15 +187,6 @@ class RotatedEWCCallback(TrainerCallback):
                 group=self.group,
             )
             self.consolidation_seconds = time.perf_counter() - start
-
-    def _detach(self) -> None:
-        attached, self.attachment = self.attachment, None
-        if attached is not None:
-            attached.detach()
-
-    def _flush(self) -> None:
-        if self.attachment is not None:
-            self.attachment.flush()
 
     def _sampled(
         self, loader: Any, args: TrainingArguments, part: slice = slice(None)

@@ -1,0 +1,66 @@
+"""What callbacks of several frameworks have in common: one penalty, attached while they train."""
+
+from __future__ import annotations
+
+from rotate_ewc._utils.validation import check_boolean, check_positive_integer
+from rotate_ewc.distributed.ranks import Group, Ranks
+from rotate_ewc.penalty.attachment import Attachment, View
+from rotate_ewc.penalty.penalty import EKFACPenalty
+from rotate_ewc.penalty.updates import UpdateKind
+
+
+class AttachesPenalty:
+    """A penalty with how it is to be attached, and the handle while it is.
+
+    Attributes:
+        penalty: The penalty.
+        attachment: The handle of the penalty in the optimizer's steps; None unless training runs.
+        consolidation_seconds: How long the last consolidation took.
+    """
+
+    def _take(
+        self,
+        penalty: EKFACPenalty,
+        *,
+        consolidate_at_end: bool,
+        update: UpdateKind | str,
+        every: int,
+        view: View | None,
+        group: Group,
+    ) -> None:
+        """Check the arguments that all callbacks have, and keep them.
+
+        Raises:
+            TypeError: If `penalty` is not one penalty, or another argument has the wrong type.
+            ValueError: If an argument is out of range.
+        """
+        if not isinstance(penalty, EKFACPenalty):
+            raise TypeError(
+                f"penalty is {type(penalty).__name__}; expected one EKFACPenalty (which holds any "
+                f"number of tasks)"
+            )
+        check_boolean("consolidate_at_end", consolidate_at_end)
+        check_positive_integer("every", every)
+        if view is not None and consolidate_at_end:
+            raise ValueError(
+                "view is given, and consolidate_at_end is True; expected "
+                "consolidate_at_end=False: merge the adapters, and consolidate the model then"
+            )
+        Ranks.of(group)  # what is no group is refused at once
+        self.penalty = penalty
+        self.consolidate_at_end = consolidate_at_end
+        self.update = update
+        self.every = every
+        self.view = view
+        self.group = group
+        self.attachment: Attachment[EKFACPenalty] | None = None
+        self.consolidation_seconds: float | None = None
+
+    def _detach(self) -> None:
+        attached, self.attachment = self.attachment, None
+        if attached is not None:
+            attached.detach()
+
+    def _flush(self) -> None:
+        if self.attachment is not None:
+            self.attachment.flush()
