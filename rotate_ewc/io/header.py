@@ -156,6 +156,10 @@ class TermLayout(_Object, frozen=True):
 _LARGEST_LOGARITHM: Final = 24.0  # of strengths, which are found from 1e-10 to 1e10
 
 
+_Count = Annotated[int, Meta(ge=0, le=LARGEST_COUNT)]
+_Sum = Annotated[float, Meta(ge=-float(LARGEST_COUNT), le=float(LARGEST_COUNT))]
+
+
 class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
     """The header of a penalty's snapshot.
 
@@ -168,7 +172,7 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
         last_examples: Number of examples of the last one.
         last_loss_terms: Number of its loss terms.
         found_strength: The strength that was found, where it is: how often, the sum of its
-            logarithms, and how many tasks there were.
+            logarithms, and how many tasks there were; and the same of its bounds in a later task.
         terms: Its terms.
     """
 
@@ -179,11 +183,7 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
     num_tasks: Annotated[int, Meta(ge=0, le=LARGEST_COUNT)]
     last_examples: Annotated[int, Meta(ge=1, le=LARGEST_COUNT)]
     last_loss_terms: Annotated[float, Meta(gt=0, le=float(LARGEST_COUNT))]
-    found_strength: tuple[
-        Annotated[int, Meta(ge=0, le=LARGEST_COUNT)],
-        Annotated[float, Meta(ge=-float(LARGEST_COUNT), le=float(LARGEST_COUNT))],
-        Annotated[int, Meta(ge=0, le=LARGEST_COUNT)],
-    ]
+    found_strength: tuple[_Count, _Sum, _Count, _Count, _Sum, _Count]
     terms: tuple[TermLayout, ...]
 
     def __post_init__(self) -> None:
@@ -194,15 +194,17 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
                 f"there are {len(self.terms)} terms, of {self.num_tasks} tasks in mode "
                 f"{self.mode!r:.99}; expected at most {most}"
             )
-        looks, sum_of_logs, found_in = self.found_strength
+        first, later = self.found_strength[:3], self.found_strength[3:]
         if (
-            (looks == 0) != (found_in == 0)
-            or found_in > self.num_tasks
-            or (abs(sum_of_logs) > looks * _LARGEST_LOGARITHM)
+            any((looks == 0) != (task == 0) for looks, _, task in (first, later))
+            or any(abs(total) > looks * _LARGEST_LOGARITHM for looks, total, _ in (first, later))
+            or max(first[2], later[2]) > self.num_tasks
+            or 0 < later[2] <= first[2]
         ):
             raise ValueError(
                 f"found_strength is {list(self.found_strength)}, of {self.num_tasks} tasks; "
-                f"expected looks, their sum of logarithms, and how many tasks there were then"
+                f"expected looks, their sum of logarithms, and how many tasks there were then; and "
+                f"the same three of a later task"
             )
         reductions = sorted({term.operator.provenance.reduction for term in self.terms})
         if len(reductions) > 1:

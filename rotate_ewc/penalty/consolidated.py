@@ -118,8 +118,13 @@ class ConsolidatedTasks(nn.Module):
         """Whether the strength is being found, in the steps of the task at hand."""
         return self._strength is None and self._found.is_open(self._num_tasks)
 
+    @property
+    def bounds_strength(self) -> bool:
+        """Whether the strength was found, and is to be no larger than later tasks can bear."""
+        return self._strength is None and self._num_tasks > 0 and not self.finds_strength
+
     def take_strength(self, strength: float) -> None:
-        """Take a strength that was found in one step into the mean that is used."""
+        """Take a strength, or a bound of it, that was found in one step into the mean of these."""
         self._found.add(strength, self._num_tasks)
 
     @property

@@ -26,8 +26,13 @@ Tasks that do not meet are penalised little, so that there is room for many of t
 
 **When.** Every ten steps of the first task that is learned under the penalty; λ is the geometric
 mean of all values found so far. From then on it stays, as in Bayes' rule: what the penalty gains
-with every task is what there is to lose. `docs/results.md` tells how these choices were made, on
-held-out images of streams of many kinds.
+with every task is what there is to lose.
+
+**How far that goes.** Where many tasks meet in the same directions, their matrices add up until
+nothing more is learned. So later tasks have a bound: λ is at most the geometric mean of what leaves
+`1 - 5 (1 - plasticity)` of their own progress, whatever their overlap. It is looked for by updates
+that have the gradients in the eigenbasis anyway. `docs/results.md` tells how these choices were
+made, on held-out images of streams of many kinds.
 """
 
 from __future__ import annotations
@@ -44,6 +49,8 @@ from rotate_ewc.errors import SnapshotError
 
 STEPS_BETWEEN_LOOKS: Final = 10
 _POWER_OF_OVERLAP: Final = 1.5
+# How many times more of its progress a later task may lose than the one in which λ was found.
+_MORE_IN_LATER_TASKS: Final = 5.0
 _SMALLEST, _LARGEST = math.log(1e-10), math.log(1e10)
 # To a part in a hundred, far less than by what it changes from look to look.
 _TOLERANCE: Final = 1e-2
@@ -52,32 +59,49 @@ _MOST_ITERATIONS: Final = 60
 
 @dataclass
 class FoundStrength:
-    """The geometric mean of the strengths that were found while a task was learned.
+    """The geometric mean of the strengths found in one task, bounded by that of a later one.
 
     Attributes:
         looks: How many were found.
         sum_of_logs: Of their logarithms.
         num_tasks: How many old tasks there were then.
+        later_looks: How many bounds were found in the latest task that had any.
+        later_sum_of_logs: Of their logarithms.
+        later_num_tasks: How many old tasks there were then.
     """
 
     looks: int = 0
     sum_of_logs: float = 0.0
     num_tasks: int = 0
+    later_looks: int = 0
+    later_sum_of_logs: float = 0.0
+    later_num_tasks: int = 0
 
     @property
     def value(self) -> float:
         """λ; 1, which is Bayes' rule, before any was found."""
-        return math.exp(self.sum_of_logs / self.looks) if self.looks else 1.0
+        if not self.looks:
+            return 1.0
+        logarithm = self.sum_of_logs / self.looks
+        if self.later_looks:
+            logarithm = min(logarithm, self.later_sum_of_logs / self.later_looks)
+        return math.exp(logarithm)
 
     def is_open(self, num_tasks: int) -> bool:
         """Return whether a task with so many before it is that in which λ is found."""
         return num_tasks > 0 and (not self.looks or num_tasks == self.num_tasks)
 
     def add(self, strength: float, num_tasks: int) -> None:
-        """Take one more into the mean."""
-        self.looks += 1
-        self.sum_of_logs += math.log(strength)
-        self.num_tasks = num_tasks
+        """Take one more into the mean; in a later task, into that of its bounds."""
+        if self.is_open(num_tasks):
+            self.looks += 1
+            self.sum_of_logs += math.log(strength)
+            self.num_tasks = num_tasks
+            return
+        if num_tasks != self.later_num_tasks:
+            self.later_looks, self.later_sum_of_logs, self.later_num_tasks = 0, 0.0, num_tasks
+        self.later_looks += 1
+        self.later_sum_of_logs += math.log(strength)
 
 
 class Progress(NamedTuple):
@@ -110,13 +134,17 @@ class Plasticity:
         self._wait -= 1
         return self._wait < 0
 
-    def look(self, seen: Mapping[str, Progress], plasticity: float, start: float) -> float | None:
+    def look(
+        self, seen: Mapping[str, Progress], plasticity: float, start: float, *, later: bool = False
+    ) -> float | None:
         """Return the strength that is right for a step.
 
         Args:
             seen: What the step is about to do to every block, by label.
             plasticity: The part of its progress that a task like the old ones is to keep.
             start: The strength that there is.
+            later: Whether it is a step of a later task than that in which λ is found: then the
+                largest strength that is right.
 
         Returns:
             λ; None if the step goes nowhere, in which case the next one is to be looked at.
@@ -125,7 +153,8 @@ class Plasticity:
             return None
         for label, progress in seen.items():
             self._add(label, progress)
-        part = 1.0 - (1.0 - plasticity) * self.overlap**_POWER_OF_OVERLAP
+        share = _MORE_IN_LATER_TASKS if later else self.overlap**_POWER_OF_OVERLAP
+        part = 1.0 - (1.0 - plasticity) * share
         strength = strength_keeping(part, [(p.gains, p.stiffnesses) for p in seen.values()], start)
         if strength is not None:
             self._wait = STEPS_BETWEEN_LOOKS - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -133,6 +134,38 @@ def test_mean_is_geometric_and_of_one_task() -> None:
     assert not found.is_open(3)
 
 
+def test_later_tasks_bound_what_was_found_each_by_itself() -> None:
+    found = FoundStrength()
+    found.add(8.0, 1)
+    found.add(2.0, 2)
+    found.add(4.5, 2)
+    assert found.value == pytest.approx(3.0)
+    found.add(1e10, 3)
+    assert found.value == pytest.approx(8.0)
+    assert FoundStrength(*astuple(found)) == found
+
+
+@pytest.mark.parametrize("plasticity", [0.95, 0.9])
+def test_bound_leaves_part_of_the_progress_whatever_the_overlap(plasticity: float) -> None:
+    gains, stiffnesses = spread(3, 3.0)
+    bounds = [
+        Plasticity().look(
+            {"a": Progress(gains, stiffnesses, squares, stiffnesses)}, plasticity, 1.0, later=True
+        )
+        for squares in (stiffnesses, stiffnesses.flip(0))
+    ]
+    part = 1 - 5 * (1 - plasticity)
+    assert bounds[0] == bounds[1] == pytest.approx(bisected(part, gains, stiffnesses), rel=2e-2)
+
+
+def test_no_bound_where_the_user_gives_up_most_of_the_progress() -> None:
+    gains, stiffnesses = spread(3, 3.0)
+    seen = {"a": Progress(gains, stiffnesses, gains, stiffnesses)}
+    bound = Plasticity().look(seen, 0.5, 1.0, later=True)
+    assert bound is not None
+    assert bound > 1e9
+
+
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, steps: int, begin: int = 0
 ) -> None:
@@ -159,11 +192,46 @@ def test_attached_optimizers_find_it_in_the_first_task_alone(name: str, update: 
     assert strengths[0] == 1.0
     assert strengths[1] not in (0.0, 1.0)
     assert math.isfinite(strengths[1])
-    assert strengths[2] == strengths[1] == penalty.strength
+    assert strengths[2] == penalty.strength
+    if update == "rotated" and name != "SGD":
+        assert strengths[2] <= strengths[1]  # there are bounds
+    else:
+        assert strengths[2] == strengths[1]
     penalty.strength = 3.0
     assert (penalty.strength, penalty.finds_strength) == (3.0, False)
     penalty.strength = "auto"
     assert (penalty.strength, penalty.finds_strength) == (1.0, True)
+
+
+def test_many_tasks_alike_do_not_stop_the_next() -> None:
+    """Twenty times the same matrix takes most of a step; the bound leaves 0.75 of its progress."""
+    model = make("plain")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    penalty = EKFACPenalty()
+    handle = penalty.attach(optimizer, model)
+    penalty.consolidate(model, CE, task("plain", 0, 40))
+    train(model, optimizer, 1, 10)
+    found = handle.strength
+    for _ in range(20):
+        penalty.consolidate(model, CE, task("plain", 0, 40))
+    kept = []
+    look = Plasticity.look
+
+    def record(self: Plasticity, seen: Any, plasticity: float, start: float, **kw: Any) -> Any:
+        strength = look(self, seen, plasticity, start, **kw)
+        gains = torch.cat([p.gains.flatten() for p in seen.values()])
+        stiffnesses = torch.cat([p.stiffnesses.flatten() for p in seen.values()])
+        kept.extend(
+            float((gains / (1 + s * stiffnesses)).sum() / gains.sum()) for s in (found, strength)
+        )
+        return strength
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plasticity, "look", record)
+        train(model, optimizer, 2, 1)
+    assert kept[0] < 0.7
+    assert kept[1] == pytest.approx(0.75, abs=5e-3)
+    assert handle.strength < found
 
 
 @pytest.mark.parametrize("units", [1e-3, 1e3])
@@ -266,6 +334,7 @@ def test_files_keep_what_was_found(tmp_path: Any) -> None:
     penalty.save(tmp_path / "penalty.safetensors")
     loaded = EKFACPenalty.load(tmp_path / "penalty.safetensors")
     assert loaded.strength == penalty.strength != 1.0
+    assert loaded.bounds_strength
     assert f"strength=auto ({penalty.strength:.3g})" in repr(loaded)
     shown = read(tmp_path / "penalty.safetensors").options["strength"]
     assert shown == f"auto ({penalty.strength:.3g})"

@@ -161,7 +161,13 @@ class Update(ABC):
     """What an attached penalty does before and after each step of an optimizer.
 
     Until something is consolidated it is not asked.
+
+    Attributes:
+        has_rotated_gradients: Whether it has the gradients of every step in the eigenbasis, where
+            they are needed to bound the strength in later tasks.
     """
+
+    has_rotated_gradients = False
 
     def __init__(self, penalty: ConsolidatedTasks) -> None:
         """Take part in no step yet."""
@@ -183,8 +189,9 @@ class Update(ABC):
         self.stand_ins.undo()
 
     def looks(self) -> bool:
-        """Count a step, and return whether the strength of the penalty is to be found in it."""
-        if not self.penalty.finds_strength:
+        """Count a step, and return whether the strength is to be found, or bounded, in it."""
+        bounds = self.has_rotated_gradients and self.penalty.bounds_strength
+        if not (bounds or self.penalty.finds_strength):
             return False
         if self._looked_for != self.penalty.num_tasks:
             self._looked_for, self.plasticity = self.penalty.num_tasks, Plasticity()
@@ -197,7 +204,8 @@ class Update(ABC):
     def find_strength(self, seen: Mapping[str, Progress]) -> None:
         """Find the strength in what a step is about to do to every block, by label."""
         penalty = self.penalty
-        found = self.plasticity.look(seen, penalty.plasticity, penalty.strength)
+        later = penalty.bounds_strength
+        found = self.plasticity.look(seen, penalty.plasticity, penalty.strength, later=later)
         if found is not None:
             penalty.take_strength(found)
 

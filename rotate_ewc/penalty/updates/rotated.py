@@ -35,6 +35,8 @@ class RotatedUpdate(DisplacedUpdate):
     is towards zero, not towards θ*.
     """
 
+    has_rotated_gradients = True
+
     def __init__(self, penalty: ConsolidatedTasks, rule: StepRule) -> None:
         """Keep the rule for the size of the optimizer's steps."""
         super().__init__(penalty, rule)
