@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rotate_ewc.distributed.ranks import Ranks
+from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.integrations.avalanche import RotatedEWC, RotatedEWCPlugin
 from tests.helpers.avalanche_training import CE, domain_benchmark, net, sgd
 from tests.helpers.processes import distributed_test, gather
