@@ -14,7 +14,7 @@ from rich.console import Console
 
 from benchmarks.methods import METHODS
 from benchmarks.report.accuracy import accuracy_curves, draw, heat_maps
-from benchmarks.report.figures import DRAWINGS, cost_bars, forgetting_bars, strength_curves
+from benchmarks.report.figures import DRAWINGS, strength_curves
 from benchmarks.report.page import write_report
 from benchmarks.report.style import STYLES, styles_of, task_ticks
 from benchmarks.report.tables import (
@@ -312,22 +312,6 @@ def test_losses_are_relative_to_the_best() -> None:
     assert {"≥ 1.3", "▶"} <= set(texts(below))
     assert "◀" not in texts(below)
     np.testing.assert_allclose(below.get_lines()[0].get_xdata(), [10**-0.3, 1, 10])
-
-
-def test_bars_are_means_and_costs_relative_to_naive_training(shown: Experiment) -> None:
-    figure, costs = forgetting_bars(shown), cost_bars(shown)
-    assert figure is not None
-    assert costs is not None
-    accuracy, drop = figure.axes
-    assert texts(accuracy) == ["50.0", "72.5 ± 3.5", "80.0", "90.0"]
-    assert texts(drop)[1:] == ["25.0 ± 7.1", "25.0", "–"]
-    assert [tick.get_text() for tick in accuracy.get_yticklabels()][1] == "ewc"
-    training, _, state = costs.axes
-    assert texts(training)[:2] == ["1.00", "1.75 ± 0.35"]
-    assert texts(state)[:2] == ["0", "1.5"]
-    alone = cost_bars(experiment_of([make_record("ewc", training_seconds=8.0)]))
-    assert alone is not None
-    assert (alone.axes[0].get_xlabel(), texts(alone.axes[0])) == ("training [s]", ["8"])
 
 
 def test_methods_can_be_told_apart_without_colour() -> None:

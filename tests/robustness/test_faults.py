@@ -169,8 +169,8 @@ def interrupted(call: Callable[[], None], moment: int) -> int:
 @pytest.mark.parametrize(
     ("mode", "ends", "between"),
     [
-        ("merged", 15, 20),
-        ("separate", 3, 10),
+        ("merged", 8, 12),
+        ("separate", 3, 6),
         *(pytest.param(mode, 60, 200, marks=pytest.mark.slow) for mode in MODES),
     ],
 )
