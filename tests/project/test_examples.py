@@ -78,6 +78,7 @@ def test_plain_pytorch(tmp_path: Path) -> None:
     assert set(state) == {"model", "penalty"}
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_distributed(tmp_path: Path) -> None:

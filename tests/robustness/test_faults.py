@@ -171,7 +171,7 @@ def interrupted(call: Callable[[], None], moment: int) -> int:
     [
         ("merged", 8, 12),
         ("separate", 3, 6),
-        *(pytest.param(mode, 60, 200, marks=pytest.mark.slow) for mode in MODES),
+        *(pytest.param(mode, 40, 120, marks=pytest.mark.slow) for mode in MODES),
     ],
 )
 def test_an_interrupt_at_any_moment(mode: str, ends: int, between: int) -> None:
