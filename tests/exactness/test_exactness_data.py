@@ -48,12 +48,12 @@ INVARIANT = [
 FORMS = ("tanh-mlp", "attention-batch-first", "embedding-tied", "weight-norm-conv", "batch-norm2d")
 
 
-@pytest.mark.parametrize("setting", INVARIANT, ids=str, scope="module")
+@pytest.mark.parametrize("setting", INVARIANT[::2], ids=str)
 def test_batches_and_order_do_not_matter(setting: Setting) -> None:
     """All at once or one by one, in other orders than the case's own batches of several sizes."""
     n = setting.case.examples
     sizes, order = [n], list(reversed(range(n)))
-    if INVARIANT.index(setting) % 2:
+    if INVARIANT.index(setting) % 4:
         generator = torch.Generator().manual_seed(0)
         sizes, order = [1] * n, torch.randperm(n, generator=generator).tolist()
     data = setting.case.data(setting.loss, sizes, order)
@@ -61,7 +61,7 @@ def test_batches_and_order_do_not_matter(setting: Setting) -> None:
     assert_close(setting.dense(setting.estimate(data=data)), expected, 1e-9)
 
 
-@pytest.mark.parametrize("setting", INVARIANT[::2], ids=str, scope="module")
+@pytest.mark.parametrize("setting", INVARIANT[1::2], ids=str)
 def test_memory_budget_does_not_matter(setting: Setting) -> None:
     """With next to no memory the data are passed twice and cut into chunks."""
     data = Counting(setting.case.data(setting.loss))
