@@ -186,8 +186,8 @@ def test_tangent_rests_where_the_gradients_cancel(case: str, every: int) -> None
     options = {k: v for k, v in options.items() if k != "weight_decay"}
     optimizer: Optimizer = kind(model.parameters(), **{**options, "lr": 0.02})
     penalty.attach(optimizer, model, "tangent", every)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9925)
-    for _ in range(1000):
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.995)
+    for _ in range(1500):
         give(model, flat(model) - centre)
         optimizer.step()
         scheduler.step()
