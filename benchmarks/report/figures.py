@@ -1,10 +1,9 @@
-"""The figures of an experiment, by name.
+"""The figures of an experiment, by name; the numbers that a bar would show are in its table.
 
 A figure that has nothing to show (yet) is None, because reports are also made from half a sweep.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean, stdev
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +22,6 @@ from benchmarks.report.style import (
     styles_of,
     tidy,
 )
-from benchmarks.report.tables import ABSENT, MEBIBYTE
-from benchmarks.results import Record
 from benchmarks.suite.outcome import (
     POINTS,
     Experiment,
@@ -35,107 +32,10 @@ from benchmarks.suite.outcome import (
     points_from_best,
 )
 
-BAR_INCHES = 0.2
 MARGIN_INCHES = 0.65
-OWN_HATCH, JOINT_HATCH = "////", "...."
-ROOM_FOR_NUMBERS = 1.45
 LOSSES_INCHES = 2.9
 INTERVAL_INCHES = 0.16
 LARGEST_LOSS = 20.0  # points; what is lower is as bad as can be
-
-
-class Panel(NamedTuple):
-    """A panel of bars."""
-
-    heading: str  # label of the axis
-    values: Callable[[Record], float | None]  # length of a bar; None leaves a dash
-    form: str  # format of the numbers
-
-
-def forgetting_bars(experiment: Experiment) -> Figure | None:
-    """Draw average accuracy at the end and forgetting side by side; None if nothing was tested."""
-    accuracy = Panel(
-        "average accuracy at the end [%]", lambda record: 100 * record.average_accuracy, ".1f"
-    )
-    forgetting = Panel(
-        "forgetting [points]",
-        lambda record: None if record.forgetting is None else 100 * record.forgetting,
-        ".1f",
-    )
-    return _bars(experiment, (accuracy, forgetting))
-
-
-def cost_bars(experiment: Experiment) -> Figure | None:
-    """Draw time of training and of estimation, and memory; None if nothing was tested.
-
-    Without naive training among the methods, training time is in seconds.
-    """
-    naive = experiment.tested.get("naive")
-    unit = fmean(record.training_seconds for record in naive) if naive else 1.0
-    return _bars(
-        experiment,
-        (
-            Panel(
-                f"training [{'× naive' if naive else 's'}]",
-                lambda record: record.training_seconds / unit,
-                ".2f" if naive else ".3g",
-            ),
-            Panel("estimation [s]", lambda record: record.estimation_seconds, ".3g"),
-            Panel("state kept [MiB]", lambda record: record.state_bytes / MEBIBYTE, ".3g"),
-        ),
-    )
-
-
-def _bars(experiment: Experiment, panels: Sequence[Panel]) -> Figure | None:
-    """Draw panels side by side whose rows are methods."""
-    groups = experiment.tested
-    if not groups:
-        return None
-    figure = new_figure(BAR_INCHES * len(groups) + MARGIN_INCHES)
-    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, panel in zip(grid, panels, strict=True):
-        _draw_bars(axes, groups, panel)
-    name_rows(grid[0], list(groups), map(is_own, groups))
-    for axes in grid[1:]:
-        axes.tick_params(axis="y", length=0)
-    return figure
-
-
-def _draw_bars(axes: Axes, groups: Mapping[str, Sequence[Record]], panel: Panel) -> None:
-    """Draw the bars of one panel, with error bars and numbers."""
-    styles = styles_of(groups)
-    ends = [0.0]
-    for place, (label, group) in enumerate(groups.items()):
-        known = [value for record in group if (value := panel.values(record)) is not None]
-        mean = fmean(known) if known else 0.0
-        deviation = stdev(known) if len(known) > 1 else 0.0
-        jointly = group[0].trained_jointly
-        axes.barh(
-            place,
-            mean,
-            xerr=deviation or None,
-            height=0.7,
-            color="white" if jointly else styles[label].colour,
-            hatch=OWN_HATCH if is_own(label) else JOINT_HATCH if jointly else None,
-            edgecolor="black",
-            linewidth=0.5 if known else 0,
-            error_kw={"elinewidth": 0.8, "capsize": 1.5},
-        )
-        text = f"{mean:{panel.form}}" + (f" ± {deviation:{panel.form}}" if deviation else "")
-        ends += [mean, max(mean, 0.0) + deviation]
-        axes.annotate(
-            text if known else ABSENT,
-            (ends[-1], place),
-            xytext=(3, 0),
-            textcoords="offset points",
-            fontsize=FONT_POINTS - 1,
-            verticalalignment="center",
-        )
-    axes.set_xlim(ROOM_FOR_NUMBERS * min(ends), ROOM_FOR_NUMBERS * max(ends) or 1.0)
-    axes.set_xlabel(panel.heading, fontsize="small")
-    axes.tick_params(axis="x", labelsize=FONT_POINTS)
-    tidy(axes)
-    axes.grid(False, axis="y")
 
 
 def strength_curves(experiment: Experiment) -> Figure | None:
@@ -241,14 +141,6 @@ DRAWINGS = (
         "figure below.",
     ),
     Drawing(
-        "forgetting",
-        forgetting_bars,
-        "Accuracy and forgetting",
-        "Average accuracy over all tasks at the end, and the mean drop from the best accuracy that "
-        "a task ever had, with the chosen λ; ± the sample standard deviation over seeds. Hatched: "
-        "this package's methods; dotted: the upper bound.",
-    ),
-    Drawing(
         "strength",
         strength_curves,
         "Sensitivity to λ",
@@ -263,12 +155,5 @@ DRAWINGS = (
         "Every task's own fate",
         "Accuracy on each task (columns) after learning each task (rows), with the chosen λ, mean "
         "over seeds; paler on tasks not yet seen.",
-    ),
-    Drawing(
-        "cost",
-        cost_bars,
-        "Cost",
-        "Time of training, time of what is done at the ends of tasks, and memory for what is kept "
-        "from one task to the next, with the chosen λ; ± the sample standard deviation over seeds.",
     ),
 )

@@ -1,18 +1,16 @@
-"""The report of one or more experiments: a page for a browser, and Markdown with its figures."""
+"""The report of one or more experiments: Markdown with figures next to it."""
 
 import re
-from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
 
 from benchmarks.files import replace_file
-from benchmarks.report.figures import DRAWINGS
+from benchmarks.report.figures import DRAWINGS, Drawing
 from benchmarks.report.style import image_of
-from benchmarks.report.tables import COLUMNS, NOTES, rows_of, setting_lines
+from benchmarks.report.tables import COLUMNS, NOTES, Cell, rows_of, setting_lines
 from benchmarks.suite.outcome import Experiment
 
 TITLE = "Continual learning with elastic weight consolidation in a rotated basis"
@@ -21,42 +19,23 @@ ABOUT = (
     "out, from as many values as every other method's. Only then the test images are looked at."
 )
 
+Figures = Mapping[str, tuple[Drawing, Figure]]
+
 
 def write_report(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
-    """Write a page that needs nothing but a browser, and Markdown with figures next to it."""
-    # The templates are ours, and everything put into them is not.
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=lambda name: (name or "").endswith(".html.j2"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["markdown"] = markdown_escape
+    """Write ``report.md``, and all figures that there are records for."""
+    paragraphs, images = [f"# {TITLE}", ABOUT], {}
     names = unique_names([experiment.scenario for experiment in experiments])
-    context = {
-        "title": TITLE,
-        "about": ABOUT,
-        "notes": NOTES,
-        "headings": ["method", *(column.heading for column in COLUMNS)],
-        "sections": [_section(*pair) for pair in zip(names, experiments, strict=True)],
-    }
-    written = [
-        replace_file(folder / name, environment.get_template(f"{name}.j2").render(context))
-        for name in ("report.html", "report.md")
-    ]
-    return written + write_figures(experiments, folder)
-
-
-def write_figures(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
-    """Write all figures that there are records for as ``<scenario>-<drawing>.png``."""
-    names = unique_names([experiment.scenario for experiment in experiments])
-    return [
-        replace_file(folder / f"{name}-{drawing.name}.png", image_of(figure, "png"))
-        for name, experiment in zip(names, experiments, strict=True)
-        for drawing in DRAWINGS
-        if (figure := drawing.draw(experiment)) is not None
-    ]
+    for name, experiment in zip(names, experiments, strict=True):
+        figures = {
+            f"{name}-{drawing.name}.png": (drawing, figure)
+            for drawing in DRAWINGS
+            if (figure := drawing.draw(experiment)) is not None
+        }
+        paragraphs += _section(experiment, figures)
+        images.update({file: image_of(figure) for file, (_, figure) in figures.items()})
+    report = replace_file(folder / "report.md", "\n\n".join(paragraphs) + "\n")
+    return [report, *(replace_file(folder / file, image) for file, image in images.items())]
 
 
 def unique_names(scenarios: Sequence[str]) -> list[str]:
@@ -78,29 +57,24 @@ def markdown_escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", escape(one_line, quote=False))
 
 
-def _section(name: str, experiment: Experiment) -> dict[str, Any]:
-    """What the templates need to know of an experiment; figures without records are left out.
-
-    Each figure is an image of its own rather than part of the page's tree: identifiers that all
-    SVGs of Matplotlib have in common would clash.
-    """
+def _section(experiment: Experiment, figures: Figures) -> Iterator[str]:
+    """The paragraphs of an experiment: its setting, its table, notes, and figures by file."""
+    yield f"## {markdown_escape(experiment.scenario)}"
+    yield "\n".join(f"- {markdown_escape(line)}" for line in setting_lines(experiment))
+    headings = ["method", *(column.heading for column in COLUMNS)]
+    rule = ["---", *["---:"] * len(COLUMNS)]
+    rows = [list(map(_shown, row.cells)) for row in rows_of(experiment)]
+    lines = (list(map(markdown_escape, headings)), rule, *rows)
+    yield "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    yield from map(markdown_escape, NOTES)
     methods = ", ".join(result.label for result in experiment.results)
-    figures = [
-        {
-            "title": drawing.title,
-            "caption": drawing.caption,
-            "alternative": f"{drawing.title} on {experiment.scenario}: {methods}. The table has "
-            "the numbers.",
-            "source": f"data:image/svg+xml;base64,{b64encode(image_of(figure, 'svg')).decode()}",
-            "file": f"{name}-{drawing.name}.png",
-        }
-        for drawing in DRAWINGS
-        if (figure := drawing.draw(experiment)) is not None
-    ]
-    return {
-        "name": name,
-        "scenario": experiment.scenario,
-        "setting": setting_lines(experiment),
-        "rows": rows_of(experiment),
-        "figures": figures,
-    }
+    for file, (drawing, _) in figures.items():
+        on = f"{drawing.title} on {experiment.scenario}: {methods}. The table has the numbers."
+        yield f"### {drawing.title}"
+        yield f"![{markdown_escape(on)}]({file})"
+        yield drawing.caption
+
+
+def _shown(cell: Cell) -> str:
+    text = markdown_escape(cell.text)
+    return f"**{text}**" if cell.bold else text

@@ -13,7 +13,7 @@ from benchmarks.option_types import Folder
 class Options:
     """Print tables of what the runs in some folders have reached, and draw it.
 
-    Writes one page with all tables and figures, as HTML and as Markdown with PNG files.
+    Writes one page with all tables and figures, as Markdown with PNG files.
 
     Attributes:
         folders: Folders of results, with all folders in them.

@@ -16,12 +16,11 @@ from rotate_ewc._utils.out_of_memory import advising
 from rotate_ewc._utils.validation import Rank, as_non_negative_number
 from rotate_ewc.curvature.matching import common_shapes, matching_blocks
 from rotate_ewc.curvature.operator import EKFACLinearOperator
-from rotate_ewc.curvature.ranks import ranks_of_sum
 from rotate_ewc.curvature.sides import Side, merged_basis, merged_rank
-from rotate_ewc.distributed.ranks import Ranks
+from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.block import Block, matrix_shape
-from rotate_ewc.linalg.cut import cut
+from rotate_ewc.linalg.cut import cut, ranks_of_sum
 from rotate_ewc.linalg.kronecker import Basis
 from rotate_ewc.options import EstimationSettings
 

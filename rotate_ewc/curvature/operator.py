@@ -15,7 +15,7 @@ from rotate_ewc._utils.keywords import forwards_keywords
 from rotate_ewc._utils.parameters import Parameters, name_parameters
 from rotate_ewc._utils.validation import AUTO, as_non_negative_number, check_positive_integer
 from rotate_ewc.curvature import vectors
-from rotate_ewc.distributed.ranks import Group, Ranks
+from rotate_ewc.distributed.processes import Group, Ranks
 from rotate_ewc.distributed.sharding import whole
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.estimation.estimate import fit_blocks

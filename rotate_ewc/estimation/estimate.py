@@ -23,7 +23,7 @@ from rotate_ewc._utils.parameters import check_matching
 from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.reached_modules import reached_modules
 from rotate_ewc._utils.warnings import warn_user
-from rotate_ewc.distributed.ranks import Ranks
+from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.estimation.accumulate import FirstPass, SecondPass
 from rotate_ewc.estimation.factors import decompose
 from rotate_ewc.estimation.repeatability import WatchedForward, check_equal

@@ -13,12 +13,11 @@ from rotate_ewc._utils.messages import left_out, listed
 from rotate_ewc._utils.numerics import statistics_dtype, underflowed
 from rotate_ewc._utils.out_of_memory import advising, naming_matrix
 from rotate_ewc._utils.validation import AUTO, Rank
-from rotate_ewc.distributed.ranks import Ranks
-from rotate_ewc.estimation.ranks import truncation_of
+from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.layers import Form
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.linalg.outer_products import OuterProducts, eigenvectors
-from rotate_ewc.linalg.truncation import Truncation
+from rotate_ewc.linalg.truncation import Truncation, truncation_of
 from rotate_ewc.tracing.block_plan import BlockKey, BlockPlan
 
 

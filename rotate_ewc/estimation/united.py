@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rotate_ewc._utils.messages import parameters_are, quoted
 from rotate_ewc._utils.numerics import statistics_dtype
-from rotate_ewc.distributed.ranks import Ranks
+from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.estimation.accumulate import FirstPass
 from rotate_ewc.estimation.factors import KroneckerFactors, Side, owners_of, sides_of
 from rotate_ewc.layers import Form

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rotate_ewc._utils.validation import check_boolean, check_positive_integer
-from rotate_ewc.distributed.ranks import Group, Ranks
+from rotate_ewc.distributed.processes import Group, Ranks
 from rotate_ewc.penalty.attachment import Attachment, View
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.updates import UpdateKind

@@ -18,11 +18,11 @@ except ModuleNotFoundError as error:
     ) from error
 
 from rotate_ewc._utils.validation import AUTO
-from rotate_ewc.distributed.ranks import Group
+from rotate_ewc.distributed.processes import Group
 from rotate_ewc.integrations.attaching import AttachesPenalty
 from rotate_ewc.integrations.loaders import number_of_examples
 from rotate_ewc.penalty.attachment import View
-from rotate_ewc.penalty.own_loss import own_loss_of
+from rotate_ewc.penalty.own_loss import OwnLoss, own_loss_of
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.updates import UpdateKind
 
@@ -99,11 +99,17 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         )
         if isinstance(optimizer, bool) or not isinstance(optimizer, int) or optimizer < 0:
             raise ValueError(f"optimizer is {optimizer!r}; expected the place of one, from 0 on")
+        if forward is not None and loss_func is None:
+            raise ValueError(
+                "forward is given, but loss_func is not; expected both, or neither for a model "
+                "that brings its own loss"
+            )
         self.loss_func = loss_func
         self.forward = forward
         self.submodule = submodule
         self.data = data
         self.optimizer = optimizer
+        self._own: OwnLoss | None = None
         self._saved_attachment: Mapping[str, Any] | None = None
         # Whether the task at hand is in the penalty already, as in a checkpoint of the last moment.
         self._consolidated = False
@@ -117,9 +123,10 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
                 f"optimizer is {self.optimizer}, but the module has {count}; expected less"
             )
         model = self._model(pl_module)
+        self._own = None
         if self.consolidate_at_end and self.loss_func is None:
             # What will not do is refused before anything is learned.
-            own_loss_of(model, self._data(trainer))
+            self._own = own_loss_of(model, self._data(trainer))
         self.penalty.to(next(model.parameters()).device)
         self.attachment = self.penalty.attach(
             trainer.optimizers[self.optimizer], model, self.update, self.every, view=self.view
@@ -152,15 +159,13 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach from the optimizer, and consolidate the task."""
         self._detach()
+        own, self._own = self._own, None
         if not self.consolidate_at_end or self._consolidated:
             return
         start = time.perf_counter()
+        loss_func, data, forward = own or (self.loss_func, self._data(trainer), self.forward)
         self.penalty.consolidate(
-            self._model(pl_module),
-            self.loss_func,
-            self._data(trainer),
-            forward=self.forward,
-            group=self.group,
+            self._model(pl_module), loss_func, data, forward=forward, group=self.group
         )
         self._consolidated = True
         self.consolidation_seconds = time.perf_counter() - start

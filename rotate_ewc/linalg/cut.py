@@ -7,8 +7,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rotate_ewc._utils.validation import Rank
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.linalg.kronecker import Basis
+from rotate_ewc.linalg.truncation import truncation_of
+
+
+def ranks_of_sum(rank: Rank, block: Block) -> tuple[int | None, int | None]:
+    """Return how many directions to keep of each side of a sum; None is all that it has.
+
+    Args:
+        rank: What a user has said of its parameter.
+        block: The sum, with all directions that any of the summands keeps.
+    """
+    (_, d_out, d_in), traces = block.shape, block.partial_traces
+    return (
+        _rank_of_side(rank, d_out, d_in, block.ranks[0], traces[0]),
+        _rank_of_side(rank, d_in, d_out, block.ranks[1], traces[1]),
+    )
 
 
 def cut(block: Block, gradient_rank: int | None, activation_rank: int | None) -> Block:
@@ -78,3 +94,18 @@ def _averaged(eigenvalues: Tensor, kept: Tensor, rank: int, size: int) -> Tensor
     sums = (others[:, :, None] * eigenvalues).sum(dim=1, keepdim=True)
     rows = kept[:, :, None].expand(-1, -1, eigenvalues.shape[2])
     return torch.cat([eigenvalues.gather(1, rows), sums / (size - kept.shape[1])], dim=1)
+
+
+def _rank_of_side(rank: Rank, size: int, other: int, kept: int, traces: Tensor) -> int | None:
+    truncation = truncation_of(rank, size, other)
+    if truncation is None:
+        return None
+    if truncation.part is None or truncation.part >= 1.0:
+        return truncation.most
+    # What does not stand out from the rest is no loss: all eigenvalues may have been damped.
+    rest = traces[:, -1:] if kept < size else traces.amin(dim=1, keepdim=True)
+    total = traces[:, :kept].sum(dim=1, keepdim=True) + (size - kept) * rest
+    excess = (traces[:, :kept] - rest).clamp(min=0.0).sort(dim=1, descending=True).values
+    lost = excess.sum(dim=1, keepdim=True) - excess.cumsum(dim=1)
+    short = (lost > (1.0 - truncation.part) * total).sum(dim=1)
+    return int(short.max()) + 1

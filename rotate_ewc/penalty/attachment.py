@@ -32,7 +32,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rotate_ewc._utils.messages import parameters_are, parameters_have
@@ -40,15 +40,20 @@ from rotate_ewc._utils.parameters import named_parameters
 from rotate_ewc._utils.validation import as_choice, check_positive_integer
 from rotate_ewc.distributed.sharding import (
     check_one_axis,
-    fully_sharded_modules,
     gathered,
     is_sharded,
     reshard,
 )
 from rotate_ewc.errors import SnapshotError
+from rotate_ewc.penalty.attachable import (
+    check_cadence,
+    check_model,
+    check_optimizer,
+    check_view,
+    unwrapped_optimizer,
+)
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.plasticity import Plasticity
-from rotate_ewc.penalty.step_rules import StepRule, known_optimizers, rule_of
 from rotate_ewc.penalty.updates import UpdateKind, make_update
 from rotate_ewc.penalty.updates.base import Step, restart_all
 from rotate_ewc.penalty.updates.viewed import ViewedUpdate
@@ -84,20 +89,21 @@ class Attachment(Generic[Penalty]):
     ) -> None:
         """Take part in every step from now on; see `EKFACPenalty.attach`."""
         self.penalty = penalty
-        self.optimizer = _unwrapped(optimizer)
+        self.optimizer = unwrapped_optimizer(optimizer)
         self.model = model
         self.update = as_choice("update", update, UpdateKind)
         self.every = every
         check_positive_integer("every", every)
         penalty.check_merged()
-        self._sharded_modules = _check_model(model, self.optimizer)
-        rule = _check_optimizer(self.optimizer, self.update)
-        _check_cadence(every, self.update, rule, self.optimizer)
+        self._sharded_modules = check_model(model, self.optimizer)
+        rule = check_optimizer(self.optimizer, self.update)
+        _check_not_attached(self.optimizer)
+        check_cadence(every, self.update, rule, self.optimizer)
         self.view = view
         if view is None:
             self._update = make_update(self.update, penalty, rule, every)
         else:
-            _check_view(view, self.update)
+            check_view(view, self.update)
             penalty.protected(view(model))
             self._update = ViewedUpdate(penalty, partial(view, model))
         self._step: Step | None = None
@@ -334,86 +340,12 @@ def _guarded(optimizer: Optimizer, undo: Callable[[], None]) -> Callable[..., An
     return MethodType(step, optimizer)
 
 
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer inside wrappers such as accelerate's."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer is {type(optimizer).__name__}; expected a torch.optim.Optimizer"
-        )
-    return optimizer
-
-
-def _check_model(model: nn.Module, optimizer: Optimizer) -> list[Any]:
-    """Raise unless an optimizer has parameters of a model; return the modules of FSDP2 in it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-    modules = fully_sharded_modules(model)
-    reshard(modules)
-    own = {id(parameter) for parameter in model.parameters()}
-    given: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
-    if not any(id(parameter) in own for parameter in given):
-        raise ValueError(
-            f"the optimizer has {len(given)} parameters, of which none is the model's; expected "
-            f"an optimizer of this model, made after it was moved or wrapped for the last time"
-        )
-    return modules
-
-
-def _check_optimizer(optimizer: Optimizer, update: UpdateKind) -> StepRule | None:
-    """Return the rule for an optimizer, or raise if it cannot take part in an update."""
-    name = type(optimizer).__name__
-    if isinstance(optimizer, LBFGS):
-        raise ValueError(
-            f"optimizer is {name}, which evaluates the loss at several points in each step; "
-            f"expected another one, or add penalty(model) to the loss (in the Avalanche plugin: "
-            f"update='loss')"
-        )
+def _check_not_attached(optimizer: Optimizer) -> None:
+    """Raise if another penalty takes part in an optimizer's steps."""
     hooks = optimizer._optimizer_step_pre_hooks.values()
     owners = (unwrap(hook, stop=ismethod) for hook in hooks)
     if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in owners):
         raise ValueError(
             "the optimizer has a penalty attached already; expected one without: call detach() of "
             "the handle that attach returned, or add the other penalty to the loss"
-        )
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise ValueError(
-            "the optimizer has differentiable=True; expected False: penalties can be attached to "
-            "steps that no gradient goes through"
-        )
-    rule = rule_of(optimizer)
-    if rule is None and update is not UpdateKind.GRADIENT:
-        raise ValueError(
-            f"optimizer is {name}, whose step size is not known, for update={update.value!r}; "
-            f"expected one of {', '.join(known_optimizers())}, or update='gradient', or a rule for "
-            f"it: register_step_size({name}, rule)"
-        )
-    return rule
-
-
-def _check_view(view: View, update: UpdateKind) -> None:
-    """Raise unless there is an update for tensors that are computed from parameters."""
-    if not callable(view):
-        raise TypeError(
-            f"view is {type(view).__name__}; expected a function from the model to protected "
-            f"tensors by name, such as rotate_ewc.integrations.peft.effective_parameters"
-        )
-    if update is not UpdateKind.GRADIENT:
-        raise ValueError(
-            f"update is {update.value!r}, which moves protected tensors by themselves, but those "
-            f"of a view are computed from others; expected update='gradient'"
-        )
-
-
-def _check_cadence(
-    every: int, update: UpdateKind, rule: StepRule | None, optimizer: Optimizer
-) -> None:
-    """Raise unless an update can be taken every k steps."""
-    if every == 1 or update is UpdateKind.TANGENT:
-        return
-    if update is UpdateKind.GRADIENT or rule is None or rule.rotated:
-        raise ValueError(
-            f"every is {every}, but update={update.value!r} looks at the penalty in every step of "
-            f"{type(optimizer).__name__}; expected 1, or update='tangent'"
         )

@@ -35,7 +35,7 @@ from rotate_ewc._utils.validation import (
 )
 from rotate_ewc.curvature.merge import merge_together
 from rotate_ewc.curvature.operator import EKFACLinearOperator
-from rotate_ewc.distributed.ranks import Group, Ranks
+from rotate_ewc.distributed.processes import Group, Ranks
 from rotate_ewc.distributed.sharding import whole
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.estimation.estimate import fit_blocks

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rotate_ewc._utils.warnings import warn_user
-from rotate_ewc.distributed.ranks import Notes, Ranks
+from rotate_ewc.distributed.notes import Notes
+from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.linalg.block import Block
 
 _NUMBERS: Final = count()

@@ -16,7 +16,7 @@ from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.reached_modules import reached_modules
 from rotate_ewc._utils.structure import tensors_of
 from rotate_ewc._utils.validation import AUTO
-from rotate_ewc.distributed.ranks import Ranks
+from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.losses import Likelihood
 from rotate_ewc.options import EstimationSettings
 from rotate_ewc.tracing.passes import (

@@ -6,31 +6,28 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from inspect import unwrap
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rotate_ewc._utils.messages import left_out, parameters_are, quoted
+from rotate_ewc._utils.messages import left_out, parameters_are
 from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc._utils.parameters import matches
-from rotate_ewc._utils.warnings import add_note
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.layers import Factors
 from rotate_ewc.losses import Likelihood
 from rotate_ewc.losses.draws import LabelGenerator
 from rotate_ewc.options import EstimationSettings, FisherType, Unsupported
-from rotate_ewc.tracing.autograd_graph import reachable_nodes, unsupported_parameters
 from rotate_ewc.tracing.block_plan import BlockPlan, plan_blocks
 from rotate_ewc.tracing.counting import ExampleCounter
 from rotate_ewc.tracing.example_rows import ExampleRows, Layout, mixing_message
-from rotate_ewc.tracing.forward_advice import advice_for_inputs, advice_for_outputs
+from rotate_ewc.tracing.forward_pass import ForwardPass, record_forward
 from rotate_ewc.tracing.layouts import FoundLayout, Layouts
 from rotate_ewc.tracing.origins import NO_CONSTANTS, Computed, Constants
 from rotate_ewc.tracing.per_example import add_squares, squares_like
-from rotate_ewc.tracing.recorder import ForwardPass, Recorder, Use
+from rotate_ewc.tracing.recorder import Use
 
 
 @dataclass(frozen=True)
@@ -78,89 +75,6 @@ class CapturedBatch:
             if obvious and any(bool(found[contribution.use].any()) for found in self.gradients):
                 return True
         return False
-
-
-def record_forward(
-    forward: Callable[[Any], Tensor],
-    inputs: Any,
-    parameters: Mapping[str, Tensor],
-    *,
-    constants: Constants = NO_CONSTANTS,
-    unsupported: Unsupported = Unsupported.ERROR,
-) -> ForwardPass:
-    """Run a forward pass and record every use of the given parameters.
-
-    Args:
-        forward: From a batch's inputs to the model's outputs.
-        inputs: The batch's inputs.
-        parameters: The tensors to look for, by name; they must require gradients.
-        constants: Tensors that do not depend on the data.
-        unsupported: What to do about uses that have no rule.
-
-    Raises:
-        TypeError: If the outputs are not a floating-point tensor.
-        ValueError: If a parameter is used by an operation without a rule, or by one that cannot be
-            observed, and `unsupported` says so; or if a layer's input was modified after its use.
-    """
-    recorder = Recorder(parameters, constants)
-    with torch.enable_grad():
-        with recorder:
-            outputs = _outputs(forward, inputs)
-        outputs = recorder.note_outputs(outputs)
-    if recorder.impossible:
-        reasons = recorder.impossible.items()
-        raise ValueError(
-            "; ".join(f"parameter {quoted(sorted(names))}: {why}" for why, names in reasons)
-        )
-    if not isinstance(outputs, Tensor):
-        advice = advice_for_outputs(outputs, inputs, forward)
-        raise TypeError(f"model returned {type(outputs).__name__}; expected a tensor: {advice}")
-    if not outputs.is_floating_point():
-        raise TypeError(f"model returned dtype {outputs.dtype}; expected floating-point")
-    nodes = reachable_nodes(outputs.grad_fn)
-    without_rule = unsupported_parameters(
-        outputs.grad_fn,
-        nodes,
-        parameters,
-        recorder.refusals,
-        recorder.data_nodes,
-        recorder.hidden,
-        unsupported,
-    )
-    kept = [i for i, edge in enumerate(recorder.edges) if edge.node in nodes]
-    uses = tuple(recorder.uses[i] for i in kept)
-    changed = sorted({name for use in uses for name in recorder.changed(use)})
-    if changed:
-        raise ValueError(
-            f"what was computed from {quoted(changed)} was modified in place after it was used, so "
-            f"its gradient is lost; make that operation out-of-place"
-        )
-    modified = list(dict.fromkeys(use.name for use in uses if not use.unmodified))
-    if modified:
-        raise ValueError(
-            f"the input of the layer of {quoted(modified)} was modified in place after the layer "
-            f"used it, so its activations are lost; make that operation out-of-place"
-        )
-    edges = tuple(recorder.edges[i] for i in kept)
-    return ForwardPass(
-        outputs,
-        uses,
-        edges,
-        recorder.computed,
-        without_rule,
-        recorder.program,
-        recorder.took_blank,
-    )
-
-
-def _outputs(forward: Callable[[Any], Any], inputs: Any) -> Any:
-    """Run a model, and note on its errors that it may not take a dictionary."""
-    try:
-        return forward(inputs)
-    except Exception as error:
-        if isinstance(unwrap(forward), nn.Module) and (advice := advice_for_inputs(inputs)):
-            add_note(error, advice)
-        raise
 
 
 @dataclass

@@ -11,14 +11,9 @@ import torch
 from torch import Generator, Tensor
 
 from rotate_ewc._utils.tree import tensors_in
-from rotate_ewc.tracing.example_rows import (
-    Layout,
-    find_example_rows,
-    of_one_example,
-    random_vector,
-    signatures,
-)
-from rotate_ewc.tracing.recorder import ForwardPass
+from rotate_ewc.tracing.example_rows import Layout, of_one_example
+from rotate_ewc.tracing.forward_pass import ForwardPass
+from rotate_ewc.tracing.row_owners import find_example_rows, random_vector, signatures
 
 # How many programs are remembered; a model that never does the same twice has one for each batch.
 _REMEMBERED: Final = 1000

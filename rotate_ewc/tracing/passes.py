@@ -16,7 +16,7 @@ from rotate_ewc._utils.out_of_memory import is_out_of_memory
 from rotate_ewc._utils.structure import mapped, tensors_of
 from rotate_ewc._utils.tree import parts_of, same, to_device, version_of
 from rotate_ewc._utils.warnings import add_note
-from rotate_ewc.distributed.ranks import Ranks
+from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.losses import BatchForm
 from rotate_ewc.losses.draws import LabelGenerator

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc._utils.tree import map_tensors, tensors_in
-from rotate_ewc.tracing.recorder import back_propagate
+from rotate_ewc.tracing.forward_pass import back_propagate
 
 
 def squares_like(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Record every operation of a forward pass that uses parameters, and find the gradients there.
+"""See every operation of a forward pass that uses parameters, and keep edges to its outputs.
 
 Not by module hooks: a `TorchFunctionMode` sees the operations themselves, so it is right where
 hooks are not (padding modes, in-place activations, layers that run twice, functional use). A use
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from rotate_ewc._utils.numerics import without_autocast
 from rotate_ewc._utils.tree import map_tensors, tensors_in, version_of
 from rotate_ewc.layers import (
     BROADCASTING,
@@ -110,53 +109,6 @@ class Refusal:
     names: frozenset[str]
     operation: str
     edge: GradientEdge
-
-
-@dataclass(frozen=True)
-class ForwardPass:
-    """The uses of parameters that the outputs depend on, and the gradients at their outputs.
-
-    Attributes:
-        outputs: The model's outputs, attached to the autograd graph.
-        uses: Every use of a tracked parameter, in the order in which they ran.
-        edges: An edge to the output of every use.
-        computed: The tensors computed from parameters that uses may name instead of them.
-        unsupported: Parameters that have some use without a rule.
-        program: What was called.
-        took_blank: Whether a layer's input, taken for examples, was made of plain numbers.
-    """
-
-    outputs: Tensor
-    uses: tuple[Use, ...]
-    edges: tuple[GradientEdge, ...]
-    computed: Mapping[str, Computed]
-    unsupported: frozenset[str]
-    program: Program
-    took_blank: bool
-
-    def sources(self, use: Use) -> frozenset[str]:
-        """Return the names of the parameters in a use, or of those that they are computed from."""
-        names = [name for name in (use.weight, use.bias) if name is not None]
-        found = [self.computed[n].sources if n in self.computed else {n} for n in names]
-        return frozenset[str]().union(*found)
-
-    def gradients(self, vector: Tensor, *, last: bool) -> list[Tensor]:
-        """Back-propagate one output vector.
-
-        Args:
-            vector: Of the outputs' shape.
-            last: Whether the graph can be freed.
-
-        Returns:
-            For every use, the gradient at its output; zeros where the outputs do not depend on it.
-        """
-        gradients = back_propagate(self.outputs, self.edges, vector, retain_graph=not last)
-        return [
-            self.outputs.detach().new_zeros(use.output_shape)
-            if gradient is None
-            else gradient.reshape(use.output_shape)
-            for gradient, use in zip(gradients, self.uses, strict=True)
-        ]
 
 
 class Recorder(TorchFunctionMode):
@@ -422,35 +374,6 @@ class Recorder(TorchFunctionMode):
         for tensor in tensors_in(result):
             repeated = func in COPYING and not tensor.is_floating_point()
             self._origins.hold_constant(tensor, blank=blank or repeated)
-
-
-def back_propagate(
-    outputs: Tensor,
-    to: Sequence[Tensor] | Sequence[GradientEdge],
-    vector: Tensor,
-    *,
-    retain_graph: bool,
-) -> list[Tensor | None]:
-    """Return the gradients of `outputs · vector` at tensors or edges; None where none gets there.
-
-    Args:
-        outputs: The model's outputs, attached to the autograd graph.
-        to: Where gradients are wanted.
-        vector: Of the outputs' shape.
-        retain_graph: Whether another vector will follow.
-    """
-    if not to:
-        return []
-    # A backward pass computes in the dtypes of its forward pass; autocast would lower them.
-    with without_autocast(outputs.device):
-        gradients = torch.autograd.grad(
-            outputs,
-            to,
-            grad_outputs=vector.to(outputs.dtype),
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
-    return [None if gradient is None else gradient.detach() for gradient in gradients]
 
 
 def _is_regular(output: Tensor, layer_input: Tensor) -> bool:

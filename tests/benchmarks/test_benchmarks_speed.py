@@ -21,6 +21,7 @@ from benchmarks.speed.rounds import WARM_UPS, median_ratio, time_in_rounds, turn
 from tests.benchmarks.helpers import refused
 
 
+@pytest.mark.slow  # four processes, each of which imports all contenders
 def test_everything_is_measured_and_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

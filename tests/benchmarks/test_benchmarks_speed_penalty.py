@@ -129,6 +129,7 @@ def test_the_table_has_ratios_and_percentages() -> None:
 
 
 @pytest.mark.usefixtures("no_peers")
+@pytest.mark.slow
 def test_everything_is_measured_and_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

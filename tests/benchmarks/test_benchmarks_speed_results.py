@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.command import CommandError
+from benchmarks.speed import book as book_module
 from benchmarks.speed import names, worker
 from benchmarks.speed.book import Book
 from benchmarks.speed.cases import Estimate, Workload
@@ -101,7 +102,11 @@ def test_nothing_is_compared_without_this_package() -> None:
     assert compare(alone, 1e-2) == alone
 
 
-def test_new_records_take_the_place_of_old_ones(record: Estimation, tmp_path: Path) -> None:
+def test_new_records_take_the_place_of_old_ones(
+    record: Estimation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(book_module, "draw", lambda records, title: None)
+    monkeypatch.setattr(book_module, "image_of", lambda figure: b"")
     exact = dataclasses.replace(record, fisher="type2")
     part = dataclasses.replace(record, fraction=0.25)
     first = dataclasses.replace(record, case="a")

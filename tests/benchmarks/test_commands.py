@@ -276,7 +276,7 @@ def test_the_same_call_again_runs_nothing(
     out = capsys.readouterr().out
     assert all(name in out for name in runs.accuracies)
     assert (tmp_path / "page" / "permuted_mnist-accuracy.png").exists()
-    assert f"Wrote {tmp_path / 'page' / 'report.html'}" in out
+    assert f"Wrote {tmp_path / 'page' / 'report.md'}" in out
 
 
 @pytest.mark.parametrize(("quick", "code"), [("--quick", 1), ("", 0)])

@@ -19,8 +19,9 @@ BOUNDS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("digits", [False, True])
-@pytest.mark.parametrize("method", BOUNDS["mnist"])
+@pytest.mark.parametrize(
+    ("method", "digits"), [*((method, False) for method in BOUNDS["mnist"]), ("rotated-ewc", True)]
+)
 def test_ten_tasks_are_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, digits: bool
 ) -> None:

@@ -2,8 +2,6 @@
 
 import io
 import re
-from base64 import b64decode
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from rich.console import Console
 
 from benchmarks.methods import METHODS
 from benchmarks.report.accuracy import accuracy_curves, draw, heat_maps
-from benchmarks.report.figures import DRAWINGS, cost_bars, forgetting_bars, strength_curves
+from benchmarks.report.figures import DRAWINGS, strength_curves
 from benchmarks.report.page import write_report
 from benchmarks.report.style import STYLES, styles_of, task_ticks
 from benchmarks.report.tables import (
@@ -31,7 +29,6 @@ from benchmarks.suite.outcome import Experiment, experiments
 from tests.benchmarks.helpers import make_record
 
 MATRIX = [[0.9, 0.1, 0.2], [0.8, 0.6, 0.1], [0.5, 0.4, 0.3]]
-VOID = {"meta", "br", "img", "link", "hr", "input"}
 
 
 def experiment_of(records: list[Record]) -> Experiment:
@@ -314,22 +311,6 @@ def test_losses_are_relative_to_the_best() -> None:
     np.testing.assert_allclose(below.get_lines()[0].get_xdata(), [10**-0.3, 1, 10])
 
 
-def test_bars_are_means_and_costs_relative_to_naive_training(shown: Experiment) -> None:
-    figure, costs = forgetting_bars(shown), cost_bars(shown)
-    assert figure is not None
-    assert costs is not None
-    accuracy, drop = figure.axes
-    assert texts(accuracy) == ["50.0", "72.5 ± 3.5", "80.0", "90.0"]
-    assert texts(drop)[1:] == ["25.0 ± 7.1", "25.0", "–"]
-    assert [tick.get_text() for tick in accuracy.get_yticklabels()][1] == "ewc"
-    training, _, state = costs.axes
-    assert texts(training)[:2] == ["1.00", "1.75 ± 0.35"]
-    assert texts(state)[:2] == ["0", "1.5"]
-    alone = cost_bars(experiment_of([make_record("ewc", training_seconds=8.0)]))
-    assert alone is not None
-    assert (alone.axes[0].get_xlabel(), texts(alone.axes[0])) == ("training [s]", ["8"])
-
-
 def test_methods_can_be_told_apart_without_colour() -> None:
     assert set(METHODS) == set(STYLES)
     labels = [*STYLES, *(f"{label} + replay 500" for label in STYLES if label != "joint")]
@@ -353,57 +334,21 @@ def test_ticks_are_round_and_few(tasks: int, most: int, expected: list[int]) -> 
 # The page
 
 
-class Page(HTMLParser):
-    """Collects what tests look at, and checks that every tag is closed where it should be."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.found: list[tuple[str, dict[str, Any]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attributes: Any) -> None:
-        self.found.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.texts.append((self.open[-1], data.strip()))
-
-    def all(self, tag: str) -> list[dict[str, Any]]:
-        return [attributes for name, attributes in self.found if name == tag]
-
-
 def test_the_page_and_its_files(shown: Experiment, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     paths = write_report([shown, experiment_of(search("ewc", {1.0: (0.5,), 10.0: (0.6,)}))], folder)
     pictures = [f"permuted_mnist-{drawing.name}.png" for drawing in DRAWINGS]
     pictures.append("permuted_mnist-2-strength.png")
-    assert [path.name for path in paths] == ["report.html", "report.md", *pictures]
+    assert [path.name for path in paths] == ["report.md", *pictures]
     assert sorted(folder.iterdir()) == sorted(paths)  # no temporary file is left
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[2:])
-    page = Page(paths[0].read_text(encoding="utf-8"))
-    assert [link["href"] for link in page.all("a")] == ["#permuted_mnist", "#permuted_mnist-2"]
-    assert [part["id"] for part in page.all("section")] == ["permuted_mnist", "permuted_mnist-2"]
-    assert {("th", "naive"), ("strong", "rotated-ewc"), ("strong", "80.00")} <= set(page.texts)
-    assert not page.all("script") + page.all("link")
-    assert len(page.all("img")) == len(pictures)
-    for image in page.all("img"):
-        assert image["alt"].strip()
-        kind, _, data = image["src"].partition(",")
-        assert kind == "data:image/svg+xml;base64"
-        assert not re.search(r'(src|href)="(?!#|data:)', b64decode(data).decode())
-    text = paths[1].read_text(encoding="utf-8")
-    assert re.findall(r"\]\(([^)]*)\)", text) == pictures
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[1:])
+    text = paths[0].read_text(encoding="utf-8")
+    assert re.findall(r"!\[[^]]+\]\(([^)]*)\)", text) == pictures
     assert text.count("\n## permuted\\_mnist\n") == 2
     assert "| ewc | 10 | 72.50 ± 3.54† | 2 | 1 |" in text
+    assert "| **rotated-ewc** | " in text
+    assert "| **80.00** |" in text
+    assert "\n- Seeds: 0 1 on the test images; " in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
 
@@ -411,12 +356,8 @@ def test_the_page_and_its_files(shown: Experiment, tmp_path: Path) -> None:
 def test_what_comes_from_records_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert('&')</script>*|"
     record = make_record(evil, versions={"python": evil}, configuration={"device": evil})
-    attack = experiments([(f'"{evil}/../../x', record)])
-    paths = write_report(attack, tmp_path)
-    page = Page(paths[0].read_text(encoding="utf-8"))
-    assert not page.all("script")
-    assert ("th", evil) in page.texts
+    paths = write_report(experiments([(f'"{evil}/../../x', record)]), tmp_path)
     assert {path.parent for path in paths} == {tmp_path}
-    text = paths[1].read_text(encoding="utf-8")
+    text = paths[0].read_text(encoding="utf-8")
     assert "<script" not in text
-    assert "\\*\\|" in text
+    assert text.count("&lt;script&gt;alert('&amp;')&lt;/script&gt;\\*\\|") >= 4

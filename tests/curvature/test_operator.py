@@ -308,14 +308,6 @@ def test_num_data_scales_a_summed_loss_only() -> None:
         assert plain.num_data == 5
 
 
-def test_imports_neither_avalanche_nor_rich() -> None:
-    import subprocess
-    import sys
-
-    code = "import rotate_ewc, sys; sys.exit(bool({'avalanche', 'rich'} & {*sys.modules}))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 def state_of_other(what: str) -> dict[str, Any]:
     """The snapshot of an operator that differs from `small()` in one thing."""
     shapes: dict[str, tuple[int, ...]] = {"w": (2, 3), "b": (2,)}

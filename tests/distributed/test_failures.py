@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACPenalty, NotFiniteError
-from rotate_ewc.distributed.ranks import Ranks
+from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.linalg import eigh
 from tests.helpers.model_state import ModelState
 from tests.helpers.penalties import CE, Batches, make, task

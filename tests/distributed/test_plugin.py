@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rotate_ewc.distributed.ranks import Ranks
+from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.integrations.avalanche import RotatedEWC, RotatedEWCPlugin
 from tests.helpers.avalanche_training import CE, domain_benchmark, net, sgd
 from tests.helpers.processes import distributed_test, gather
@@ -23,7 +23,8 @@ def strategy(group: str | None) -> RotatedEWC:
     return made
 
 
-@distributed_test((2,), backends=["gloo"], seconds=200)  # importing Avalanche takes long
+@pytest.mark.slow  # each process imports Avalanche
+@distributed_test((2,), backends=["gloo"], seconds=200)
 def test_each_process_looks_at_its_part() -> None:
     """The result is that of all of it, sampled labels included."""
     together, alone = strategy("auto"), strategy(None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, EstimationSettings
-from rotate_ewc.estimation.ranks import truncation_of
+from rotate_ewc.linalg.truncation import truncation_of
 from tests.helpers.oracles import assert_close, dense_empirical_fisher, parameter_shapes
 
 CE = nn.CrossEntropyLoss()

@@ -38,7 +38,22 @@ TWO_BASES = ("layer", "derived")  # where a derived parameter is no vector
 
 
 @over_all_settings
-def test_blocks_cover_the_parameters(setting: Setting) -> None:
+def test_eigenvalues_are_the_diagonal_in_the_own_basis(setting: Setting) -> None:
+    """``eigenvalues == diag(Q^T B Q)`` with B the exact block; hence the trace."""
+    assert_exact_diagonal(estimated(setting), exact_matrix_of(setting), setting.shapes())
+
+
+@over_all_settings
+def test_blocks_are_those_of_the_layers(setting: Setting) -> None:
+    """Which parameters share one, in which bases, and how near it is to the exact one."""
+    check_parameters(setting)
+    check_orthogonality(setting)
+    check_eigenvectors(setting)
+    check_distance(setting)
+    check_biases_and_vectors(setting)
+
+
+def check_parameters(setting: Setting) -> None:
     """The right parameters share a block, in the right shape, groups and number of bases."""
     shapes = setting.shapes()
     blocks = {block.parameters: block for block in estimated(setting).blocks}
@@ -59,8 +74,7 @@ def test_blocks_cover_the_parameters(setting: Setting) -> None:
         assert (block.activation_basis is None) == (vector or layout.kind not in TWO_BASES)
 
 
-@over_all_settings
-def test_bases_are_orthogonal(setting: Setting) -> None:
+def check_orthogonality(setting: Setting) -> None:
     """Both bases of every group."""
     for block in estimated(setting).blocks:
         for basis in block_bases(block):
@@ -70,14 +84,7 @@ def test_bases_are_orthogonal(setting: Setting) -> None:
             assert_close(basis @ basis.mT, eye)
 
 
-@over_all_settings
-def test_eigenvalues_are_the_diagonal_in_the_own_basis(setting: Setting) -> None:
-    """``eigenvalues == diag(Q^T B Q)`` with B the exact block; hence the trace."""
-    assert_exact_diagonal(estimated(setting), exact_matrix_of(setting), setting.shapes())
-
-
-@over_all_settings
-def test_bases_are_those_of_the_layer(setting: Setting) -> None:
+def check_eigenvectors(setting: Setting) -> None:
     """Eigenvectors of KFAC's factors or of exact partial traces, or none at all."""
     matrices = exact(setting)
     for block in estimated(setting).blocks:
@@ -96,8 +103,7 @@ def test_bases_are_those_of_the_layer(setting: Setting) -> None:
                 assert off_diagonal(factor, basis).abs().max() <= TOLERANCE * factor.abs().max()
 
 
-@over_all_settings
-def test_no_farther_from_exact_than_kfac(setting: Setting) -> None:
+def check_distance(setting: Setting) -> None:
     """Frobenius distance to the exact block, group by group."""
     matrices = exact(setting)
     for block in estimated(setting).blocks:
@@ -138,8 +144,7 @@ def test_strictly_closer_than_kfac_where_kfac_is_wrong(
 # --------------------------------------------------------------------------- exact blocks
 
 
-@over_all_settings
-def test_biases_and_vectors_are_exact(setting: Setting) -> None:
+def check_biases_and_vectors(setting: Setting) -> None:
     """A separate bias, and a derived vector, have the eigenbasis of their exact covariance."""
     matrices, shapes = exact(setting), setting.shapes()
     for block in estimated(setting).blocks:

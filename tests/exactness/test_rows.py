@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from rotate_ewc import EKFACLinearOperator
-from rotate_ewc.tracing import recorder
+from rotate_ewc.tracing import forward_pass
 from tests.helpers.exactness import assert_exact_diagonal, seeded
 
 CE = nn.CrossEntropyLoss()
@@ -373,17 +373,17 @@ def test_rows_of_a_parameter_filled_in_by_a_mask() -> None:
 def counted_backward_passes() -> Iterator[list[int]]:
     """Count the backward passes that estimation makes."""
     counts = [0]
-    original = recorder.back_propagate
+    original = forward_pass.back_propagate
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         counts[0] += 1
         return original(*args, **kwargs)
 
-    recorder.back_propagate = counting
+    forward_pass.back_propagate = counting
     try:
         yield counts
     finally:
-        recorder.back_propagate = original
+        forward_pass.back_propagate = original
 
 
 def backward_passes(model: Model, batches: Sequence[Batch], **options: Any) -> int:

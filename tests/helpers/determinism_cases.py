@@ -281,20 +281,18 @@ def bits(tensor: Tensor) -> bytes:
     return content
 
 
-def main(part: str, folder: str, threads: str) -> None:
-    """Do a part of a test, with what the other process left in a folder."""
+def main(folder: str, threads: str) -> None:
+    """Estimate, and go on from what the other process left in a folder."""
     torch.set_num_threads(int(threads))
     torch.manual_seed(987)
-    if part == "snapshots":
-        result = {str(case): case.snapshot() for case in ESTIMATIONS}
-    else:
-        result = {}
-        for run, stop in STOPPED:
-            training = Training(run)
-            training.load(torch.load(Path(folder) / f"{run} {stop}.pt", weights_only=True))
-            training.until(END)
-            result[f"{run} {stop}"] = training.outcome()
-    torch.save(result, Path(folder) / f"{part}.pt")
+    snapshots = {str(case): case.snapshot() for case in ESTIMATIONS}
+    resumed = {}
+    for run, stop in STOPPED:
+        training = Training(run)
+        training.load(torch.load(Path(folder) / f"{run} {stop}.pt", weights_only=True))
+        training.until(END)
+        resumed[f"{run} {stop}"] = training.outcome()
+    torch.save({"snapshots": snapshots, "resumed": resumed}, Path(folder) / "found.pt")
 
 
 if __name__ == "__main__":

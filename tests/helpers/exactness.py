@@ -235,6 +235,13 @@ PAIRS: tuple[tuple[Fisher, Approximation, bool], ...] = (
     ("type2", "reduce", True),
     ("empirical", "reduce", False),
 )
+# Two rows in which every value has its turn; the four of them are all combinations.
+OPPOSITES: tuple[tuple[tuple[Fisher, Approximation, bool], ...], ...] = (
+    (("type2", "expand", False), ("empirical", "reduce", True)),
+    (("type2", "reduce", True), ("empirical", "expand", False)),
+    (("type2", "reduce", False), ("empirical", "expand", True)),
+    (("type2", "expand", True), ("empirical", "reduce", False)),
+)
 
 
 def settings() -> list[Setting]:
@@ -242,10 +249,9 @@ def settings() -> list[Setting]:
 
     In every basic case each loss meets each Fisher type, and these each approximation, with weight
     and bias apart and together. In the further ones, whose layers see of a loss only the vectors
-    that come back from it, the losses take turns. There, every value has its turn, and one of four
-    pairs is left to neighbours of the same family; where no positions are shared, and expanding is
-    the same as reducing, two pairs of Fisher type and jointness take turns. ``sum``, which only
-    changes the scale, meets every loss and Fisher type on some kinds of network.
+    that come back from it, every value has its turn, and losses and combinations of the others go
+    round among neighbours of the same family. ``sum``, which only changes the scale, meets every
+    loss and Fisher type on some kinds of network, among which they go round too.
     """
     found = []
     for case in BASIC:
@@ -256,14 +262,10 @@ def settings() -> list[Setting]:
         if case.name in SUMMED:
             found += [
                 Setting(case, loss, "sum", fisher)
-                for loss in PLAIN_LOSSES
-                for fisher in EXACT_FISHERS
+                for loss, fisher, _, _ in PAIRWISE[SUMMED.index(case.name) % 2 :: 2]
             ]
     for number, case in enumerate(FURTHER):
-        first, left_out = 2 * number % len(PAIRS), number % len(PAIRS)
-        three = (*PAIRS[:left_out], *PAIRS[left_out + 1 :])
-        rows = three if case.shared else PAIRS[first : first + 2]
-        for turn, (fisher, approx, joint) in enumerate(rows):
+        for turn, (fisher, approx, joint) in enumerate(OPPOSITES[number % len(OPPOSITES)]):
             loss = tuple(PLAIN_LOSSES)[(number + turn) % len(PLAIN_LOSSES)]
             approx = approx if case.shared else "expand"
             found.append(Setting(case, loss, "mean", fisher, approx, joint))

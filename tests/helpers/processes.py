@@ -30,11 +30,20 @@ SECONDS: Final = 60.0
 _NUMBERS: Final = count()
 _CONTEXT: Final = get_context("forkserver")
 # Imported once, by the process of which all others are copies.
-_CONTEXT.set_forkserver_preload(["tests.helpers.processes", "rotate_ewc", "torch.distributed.fsdp"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "tests.helpers.processes",
+        "rotate_ewc",
+        "tests.helpers.cases",
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "torch._dynamo",  # which optimizers import when they are first used
+    ]
+)
 
 
 def distributed_test(
-    world_size: Sequence[int] = (1, 2, 3),
+    world_size: Sequence[int],
     *,
     seconds: float = SECONDS,
     killed: Collection[int] = (),

@@ -204,6 +204,8 @@ def test_bad_arguments(tmp_path: Path) -> None:
         RotatedEWCCallback(penalty, optimizer=-1)
     with pytest.raises(ValueError, match="view is given, and consolidate_at_end is True"):
         RotatedEWCCallback(penalty, view=lambda model: {})
+    with pytest.raises(ValueError, match="forward is given, but loss_func is not"):
+        RotatedEWCCallback(penalty, forward=lambda inputs: inputs)
     callback = RotatedEWCCallback(penalty, nn.CrossEntropyLoss(), optimizer=1)
     with pytest.raises(ValueError, match="optimizer is 1, but the module has 1"):
         trainer(tmp_path, callback).fit(Module(), loader(1))

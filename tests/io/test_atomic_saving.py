@@ -44,7 +44,7 @@ def experiments(folder: Path, *names: str) -> dict[str, Any]:
 
 
 DONE = (
-    "at_random_moments:50",
+    "at_random_moments:20",
     "at_every_stage:0",
     "on_a_full_disk:0",
     "on_a_full_disk:1000000",
@@ -69,7 +69,7 @@ def check_kills(found: dict[str, int], number: int) -> None:
 
 
 def test_killed_at_random_moments(done: dict[str, Any]) -> None:
-    check_kills(done["at_random_moments:50"], 50)
+    check_kills(done["at_random_moments:20"], 20)
 
 
 @pytest.mark.slow

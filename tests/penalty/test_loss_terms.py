@@ -130,7 +130,7 @@ def test_what_is_kept_is_the_matrix_of_the_summed_loss(kind: str, reduction: str
     loss = nn.CrossEntropyLoss(reduction=reduction, **options)
     summed = nn.CrossEntropyLoss(reduction="sum", **options)
     penalty = exact_penalty(1.0, "separate", **EXACT)
-    for seed, size in enumerate(((4, 50), (4, 2))):
+    for seed, size in enumerate(((4, 20), (4, 2))):
         data = tagged(*size, seed)
         x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
         penalty.consolidate(model, loss, data)
@@ -159,7 +159,7 @@ def test_tasks_of_long_and_short_sequences(mode: str, weighting: str) -> None:
         model, loss = Tokens().double(), nn.CrossEntropyLoss(reduction=reduction)
         penalty = exact_penalty(1.0, mode, weighting=weighting, **EXACT)
         traces = []
-        for seed, tokens in enumerate((40, 2)):
+        for seed, tokens in enumerate((16, 2)):
             data = tagged(6, tokens, seed)
             alone = exact_penalty(1.0, "separate", weighting=weighting, **EXACT)
             alone.consolidate(model, loss, data)
@@ -173,7 +173,7 @@ def test_tasks_of_long_and_short_sequences(mode: str, weighting: str) -> None:
         scale = 50 if reduction == "sum" else 1
         found[reduction] = traces[0] / traces[1], value / scale, flat_gradient(model) / scale
     assert found["mean"][0] == pytest.approx(found["sum"][0], rel=1e-9)
-    assert found["mean"][0] == pytest.approx(24 if weighting == "examples" else 1, rel=0.35)
+    assert found["mean"][0] == pytest.approx(10 if weighting == "examples" else 1, rel=0.35)
     for one, other in zip(found["mean"][1:], found["sum"][1:], strict=True):
         assert_close(one, other, 1e-9)
 

@@ -60,6 +60,7 @@ def test_avalanche_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
     assert min(last) > 70
 
 
+@pytest.mark.slow
 def test_plain_pytorch(tmp_path: Path) -> None:
     lines = lines_of(start("plain_pytorch.py", tmp_path))
     assert [line.split("task 1 ")[0].strip() for line in lines] == [
@@ -78,6 +79,7 @@ def test_plain_pytorch(tmp_path: Path) -> None:
     assert set(state) == {"model", "penalty"}
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_distributed(tmp_path: Path) -> None:

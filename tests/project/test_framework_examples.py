@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow  # each imports a framework, and trains twice
 ROOT = Path(__file__).parents[2]
 # `accelerate launch`
 LAUNCHER = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")

@@ -481,8 +481,14 @@ def test_parameters_that_were_made_in_inference_mode() -> None:
 # ------------------------------------------------------------------ loaders with processes
 
 
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("budget", [2**30, 1], ids=["kept", "two passes"])
+@pytest.mark.parametrize(
+    ("method", "budget"),
+    [
+        pytest.param("fork", 2**30, id="fork, kept"),
+        pytest.param("fork", 1, id="fork, two passes"),
+        pytest.param("spawn", 1, id="spawn, two passes", marks=pytest.mark.slow),
+    ],
+)
 def test_loaders_with_worker_processes(method: str, budget: int) -> None:
     model, whole = net(), batches(sizes=(11,))
     dataset = TensorDataset(*whole[0])

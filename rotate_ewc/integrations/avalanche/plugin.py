@@ -26,7 +26,7 @@ from rotate_ewc._utils.validation import (
     check_positive_integer,
     unless_auto,
 )
-from rotate_ewc.distributed.ranks import Group, Ranks
+from rotate_ewc.distributed.processes import Group, Ranks
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.integrations.avalanche.batches import (
     Minibatches,

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rotate_ewc._utils.preserve_state import kept, random_states
 from rotate_ewc._utils.validation import AUTO, check_positive_integer
-from rotate_ewc.distributed.ranks import Group, Ranks
+from rotate_ewc.distributed.processes import Group, Ranks
 from rotate_ewc.integrations.attaching import AttachesPenalty
 from rotate_ewc.integrations.loaders import number_of_examples
 from rotate_ewc.integrations.transformers.checkpoints import (

@@ -61,6 +61,9 @@ AFTER_ONE_OR_TWO = [(case, 1 + number % 2) for number, case in enumerate(CASES)]
 AFTER_THE_OTHER = [(case, 3 - stop) for case, stop in AFTER_ONE_OR_TWO]
 AFTER_ALL = [(case, 3) for case in CASES[::4]]
 ONLINE = [("loss",), ("rotated", "adam"), ("tangent", "adam"), ("rotated", "sgd")]
+# After each part of two tasks, on one road each.
+ONE_ROAD = [(words, stop) for n, words in enumerate(ONLINE) for stop in range(1 + n % 2, 6, 2)]
+THE_OTHER = [(words, stop) for n, words in enumerate(ONLINE) for stop in range(2 - n % 2, 6, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +170,7 @@ def test_ready_strategy_finds_its_plugin_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("by_reference")
-@pytest.mark.parametrize("stop", range(1, 6))
-@pytest.mark.parametrize("words", ONLINE)
+@pytest.mark.parametrize(("words", "stop"), ONE_ROAD)
 def test_in_the_middle_of_an_online_task(
     words: tuple[str, ...], stop: int, tmp_path: Path, wholes: dict[Case, dict[str, Any]]
 ) -> None:
@@ -223,8 +225,7 @@ def test_state_dictionaries(
     assert differences(outcome(train(strategy, experiences[stop:])), expected) == []
 
 
-@pytest.mark.parametrize("stop", range(1, 6))
-@pytest.mark.parametrize("words", ONLINE)
+@pytest.mark.parametrize(("words", "stop"), THE_OTHER)
 def test_state_dictionaries_in_the_middle_of_an_online_task(
     words: tuple[str, ...], stop: int, tmp_path: Path, wholes: dict[Case, dict[str, Any]]
 ) -> None:

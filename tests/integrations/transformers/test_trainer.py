@@ -247,6 +247,7 @@ def test_logs_tell_the_penalty_and_leave_losses_alone(tmp_path: Path) -> None:
     assert not any("rotated_ewc" in key for key in evaluated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

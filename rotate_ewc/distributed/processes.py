@@ -25,6 +25,7 @@ from torch import Tensor
 from rotate_ewc._utils.validation import AUTO
 from rotate_ewc._utils.warnings import add_note
 from rotate_ewc.distributed.buckets import Bucket, buckets
+from rotate_ewc.distributed.notes import default_store
 from rotate_ewc.errors import NotFiniteError
 
 Key = TypeVar("Key", bound=Hashable)
@@ -131,7 +132,7 @@ class Ranks:
         if self.size == 1 or time.monotonic() - self._looked < _SECONDS_BETWEEN_LOOKS:
             return
         self._looked = time.monotonic()
-        store = _store()
+        store = default_store()
         if store is not None and store.check([self._failure_key]):
             raise _FailedElsewhere
 
@@ -278,7 +279,7 @@ class Ranks:
             return
         self._over = True
         elsewhere = isinstance(error, _FailedElsewhere)
-        store = _store()
+        store = default_store()
         with uninterrupted():
             if store is not None and not elsewhere:
                 # Without it they hear of it a little later.
@@ -302,44 +303,6 @@ class Ranks:
         if dist.get_backend(self._group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
-
-
-class Notes:
-    """Notes that the processes of the default group leave for each other, without waiting.
-
-    Attributes:
-        size: Number of processes.
-        rank: Which of them this one is.
-    """
-
-    def __init__(self, store: Any) -> None:
-        """Keep them in a store."""
-        self._store = store
-        self.size, self.rank = dist.get_world_size(), dist.get_rank()
-
-    @classmethod
-    def of_default_group(cls) -> Notes | None:
-        """Return the place for notes; None without other processes."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return None
-        store = _store()
-        return None if store is None else cls(store)
-
-    def leave(self, key: str, text: str) -> None:
-        """Leave a note, if the others can still be reached."""
-        with suppress(RuntimeError):
-            self._store.set(key, text)
-
-    def has(self, keys: Sequence[str]) -> bool:
-        """Whether there are all of some notes."""
-        try:
-            return bool(self._store.check(list(keys)))
-        except RuntimeError:
-            return False
-
-    def read(self, key: str) -> str:
-        """Return a note that is there."""
-        return bytes(self._store.get(key)).decode()
 
 
 class _Laid:
@@ -397,11 +360,3 @@ def _not_a_group(group: object) -> str:
         f"group is {group!r}; expected 'auto', a torch.distributed.ProcessGroup, a DeviceMesh of "
         f"one dimension, or None"
     )
-
-
-def _store() -> Any:
-    """Return where processes can leave notes for each other; None if there is no such place."""
-    try:
-        return dist.distributed_c10d._get_default_store()
-    except (AttributeError, RuntimeError, ValueError):
-        return None
