@@ -1,6 +1,6 @@
 """Learn the classes of an image folder, two at a time, with a convolutional network.
 
-This is class-incremental learning with a head for each pair of classes. The images are CIFAR-10 as
+Each pair of classes has a head of its own (task-incremental learning). The images are CIFAR-10 as
 class folders, if `$ROTATE_EWC_DATA/cifar10` has them (`train/CLASS/*.jpg`), or else scikit-learn's
 handwritten digits.
 """
