@@ -1,7 +1,7 @@
 """Draw networks from the Laplace posterior, and see where a regression is unsure.
 
-The posterior of the weights is the normal distribution `N(θ*, (N F / σ² + I / s²)⁻¹)`: F is the
-Fisher matrix of N examples, σ the noise of the data, s the size of the weights beforehand.
+The posterior of the weights is close to the normal distribution `N(θ*, (F / 2σ² + I / s²)⁻¹)`: F is
+the matrix of the summed squared error, σ the noise of the data, and s the deviation of the prior.
 """
 # ruff: noqa: T201
 
@@ -37,8 +37,8 @@ posterior = (1 / (2 * NOISE**2)) * fisher
 draws = posterior.sample(200, damping=1 / PRIOR**2, generator=torch.Generator().manual_seed(0))
 
 # %%
-# Predictions of the drawn networks. To first order in the weights they cannot leave the fit far
-# behind, as whole networks would: `f(x; θ*) + J(x) δ`.
+# Predictions of the drawn networks to first order in the weights, `f(x; θ*) + J(x) δ`, for which the
+# normal distribution was derived.
 
 grid = torch.linspace(-4, 4, 161)[:, None]
 
