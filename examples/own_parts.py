@@ -25,7 +25,7 @@ class WaitingTimeLoss(nn.Module):
 
 
 class WaitingTimes(Likelihood):
-    """What the package has to know of it."""
+    """The derivatives of the loss, and labels drawn from the model."""
 
     def exact_vectors(
         self, outputs: Tensor, targets: Tensor, num_examples: int
