@@ -7,9 +7,10 @@ BENCH ?= # more options, e.g. make bench BENCH="--seeds 0 1 2"
 SUITE ?= run all --quick --jobs 2
 TEST ?= # more options, e.g. make test TEST="-m slow"
 DIST ?= dist
+SITE ?= site
 
 .DEFAULT_GOAL := help
-.PHONY: help bench suite test coverage lint package clean
+.PHONY: help bench suite test coverage lint docs package clean
 
 help: ## Show the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -32,6 +33,9 @@ lint: $(VENV)/.installed-test ## Check style and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/.installed-docs ## Build the documentation into site/, and check its links
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --site-dir $(SITE)
 
 package: $(VENV)/.installed-package ## Build wheel and source distribution, and check them
 	rm -rf rotate_ewc.egg-info # its list of files, which setuptools would take again, may be old

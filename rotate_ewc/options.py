@@ -200,7 +200,7 @@ class EstimationSettings:
         ValueError: If a value is out of range, naming the field.
         TypeError: If a value has the wrong type.
 
-    Example:
+    Examples:
         >>> from rotate_ewc import EKFACPenalty, EstimationSettings
         >>> settings = EstimationSettings(fisher_type="type2", memory_budget=2**28)
         >>> penalty = EKFACPenalty(3.0, settings=settings, separate_weight_and_bias=False)

@@ -42,7 +42,7 @@ class EKFACLinearOperator:
     reference to the model or the data. Estimation runs in eval mode and leaves parameters, their
     gradients, modes, buffers and random states as they were.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from rotate_ewc import EKFACLinearOperator

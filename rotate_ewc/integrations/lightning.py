@@ -32,21 +32,23 @@ __all__ = ["RotatedEWCCallback"]
 class RotatedEWCCallback(AttachesPenalty, Callback):
     """Elastic weight consolidation in a rotated basis, as a callback of Lightning's `Trainer`.
 
-    While `fit` runs, the penalty is attached to the module's optimizer, with automatic and with
-    manual optimization; losses are without it. At the end of `fit` the task is consolidated, on the
-    data that it was trained with. Checkpoints hold the penalty, and the state of its part in the
-    optimizer's steps; a run that is resumed from one goes on to the same bits. At the end of every
-    epoch `rotated_ewc_penalty` and `rotated_ewc_strength` are logged.
+    During `fit` the penalty is attached to the module's optimizer, with automatic and with manual
+    optimization; losses are without it. At the end of `fit` the task is consolidated on its
+    training data. Checkpoints contain the penalty and the state of its attachment; a run that is
+    resumed from one ends with the same bits. `rotated_ewc_penalty` and `rotated_ewc_strength` are
+    logged after every epoch.
 
     Attributes:
         penalty: The penalty.
         attachment: The handle of the penalty in the optimizer's steps; None unless `fit` runs.
         consolidation_seconds: How long the last consolidation took.
 
-    Example:
+    Examples:
+        ```python
         callback = RotatedEWCCallback(penalty, nn.CrossEntropyLoss())
         trainer = lightning.Trainer(max_epochs=3, callbacks=[callback])
         trainer.fit(module, loader)
+        ```
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         """Make a callback of one penalty, which takes part in one `fit` after another.
 
         Args:
-            penalty: The penalty; where it has tasks already, they are protected from the start.
+            penalty: The penalty; tasks that it already has are protected from the start.
             loss_func: The loss of outputs and targets that the module trains with; None for models
                 that bring their own.
             consolidate_at_end: Whether to consolidate the task at the end of `fit`.
@@ -79,7 +81,7 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
                 training data of `fit`.
             optimizer: Which of the module's optimizers has the parameters to protect.
             update: As in `EKFACPenalty.attach`.
-            every: Likewise. What is left over is taken before validations and as epochs end.
+            every: Likewise; the rest is applied before validations and when an epoch ends.
             view: As in `EKFACPenalty.attach`.
             group: The processes that consolidate together, as `EKFACPenalty.consolidate` takes
                 them; each with its own part of the data, as Lightning splits those of `fit`.

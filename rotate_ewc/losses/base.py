@@ -53,7 +53,7 @@ class Likelihood(ABC):
         name: Class name of the loss, for messages and snapshots.
         reduction: The loss's reduction, `"mean"` or `"sum"`.
 
-    Example:
+    Examples:
         Waiting times with outputs `log rate`, whose mean Hessian is 1:
 
         >>> import torch

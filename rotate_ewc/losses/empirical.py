@@ -25,7 +25,7 @@ class EmpiricalLoss(UserLoss):
     A function needs none of this if it returns a number for each term, or if it returns their mean
     over examples that all count the same, or their sum.
 
-    Example:
+    Examples:
         The mean over the words of all sentences, which are not equally long:
 
         >>> import torch

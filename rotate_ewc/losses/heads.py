@@ -22,7 +22,7 @@ class SumOfLosses(nn.Module):
     Outputs are a dictionary, a tuple or list, or a dataclass; a loss's key is the name or the
     number of its output. So are the targets, or else they are one tensor for all losses.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from rotate_ewc import SumOfLosses
@@ -43,12 +43,12 @@ class SumOfLosses(nn.Module):
 
         Args:
             losses: The losses, by the names or numbers of their outputs.
-            weights: What they are multiplied with, by the same keys; 1 where there is none.
+            weights: Factors of the losses, by the same keys; 1 for keys that are missing.
 
         Raises:
-            ValueError: If there are no losses, a weight is negative or not finite, or is of no
+            ValueError: If there are no losses, or a weight is negative, not finite or without a
                 loss.
-            TypeError: If an argument is no mapping, or a loss cannot be called.
+            TypeError: If an argument is not a mapping, or a loss cannot be called.
         """
         super().__init__()
         for name, value in (("losses", losses), ("weights", weights or {})):

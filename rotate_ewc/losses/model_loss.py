@@ -24,7 +24,7 @@ class ModelLoss(UserLoss):
     as exact, and slower. Then the loss of the batch must be the mean of those of the examples, or
     their sum, which is measured; or, with `terms`, the mean over their terms.
 
-    Example:
+    Examples:
         >>> from rotate_ewc import ModelLoss
         >>> loss = ModelLoss(
         ...     lambda model, batch: model(**batch).loss,

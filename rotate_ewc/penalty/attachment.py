@@ -73,7 +73,7 @@ class Attachment(Generic[Penalty]):
         optimizer: The optimizer.
         model: The model.
         update: How the penalty takes part.
-        every: Every how many steps the penalty itself is looked at.
+        every: Number of steps between evaluations of the penalty itself.
         view: What the penalty protects, as a function of the model; None is its parameters.
     """
 
@@ -129,9 +129,9 @@ class Attachment(Generic[Penalty]):
         self.penalty.strength = value
 
     def detach(self) -> None:
-        """Let the optimizer step by itself again; averages in an eigenbasis start again.
+        """Detach from the optimizer; its averages in an eigenbasis restart.
 
-        What is left to `flush` is taken; else parameters and their gradients stay as they are. A
+        What `flush` would apply is applied; otherwise parameters and gradients stay as they are. A
         second call does nothing.
         """
         self._undo()
@@ -150,10 +150,10 @@ class Attachment(Generic[Penalty]):
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Take the penalty's part of the steps for which `every` has put it off.
+        """Apply the part of the penalty that `every` has put off.
 
-        To be called where training pauses, such as before evaluations and consolidations. With
-        `every=1` there is nothing to do.
+        Call it where training pauses, such as before evaluations and consolidations. With `every=1`
+        there is nothing to do.
         """
         self._undo()
         if self.penalty.stacks:
@@ -166,10 +166,10 @@ class Attachment(Generic[Penalty]):
             step.spread()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a run needs to go on to the bit, with the states of the others.
+        """Return what a resumed run needs to end with the same bits.
 
-        To be loaded after the states of model, penalty and optimizer. Without it a run goes on as
-        well, but for rounding errors, and with `"tangent"` with a new tangent.
+        Load it after the states of model, penalty and optimizer. Without it a run continues too, up
+        to rounding errors, and with `"tangent"` from a new tangent.
         """
         return {
             "update": self.update.value,

@@ -103,8 +103,8 @@ class ConsolidatedTasks(nn.Module):
     def strength(self) -> float:
         """λ; may be set at any time, to a number (as along a schedule) or to `"auto"`.
 
-        With `"auto"` it is found anew, in the steps of an optimizer that the penalty is attached
-        to; until then it is 1, which is Bayes' rule.
+        `"auto"` finds it again, in the steps of an optimizer that the penalty is attached to; until
+        then it is 1, which is Bayes' rule.
         """
         return self._found.value if self._strength is None else self._strength
 

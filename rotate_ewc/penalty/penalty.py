@@ -79,11 +79,11 @@ class EKFACPenalty(ConsolidatedTasks):
     solution: time and memory do not depend on the number of tasks. In mode `"separate"` every task
     keeps its operator and its own anchor.
 
-    `attach` has the steps of any optimizer respect the penalty, stably for any strength. Or it can
-    be added to the loss, as `penalty(model)`, with a strength that is given (or else 1, as long as
-    none is found); large strengths need small learning rates there.
+    `attach` makes any optimizer respect the penalty in its steps, stably for any strength. Or add
+    `penalty(model)` to the loss, with a strength of your own (1 until one is found); large
+    strengths then need small learning rates.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from rotate_ewc import EKFACPenalty
@@ -132,14 +132,14 @@ class EKFACPenalty(ConsolidatedTasks):
                 `rotate_ewc.penalty.plasticity`). Less protects more.
             weighting: `"examples"` (all examples weigh as in one loss over the data of all tasks,
                 which is by numbers of loss terms) or `"uniform"`.
-            decay: What the weights of earlier tasks are multiplied with whenever a task is
-                consolidated, from 0 to 1 (the γ of online EWC, Schwarz et al. 2018).
+            decay: Factor on the weights of earlier tasks at each consolidation, from 0 to 1 (the γ
+                of online EWC, Schwarz et al. 2018).
             temperature: More than 0. The Fisher matrix is that of the outputs divided by it, times
                 its square to stay in proportion. Above 1 the predictions are softened, so that
                 examples of which the model is sure count too. `"auto"` softens them, in each
                 snapshot, until their mean entropy is 0.8 of the largest possible.
-            damping: What every eigenvalue is increased by, in units of the mean of its block. It
-                keeps an optimizer from going far in directions that only seem to be free.
+            damping: Added to every eigenvalue, in units of the mean of its block. It keeps an
+                optimizer from moving far in directions that only seem to be free.
             include: Patterns such as `"encoder.*"` for the names of the parameters to protect.
             exclude: Patterns for names to leave out, such as those of unsupported layers.
             strict: Whether a protected parameter that is missing, or smaller than it was, is an
@@ -197,10 +197,10 @@ class EKFACPenalty(ConsolidatedTasks):
                 takes them. A few thousand examples are enough for most models.
             params: The parameters to protect, which keep the names they have in the model; None is
                 all that require gradients and that `include` and `exclude` choose.
-            forward: From a batch's inputs to what the loss takes as outputs, where that is not
+            forward: Maps a batch's inputs to the outputs that the loss takes, if these are not
                 `model(inputs)`. Modules that it reaches are put into eval mode, as the model is.
             num_data: The task's number of examples, where `data` is only a sample of them.
-            weight: w_t, what this task weighs in comparison with the others, at least 0.
+            weight: w_t, the weight of this task relative to the others, at least 0.
             group: The processes that consolidate together, each with data of its own: `"auto"` (the
                 default group, where `torch.distributed` is initialised), a `ProcessGroup`, a
                 `DeviceMesh` of one dimension, or None (this process alone). All of them must call
@@ -320,7 +320,7 @@ class EKFACPenalty(ConsolidatedTasks):
         *,
         view: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
     ) -> Attachment[EKFACPenalty]:
-        """Have an optimizer's steps respect the penalty, from now on; the loss is without it.
+        """Make an optimizer respect the penalty in all later steps; the loss stays without it.
 
         Args:
             optimizer: An optimizer of the model's parameters.
@@ -328,9 +328,8 @@ class EKFACPenalty(ConsolidatedTasks):
             update: `"rotated"`: the optimizer steps in the eigenbasis, and the exact proximal step
                 follows. `"tangent"`: a constant gradient is added, and renewed every few steps;
                 cheap. `"gradient"`: the penalty's gradient is added, for any optimizer.
-            every: After how many steps the tangent is renewed, or for SGD the proximal step taken.
-                Call `flush` of the handle where the steps since then should count, such as before
-                `consolidate`.
+            every: Number of steps after which the tangent is renewed or, for SGD, the proximal
+                step is taken. Call `flush` of the handle before you evaluate or consolidate.
             view: From the model to the tensors that are protected, by the names they had when they
                 were consolidated; gradients must reach the model's parameters through them. It
                 needs update `"gradient"`. `rotate_ewc.integrations.peft.effective_parameters` is
@@ -357,12 +356,12 @@ class EKFACPenalty(ConsolidatedTasks):
 
         Args:
             path: The file; an older one is replaced.
-            dtype: What bases and eigenvalues are stored in, such as `torch.bfloat16` for less than
-                half the size; anchors stay as they are. None is their own.
+            dtype: Dtype of the stored bases and eigenvalues, such as `torch.bfloat16` for about
+                half the size; anchors keep their own. None keeps all as they are.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
-            ValueError: If the dtype is none to store a snapshot in.
+            ValueError: If snapshots cannot be stored in that dtype.
         """
         check_storage_dtype(dtype)
         files.save(self._state.to_dict(dtype=dtype), path)
@@ -377,7 +376,7 @@ class EKFACPenalty(ConsolidatedTasks):
                 `mode` and `weighting`.
 
         Raises:
-            SnapshotError: If the file is damaged or is none of these, naming it, and the key.
+            SnapshotError: If the file is damaged or is not a penalty's, naming it and the key.
             FileNotFoundError: If there is no file.
             TypeError: If there is no such option.
             ValueError: If an option is out of range.

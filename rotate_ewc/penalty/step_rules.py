@@ -85,13 +85,13 @@ def register_step_size(
     *,
     rotated: bool = True,
 ) -> None:
-    """Tell how far a class of optimizers goes, so that penalties can be attached to it.
+    """Register the step size of a class of optimizers, so that penalties can be attached to it.
 
     Args:
-        optimizer_class: The class; subclasses with a `step` of their own are not meant.
+        optimizer_class: The class, without subclasses that have a `step` of their own.
         rule: From the options of a parameter's group, and the parameter's state after a step, to
             the step's size for a gradient that has long been one: a tensor of the parameter's
-            shape, or a number for all entries. What stands there for a class is replaced.
+            shape, or a number for all entries. It replaces an earlier rule for the class.
         rotated: Whether to step in the eigenbasis, as is right for all that treat every entry by
             itself; False for those that make the same step in any orthonormal basis, as SGD does,
             whose rule returns a number and gets an empty state.
@@ -100,7 +100,7 @@ def register_step_size(
         TypeError: If an argument has the wrong type.
         ValueError: If the class is LBFGS, which evaluates a loss at several points in each step.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from rotate_ewc import register_step_size
         >>> class SignSGD(torch.optim.Optimizer):

@@ -27,9 +27,11 @@ def rotated_ewc_metrics(
         traces: After every experience, the trace of the penalty's second derivatives for each block
             of parameters.
 
-    Example:
+    Examples:
+        ```python
         evaluator = EvaluationPlugin(accuracy_metrics(stream=True), rotated_ewc_metrics(),
                                      loggers=[InteractiveLogger()])
+        ```
     """
     metrics: list[Any] = [PenaltyMetric()] if penalty else []
     if consolidation or traces:

@@ -83,9 +83,11 @@ class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
         consolidation_seconds: How long the consolidation of the last experience took; None if it
             did not end a task.
 
-    Example:
+    Examples:
+        ```python
         strategy = Naive(model=model, optimizer=optimizer, criterion=CrossEntropyLoss(),
                          plugins=[RotatedEWCPlugin()])
+        ```
     """
 
     @forwards_keywords(EKFACPenalty, without=("strength",))
@@ -112,8 +114,8 @@ class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
                 follows. `"tangent"`: a constant gradient is added, and renewed every few steps;
                 cheap. `"gradient"`: the penalty's gradient is added, for any optimizer. `"loss"`:
                 the penalty is added to the loss, as is needed with mode `"separate"`.
-            every: After how many steps the tangent is renewed, or for SGD the proximal step taken;
-                the cost is divided by it. What is left over when an epoch ends is taken then.
+            every: Number of steps after which the tangent is renewed or, for SGD, the proximal
+                step is taken; it divides the cost. The rest is applied when an epoch ends.
             num_samples: Examples to draw from each experience for its estimate; None takes all. A
                 few thousand are usually as good.
             estimation_mb_size: Mini-batch size of the estimate, which changes its speed but not its
@@ -199,7 +201,7 @@ class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
             strategy.loss = strategy.loss + penalty
 
     def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Take the penalty's part of the steps that are left over from `every`.
+        """Apply the part of the penalty that `every` has put off.
 
         Not at the end of the experience: there other plugins have gone back to the best weights,
         or are looking at them, before this one or after it.

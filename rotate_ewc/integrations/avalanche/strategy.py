@@ -15,11 +15,13 @@ from rotate_ewc.integrations.avalanche.plugin import RotatedEWCPlugin
 
 
 class RotatedEWC(SupervisedTemplate):
-    """A strategy with `RotatedEWCPlugin`, to be used as Avalanche's `EWC` is.
+    """A strategy with `RotatedEWCPlugin`, used like Avalanche's `EWC`.
 
-    Example:
+    Examples:
+        ```python
         strategy = RotatedEWC(model=model, optimizer=optimizer, criterion=CrossEntropyLoss(),
                               train_mb_size=128, train_epochs=2)
+        ```
     """
 
     @forwards_keywords(RotatedEWCPlugin, SupervisedTemplate)

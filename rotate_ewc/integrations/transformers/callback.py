@@ -33,24 +33,25 @@ from rotate_ewc.penalty.updates import UpdateKind
 class RotatedEWCCallback(AttachesPenalty, TrainerCallback):
     """Elastic weight consolidation in a rotated basis, as a callback of `Trainer`.
 
-    While `Trainer` trains, the penalty is attached to its optimizer; the loss, and so `eval_loss`,
-    is without it. When training ends the task is consolidated: on the data that it was trained
-    with, by the model's own loss, at the weights that training ends with (the best ones with
-    `load_best_model_at_end`). Every checkpoint gets the penalty, and the state of its part in the
-    optimizer's steps; a run that is resumed from it goes on to the same bits.
+    During training the penalty is attached to the optimizer of `Trainer`; losses, `eval_loss`
+    included, are without it. When training ends, the task is consolidated on its training data, by
+    the model's own loss, at the final weights (the best ones with `load_best_model_at_end`). Each
+    checkpoint contains the penalty and the state of its attachment; a run that is resumed from it
+    ends with the same bits.
 
-    With each training loss, the penalty is logged, its strength, and its share of loss plus
-    penalty.
+    The penalty, its strength and its share of loss plus penalty are logged with each training loss.
 
     Attributes:
         penalty: The penalty.
         attachment: The handle of the penalty in the optimizer's steps; None unless training runs.
         consolidation_seconds: How long the last consolidation took.
 
-    Example:
+    Examples:
+        ```python
         trainer = Trainer(model, args, train_dataset=data, callbacks=[RotatedEWCCallback(penalty)])
         trainer.train()
         penalty.save("penalty.safetensors")
+        ```
     """
 
     def __init__(
@@ -67,12 +68,12 @@ class RotatedEWCCallback(AttachesPenalty, TrainerCallback):
         """Make a callback of one penalty, which takes part in one training after another.
 
         Args:
-            penalty: The penalty; where it has tasks already, they are protected from the start.
+            penalty: The penalty; tasks that it already has are protected from the start.
             consolidate_at_end: Whether to consolidate the task when training ends. Where `Trainer`
                 is given a loss (`compute_loss_func`, or a `compute_loss` of your own), do it
                 yourself, with that loss.
             update: As in `EKFACPenalty.attach`.
-            every: Likewise. What is left over is taken before evaluations and checkpoints.
+            every: Likewise; the rest is applied before evaluations and checkpoints.
             num_samples: Examples to draw from the training data for the estimate; None takes all. A
                 few thousand are usually as good.
             view: As in `EKFACPenalty.attach`; `rotate_ewc.integrations.peft` has one for adapters.

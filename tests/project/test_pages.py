@@ -1,0 +1,157 @@
+"""The code of the pages on files and frameworks runs, with small models and data in its places."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+
+DOCS = Path(__file__).parents[2] / "docs"
+CRITERION = nn.CrossEntropyLoss()
+
+
+def run(page: str, namespace: dict[str, Any]) -> dict[str, Any]:
+    """Run the blocks of a page, one after another."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), namespace)
+    return namespace
+
+
+def examples() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+def test_snapshots() -> None:
+    model, data = nn.Linear(4, 3), examples()
+    fisher = EKFACLinearOperator(model, CRITERION, list(model.parameters()), data)
+    penalty = EKFACPenalty()
+    penalty.consolidate(model, CRITERION, data)
+    names = {"EKFACLinearOperator": EKFACLinearOperator, "EKFACPenalty": EKFACPenalty}
+    assert run("snapshots.md", {**names, "fisher": fisher, "penalty": penalty})["fisher"]
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Settings of dill, which the page changes."""
+    import dill
+
+    before = dict(dill.settings)
+    yield
+    dill.settings.clear()
+    dill.settings.update(before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("restored")
+@pytest.mark.filterwarnings("ignore::dill.PicklingWarning")
+def test_avalanche(tmp_path: Path) -> None:
+    from avalanche.benchmarks import benchmark_from_datasets
+    from avalanche.benchmarks.utils import as_classification_dataset
+
+    tasks = []
+    for x, y in examples():
+        data = TensorDataset(x, y)
+        data.targets = y.tolist()
+        tasks.append(as_classification_dataset(data))
+    model = nn.Linear(4, 3)
+    found = run(
+        "avalanche.md",
+        {
+            "model": model,
+            "optimizer": torch.optim.Adam(model.parameters()),
+            "criterion": CRITERION,
+            "benchmark": benchmark_from_datasets(train=tasks, test=tasks),
+            "path": tmp_path / "checkpoint.dill",
+        },
+    )
+    assert found["strategy"].rotated_ewc.penalty.num_tasks == 2
+
+
+@pytest.mark.slow
+def test_transformers(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+    config = BertConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8, max_position_embeddings=8, num_labels=3,
+    )  # fmt: skip
+    args = TrainingArguments(
+        str(tmp_path / "trainer"), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True,
+        save_strategy="no", logging_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    texts = [{"input_ids": t, "labels": torch.tensor(0)} for t in torch.randint(16, (8, 4))]
+    model = BertForSequenceClassification(config)
+    given = {"torch": torch, "model": model, "loader": DataLoader(texts, 4), "args": args}
+    found = run("transformers.md", {**given, "first": texts, "second": texts})
+    assert found["penalty"].num_tasks == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_peft() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rotate_ewc.integrations.transformers import RotatedEWCCallback
+
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1,
+    )  # fmt: skip
+    tokens = torch.randint(16, (4, 6))
+    found = run(
+        "peft.md",
+        {
+            "torch": torch,
+            "base": LlamaForCausalLM(config),
+            "LoraConfig": LoraConfig,
+            "get_peft_model": lambda model, lora: get_peft_model(copy.deepcopy(model), lora),
+            "penalty": EKFACPenalty(),
+            "RotatedEWCCallback": RotatedEWCCallback,
+            "task": [{"input_ids": tokens, "labels": tokens}],
+            "old_task": [{"input_ids": tokens, "labels": tokens}],
+        },
+    )
+    assert found["penalty"].num_tasks == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_lightning() -> None:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return CRITERION(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters())
+
+    loaders = [DataLoader(TensorDataset(x, y), 4) for x, y in examples()]
+    found = run("lightning.md", {"module": Module(), "first": loaders[0], "second": loaders[1]})
+    assert found["penalty"].num_tasks == 2
