@@ -35,6 +35,7 @@ COMMANDS = {
     "peers": Command("peers.command", "exactness, compared with other libraries"),
     "text": Command("text.command", "a pretrained network on one set of texts after another"),
     "text-language": Command("text.language", "a small language model on prose and then code"),
+    "text-pretraining": Command("text.pretraining", "what fine-tuning takes from pretraining"),
     "study-storage": Command("studies.storage", "snapshots in files: bytes, time and accuracy"),
     "study-rank": Command("studies.rank", "thin bases of wide layers: bytes, time and memory"),
 }

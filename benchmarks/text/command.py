@@ -93,7 +93,7 @@ def run(options: Options) -> int:
     try:
         found = list(_records(options))
     except ValueError as error:
-        raise CommandError(f"--texts: {error}") from error
+        raise CommandError(str(error)) from error
     names = options.sets if options.texts else [" or ".join(pair) for pair in PACKAGE_PAIRS]
     headings = ("accuracy [%]", "forgetting", "new tasks [%]", "step [s]", "end [s]", "peak [MiB]")
     print_table(", then ".join(names), ["method", "λ"], headings, rows_of(found))

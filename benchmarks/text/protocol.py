@@ -44,7 +44,7 @@ def tested(
             for strength in kind.strengths[:search_values]
         }
         best = max(merits, key=merits.__getitem__, default=None)
-        for strength in dict.fromkeys((kind.default, best)):
+        for strength in dict.fromkeys((None, best)):
             if strength is not None or not kind.needs_strength:
                 for seed in seeds:
                     yield shown(name, strength, seed, False)

@@ -1,6 +1,8 @@
 """Texts to learn: labelled sentences from files, and docstrings and code of installed packages."""
 
 import ast
+import random
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -13,6 +15,8 @@ SETS = ("subj", "trec", "custrev", "rt-polarity")
 PACKAGE_PAIRS = (("numpy", "torch"), ("scipy", "matplotlib"), ("sklearn", "transformers"))
 FEWEST_WORDS = 6
 MOST_DOCSTRINGS = 3_000  # of a package
+
+Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
 
 
 class Labelled(NamedTuple):
@@ -67,6 +71,31 @@ def docstrings(package: str) -> tuple[str, ...]:
     return tuple(found)[:MOST_DOCSTRINGS]
 
 
+def named_docstrings(packages: Sequence[str], number: int, seed: int) -> list[tuple[str, str]]:
+    """Return names of functions and classes, as words, with first lines of their docstrings.
+
+    Raises:
+        ValueError: If there are not so many.
+    """
+    found: dict[str, str] = {}
+    for package in packages:
+        for source in sources(package):
+            for node in _documented(source):
+                if not isinstance(node, ast.Module):
+                    words = _words_of(node.name)
+                    line = (ast.get_docstring(node) or "").split("\n")[0]
+                    if len(words) > 1 and len(line.split()) >= FEWEST_WORDS:
+                        found.setdefault(" ".join(words), line)
+    if len(found) < number:
+        raise ValueError(f"got {len(found)} docstrings of functions; expected at least {number}")
+    return random.Random(seed).sample(sorted(found.items()), number)
+
+
+def _words_of(name: str) -> list[str]:
+    """Return the words of a name such as ``max_pool`` or ``MaxPool``."""
+    return re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+", name)
+
+
 def sources(package: str) -> Iterator[str]:
     """Yield the files of an installed package, without importing it.
 
@@ -82,16 +111,15 @@ def sources(package: str) -> Iterator[str]:
 
 
 def _docstrings_in(source: str) -> Iterator[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes in other people's strings
-        try:
-            tree = ast.parse(source)
-        except SyntaxError:  # a template, or of a later version of Python
-            return
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
-    for node in ast.walk(tree):
-        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
-            yield text
+    for node in _documented(source):
+        yield ast.get_docstring(node) or ""
+
+
+def _documented(source: str) -> Iterator[Documented]:
+    """Yield what has a docstring."""
+    for node in ast.walk(_parsed(source)):
+        if isinstance(node, Documented) and ast.get_docstring(node):
+            yield node
 
 
 def prose_and_code(packages: Sequence[str], characters: int) -> tuple[str, str]:
@@ -109,18 +137,23 @@ def prose_and_code(packages: Sequence[str], characters: int) -> tuple[str, str]:
     return "".join(prose), "".join(code)
 
 
+def _parsed(source: str) -> ast.Module:
+    """Return the syntax tree of a file; an empty one of a template, or of a later Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in other people's strings
+        try:
+            return ast.parse(source)
+        except SyntaxError:
+            return ast.Module([], [])
+
+
 def _code_of(package: str, characters: int) -> str:
     parts: list[str] = []
     size = 0
     for source in sources(package):
         if size >= characters:
             break
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                tree = ast.parse(source)
-            except SyntaxError:
-                continue
+        tree = _parsed(source)
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list):
