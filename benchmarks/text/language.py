@@ -1,0 +1,198 @@
+"""``text-language``: a small language model learns prose, and then code."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from benchmarks.command import CommandError, make_folder, print_table, use_threads
+from benchmarks.option_types import (
+    Count,
+    CountOrZero,
+    Folder,
+    Positive,
+    Seeds,
+    Threads,
+    one_of,
+    several,
+    whole_number,
+)
+
+if TYPE_CHECKING:
+    from benchmarks.text.networks import LanguageModel
+    from benchmarks.text.records import Record
+    from benchmarks.text.stream import Training
+    from benchmarks.text.tasks import Task
+
+METHOD_NAMES = ("naive", "l2", "ewc", "rotated-ewc", "joint")
+PACKAGES = ("numpy", "scipy", "sklearn", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train a GPT on docstrings of installed packages, byte by byte, and then on their code.
+
+    Strengths are chosen by the mean of both losses on held-out texts. Writes language.jsonl (after
+    every finished run), and prints a table of losses in nats per byte.
+
+    Attributes:
+        methods: Which methods.
+        characters: How much of each kind of text.
+        layers: Layers of the network.
+        width: Its width.
+        steps: Steps for each kind of text.
+        batch_size: Sequences in a step.
+        learning_rate: Of Adam.
+        length: Bytes of a sequence.
+        fisher_samples: Sequences that a penalty looks at.
+        test_size: Sequences of each kind to test with, and as many to choose by.
+        search_values: Strengths to try for each method that has one; 0 for defaults alone.
+        seeds: Seeds of the runs; strengths are searched with the first.
+        threads: Threads of PyTorch.
+        output: Folder of the results.
+    """
+
+    methods: Annotated[tuple[str, ...], several(one_of(METHOD_NAMES))] = METHOD_NAMES
+    characters: Count = 1_200_000
+    layers: Count = 2
+    width: Annotated[int, whole_number(4)] = 128
+    steps: Count = 400
+    batch_size: Count = 16
+    learning_rate: Positive = 1e-3
+    length: Annotated[int, whole_number(2)] = 64
+    fisher_samples: Count = 256
+    test_size: Count = 500
+    search_values: CountOrZero = 3
+    seeds: Seeds = (0, 1, 2)
+    threads: Threads = None
+    output: Folder = Path("results/language")
+
+
+def run(options: Options) -> int:
+    """Search strengths, run all methods with all seeds, and present the results."""
+    make_folder(options.output)
+    use_threads(options.threads)
+    try:
+        found = list(_records(options))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    headings = ("prose before", "prose", "code", "step [s]", "end [s]")
+    print_table("Prose, then code", ["method", "λ"], headings, _rows(found))
+    print(f"Wrote {options.output / 'language.jsonl'}.")
+    return 0
+
+
+def _records(options: Options) -> "Iterator[Record]":
+    """Yield the records of the tests."""
+    from benchmarks.text.protocol import tested
+    from benchmarks.text.records import Records
+
+    records = Records(options.output / "language.jsonl")
+    own = ("methods", "search_values", "seeds", "output", "threads")
+    shared = {key: value for key, value in asdict(options).items() if key not in own}
+
+    def run(method: str, strength: float | None, seed: int, validate: bool) -> "Record":
+        told = {"method": method, "strength": strength, "seed": seed, "validate": validate}
+        return records.get(
+            {**shared, **told}, lambda: _work(options, method, strength, seed, validate=validate)
+        )
+
+    def figures(record: "Record") -> dict[str, float]:
+        prose, code = record["matrix"][-1]
+        return {"merit": -(prose + code) / 2, "prose": prose, "code": code}
+
+    yield from tested(options.methods, options.search_values, options.seeds, run, figures)
+
+
+def _rows(records: "Iterable[Record]") -> Iterator[tuple[str, ...]]:
+    from statistics import fmean
+
+    from benchmarks.text.report import groups_of, spread, strength_of
+
+    for (name, _), group in groups_of(records).items():
+        last = [record["matrix"][-1] for record in group]
+        joint = name == "joint"
+        yield (
+            name,
+            strength_of(group),
+            "–" if joint else spread((r["matrix"][0][0] for r in group), 1, 3),
+            spread((prose for prose, _ in last), 1, 3),
+            spread((code for _, code in last), 1, 3),
+            "–" if joint else f"{fmean(r['step_seconds'] for r in group):.3f}",
+            "–" if joint else f"{fmean(r['task_end_seconds'] for r in group):.1f}",
+        )
+
+
+def _work(
+    options: Options, name: str, strength: float | None, seed: int, *, validate: bool
+) -> dict[str, Any]:
+    """Do one run."""
+    import torch
+
+    from benchmarks.text.methods import METHODS
+    from benchmarks.text.stream import Training, learn_jointly, learn_others
+
+    method = METHODS[name](strength, examples=options.fisher_samples, seed=seed)
+    training = Training(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+    )
+    tasks = _tasks(options, seed)
+    rest: Any = {"validate": validate, "measure": _loss}
+    if method.at_once:
+        outcome = learn_jointly(_model(options, seed), tasks, training, 1000 * seed, **rest)
+    else:
+        model = _model(options, seed)
+        model.load_state_dict(_after_first(options, training, seed))
+        outcome = learn_others(model, tasks, method, training, 1000 * seed, **rest)
+    return {**asdict(outcome), "torch": torch.__version__}
+
+
+def _loss(model: Any, task: "Task", validate: bool) -> float:
+    """Mean loss of a byte on a kind of text's test part, or on what is held out."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from benchmarks.text.stream import EVALUATION_BATCH
+
+    part = task.held_out if validate else task.test
+    with torch.no_grad():
+        losses = [
+            float(cross_entropy(model(ids), labels, reduction="sum"))
+            for ids, labels in part.batches(EVALUATION_BATCH)
+        ]
+    return sum(losses) / part.labels.numel()
+
+
+def _model(options: Options, seed: int) -> "LanguageModel":
+    import torch
+
+    from benchmarks.text.networks import LanguageModel
+
+    torch.manual_seed(seed)
+    return LanguageModel(options.layers, options.width, options.length)
+
+
+def _tasks(options: Options, seed: int) -> "list[Task]":
+    """Prose, and code."""
+    from benchmarks.text.tasks import language_task
+    from benchmarks.text.texts import prose_and_code
+
+    texts = prose_and_code(PACKAGES, options.characters)
+    size = options.test_size
+    return [
+        language_task(name, text, options.length, size, seed)
+        for name, text in zip(("prose", "code"), texts, strict=True)
+    ]
+
+
+@lru_cache(maxsize=3)
+def _after_first(options: Options, training: "Training", seed: int) -> dict[str, Any]:
+    """The state of the network that knows the prose, for which all methods do the same."""
+    from benchmarks.text.stream import learn_first
+
+    model = _model(options, seed)
+    learn_first(model, _tasks(options, seed)[0], training, 1000 * seed)
+    return model.state_dict()

