@@ -13,6 +13,7 @@ from torch import Tensor
 from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.completion import CompletedBasis, complete
 from rotate_ewc.linalg.kronecker import Basis, Rotation
+from rotate_ewc.linalg.thin_products import ThinProducts, thin_products
 
 
 def matrix_shape(parameter: torch.Size, groups: int, transposed: bool) -> tuple[int, int, int]:
@@ -195,12 +196,29 @@ class Block:
         Returns:
             By name, `[*shape]` or `[K, *shape]`.
         """
-        product = kronecker.from_eigenbasis(matrix, *self._rotations)
-        return self.split(product, shapes)
+        return self.split(self.from_eigenbasis(matrix), shapes)
 
-    def prepare(self) -> None:
-        """Find now what is kept, and not in the first rotation, which may be compiled."""
-        _ = self._rotations, self.spectrum
+    def from_eigenbasis(self, matrix: Tensor) -> Tensor:
+        """Return `Q_g D Q_aᵀ` for a matrix D in the eigenbasis, or for K of them, as one matrix."""
+        return kronecker.from_eigenbasis(matrix, *self._rotations)
+
+    def multiply(self, matrix: Tensor) -> Tensor:
+        """Return F D for a gathered matrix D, or for K of them, in the standard basis.
+
+        Args:
+            matrix: As `gather` returns it, in the dtype of the eigenvalues.
+        """
+        if self.products is None:
+            rotated = kronecker.to_eigenbasis(matrix, *self._rotations)
+            return self.from_eigenbasis(self.spectrum * rotated)
+        return self.products.product(matrix, self.products.form(matrix)[1])
+
+    @cached_property
+    def products(self) -> ThinProducts | None:
+        """Products in the kept directions alone; None where all are kept."""
+        if not self.is_thin:
+            return None
+        return thin_products(self.gradient_basis, self.activation_basis, self.eigenvalues)
 
     def diagonal_in(self, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
         """Return the diagonal of the block's matrix in another basis.
