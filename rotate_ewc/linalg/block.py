@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotate_ewc._utils.tree import place_of
 from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.completion import CompletedBasis, complete
 from rotate_ewc.linalg.kronecker import Basis, Rotation
@@ -316,3 +317,24 @@ class Block:
         if self.transposed:
             return tensor.reshape(*count, groups, d_in, d_out).mT
         return tensor.reshape(*count, groups, d_out, d_in)
+
+
+def map_together(
+    function: Callable[[Tensor], Tensor], blocks: Iterable[Block]
+) -> tuple[Block, ...]:
+    """Return blocks with every stored tensor replaced by a function of it.
+
+    What several blocks share, such as the basis of an input that they have in common, they share
+    afterwards.
+    """
+    known: dict[object, Tensor] = {}
+
+    def mapped(tensor: Tensor) -> Tensor:
+        place = place_of(tensor)
+        if place not in known:
+            known[place] = function(tensor)
+        return known[place]
+
+    # The places of tensors that nobody holds any longer may be taken by others.
+    blocks = tuple(blocks)
+    return tuple(block.map(mapped) for block in blocks)
