@@ -35,6 +35,7 @@ COMMANDS = {
     "peers": Command("peers.command", "exactness, compared with other libraries"),
     "study-storage": Command("studies.storage", "snapshots in files: bytes, time and accuracy"),
     "study-rank": Command("studies.rank", "thin bases of wide layers: bytes, time and memory"),
+    "study-scale": Command("studies.scale", "what decoders of billions of parameters would take"),
 }
 
 
