@@ -38,6 +38,7 @@ COMMANDS = {
     "text-pretraining": Command("text.pretraining", "what fine-tuning takes from pretraining"),
     "study-storage": Command("studies.storage", "snapshots in files: bytes, time and accuracy"),
     "study-rank": Command("studies.rank", "thin bases of wide layers: bytes, time and memory"),
+    "study-scale": Command("studies.scale", "what decoders of billions of parameters would take"),
 }
 
 

@@ -6,22 +6,21 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from time import process_time
+from typing import Annotated, Any
 
 from benchmarks.command import CommandError, keep, make_folder, print_table, use_threads
 from benchmarks.option_types import Folder, Threads
 from benchmarks.speed.options import some_of
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    Problem = tuple[nn.Module, list[tuple[Tensor, Tensor]]]
+from benchmarks.studies.networks import PROBLEMS
 
 NAME = "rank"
-FORMAT = "rotate_ewc.benchmarks.rank/1"
-CASES = ("few-examples", "vocabulary", "lora", "resnet18")
+FORMAT = "rotate_ewc.benchmarks.rank/2"
+CASES = tuple(PROBLEMS)
+DEFAULT_CASES = ("few-examples", "vocabulary", "lora", "resnet18")
 MIB = 2**20
+# Of which nothing is gained by a first time that does not count.
+_SECONDS_OF_A_LARGE_ONE = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +34,28 @@ class Options:
       lora          adapters of rank 8 on all linear layers of a Llama block of width 1024,
                     16 sequences of 32 tokens
       resnet18      torchvision's, 64 images of 64 x 64 pixels
+      crepe         the convolutions of torchcrepe's "tiny", one of 8,192 inputs, 256 frames
+      gpt2          GPT-2 small with its tied head (needs transformers), 32 sequences of 64 tokens
+      decoder       Llama 3.2 with one billion parameters at an eighth of the width, 16 of 64
 
-    with weights and data that are noise. Each has a process of its own. Writes rank.json, and
-    prints a table: the file of the penalty over the parameters that it protects; seconds of a
-    forward and backward pass of the same data, of consolidating (after a first time that does not
-    count), and of the penalty's value and gradient; and the most memory that the process had.
+    with weights and data that are noise; only the first four if nothing is said. Each has a process
+    of its own. Writes rank.json, and prints a table: the file of the penalty over the parameters
+    that it protects; seconds of all processors for a forward and backward pass of the same data,
+    for consolidating, and for the penalty's value and gradient; and the most memory that the
+    process had, over what it had before the model was made, also as a multiple of the model and its
+    gradients.
 
     Attributes:
-        cases: Any of few-examples, vocabulary, lora, resnet18.
+        cases: Any of few-examples, vocabulary, lora, resnet18, crepe, gpt2, decoder.
         rank: auto, full, a whole number, or a part of the trace below 1.
+        memory_budget: Bytes, as consolidate takes them.
         threads: CPU threads of PyTorch.
         output: Folder for the results.
     """
 
-    cases: Annotated[tuple[str, ...], some_of(CASES)] = CASES
+    cases: Annotated[tuple[str, ...], some_of(CASES)] = DEFAULT_CASES
     rank: str = "auto"
+    memory_budget: int = 2**30
     threads: Threads = None
     output: Folder = Path("results")
 
@@ -70,6 +76,7 @@ class Measured:
 
     case: str
     rank: int | float | str
+    memory_budget: int
     parameter_bytes: int
     file_bytes: int
     plain_seconds: float
@@ -89,7 +96,14 @@ def run(options: Options) -> int:
     make_folder(options.output)
     results = options.output / f"{NAME}.json"
     found = keep(_each_alone(options), results, {"format": FORMAT})
-    headings = ("file / weights", "plain [s]", "consolidate", "penalty [s]", "peak [MiB]")
+    headings = (
+        "file / weights",
+        "plain [s]",
+        "consolidate",
+        "penalty [s]",
+        "peak [MiB]",
+        "/ (2 ×)",
+    )
     rows = (
         (
             one.case,
@@ -98,6 +112,7 @@ def run(options: Options) -> int:
             f"{one.consolidate_seconds:.2f} s, {one.consolidate_seconds / one.plain_seconds:.1f} ×",
             f"{one.penalty_seconds:.3f}",
             f"{one.peak_bytes / MIB:.0f}",
+            f"{one.peak_bytes / (2 * one.parameter_bytes):.1f}",
         )
         for one in found
     )
@@ -109,11 +124,14 @@ def run(options: Options) -> int:
 def _each_alone(options: Options) -> Iterator[Measured]:
     for case in options.cases:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            yield pool.submit(measure, case, options.rank_as_value, options.threads).result()
+            arguments = case, options.rank_as_value, options.memory_budget, options.threads
+            yield pool.submit(measure, *arguments).result()
 
 
-def measure(case: str, rank: int | float | str, threads: int | None = None) -> Measured:
-    """Consolidate the model of one case twice, and look at the penalty."""
+def measure(
+    case: str, rank: int | float | str, memory_budget: int, threads: int | None = None
+) -> Measured:
+    """Consolidate the model of one case, small ones a second time, and look at the penalty."""
     import tempfile
 
     import torch
@@ -123,25 +141,31 @@ def measure(case: str, rank: int | float | str, threads: int | None = None) -> M
 
     use_threads(threads)
     torch.manual_seed(0)
-    model, data = PROBLEMS[case]()
-    loss = nn.CrossEntropyLoss()
+    if case == "gpt2":
+        import transformers  # noqa: F401
+    before = _peak_bytes()
+    problem = PROBLEMS[case]()
+    model, data, loss = problem.model, problem.data, nn.CrossEntropyLoss()
     parameters = [p for p in model.parameters() if p.requires_grad]
+    forward = problem.forward or model
 
     def plain() -> None:
         for x, y in data:
             model.zero_grad()
-            loss(model(x), y).backward()
+            loss(forward(x), y).backward()
 
     def consolidated() -> EKFACPenalty:
-        penalty = EKFACPenalty(1.0, rank=rank, temperature=1.0)
-        penalty.consolidate(model, loss, data)
+        options = {"rank": rank, "memory_budget": memory_budget, "temperature": 1.0}
+        penalty = EKFACPenalty(1.0, **options)
+        penalty.consolidate(model, loss, data, forward=problem.forward)
         return penalty
 
     plain()
     _, plain_seconds = _timed(plain)
-    consolidated()
+    if plain_seconds < _SECONDS_OF_A_LARGE_ONE:
+        consolidated()
     penalty, seconds = _timed(consolidated)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = _peak_bytes() - before
     penalty(model).backward()
     _, penalty_seconds = _timed(lambda: penalty(model).backward())
     with tempfile.TemporaryDirectory() as folder:
@@ -149,81 +173,16 @@ def measure(case: str, rank: int | float | str, threads: int | None = None) -> M
         penalty.save(path)
         size = path.stat().st_size
     weights = sum(p.nbytes for p in parameters)
-    return Measured(case, rank, weights, size, plain_seconds, seconds, penalty_seconds, peak)
+    return Measured(
+        case, rank, memory_budget, weights, size, plain_seconds, seconds, penalty_seconds, peak
+    )
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    start = perf_counter()
+    start = process_time()
     result = work()
-    return result, perf_counter() - start
-
-
-def _linear(d_in: int, d_out: int, examples: int, batch_size: int) -> "Problem":
-    import torch
-    from torch import nn
-
-    x, y = torch.randn(examples, d_in), torch.randint(d_out, (examples,))
-    batches = zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True)
-    return nn.Linear(d_in, d_out), list(batches)
-
-
-def _resnet18() -> "Problem":
-    import torch
-    from torchvision.models import resnet18
-
-    x, y = torch.randn(64, 3, 64, 64), torch.randint(10, (64,))
-    return resnet18(num_classes=10).eval(), [(x, y)]
-
-
-def _lora() -> "Problem":
-    """A block as in Llama, with causal attention; its own weights are frozen."""
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
-
-    width, hidden, heads, rank, classes = 1024, 2816, 16, 8, 10
-
-    class Adapted(nn.Module):
-        def __init__(self, d_in: int, d_out: int) -> None:
-            super().__init__()
-            self.frozen = nn.Linear(d_in, d_out, bias=False).requires_grad_(False)
-            self.down = nn.Linear(d_in, rank, bias=False)
-            self.up = nn.Linear(rank, d_out, bias=False)
-
-        def forward(self, x: "Tensor") -> "Tensor":
-            adapted: Tensor = self.frozen(x) + 2 * self.up(self.down(x))
-            return adapted
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.query, self.key, self.value, self.output = (
-                Adapted(width, width) for _ in range(4)
-            )
-            self.gate, self.up = Adapted(width, hidden), Adapted(width, hidden)
-            self.down = Adapted(hidden, width)
-            self.before = nn.RMSNorm(width).requires_grad_(False)
-            self.after = nn.RMSNorm(width).requires_grad_(False)
-            self.head = nn.Linear(width, classes).requires_grad_(False)
-
-        def forward(self, x: "Tensor") -> "Tensor":
-            normal = self.before(x)
-            layers = self.query, self.key, self.value
-            q, k, v = (one(normal).unflatten(2, (heads, -1)).transpose(1, 2) for one in layers)
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.output(mixed.transpose(1, 2).flatten(2))
-            normal = self.after(x)
-            x = x + self.down(F.silu(self.gate(normal)) * self.up(normal))
-            outputs: Tensor = self.head(x)
-            return outputs.transpose(1, 2)
-
-    x, y = torch.randn(16, 32, width), torch.randint(classes, (16, 32))
-    return Block(), [(x[:8], y[:8]), (x[8:], y[8:])]
-
-
-PROBLEMS: dict[str, Callable[[], "Problem"]] = {
-    "few-examples": lambda: _linear(8, 1500, 4, 4),
-    "vocabulary": lambda: _linear(16, 32000, 256, 64),
-    "lora": _lora,
-    "resnet18": _resnet18,
-}
+    return result, process_time() - start

@@ -97,3 +97,24 @@ def to_device(value: Any, device: torch.device) -> Any:
     if all(t.device == device and not t.is_inference() for t in tensors_in(value)):
         return value
     return map_tensors(lambda t: t.to(device, copy=t.is_inference()), value)
+
+
+def memory_of(tensor: Tensor) -> tuple[int, int]:
+    """Return the address and the bytes of what a tensor is a view of."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except NotImplementedError:
+        # A tensor inside a transform of `torch.func` only stands for another one.
+        return id(tensor), tensor.nbytes
+
+
+def place_of(tensor: Tensor) -> object:
+    """Return where in memory a dense tensor's numbers are, and how they lie there.
+
+    Two living tensors have the same place if, and only if, they have the same numbers for ever.
+    """
+    if not tensor.numel():
+        return id(tensor)
+    layout = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return memory_of(tensor)[0], layout

@@ -22,7 +22,7 @@ from rotate_ewc.estimation.estimate import fit_blocks
 from rotate_ewc.io import files, snapshot
 from rotate_ewc.io.storage_dtype import check_storage_dtype
 from rotate_ewc.linalg import algebra, quadratic
-from rotate_ewc.linalg.block import Block
+from rotate_ewc.linalg.block import Block, map_together
 from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import EstimationOptions, EstimationSettings
 from rotate_ewc.provenance import Provenance
@@ -372,8 +372,11 @@ class EKFACLinearOperator:
         return self.map(lambda tensor: tensor.to(device=device, dtype=dtype))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> EKFACLinearOperator:
-        """Return the operator with every stored tensor replaced by `function` of it."""
-        return self.map_blocks(lambda block: block.map(function))
+        """Return the operator with every stored tensor replaced by `function` of it.
+
+        What blocks share they share afterwards.
+        """
+        return self._with(map_together(function, self._blocks))
 
     def map_blocks(self, function: Callable[[Block], Block]) -> EKFACLinearOperator:
         """Return the operator with every block replaced by one for the same parameters."""
@@ -468,4 +471,4 @@ def _kept(block: Block) -> str:
 
 def _laid_out(blocks: Iterable[Block]) -> tuple[Block, ...]:
     """Give all tensors one layout: the bits of products depend on it, and files know no other."""
-    return tuple(block.map(Tensor.contiguous) for block in blocks)
+    return map_together(Tensor.contiguous, blocks)

@@ -10,19 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Final
 
 from torch import Tensor
 
 from rotate_ewc._utils.messages import quoted
 from rotate_ewc._utils.numerics import check_finite
+from rotate_ewc._utils.tree import place_of
 from rotate_ewc._utils.validation import Rank
-from rotate_ewc.estimation.factors import KroneckerFactors
+from rotate_ewc.estimation.factors import ACTIVATION, GRADIENT, KroneckerFactors, Place
 from rotate_ewc.estimation.microbatch import Microbatch, in_halves, microbatches
-from rotate_ewc.layers import Factors
+from rotate_ewc.estimation.ranks import truncation_of
+from rotate_ewc.layers import Factors, LinearCall
 from rotate_ewc.linalg import eigenvalues, thin_eigenvalues
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.linalg.outer_products import OuterProducts, add_to_all
 from rotate_ewc.linalg.thin_eigenvalues import squared_with_rest
+from rotate_ewc.linalg.tied_eigenvalues import summed_tied
 from rotate_ewc.tracing.block_plan import BlockKey, BlockPlan
 from rotate_ewc.tracing.capture import CapturedBatch
 
@@ -35,11 +39,16 @@ class FirstPass:
         reduce: Whether shared positions are summed before they enter (`KFACType.REDUCE`).
         max_bytes: What the work on one microbatch may take.
         rank_of: How many directions are kept, by the name of a parameter.
+        most: Bytes that the factors may take; None is no limit. Blocks for which there is no room
+            are put off, but for the first one.
+        finished: The blocks of earlier rounds.
+        put_off: Those of later ones.
+        sizes: Those of this one, and the bytes that their factors may take.
         num_examples: Examples seen.
         normalizer: What the reduction `mean` divides by.
         factors: The Kronecker factors of every block.
-        leaders: The weights, by biases whose gradient factor has so far been that of the weight.
-            Theirs is not computed.
+        leaders: Sides whose factor has so far been that of another block, and is not computed, and
+            where that is: a bias has the gradients of its weight, and layers may share an input.
         reached: The blocks that obviously get a gradient that is not zero.
         squares: Squared per-example gradients of the parameters for whose uses there is no rule.
     """
@@ -47,10 +56,14 @@ class FirstPass:
     reduce: bool
     max_bytes: int
     rank_of: Callable[[str], Rank]
+    most: int | None = None
+    finished: frozenset[BlockKey] = frozenset()
+    put_off: set[BlockKey] = field(default_factory=set)
+    sizes: dict[BlockKey, int] = field(default_factory=dict)
     num_examples: int = 0
     normalizer: float = 0.0
     factors: dict[BlockKey, KroneckerFactors] = field(default_factory=dict)
-    leaders: dict[BlockKey, BlockKey] = field(default_factory=dict)
+    leaders: dict[Place, Place] = field(default_factory=dict)
     reached: set[BlockKey] = field(default_factory=set)
     squares: dict[str, Tensor] = field(default_factory=dict)
 
@@ -67,14 +80,15 @@ class FirstPass:
         for name, squares in captured.squares.items():
             before = self.squares.get(name)
             self.squares[name] = squares if before is None else before + squares
-        self._check_forms(captured.plans)
-        self._settle_leaders(captured)
-        for plan in captured.plans:
+        followed = self._followed(captured)
+        plans = self._plans_of_round(captured.plans, followed)
+        self._check_forms(plans)
+        self._settle_leaders(plans, followed)
+        for plan in plans:
             # Looked at until it is so, which for most blocks is in the first batch.
             if plan.key not in self.reached and captured.reaches(plan):
                 self.reached.add(plan.key)
-            if plan.key not in self.leaders:
-                self._add_block(captured, plan)
+            self._add_block(captured, plan)
 
     def _add_block(self, captured: CapturedBatch, plan: BlockPlan) -> None:
         total, label = self._factors(plan), plan.key.label
@@ -82,6 +96,7 @@ class FirstPass:
         if gradient is None and activation is None:
             return
         per_example = plan.form.factors is Factors.NONE
+        tied = plan.form.factors is Factors.TIED
         for microbatch in microbatches(captured, plan, self.max_bytes):
             if activation is not None and not per_example and captured.first:
                 in_halves(
@@ -95,8 +110,62 @@ class FirstPass:
                         if side is not None:
                             check_finite(side.diagonal.sum(), f"gradients of {label!r}")
                 elif gradient is not None:
-                    in_halves(one, partial(_add_gradients, total=gradient, reduce=self.reduce))
+                    add = partial(_add_tied_columns, total=gradient)
+                    if not tied:
+                        add = partial(_add_gradients, total=gradient, reduce=self.reduce)
+                    in_halves(one, add)
                     check_finite(gradient.diagonal.sum(), f"output gradients of {label!r}")
+
+    @property
+    def elsewhere(self) -> frozenset[BlockKey]:
+        """The blocks of other rounds."""
+        return self.finished | self.put_off
+
+    def _plans_of_round(
+        self, plans: Sequence[BlockPlan], followed: Mapping[Place, Place]
+    ) -> list[BlockPlan]:
+        """Return the plans of the blocks that have room here, and put the others off."""
+        if self.most is None:
+            return list(plans)
+        for plan in plans:
+            if plan.key in self.sizes or plan.key in self.elsewhere:
+                continue
+            leaders = {s: followed.get(Place(plan.key, s)) for s in (GRADIENT, ACTIVATION)}
+            total = self._begun(plan)
+            own = [
+                covariance
+                for side, leader in leaders.items()
+                if (leader is None or leader.key not in self.sizes)
+                and (covariance := total.covariance(side)) is not None
+            ]
+            size = sum(covariance.most_bytes for covariance in own)
+            weight, taken = leaders[GRADIENT], sum(self.sizes.values())
+            waits = weight is not None and weight.key in self.put_off
+            if waits or (size and self.sizes and taken + size > self.most):
+                self.put_off.add(plan.key)
+            else:
+                self.sizes[plan.key] = size
+        return [plan for plan in plans if plan.key in self.sizes]
+
+    def _followed(self, captured: CapturedBatch) -> dict[Place, Place]:
+        """Return the sides whose factor is in this batch that of another block, and where it is."""
+        found: dict[Place, Place] = {}
+        first: dict[object, BlockKey] = {}
+        for plan in captured.plans:
+            if plan.follower is not None:
+                rank = self.rank_of(plan.key.weight)
+                if self.rank_of(plan.follower.weight) == rank:
+                    found[Place(plan.follower, GRADIENT)] = Place(plan.key, GRADIENT)
+            place = _place_of_inputs(captured, plan)
+            if place is not None:
+                _, d_out, d_in = plan.form.shape(plan.parameter.shape)
+                leading = plan.key.leading_columns
+                kept = truncation_of(self.rank_of(plan.key.weight), d_in + leading, d_out)
+                same = place, leading, kept, plan.parameter.dtype
+                leader = first.setdefault(same, plan.key)
+                if leader != plan.key:
+                    found[Place(plan.key, ACTIVATION)] = Place(leader, ACTIVATION)
+        return found
 
     def _check_forms(self, plans: Sequence[BlockPlan]) -> None:
         known = ((plan, self.factors.get(plan.key)) for plan in plans)
@@ -110,34 +179,34 @@ class FirstPass:
     def _factors(self, plan: BlockPlan) -> KroneckerFactors:
         """Return the factors of a block so far, which begin with its first batch."""
         if plan.key not in self.factors:
-            rank = self.rank_of(plan.key.weight)
-            self.factors[plan.key] = KroneckerFactors.of(plan, rank)
+            self.factors[plan.key] = self._begun(plan)
         return self.factors[plan.key]
 
-    def unfollow(self, key: BlockKey, leader: BlockKey) -> None:
-        """Let a bias go on from a copy of the gradient factor of a weight."""
-        del self.leaders[key]
-        covariance = self.factors[leader].gradient_covariance
-        if covariance is not None:
-            covariance = covariance.clone(self.factors[key].gradient_truncation)
-        self.factors[key].gradient_covariance = covariance
+    def _begun(self, plan: BlockPlan) -> KroneckerFactors:
+        return KroneckerFactors.of(plan, self.rank_of(plan.key.weight))
 
-    def _settle_leaders(self, captured: CapturedBatch) -> None:
-        """Let biases go on from a copy as soon as their factor is no longer that of a weight."""
-        followers = {
-            p.follower: p.key
-            for p in captured.plans
-            if p.follower is not None
-            and self.rank_of(p.follower.weight) == self.rank_of(p.key.weight)
-        }
-        for key, weight in list(self.leaders.items()):
-            if followers.get(key) != weight:
-                self.unfollow(key, weight)
-        for plan in captured.plans:
-            leader = followers.get(plan.key)
-            if leader is not None and not {plan.key, leader} & self.factors.keys():
-                self.leaders[plan.key] = leader
-                self._factors(plan).gradient_covariance = None
+    def unfollow(self, place: Place, leader: Place) -> None:
+        """Let one side of a block go on from a copy of the factor of another block."""
+        del self.leaders[place]
+        covariance, own = self.factors[leader.key].covariance(leader.side), self.factors[place.key]
+        if covariance is not None:
+            covariance = covariance.clone(own.truncations[place.side != GRADIENT])
+        own.replace_covariance(place.side, covariance)
+
+    def _settle_leaders(self, plans: Sequence[BlockPlan], followed: Mapping[Place, Place]) -> None:
+        """Let sides go on from a copy as soon as their factor is no longer that of another."""
+        for place, leader in list(self.leaders.items()):
+            if followed.get(place) != leader:
+                self.unfollow(place, leader)
+        present, known = {plan.key for plan in plans}, set(self.factors)
+        for plan in plans:
+            for side in (GRADIENT, ACTIVATION):
+                place = Place(plan.key, side)
+                found = followed.get(place)
+                if found is None or found.key not in present or {plan.key, found.key} & known:
+                    continue
+                self.leaders[place] = found
+                self._factors(plan).replace_covariance(side, None)
 
 
 @dataclass
@@ -148,11 +217,13 @@ class SecondPass:
         blocks: The blocks, whose eigenvalues are summed.
         leaders: As in the first pass.
         max_bytes: What the work on one microbatch may take.
+        elsewhere: The blocks of other rounds.
     """
 
     blocks: Mapping[BlockKey, Block]
-    leaders: Mapping[BlockKey, BlockKey]
+    leaders: Mapping[Place, Place]
     max_bytes: int
+    elsewhere: frozenset[BlockKey] = frozenset()
 
     def add(self, captured: CapturedBatch) -> None:
         """Add a batch's squared per-example gradients in the eigenbases.
@@ -161,7 +232,8 @@ class SecondPass:
             ValueError: If a number is not finite, or a parameter was not used in the first pass.
             MemoryError: If the work on a single example takes more memory than there is.
         """
-        new = [plan.key.label for plan in captured.plans if plan.key not in self.blocks]
+        plans = [plan for plan in captured.plans if plan.key not in self.elsewhere]
+        new = [plan.key.label for plan in plans if plan.key not in self.blocks]
         if new:
             raise ValueError(
                 f"{quoted(new)} was used in the second pass over the data but not in the first; "
@@ -169,10 +241,10 @@ class SecondPass:
             )
         following = {
             plan.follower
-            for plan in captured.plans
-            if plan.follower is not None and self.leaders.get(plan.follower) == plan.key
+            for plan in plans
+            if plan.follower is not None and self._follows(plan.follower, plan.key)
         }
-        for plan in captured.plans:
+        for plan in plans:
             if plan.key in following:
                 continue
             block = self.blocks[plan.key]
@@ -182,9 +254,26 @@ class SecondPass:
                     add = partial(_add_outer_products, block=block, follower=follower)
                     in_halves(microbatch, add)
                     continue
-                lookup = plan.form.factors is Factors.LOOKUP
+                add = partial(_OF_FORMS[plan.form.factors], block=block)
                 for one in microbatch.by_vector():
-                    in_halves(one, partial(_add_lookups if lookup else _add_squares, block=block))
+                    in_halves(one, add)
+
+    def _follows(self, bias: BlockKey, weight: BlockKey) -> bool:
+        """Whether a bias has the gradient factor of a weight."""
+        return self.leaders.get(Place(bias, GRADIENT)) == Place(weight, GRADIENT)
+
+
+def _place_of_inputs(captured: CapturedBatch, plan: BlockPlan) -> object:
+    """Return where in memory a linear layer's inputs are, and how; None where that says nothing."""
+    if len(plan.uses) != 1 or plan.form.factors is not Factors.OUTER_PRODUCTS:
+        return None
+    (use,) = plan.uses
+    call, inputs = captured.uses[use].call, captured.inputs[use]
+    if not plan.form.activation_basis or not isinstance(call, LinearCall):
+        return None
+    if captured.present[use] is not None or not inputs.numel():
+        return None
+    return place_of(inputs)
 
 
 def _add_activations(microbatch: Microbatch, total: OuterProducts, reduce: bool) -> None:
@@ -211,6 +300,20 @@ def _add_rows_and_columns(microbatch: Microbatch, total: KroneckerFactors) -> No
     add_to_all([(side, vectors) for side, vectors in sides if side is not None])
 
 
+def _add_tied_columns(microbatch: Microbatch, total: OuterProducts) -> None:
+    """Add `Σ G Gᵀ` of an embedding tied to an output layer."""
+    (factors,) = microbatch.tied_factors()
+    total.add(factors.columns())
+
+
+def _add_tied(microbatch: Microbatch, block: Block) -> None:
+    """Add to the eigenvalues of an embedding tied to an output layer."""
+    (factors,) = microbatch.tied_factors()
+    squares = summed_tied(factors, block.gradient_basis, microbatch.max_bytes)
+    check_finite(squares.sum(), f"gradients of {microbatch.label!r}")
+    block.eigenvalues.add_(squares)
+
+
 def _add_lookups(microbatch: Microbatch, block: Block) -> None:
     """Add to the eigenvalues of an embedding."""
     (gradients,) = microbatch.block_gradients()
@@ -231,6 +334,14 @@ def _add_squares(microbatch: Microbatch, block: Block) -> None:
     squares = squared(gradients, block.gradient_basis, block.activation_basis)
     check_finite(squares.sum(), f"gradients of {microbatch.label!r}")
     block.eigenvalues.add_(squares)
+
+
+_OF_FORMS: Final[Mapping[Factors, Callable[..., None]]] = {
+    Factors.LOOKUP: _add_lookups,
+    Factors.TIED: _add_tied,
+    Factors.NONE: _add_squares,
+}
+"""How a microbatch adds to the eigenvalues of a block that is not of outer products alone."""
 
 
 def _add_outer_products(microbatch: Microbatch, block: Block, follower: Block | None) -> None:

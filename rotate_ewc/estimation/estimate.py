@@ -1,4 +1,4 @@
-"""Estimate the blocks of a model in two passes over the data, and leave the model as it was.
+"""Estimate the blocks of a model in passes over the data, and leave the model as it was.
 
 The first pass sums the Kronecker factors, whose eigenvectors become the bases. The second finds, in
 these bases, the exact mean squares of the per-example gradients.
@@ -24,18 +24,15 @@ from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.reached_modules import reached_modules
 from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.distributed.processes import Ranks
-from rotate_ewc.estimation.accumulate import FirstPass, SecondPass
-from rotate_ewc.estimation.factors import decompose
 from rotate_ewc.estimation.repeatability import WatchedForward, check_equal
-from rotate_ewc.estimation.united import unite
+from rotate_ewc.estimation.rounds import Sums, estimate_in_rounds
 from rotate_ewc.linalg.block import Block, matrix_shape
 from rotate_ewc.losses import Likelihood
-from rotate_ewc.options import EstimationSettings, KFACType, Reduction, Unsupported
+from rotate_ewc.options import EstimationSettings, Reduction, Unsupported
 from rotate_ewc.provenance import Provenance
 from rotate_ewc.tracing.capture import BatchCapturer
 from rotate_ewc.tracing.origins import NO_CONSTANTS, Constants
 from rotate_ewc.tracing.passes import (
-    Passes,
     batches,
     check_reiterable,
     naming_batch,
@@ -204,7 +201,9 @@ def estimate(
     """Estimate the Fisher matrix of a loss over a data set, block by block.
 
     Half of the memory budget is for batches kept for the second pass, a quarter for the gradients
-    of a batch's output vectors, and a quarter for the work on a block.
+    of a batch's output vectors, and a quarter for the work on a block. Kronecker factors may take
+    as much again; where they would take more, there are several rounds of two passes, each for some
+    of the blocks.
 
     Args:
         forward: From a batch's inputs to the model's outputs.
@@ -230,22 +229,10 @@ def estimate(
     check_reiterable(data)
     capturer = BatchCapturer(forward, likelihood, parameters, settings, constants)
     capturer.likelihood = likelihood = _counted(capturer, data, ranks)
-    passes = Passes(capturer, data, settings.memory_budget // 2, ranks)
-    reduce = settings.kfac_approx is KFACType.REDUCE
-    first = FirstPass(reduce, settings.memory_budget // 4, settings.rank_of)
-    passes.first(first.add)
-    _agree(likelihood, ranks)
-    without_rule = capturer.unsupported or frozenset()
-    capturer.unsupported = unite(first, without_rule, parameters, ranks)
-    tiny = {key for key, factors in first.factors.items() if factors.underflowed}
-    bases = decompose(first.factors, first.leaders, ranks)
-    second = SecondPass(bases, first.leaders, first.max_bytes)
-    first.factors.clear()
-    passes.second(second.add)
-    ranks.sum("eigenvalues", [block.eigenvalues for block in second.blocks.values()])
-    diagonals = [_diagonal(name, squares) for name, squares in first.squares.items()]
-    used = (*second.blocks.values(), *diagonals)
-    scale = _scale(first, likelihood, num_data)
+    found = estimate_in_rounds(capturer, data, parameters, ranks)
+    diagonals = [_diagonal(name, squares) for name, squares in found.squares.items()]
+    used = (*found.blocks.values(), *diagonals)
+    scale = _scale(found, likelihood, num_data)
     by_name = {}
     for block in used:
         block.eigenvalues.mul_(scale)
@@ -256,35 +243,18 @@ def estimate(
         by_name.update(dict.fromkeys(block.parameters, block))
     vanished = tuple(
         block
-        for key, block in second.blocks.items()
-        if key in first.reached and (key in tiny or underflowed(block.eigenvalues))
+        for key, block in found.blocks.items()
+        if key in found.reached and (key in found.tiny or underflowed(block.eigenvalues))
     )
-    unsupported = tuple(name for name in parameters if name in capturer.unsupported)
+    unsupported = tuple(name for name in parameters if name in found.unsupported)
     skipped = unsupported if settings.unsupported is Unsupported.SKIP else ()
     wanted = [name for name in parameters if name not in skipped]
     unused = tuple(name for name in wanted if name not in by_name)
     by_name.update({name: _diagonal(name, torch.zeros_like(parameters[name])) for name in unused})
     blocks = tuple(dict.fromkeys(by_name[name] for name in wanted))
     return Estimate(
-        blocks, first.num_examples, first.normalizer, used, vanished, unused, unsupported
+        blocks, found.num_examples, found.normalizer, used, vanished, unused, unsupported
     )
-
-
-def _agree(likelihood: Likelihood, ranks: Ranks) -> None:
-    """Have all processes know what any of them has seen of a loss."""
-    if likelihood.has_distribution or ranks.size == 1:
-        return
-    known: dict[str, tuple[int, Any]] = {}
-    for rank, observed in enumerate(ranks.gather("loss", likelihood.observed)):
-        for name, value in observed.items():
-            first, expected = known.setdefault(name, (rank, value))
-            if value != expected:
-                raise ValueError(
-                    f"loss_func {likelihood.name} has {name} {expected!r} on rank {first}, but "
-                    f"{value!r} on rank {rank}; expected the same on all ranks: return a loss for "
-                    f"each example"
-                )
-    likelihood.take_over({name: value for name, (_, value) in known.items()})
 
 
 def _counted(capturer: BatchCapturer, data: Iterable[Any], ranks: Ranks) -> Likelihood:
@@ -318,16 +288,16 @@ def _counted(capturer: BatchCapturer, data: Iterable[Any], ranks: Ranks) -> Like
     return likelihood.with_counts(torch.stack(known).sum(dim=0)) if known else likelihood
 
 
-def _scale(first: FirstPass, likelihood: Likelihood, num_data: int | None) -> float:
+def _scale(found: Sums, likelihood: Likelihood, num_data: int | None) -> float:
     """Return the factor from sums over the examples seen to the loss's own reduction."""
     if likelihood.final_reduction == "mean":
-        if first.normalizer <= 0:
+        if found.normalizer <= 0:
             raise ValueError(
                 "no target in the data counts (all are ignored, or have weight 0), so that the "
                 "mean loss is not defined; expected at least one"
             )
-        return 1.0 / first.normalizer
-    return (num_data or first.num_examples) / max(1, first.num_examples)
+        return 1.0 / found.normalizer
+    return (num_data or found.num_examples) / max(1, found.num_examples)
 
 
 def _diagonal(name: str, values: Tensor) -> Block:

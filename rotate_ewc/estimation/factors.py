@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,21 @@ from rotate_ewc.linalg.outer_products import OuterProducts, eigenvectors
 from rotate_ewc.linalg.truncation import Truncation, truncation_of
 from rotate_ewc.tracing.block_plan import BlockKey, BlockPlan
 
+GRADIENT: Final = "gradient"
+ACTIVATION: Final = "activation"
+
+
+class Place(NamedTuple):
+    """One side of a block.
+
+    Attributes:
+        key: The block's parameters.
+        side: `"gradient"` or `"activation"`.
+    """
+
+    key: BlockKey
+    side: str
+
 
 @dataclass
 class KroneckerFactors:
@@ -31,7 +46,7 @@ class KroneckerFactors:
         template: An empty tensor of the statistics' dtype and device.
         gradient_covariance: `Σ g gᵀ`, `[groups, d_out, d_out]`; None if that side has no basis.
         activation_covariance: `Σ a aᵀ`, `[groups, d_in, d_in]`; None likewise.
-        gradient_truncation: Which eigenvectors of the first are kept; None is all.
+        truncations: Which eigenvectors of both are kept; None is all.
     """
 
     form: Form
@@ -39,7 +54,7 @@ class KroneckerFactors:
     template: Tensor
     gradient_covariance: OuterProducts | None
     activation_covariance: OuterProducts | None
-    gradient_truncation: Truncation | None
+    truncations: tuple[Truncation | None, Truncation | None]
 
     @classmethod
     def of(cls, plan: BlockPlan, rank: Rank) -> KroneckerFactors:
@@ -58,8 +73,19 @@ class KroneckerFactors:
             template,
             gradient if plan.form.gradient_basis else None,
             activation if plan.form.activation_basis else None,
-            of_outputs,
+            (of_outputs, of_inputs),
         )
+
+    def covariance(self, side: str) -> OuterProducts | None:
+        """Return the factor of one side."""
+        return self.gradient_covariance if side == GRADIENT else self.activation_covariance
+
+    def replace_covariance(self, side: str, covariance: OuterProducts | None) -> None:
+        """Replace the factor of one side; None where it is that of another block."""
+        if side == GRADIENT:
+            self.gradient_covariance = covariance
+        else:
+            self.activation_covariance = covariance
 
     @property
     def keeps_all(self) -> bool:
@@ -82,24 +108,26 @@ class Side(NamedTuple):
     """One factor that is to be decomposed.
 
     Attributes:
-        key: The block's parameters.
-        name: `"gradient"` or `"activation"`.
+        place: Of which block, and which side of it.
         total: The factor.
     """
 
-    key: BlockKey
-    name: str
+    place: Place
     total: OuterProducts
 
 
 def sides_of(
-    factors: Mapping[BlockKey, KroneckerFactors], leaders: Mapping[BlockKey, BlockKey]
+    factors: Mapping[BlockKey, KroneckerFactors], leaders: Mapping[Place, Place]
 ) -> list[Side]:
     """Return all factors that are to be decomposed, in order."""
-    own = {key: total for key, total in factors.items() if key not in leaders}
-    sides = [(key, "gradient", total.gradient_covariance) for key, total in own.items()]
-    sides += [(key, "activation", total.activation_covariance) for key, total in own.items()]
-    return [Side(key, name, total) for key, name, total in sides if total is not None]
+    sides = [
+        (Place(key, side), total.covariance(side))
+        for side in (GRADIENT, ACTIVATION)
+        for key, total in factors.items()
+    ]
+    return [
+        Side(place, total) for place, total in sides if total is not None and place not in leaders
+    ]
 
 
 def owners_of(sides: Sequence[Side], ranks: Ranks) -> list[int]:
@@ -110,7 +138,7 @@ def owners_of(sides: Sequence[Side], ranks: Ranks) -> list[int]:
 
 def decompose(
     factors: Mapping[BlockKey, KroneckerFactors],
-    leaders: Mapping[BlockKey, BlockKey],
+    leaders: Mapping[Place, Place],
     ranks: Ranks,
 ) -> dict[BlockKey, Block]:
     """Return the blocks in the eigenbases of their factors; all eigenvalues are zero still.
@@ -119,7 +147,7 @@ def decompose(
 
     Args:
         factors: The factors of every block; of several processes, those that this one owns.
-        leaders: Blocks whose gradient factor is that of another one, and this other one.
+        leaders: Sides whose factor is that of another block, and where that is.
         ranks: The processes, each of which decomposes what it owns.
 
     Raises:
@@ -134,20 +162,25 @@ def decompose(
         for side, owner in zip(sides, owners_of(sides, ranks), strict=True)
         if owner == ranks.rank
     ]
-    labels = [f"{side.name} factor of {side.key.label!r}" for side in mine]
+    labels = [f"{s.place.side} factor of {s.place.key.label!r}" for s in mine]
     with advising(_advice(factors, leaders)):
         bases = eigenvectors([side.total for side in mine], labels)
-        own = {(s.key, s.name): {"basis": b} for s, b in zip(mine, bases, strict=True)}
+        own = {s.place: {"basis": b} for s, b in zip(mine, bases, strict=True)}
         device = next((t.template.device for t in factors.values()), torch.device("cpu"))
         found = {place: t["basis"] for place, t in ranks.share("bases", own, device).items()}
-        for key, leader in leaders.items():
-            if (leader, "gradient") in found:
-                basis = found[leader, "gradient"]
+        for place, leader in leaders.items():
+            if leader not in found:
+                continue
+            basis = found[leader]
+            if place.side == GRADIENT:
                 size, rank = basis.shape[1:]
-                with naming_matrix(f"the basis of {key.label!r}", size, basis.dtype, rank):
-                    found[key, "gradient"] = _last(basis, factors[key].gradient_truncation)
+                with naming_matrix(f"the basis of {place.key.label!r}", size, basis.dtype, rank):
+                    basis = _last(basis, factors[place.key].truncations[0])
+            found[place] = basis
     return {
-        key: _empty_block(key, total, found.get((key, "gradient")), found.get((key, "activation")))
+        key: _empty_block(
+            key, total, found.get(Place(key, GRADIENT)), found.get(Place(key, ACTIVATION))
+        )
         for key, total in factors.items()
     }
 
@@ -155,22 +188,22 @@ def decompose(
 def _last(basis: Tensor, truncation: Truncation | None) -> Tensor:
     """Return the eigenvectors of another one's basis that a block keeps of it.
 
-    They are a copy, since snapshots are files of tensors that share nothing.
+    They are a copy: a bias and its weight are merged with other tasks each by itself.
     """
     rank = basis.shape[2]
     kept = rank if truncation is None else min(rank, truncation.most)
     return basis[:, :, rank - kept :].clone(memory_format=torch.contiguous_format)
 
 
-def _advice(
-    factors: Mapping[BlockKey, KroneckerFactors], leaders: Mapping[BlockKey, BlockKey]
-) -> str:
+def _advice(factors: Mapping[BlockKey, KroneckerFactors], leaders: Mapping[Place, Place]) -> str:
     """Return what to do where memory runs out: without the largest sides there is more."""
-    # A bias that follows a weight has the same gradient factor.
-    shared = {key: factors[leader].gradient_covariance for key, leader in leaders.items()}
+
+    def covariance(key: BlockKey, side: str) -> OuterProducts | None:
+        place = leaders.get(Place(key, side), Place(key, side))
+        return factors[place.key].covariance(place.side)
+
     sides = {
-        key: _largest(t.activation_covariance, shared.get(key, t.gradient_covariance))
-        for key, t in factors.items()
+        key: _largest(covariance(key, ACTIVATION), covariance(key, GRADIENT)) for key in factors
     }
     largest = max(sides.values(), default=0)
     names = [name for key, side in sides.items() if side == largest for name in key.parameters]

@@ -17,6 +17,7 @@ from rotate_ewc._utils.numerics import statistics_dtype, without_autocast
 from rotate_ewc._utils.out_of_memory import is_out_of_memory
 from rotate_ewc.layers import FactoredCall, Factors
 from rotate_ewc.linalg import eigenvalues
+from rotate_ewc.linalg.tied_eigenvalues import TiedFactors
 from rotate_ewc.tracing.block_plan import BlockPlan, Contribution
 from rotate_ewc.tracing.capture import CapturedBatch
 
@@ -125,6 +126,25 @@ class Microbatch:
             ]
             yield self._as_statistics(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
 
+    def tied_factors(self) -> Iterator[TiedFactors]:
+        """Yield, for every output vector, the factors of a tied embedding's gradients."""
+        for vector in self.vectors:
+            dense, looked_up = [], []
+            for index, call in self._factored_calls():
+                inputs = call.activations(self._inputs(index))[0]
+                gradients = self._as_statistics(
+                    call.gradients(self._output_gradients(vector, index))[0]
+                )
+                if call.weight_form.factors is Factors.LOOKUP:
+                    looked_up.append((gradients, inputs[:, :, 0]))
+                    continue
+                inputs = self._as_statistics(inputs)
+                pair = (gradients, inputs) if call.weight_form.transposed else (inputs, gradients)
+                dense.append(pair)
+            features, words = (_joined(parts) for parts in zip(*dense, strict=True))
+            rows, indices = (_joined(parts) for parts in zip(*looked_up, strict=True))
+            yield TiedFactors(torch.cat([features, rows], dim=1), words, indices)
+
     def per_example_gradients(self) -> Iterator[Tensor]:
         """Yield, for every output vector, per-example gradients `[groups, n, d_out, d_in]`."""
         for vector in self.vectors:
@@ -164,6 +184,11 @@ class Microbatch:
     def _as_statistics(self, tensor: Tensor) -> Tensor:
         dtype = statistics_dtype(self.plan.parameter.dtype)
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Join what several uses have at their positions; one alone is not copied."""
+    return torch.cat([*parts], dim=1) if len(parts) > 1 else parts[0]
 
 
 def microbatches(captured: CapturedBatch, plan: BlockPlan, max_bytes: int) -> Iterator[Microbatch]:

@@ -12,7 +12,15 @@ from rotate_ewc._utils.messages import parameters_are, quoted
 from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.estimation.accumulate import FirstPass
-from rotate_ewc.estimation.factors import KroneckerFactors, Side, owners_of, sides_of
+from rotate_ewc.estimation.factors import (
+    ACTIVATION,
+    GRADIENT,
+    KroneckerFactors,
+    Place,
+    Side,
+    owners_of,
+    sides_of,
+)
 from rotate_ewc.layers import Form
 from rotate_ewc.linalg.outer_products import Held
 from rotate_ewc.tracing.block_plan import BlockKey, BlockPlan
@@ -26,7 +34,7 @@ class _Told:
         num_examples: Examples seen.
         normalizer: What the reduction `mean` divides by.
         forms: How every block is made.
-        leaders: Blocks whose gradient factor is that of another one.
+        leaders: Sides of blocks whose factor is that of another one.
         reached: Blocks that obviously get a gradient.
         unsupported: Parameters for whose uses there is no rule.
         squares: Those whose squared gradients were summed.
@@ -35,7 +43,7 @@ class _Told:
     num_examples: int
     normalizer: float
     forms: Mapping[BlockKey, Form]
-    leaders: Mapping[BlockKey, BlockKey]
+    leaders: Mapping[Place, Place]
     reached: frozenset[BlockKey]
     unsupported: frozenset[str]
     squares: tuple[str, ...]
@@ -120,23 +128,25 @@ def _take_over_plan(
     """Give a first pass the blocks of all processes, in the same order everywhere."""
     forms = {key: form for one in reversed(told) for key, form in one.forms.items()}
     order = dict.fromkeys(key for one in told for key in one.forms)
-    leaders = {key: leader for one in told for key, leader in one.leaders.items()}
+    leaders = {place: leader for one in told for place, leader in one.leaders.items()}
     followed = {
-        key: leader
-        for key, leader in leaders.items()
+        place: leader
+        for place, leader in leaders.items()
         if all(
-            one.leaders.get(key) == leader or not {key, leader} & one.forms.keys() for one in told
+            one.leaders.get(place) == leader or not {place.key, leader.key} & one.forms.keys()
+            for one in told
         )
     }
-    for key, leader in list(first.leaders.items()):
-        if key not in followed:
-            first.unfollow(key, leader)
+    for place, leader in list(first.leaders.items()):
+        if place not in followed:
+            first.unfollow(place, leader)
     for key in order:
         if key not in first.factors:
             plan = BlockPlan(key, parameters[key.weight], forms[key], (), True, False)
             first.factors[key] = KroneckerFactors.of(plan, first.rank_of(key.weight))
-        if key in followed:
-            first.factors[key].gradient_covariance = None
+        for side in (GRADIENT, ACTIVATION):
+            if Place(key, side) in followed:
+                first.factors[key].replace_covariance(side, None)
     first.leaders = followed
     first.factors = {key: first.factors[key] for key in order}
 
@@ -163,7 +173,7 @@ def _sum_factors(first: FirstPass, ranks: Ranks) -> None:
 def _check_held(sides: Sequence[Side], held: Sequence[Sequence[Held]]) -> None:
     """Raise unless what processes hold of each factor can be summed."""
     differing = [
-        side.key
+        side.place.key
         for side, every in zip(sides, held, strict=True)
         if len({one for one in every if one.kind != "vectors"}) > 1
     ]

@@ -43,7 +43,7 @@ class _Object(Struct, frozen=True, forbid_unknown_fields=True):
     """An object in JSON, with the fields of the class and no others."""
 
 
-class BlockLayout(_Object, frozen=True):
+class BlockLayout(_Object, frozen=True, omit_defaults=True):
     """One block of an operator.
 
     Attributes:
@@ -53,6 +53,8 @@ class BlockLayout(_Object, frozen=True):
         dtype: The dtype of its tensors, whatever they are stored in.
         bases: The sides that have a basis, in the order of `BASES`.
         ranks: How many directions are kept of each side, `(k_out, k_in)`: d, or less if it is thin.
+        shared: The bases that are those of another block before this one, by the names of bases the
+            label of that block. Left out where there are none.
     """
 
     parameters: Annotated[tuple[str, ...], Meta(min_length=1, max_length=2)]
@@ -61,11 +63,14 @@ class BlockLayout(_Object, frozen=True):
     dtype: torch.dtype
     bases: tuple[str, ...]
     ranks: tuple[Size, Size]
+    shared: dict[str, str] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise `ValueError` if there are other bases, or of ranks that they cannot have."""
         if self.bases != tuple(name for name in BASES if name in self.bases):
             raise ValueError(f"'bases' is {list(self.bases)!r:.99}; expected some of {BASES}")
+        if not self.shared.keys() <= set(self.bases):
+            raise ValueError(f"'shared' has {list(self.shared)!r:.99}; expected some of 'bases'")
         for name, size, rank in zip(BASES, self.shape[1:], self.ranks, strict=True):
             if rank != size and not (name in self.bases and 0 < rank < size):
                 raise ValueError(
@@ -80,13 +85,18 @@ class BlockLayout(_Object, frozen=True):
 
     @property
     def tensor_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """The shapes of its tensors, by attribute name."""
+        """The shapes of its tensors, by attribute name, those of another block included."""
         groups, *sizes = self.shape
         sides = dict(zip(BASES, zip(sizes, self.ranks, strict=True), strict=True))
         # A thin side has one more row or column, for its complement.
         k_out, k_in = (rank + (rank < size) for size, rank in sides.values())
         bases = {name: (groups, *sides[name]) for name in self.bases}
         return {"eigenvalues": (groups, k_out, k_in), **bases}
+
+    def can_share(self, name: str, other: BlockLayout) -> bool:
+        """Tell whether the basis of this name may be the one that another block stores."""
+        stored = name in other.bases and name not in other.shared and self.dtype == other.dtype
+        return stored and self.tensor_shapes[name] == other.tensor_shapes[name]
 
     def fits(self, shapes: Sequence[Sequence[int]]) -> bool:
         """Tell whether parameters of these shapes have as many entries as the block has room for.
@@ -122,7 +132,16 @@ class OperatorLayout(_Object, frozen=True):
                 raise ValueError(f"parameter {name!r} is in {held[name]} blocks; expected one")
         if len({block.label for block in self.blocks}) < len(self.blocks):
             raise ValueError("two blocks have the same label; expected different ones")
+        before: dict[str, BlockLayout] = {}
         for block in self.blocks:
+            for name, label in block.shared.items():
+                other = before.get(label)
+                if other is None or not block.can_share(name, other):
+                    raise ValueError(
+                        f"block {block.label!r} has the {name!r} of {label!r:.99}; expected that "
+                        f"of a block before it, of the same shape and dtype"
+                    )
+            before[block.label] = block
             shapes = [self.parameters[name] for name in block.parameters]
             if not block.fits(shapes):
                 raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rotate_ewc._utils.tree import place_of
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.io.header import (
     BASES,
@@ -119,12 +120,33 @@ def layout_of(
     """Return what a header says of an operator."""
     return OperatorLayout(
         {name: tuple(shape) for name, shape in shapes.items()},
-        tuple(_block_layout(block) for block in blocks),
+        tuple(
+            _block_layout(block, shared)
+            for block, shared in zip(blocks, shared_bases(blocks), strict=True)
+        ),
         provenance,
     )
 
 
-def _block_layout(block: Block) -> BlockLayout:
+def shared_bases(blocks: Sequence[Block]) -> list[dict[str, str]]:
+    """Return for every block which bases it has of one before it, by name the label of that one.
+
+    Layers with the same input have one basis there, which is stored once.
+    """
+    owners: dict[object, str] = {}
+    found = []
+    for block in blocks:
+        named = {name: t for name, t in block.tensors.items() if name in BASES}
+        of_others = {}
+        for name, basis in named.items():
+            owner = owners.setdefault((name, place_of(basis)), block.label)
+            if owner != block.label:
+                of_others[name] = owner
+        found.append(of_others)
+    return found
+
+
+def _block_layout(block: Block, shared: dict[str, str]) -> BlockLayout:
     return BlockLayout(
         block.parameters,
         block.transposed,
@@ -132,6 +154,7 @@ def _block_layout(block: Block) -> BlockLayout:
         block.eigenvalues.dtype,
         tuple(name for name in BASES if name in block.tensors),
         block.ranks,
+        shared,
     )
 
 
@@ -139,8 +162,9 @@ def tensors_of(blocks: Sequence[Block], dtype: torch.dtype | None = None) -> dic
     """Return the tensors of blocks by `"<block>/<attribute>"`, perhaps in a smaller dtype."""
     return {
         f"{block.label}/{name}": tensor.detach().to(stored_dtype(tensor.dtype, dtype))
-        for block in blocks
+        for block, shared in zip(blocks, shared_bases(blocks), strict=True)
         for name, tensor in block.tensors.items()
+        if name not in shared
     }
 
 
@@ -155,20 +179,33 @@ def restore(layout: OperatorLayout, tensors: Mapping[str, Any], prefix: str = ""
     Raises:
         SnapshotError: As `unpack` does.
     """
-    used = {f"{block.label}/{name}" for block in layout.blocks for name in block.tensor_shapes}
+    used = {
+        f"{block.label}/{name}"
+        for block in layout.blocks
+        for name in block.tensor_shapes
+        if name not in block.shared
+    }
     if left_over := sorted(set(tensors) - used):
         raise SnapshotError(f"snapshot has the unexpected key {prefix + left_over[0]!r}")
+    blocks: dict[str, Block] = {}
+    for block in layout.blocks:
+        shared = {name: getattr(blocks[label], name) for name, label in block.shared.items()}
+        blocks[block.label] = _block(block, tensors, prefix, shared)
     return OperatorParts(
-        [_block(block, tensors, prefix) for block in layout.blocks],
+        list(blocks.values()),
         {name: torch.Size(shape) for name, shape in layout.parameters.items()},
         layout.provenance,
     )
 
 
-def _block(layout: BlockLayout, tensors: Mapping[str, Any], prefix: str) -> Block:
-    """Return a block with its tensors, checked."""
-    found: dict[str, Tensor] = {}
+def _block(
+    layout: BlockLayout, tensors: Mapping[str, Any], prefix: str, shared: Mapping[str, Tensor]
+) -> Block:
+    """Return a block with its tensors, checked, and with those that it has of another block."""
+    found = dict(shared)
     for name, shape in layout.tensor_shapes.items():
+        if name in shared:
+            continue
         key = f"{layout.label}/{name}"
         if key not in tensors:
             raise SnapshotError(f"snapshot key {prefix + key!r} is missing")

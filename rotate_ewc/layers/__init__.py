@@ -30,7 +30,7 @@ from rotate_ewc.layers.copies import (
 )
 from rotate_ewc.layers.elementwise import scale, shift
 from rotate_ewc.layers.embedding import embedding
-from rotate_ewc.layers.linear import addmm, linear
+from rotate_ewc.layers.linear import LinearCall, addmm, linear
 from rotate_ewc.layers.normalization import (
     batch_norm,
     group_norm,
@@ -105,6 +105,7 @@ __all__ = [
     "Factors",
     "Form",
     "LayerCall",
+    "LinearCall",
     "Rule",
     "broadcast",
     "broadcast_shape",

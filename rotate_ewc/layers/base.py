@@ -25,6 +25,9 @@ class Factors(Enum):
     LOOKUP = "lookup"
     """`G_n = Σ_s g_ns e_kᵀ`, with k the index looked up at position s."""
 
+    TIED = "lookup and outer products"
+    """The sum of both, of an embedding tied to an output layer."""
+
     NONE = "none"
     """Only G_n itself."""
 

@@ -18,8 +18,8 @@ def multiply(blocks: Sequence[Block], columns: Mapping[str, Tensor]) -> dict[str
     product: dict[str, Tensor] = {}
     shapes = {name: tensor.shape[1:] for name, tensor in columns.items()}
     for block in blocks:
-        rotated = block.rotate(columns, columns=True)
-        for name, part in block.unrotate(block.spectrum * rotated, shapes).items():
+        matrix = block.gather(columns, columns=True).to(block.eigenvalues.dtype)
+        for name, part in block.split(block.multiply(matrix), shapes).items():
             product[name] = part.to(columns[name].dtype)
     return product
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotate_ewc._utils.tree import place_of
 from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.completion import CompletedBasis, complete
 from rotate_ewc.linalg.kronecker import Basis, Rotation
+from rotate_ewc.linalg.thin_products import ThinProducts, thin_products
 
 
 def matrix_shape(parameter: torch.Size, groups: int, transposed: bool) -> tuple[int, int, int]:
@@ -195,12 +197,29 @@ class Block:
         Returns:
             By name, `[*shape]` or `[K, *shape]`.
         """
-        product = kronecker.from_eigenbasis(matrix, *self._rotations)
-        return self.split(product, shapes)
+        return self.split(self.from_eigenbasis(matrix), shapes)
 
-    def prepare(self) -> None:
-        """Find now what is kept, and not in the first rotation, which may be compiled."""
-        _ = self._rotations, self.spectrum
+    def from_eigenbasis(self, matrix: Tensor) -> Tensor:
+        """Return `Q_g D Q_aᵀ` for a matrix D in the eigenbasis, or for K of them, as one matrix."""
+        return kronecker.from_eigenbasis(matrix, *self._rotations)
+
+    def multiply(self, matrix: Tensor) -> Tensor:
+        """Return F D for a gathered matrix D, or for K of them, in the standard basis.
+
+        Args:
+            matrix: As `gather` returns it, in the dtype of the eigenvalues.
+        """
+        if self.products is None:
+            rotated = kronecker.to_eigenbasis(matrix, *self._rotations)
+            return self.from_eigenbasis(self.spectrum * rotated)
+        return self.products.product(matrix, self.products.form(matrix)[1])
+
+    @cached_property
+    def products(self) -> ThinProducts | None:
+        """Products in the kept directions alone; None where all are kept."""
+        if not self.is_thin:
+            return None
+        return thin_products(self.gradient_basis, self.activation_basis, self.eigenvalues)
 
     def diagonal_in(self, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
         """Return the diagonal of the block's matrix in another basis.
@@ -298,3 +317,24 @@ class Block:
         if self.transposed:
             return tensor.reshape(*count, groups, d_in, d_out).mT
         return tensor.reshape(*count, groups, d_out, d_in)
+
+
+def map_together(
+    function: Callable[[Tensor], Tensor], blocks: Iterable[Block]
+) -> tuple[Block, ...]:
+    """Return blocks with every stored tensor replaced by a function of it.
+
+    What several blocks share, such as the basis of an input that they have in common, they share
+    afterwards.
+    """
+    known: dict[object, Tensor] = {}
+
+    def mapped(tensor: Tensor) -> Tensor:
+        place = place_of(tensor)
+        if place not in known:
+            known[place] = function(tensor)
+        return known[place]
+
+    # The places of tensors that nobody holds any longer may be taken by others.
+    blocks = tuple(blocks)
+    return tuple(block.map(mapped) for block in blocks)

@@ -28,12 +28,12 @@ def to_eigenbasis(matrix: Tensor, gradient_basis: Rotation, activation_basis: Ro
     """Return `Q_gᵀ D Q_a` for one matrix D `[groups, d_out, d_in]` or for K, `[K, groups, …]`."""
     rotated = matrix
     if isinstance(gradient_basis, Tensor):
-        rotated = _from_left(gradient_basis.mT, matrix)
+        rotated = from_left(gradient_basis.mT, matrix)
     elif gradient_basis is not None:
         vectors, weighted = gradient_basis.factors
         rotated = _reflected_from_left(vectors, weighted.mT, matrix)
     if isinstance(activation_basis, Tensor):
-        return _from_right(rotated, activation_basis)
+        return from_right(rotated, activation_basis)
     if activation_basis is not None:
         vectors, weighted = activation_basis.factors
         return _reflected_from_right(rotated, weighted, vectors.mT, own=rotated is not matrix)
@@ -45,12 +45,12 @@ def from_eigenbasis(matrix: Tensor, gradient_basis: Rotation, activation_basis: 
     """Return `Q_g D Q_aᵀ` for one matrix D `[groups, rank_out, rank_in]` or for K of them."""
     rotated = matrix
     if isinstance(gradient_basis, Tensor):
-        rotated = _from_left(gradient_basis, matrix)
+        rotated = from_left(gradient_basis, matrix)
     elif gradient_basis is not None:
         vectors, weighted = gradient_basis.factors
         rotated = _reflected_from_left(weighted, vectors.mT, matrix)
     if isinstance(activation_basis, Tensor):
-        return _from_right(rotated, activation_basis.mT)
+        return from_right(rotated, activation_basis.mT)
     if activation_basis is not None:
         vectors, weighted = activation_basis.factors
         return _reflected_from_right(rotated, vectors, weighted.mT, own=rotated is not matrix)
@@ -61,7 +61,7 @@ def _reflected_from_left(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
     """Return `(I - left right) matrix`, for one matrix or K."""
     if matrix.ndim == 3:
         return torch.baddbmm(matrix, left, right @ matrix, alpha=-1)
-    return matrix - _from_left(left, _from_left(right, matrix))
+    return matrix - from_left(left, from_left(right, matrix))
 
 
 def _reflected_from_right(matrix: Tensor, left: Tensor, right: Tensor, own: bool) -> Tensor:
@@ -70,10 +70,10 @@ def _reflected_from_right(matrix: Tensor, left: Tensor, right: Tensor, own: bool
         # Half again as fast in place.
         subtract = matrix.baddbmm_ if own else matrix.baddbmm
         return subtract(matrix @ left, right, alpha=-1)
-    return matrix - _from_right(_from_right(matrix, left), right)
+    return matrix - from_right(from_right(matrix, left), right)
 
 
-def _from_left(factor: Tensor, matrix: Tensor) -> Tensor:
+def from_left(factor: Tensor, matrix: Tensor) -> Tensor:
     """Return `factor @ matrix`, for K matrices in one product: K narrow ones take far longer."""
     if matrix.ndim == 3:
         return factor @ matrix
@@ -82,7 +82,7 @@ def _from_left(factor: Tensor, matrix: Tensor) -> Tensor:
     return (factor @ side_by_side).view(groups, factor.shape[1], count, columns).movedim(2, 0)
 
 
-def _from_right(matrix: Tensor, factor: Tensor) -> Tensor:
+def from_right(matrix: Tensor, factor: Tensor) -> Tensor:
     """Return `matrix @ factor`, for K matrices in one product."""
     if matrix.ndim == 3:
         return matrix @ factor

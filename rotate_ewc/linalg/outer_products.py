@@ -142,6 +142,13 @@ class OuterProducts:
             return Held("sketch", leading.sketch_width(size, self._most))
         return Held("matrix", size)
 
+    @property
+    def most_bytes(self) -> int:
+        """What there will be in memory once the vectors are many, with a sketch its columns too."""
+        (groups, size), form = self._diagonal.shape, self.form_of_sum
+        rows = groups * size + (size if form.kind == "sketch" else 0)
+        return rows * form.size * self._diagonal.element_size()
+
     def _begin_sum(self, form: Held) -> None:
         """Have a sum, or a sketch of it, in place of the vectors."""
         (groups, size), dtype = self._diagonal.shape, self._diagonal.dtype

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ def quadratic_form(blocks: Sequence[Block], tensors: Mapping[str, Tensor]) -> Te
     """Return `dᵀ F d` for parameter-shaped tensors d, differentiable in d (also twice).
 
     Two products for each block give the value, two more the gradient; autograd through a product
-    with F would take eight.
+    with F would take eight. Thin blocks have products of their kept directions alone.
 
     Args:
         blocks: The blocks of F.
@@ -38,14 +38,15 @@ def quadratic_gradient(blocks: Sequence[Block], tensors: Mapping[str, Tensor]) -
     products: dict[str, Tensor] = {}
     shapes = shapes_of(tensors)
     for block in blocks:
-        products.update(block.unrotate(block.spectrum * block.rotate(tensors), shapes))
+        products.update(block.split(block.multiply(_gathered(block, tensors)), shapes))
     return products
 
 
 class _QuadraticForm(torch.autograd.Function):
     """`Δ̃ = Q_gᵀ Δ Q_a`, value `Σ Λ ∘ Δ̃²`, gradient `2 Q_g (Λ ∘ Δ̃) Q_aᵀ`.
 
-    Besides the value, `Λ ∘ Δ̃` of every block is returned, only to be saved for the gradient.
+    Besides the value, `Λ ∘ Δ̃` of every block is returned, only to be saved for the gradient; of a
+    thin block, what its `ThinProducts` have in its place.
     """
 
     generate_vmap_rule = True
@@ -53,12 +54,18 @@ class _QuadraticForm(torch.autograd.Function):
     @staticmethod
     def forward(blocks: Sequence[Block], *tensors: Tensor) -> tuple[Tensor, ...]:
         by_name = _by_name(blocks, tensors)
-        values, weighted = [], []
+        values: list[Tensor] = []
+        parts: list[Tensor] = []
         for block in blocks:
+            if block.products is not None:
+                value, of_block = block.products.form(_gathered(block, by_name))
+                values.append(value.sum())
+                parts.extend(of_block)
+                continue
             rotated = block.rotate(by_name)
-            weighted.append(block.spectrum * rotated)
-            values.append(torch.dot(weighted[-1].flatten(), rotated.flatten()))
-        return torch.stack(values).sum(), *weighted
+            parts.append(block.spectrum * rotated)
+            values.append(torch.dot(parts[-1].flatten(), rotated.flatten()))
+        return torch.stack(values).sum(), *parts
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -66,28 +73,43 @@ class _QuadraticForm(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         # Else the gradients of what is not differentiable would be filled with zeros.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[1:], *tensors)
+        ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         blocks: Sequence[Block] = ctx.blocks
-        saved = ctx.saved_tensors
-        tensors = saved[len(blocks) :]
+        count = len(_names(blocks))
+        tensors, parts = ctx.saved_tensors[:count], iter(ctx.saved_tensors[count:])
         if grad_outputs[0] is None:
             return None, *(None for _ in tensors)
         factor = 2 * grad_outputs[0]
         by_name = _by_name(blocks, tensors)
         shapes = shapes_of(by_name)
         gradients: list[Tensor] = []
-        for index, block in enumerate(blocks):
-            weighted = saved[index]
-            if torch.is_grad_enabled():
-                # A second derivative is wanted: start again from the tensors, differentiably.
-                weighted = block.spectrum * block.rotate(by_name)
+        for block in blocks:
             # Autograd casts them to the tensors' dtypes.
-            products = block.unrotate(weighted, shapes).values()
+            products = block.split(_product(block, by_name, parts), shapes).values()
             gradients.extend(product * factor for product in products)
         return None, *gradients
+
+
+def _product(block: Block, tensors: Mapping[str, Tensor], parts: Iterator[Tensor]) -> Tensor:
+    """Return F Δ of a block, from what the value has left of it."""
+    if block.products is None:
+        weighted = next(parts)
+        if torch.is_grad_enabled():
+            # A second derivative is wanted: start again from the tensors, differentiably.
+            weighted = block.spectrum * block.rotate(tensors)
+        return block.from_eigenbasis(weighted)
+    own = next(parts), next(parts)
+    matrix = _gathered(block, tensors)
+    if torch.is_grad_enabled():
+        own = block.products.form(matrix)[1]
+    return block.products.product(matrix, own)
+
+
+def _gathered(block: Block, tensors: Mapping[str, Tensor]) -> Tensor:
+    return block.gather(tensors).to(block.eigenvalues.dtype)
 
 
 def _by_name(blocks: Sequence[Block], tensors: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -105,7 +105,10 @@ def without_rounding_errors_(rotated: Tensor) -> Tensor:
     known = (_UNITS * torch.finfo(rotated.dtype).eps) ** 2
     unknown = known * rows.sum(-2, keepdim=True)
     nothing = squares < torch.maximum(known * rows, known * columns)
-    nothing |= (rows < unknown) & (columns < unknown)
+    few_rows, few_columns = rows < unknown, columns < unknown
+    # Elsewhere it would have to be waited for, which costs more than what it may save.
+    if not rotated.is_cpu or (bool(few_rows.any()) and bool(few_columns.any())):
+        nothing |= few_rows & few_columns
     return rotated.masked_fill_(nothing, 0.0)
 
 

@@ -118,7 +118,8 @@ def _stack(index: int, members: Sequence[tuple[Term, Block]]) -> Stack:
         torch.cat([block.eigenvalues * term.weight for term, block in members]),
         first.transposed,
     )
-    block.prepare()
+    # Found now, and not in the first product, which may be compiled.
+    _ = block.products
     return Stack(first.parameters, block, anchors)
 
 

@@ -195,7 +195,10 @@ def _plan(
         form = forms.pop()
     elif direct and any(form.factors is Factors.LOOKUP for form in forms):
         # An embedding tied to an output layer: no basis for the vocabulary.
-        form = Form(transposed=True)
+        kinds = {form.factors for form in forms}
+        known = kinds == {Factors.LOOKUP, Factors.OUTER_PRODUCTS}
+        plain = all((form.groups, form.window) == (1, 1) for form in forms)
+        form = Form(Factors.TIED if known and plain else Factors.NONE, transposed=True)
     elif any(uses[c.use].weight_form.factors is not Factors.NONE for c in contributions):
         form = Form(activation_basis=parameter.ndim > 1)
     else:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rotate_ewc._utils.out_of_memory import is_out_of_memory
 from rotate_ewc._utils.structure import mapped, tensors_of
-from rotate_ewc._utils.tree import parts_of, same, to_device, version_of
+from rotate_ewc._utils.tree import memory_of, parts_of, same, to_device, version_of
 from rotate_ewc._utils.warnings import add_note
 from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.errors import NotFiniteError
@@ -58,11 +58,12 @@ class Passes:
         self._ranks = ranks
         self._cache = ActivationCache(max_bytes)
 
-    def first(self, consume: Consumer) -> None:
+    def first(self, consume: Consumer, *, with_squares: bool = True) -> None:
         """Capture every batch, and keep what fits in memory.
 
         Args:
             consume: Gets what every batch shows, in one or several parts.
+            with_squares: Whether to take squared per-example gradients of parameters without rule.
 
         Raises:
             ValueError: If a batch or a layer cannot be handled; the message names it.
@@ -71,7 +72,7 @@ class Passes:
         generator = self._label_generator()
         for batch in self._batches("factors"):
             with naming_batch(batch.number):
-                for captured in self._captured(batch, generator, with_squares=True):
+                for captured in self._captured(batch, generator, with_squares=with_squares):
                     consume(captured)
                     self._cache.add(batch, captured)
                     # Or it would live on while the model runs on the next batch.
@@ -332,14 +333,4 @@ def _storages(batch: Batch, captured: CapturedBatch) -> dict[int, int]:
     tensors += [use.call.input for use in captured.uses]
     tensors += captured.inputs
     tensors += tensors_of((batch.inputs, batch.targets))
-    return dict(_memory(part) for tensor in tensors for part in parts_of(tensor))
-
-
-def _memory(tensor: Tensor) -> tuple[int, int]:
-    """Return the address and the bytes of what a tensor is a view of."""
-    try:
-        storage = tensor.untyped_storage()
-        return storage.data_ptr(), storage.nbytes()
-    except NotImplementedError:
-        # A tensor inside a transform of `torch.func` only stands for another one.
-        return id(tensor), tensor.nbytes
+    return dict(memory_of(part) for tensor in tensors for part in parts_of(tensor))

@@ -5,10 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import data as data_sets
 from benchmarks.__main__ import main
 from benchmarks.data import ImageData
+from benchmarks.studies import scale
+from benchmarks.studies.networks import Decoder
+from rotate_ewc import EKFACPenalty
 
 
 @pytest.fixture
@@ -51,3 +56,49 @@ def test_wide_layers_are_consolidated(tmp_path: Path, capsys: Any) -> None:
     assert "few-examples" in capsys.readouterr().out
     assert main(["study-rank", "--rank", "0", "--output", str(tmp_path)]) == 1
     assert "--rank: rank is 0; expected a positive integer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_decoders_are_as_large_as_their_sizes_say(tied: bool) -> None:
+    """Of which the plans for large ones are made."""
+    whole = Decoder(64, 192, 2, 4, 2, 80, tied)
+    small = whole.divided(2)
+    assert small == Decoder(32, 96, 2, 2, 1, 40, tied)
+    problem = small.build(sequences=3, length=5, batch_size=2)
+    shapes = [tuple(p.shape) for p in problem.model.parameters() if p.ndim == 2]
+    assert sorted(shapes) == sorted([*small.matrices * 2, *[(40, 32)] * (1 if tied else 2)])
+    (x, y), _ = problem.data
+    assert problem.model(x).shape == (2, 40, 5)
+    assert y.shape == (2, 5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_plans_count_what_there_is(tied: bool) -> None:
+    """Numbers of parameters, bytes of a penalty and operations of a plain pass of a small one."""
+    decoder = Decoder(64, 192, 2, 4, 2, 160, tied)
+    options = scale.Options(rank=8, sequences=6, length=16)
+    expected = scale.plan("small", decoder, options)
+    problem = decoder.build(options.sequences, options.length, 3)
+    model, loss = problem.model, torch.nn.CrossEntropyLoss()
+    assert expected.parameters == sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        for x, y in problem.data:
+            loss(model(x), y).backward()
+    # Attention itself is not in the plan.
+    assert 1.0 <= counter.get_total_flops() / expected.plain < 1.1
+    penalty = EKFACPenalty(1.0, rank=8, temperature=1.0)
+    penalty.consolidate(model, loss, problem.data)
+    assert penalty.nbytes == expected.snapshot_bytes
+
+
+def test_plans_of_large_decoders(tmp_path: Path, capsys: Any) -> None:
+    assert main(["study-scale", "--rate", "1e11", "--output", str(tmp_path)]) == 0
+    records = json.loads((tmp_path / "scale.json").read_text(encoding="utf-8"))["records"]
+    found = {one["name"]: one["parameters"] / 1e9 for one in records}
+    assert found == {
+        "1b": pytest.approx(1.24, abs=0.01),
+        "1b-eighth": pytest.approx(0.0195, abs=0.005),
+        "8b": pytest.approx(8.03, abs=0.01),
+    }
+    assert all(one["snapshot_bytes"] < 1.5 * one["weight_bytes"] for one in records)
+    assert "8030 million" in capsys.readouterr().out

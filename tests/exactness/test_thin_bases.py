@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rotate_ewc.linalg.block import Block
+from rotate_ewc.linalg.quadratic import quadratic_form
 from tests.helpers.exactness import (
     ALL_SETTINGS,
     TOLERANCE,
@@ -44,6 +45,7 @@ def test_eigenvalues_and_means_are_exact(setting: Setting) -> None:
     assert {block.parameters for block in operator.blocks} == {*matrices}
     for block in operator.blocks:
         check_block(block, matrices[block.parameters])
+        check_kept_directions(block, matrices[block.parameters])
         if isinstance(rank, int):
             bases = (block.gradient_basis, block.activation_basis)
             assert all(1 <= basis.shape[2] <= rank for basis in bases if basis is not None)
@@ -63,3 +65,23 @@ def check_block(block: Block, matrix: Tensor) -> None:
             gram = basis.mT @ basis
             eye = torch.eye(basis.shape[2], dtype=torch.float64).expand_as(gram)
             torch.testing.assert_close(gram, eye, rtol=0.0, atol=1e-12)
+
+
+def check_kept_directions(block: Block, matrix: Tensor) -> None:
+    """Along what is kept of both sides the quadratic form is that of the exact matrix."""
+    _, d_out, d_in = block.shape
+    sides = (
+        torch.eye(size, dtype=torch.float64).expand(len(matrix), -1, -1) if basis is None else basis
+        for basis, size in ((block.gradient_basis, d_out), (block.activation_basis, d_in))
+    )
+    of_outputs, of_inputs = sides
+    shapes = {block.parameters[0]: (len(matrix) * d_out, d_in - len(block.parameters) + 1)}
+    if block.transposed:
+        shapes = {block.parameters[0]: (len(matrix) * (d_in - len(block.parameters) + 1), d_out)}
+    shapes.update({name: (len(matrix) * d_out,) for name in block.parameters[1:]})
+    for i, j in {(0, 0), (block.ranks[0] - 1, block.ranks[1] - 1)}:
+        direction = of_outputs[:, :, i, None] * of_inputs[:, None, :, j]
+        flat = direction.flatten(1)
+        expected = float((flat * (matrix @ flat[..., None])[..., 0]).sum())
+        value = float(quadratic_form([block], block.split(direction, shapes)))
+        assert abs(value - expected) <= TOLERANCE * float(matrix.abs().max()), block.label

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rotate_ewc.linalg.algebra import multiply
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.linalg.cut import cut
+from rotate_ewc.linalg.quadratic import quadratic_form, quadratic_gradient
 from tests.helpers.thin import (
     block_positions,
     dense_groups,
@@ -77,6 +80,71 @@ def test_rotated_the_matrix_is_the_spectrum(
         np.testing.assert_allclose(float(rotated.square().sum()), 1.0, rtol=1e-12)
         product = block.unrotate(block.spectrum * rotated, of_parameters)
         np.testing.assert_allclose(flat(product), expected[:, index], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
+@pytest.mark.parametrize(("transposed", "joint"), FORMS)
+def test_products_and_quadratic_form_without_a_completion(
+    transposed: bool, joint: bool, ranks: tuple[int | None, int | None]
+) -> None:
+    """Of one point and of several; value, gradient and second derivatives."""
+    block = thin_block(SIZES, ranks, parameters=names(joint), transposed=transposed)
+    of_parameters = shapes(SIZES, transposed, joint)
+    counts = [int(np.prod(shape)) for shape in of_parameters.values()]
+    dense = np.zeros((sum(counts), sum(counts)))
+    for place, own in zip(
+        block_positions(SIZES, transposed=transposed, joint=joint),
+        dense_groups(block, SIZES[1:]),
+        strict=True,
+    ):
+        dense[np.ix_(place, place)] = own
+
+    def split(vector: Tensor) -> dict[str, Tensor]:
+        parts = zip(of_parameters.items(), vector.split(counts, dim=-1), strict=True)
+        return {n: part.reshape(*vector.shape[:-1], *shape) for (n, shape), part in parts}
+
+    def form(vector: Tensor) -> Tensor:
+        return quadratic_form([block], split(vector))
+
+    generator = torch.Generator().manual_seed(1)
+    points = torch.randn(3, sum(counts), generator=generator, dtype=torch.float64)
+    products = points.numpy() @ dense
+    close = partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12)
+    close(flat(quadratic_gradient([block], split(points[0]))), products[0])
+    columns = multiply([block], split(points))
+    close(torch.cat([c.flatten(1) for c in columns.values()], dim=1).numpy(), products)
+    values = (products * points.numpy()).sum(axis=1)
+    close(torch.func.vmap(form)(points).numpy(), values)
+    d = points[0].clone().requires_grad_()
+    value = form(d)
+    close(value.detach().numpy(), values[0])
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(3.0 * value, d, retain_graph=True)
+        close(gradient.numpy(), 6.0 * products[0])
+    close(torch.autograd.functional.hessian(form, points[0]).numpy(), 2.0 * dense)
+    close(torch.func.vmap(torch.func.grad(form))(points).numpy(), 2.0 * products)
+    assert not {"_completed", "_rotations", "_spread"} & vars(block).keys() or not block.is_thin
+
+
+@pytest.mark.parametrize("ranks", [(2, 3), (6, 3), (None, 3), (2, 8), (2, None)], ids=str)
+def test_the_quadratic_form_is_never_negative(ranks: tuple[int | None, int | None]) -> None:
+    """Also where all but rounding errors is of eigenvalue zero, in single precision."""
+    block = thin_block(SIZES, ranks, seed=2).map(torch.Tensor.float)
+    values = torch.zeros_like(block.eigenvalues)
+    for axis, thin in ((1, ranks[0] in (2,)), (2, ranks[1] == 3)):
+        if thin:
+            values.select(axis, -1).fill_(1.0)
+    values[:, : ranks[0] if ranks[0] == 2 else None, : ranks[1] if ranks[1] == 3 else None] = 0.0
+    block = block.with_eigenvalues(values)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        kept = torch.randn(2, *block.ranks, generator=generator)
+        if block.gradient_basis is not None:
+            kept = block.gradient_basis @ kept
+        if block.activation_basis is not None:
+            kept = kept @ block.activation_basis.mT
+        value = float(quadratic_form([block], {"w": kept.reshape(12, 8)}))
+        assert 0.0 <= value <= 1e-5 * float(kept.square().sum())
 
 
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
@@ -208,9 +276,11 @@ def test_autocast_changes_nothing() -> None:
     block = thin_block(SIZES, (4, 6), seed=3).map(torch.Tensor.float)
     tensors = {"w": torch.randn(12, 8)}
     expected = [*cut(block, 2, 3).tensors.values(), *block.partial_traces, block.rotate(tensors)]
+    expected += [quadratic_form([block], tensors), block.multiply(block.gather(tensors))]
     again = block.map(torch.clone)
     with torch.autocast("cpu", torch.bfloat16):
         found = [*cut(again, 2, 3).tensors.values(), *again.partial_traces, again.rotate(tensors)]
+        found += [quadratic_form([again], tensors), again.multiply(again.gather(tensors))]
         found.append(again.trace)
     for one, other in zip([*expected, block.trace], found, strict=True):
         assert torch.equal(one, other)

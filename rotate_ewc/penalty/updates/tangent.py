@@ -11,7 +11,6 @@ from torch import Tensor
 from rotate_ewc._utils.parameters import protected_slice
 from rotate_ewc.distributed.sharding import gathered
 from rotate_ewc.io.snapshot import checked_tensor
-from rotate_ewc.linalg.block import shapes_of
 from rotate_ewc.linalg.quadratic import quadratic_gradient
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.step_rules import StepRule
@@ -96,9 +95,9 @@ class TangentUpdate(Update):
         sizes = [self._typical_size(name, step, moved[key][0]) for key, name in members]
         size = sum(sizes) / len(sizes) if sizes else 0.0
         factor = min(size * self.penalty.scale, _LARGEST_FACTOR)
-        spectrum = block.spectrum
-        weights = spectrum / (1.0 + factor * spectrum)
-        changes = block.unrotate(block.rotate(moved) * weights, shapes_of(moved))
+        eigenvalues = block.eigenvalues
+        implicit = block.with_eigenvalues(eigenvalues / (1.0 + factor * eigenvalues))
+        changes = quadratic_gradient([implicit], moved)
         for key, name, anchor in stack.members:
             if name in present:
                 shift = factor * changes[key]

@@ -1,0 +1,299 @@
+"""``study-scale``: what large decoders would take, by counted work and measured rates."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from time import process_time
+from typing import Annotated
+
+from benchmarks.command import CommandError, make_folder, print_table, use_threads
+from benchmarks.option_types import Folder, Threads
+from benchmarks.speed.options import some_of
+from benchmarks.studies.networks import EIGHT_BILLION, ONE_BILLION, Decoder
+
+NAME = "scale"
+FORMAT = "rotate_ewc.benchmarks.scale/1"
+PLANS = {
+    "1b": ONE_BILLION,
+    "1b-eighth": ONE_BILLION.divided(8),
+    "8b": EIGHT_BILLION,
+}
+GIB = 2**30
+FLOAT = 4  # bytes
+# As the package has them: columns of a sketch, and the longest side of which there is none.
+FEWEST_COLUMNS, OVERSAMPLING, SMALL_PART = 96, 10, 0.125
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Count bytes and operations of large decoders with thin bases, and tell the seconds.
+
+    A plan is made of the sizes alone. Seconds are operations over the rate that a product of two
+    large matrices has on this machine, which is measured first (of one processor second); so they
+    are a floor, for one processor, without what goes through memory. Writes scale.json.
+
+    Attributes:
+        plans: Any of 1b (as Llama 3.2 with one billion parameters), 1b-eighth (the same at an
+            eighth of the width), 8b (as Llama 3 with eight).
+        rank: Directions that are kept of each side.
+        sequences: Sequences of the snapshot.
+        length: Tokens of each.
+        memory_budget: Bytes, as consolidate takes them.
+        rate: Operations a second; 0 measures.
+        threads: CPU threads of PyTorch.
+        output: Folder for the results.
+    """
+
+    plans: Annotated[tuple[str, ...], some_of(tuple(PLANS))] = tuple(PLANS)
+    rank: int = 64
+    sequences: int = 128
+    length: int = 512
+    memory_budget: int = 2**30
+    rate: float = 0.0
+    threads: Threads = None
+    output: Folder = Path("results")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one decoder would take.
+
+    Attributes:
+        name: Which.
+        parameters: How many.
+        plain: Operations of a forward and backward pass over the data.
+        model: Those of the model's passes while a matrix is estimated.
+        factors: Those of sketches and Kronecker factors.
+        decompositions: Those of their decompositions.
+        eigenvalues: Those of the eigenvalues.
+        penalty: Those of the penalty's value and gradient.
+        step: Those of the rotations in an attached step.
+        weight_bytes: Bytes of the parameters, and of the anchors.
+        snapshot_bytes: Bytes of a snapshot: anchors, bases, eigenvalues.
+        square_bytes: What bases and eigenvalues would be without a rank.
+        factor_bytes: Bytes of all sketches and factors together.
+        rounds: How often two passes go over the data so that the factors fit.
+    """
+
+    name: str
+    parameters: int
+    plain: float
+    model: float
+    factors: float
+    decompositions: float
+    eigenvalues: float
+    penalty: float
+    step: float
+    weight_bytes: int
+    snapshot_bytes: int
+    square_bytes: int
+    factor_bytes: int
+    rounds: int
+
+    @property
+    def consolidation(self) -> float:
+        """All operations of a consolidation."""
+        return self.model + self.factors + self.decompositions + self.eigenvalues
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight: its sides, how many kept directions they have, and how it is used.
+
+    Attributes:
+        d_out: Size of the output side.
+        d_in: Size of the input side.
+        shares_input: Whether the basis of its inputs is that of a layer before it.
+        words: Whether the input side is words that are looked up, which have no basis; of a tied
+            embedding, too.
+        tied: Whether it is also the head's weight.
+    """
+
+    d_out: int
+    d_in: int
+    shares_input: bool = False
+    words: bool = False
+    tied: bool = False
+
+    def ranks(self, rank: int) -> tuple[int, int]:
+        """Kept directions of both sides; none where there is no basis."""
+        return min(rank, self.d_out), 0 if self.words else min(rank, self.d_in)
+
+    def sides(self, rank: int) -> Iterator[int]:
+        """Sizes of the sides that have a factor of their own."""
+        yield self.d_out
+        if not (self.words or self.shares_input):
+            yield self.d_in
+
+
+def matrices(decoder: Decoder) -> Iterator[Matrix]:
+    """All weights of a decoder that have two sides."""
+    yield Matrix(decoder.width, decoder.vocabulary, words=True, tied=decoder.tied)
+    if not decoder.tied:
+        yield Matrix(decoder.vocabulary, decoder.width)
+    for _ in range(decoder.layers):
+        for place, (d_out, d_in) in enumerate(decoder.matrices):
+            # Keys and values have the input of queries, and one half of a gated layer the other's.
+            yield Matrix(d_out, d_in, shares_input=place in (1, 2, 5))
+
+
+def plan(name: str, decoder: Decoder, options: Options) -> Plan:
+    """Count what a decoder takes."""
+    every, k = list(matrices(decoder)), options.rank
+    vectors = (2 * decoder.layers + 1) * decoder.width
+    parameters = vectors + sum(m.d_out * m.d_in for m in every)
+    tokens = options.sequences * options.length
+    # Looking up takes nothing.
+    multiplied = sum(m.d_out * m.d_in for m in every if m.tied or not m.words)
+    factor_bytes = FLOAT * sum(_factor_numbers(d, k) for m in every for d in m.sides(k))
+    rounds = max(1, ceil(factor_bytes / options.memory_budget))
+    stored = sum(_stored_numbers(m, k) for m in every)
+    square = sum(_stored_numbers(m, max(m.d_out, m.d_in)) for m in every)
+    thin = sum(sum(m.ranks(k)) * m.d_out * m.d_in for m in every)
+    return Plan(
+        name,
+        parameters,
+        plain=6.0 * tokens * multiplied,
+        # Forward, and back to the layers' outputs; twice, if no batch is kept in between.
+        model=2 * 4.0 * tokens * multiplied * rounds,
+        factors=sum(_factor_work(m, options) for m in every),
+        decompositions=sum(_decomposition_work(d, k) for m in every for d in m.sides(k)),
+        eigenvalues=sum(_eigenvalue_work(m, options) for m in every),
+        penalty=4.0 * thin,
+        step=8.0 * thin,
+        weight_bytes=FLOAT * parameters,
+        snapshot_bytes=FLOAT * (parameters + vectors + stored),
+        square_bytes=FLOAT * (vectors + square),
+        factor_bytes=factor_bytes,
+        rounds=rounds,
+    )
+
+
+def _width(size: int, rank: int) -> int | None:
+    """Columns of a sketch; None where there is a square matrix."""
+    width = min(size, max(FEWEST_COLUMNS, 2 * rank + OVERSAMPLING))
+    return width if width <= SMALL_PART * size else None
+
+
+def _factor_numbers(size: int, rank: int) -> int:
+    width = _width(size, rank)
+    return size * size if width is None else 2 * size * width
+
+
+def _stored_numbers(matrix: Matrix, rank: int) -> int:
+    """Numbers of bases and eigenvalues."""
+    k_out, k_in = matrix.ranks(rank)
+    rows = k_out + (k_out < matrix.d_out)
+    columns = matrix.d_in if matrix.words else k_in + (k_in < matrix.d_in)
+    of_inputs = 0 if matrix.words or matrix.shares_input else matrix.d_in * k_in
+    return matrix.d_out * k_out + of_inputs + rows * columns
+
+
+def _factor_work(matrix: Matrix, options: Options) -> float:
+    tokens, k = options.sequences * options.length, options.rank
+    found = 0.0
+    for size in matrix.sides(k):
+        width = _width(size, k)
+        found += tokens * (size**2 if width is None else 4.0 * size * width)
+    if matrix.tied:
+        # Inner products of output gradients, in place of products with all words.
+        found += 2.0 * tokens * options.length * matrix.d_in
+    return found
+
+
+def _decomposition_work(size: int, rank: int) -> float:
+    """About 9 d³ for `eigh`; of a sketch a QR decomposition, and `eigh` of what is left."""
+    width = _width(size, rank)
+    if width is None:
+        return 9.0 * size**3
+    return 8.0 * size * width**2 + 18.0 * width**3
+
+
+def _eigenvalue_work(matrix: Matrix, options: Options) -> float:
+    """Of vectors in the bases, and of the inner products of what these leave."""
+    tokens, length = options.sequences * options.length, options.length
+    k_out, k_in = matrix.ranks(options.rank)
+    if matrix.tied:
+        return 2.0 * tokens * matrix.d_in * (k_out + min(2 * length, matrix.d_out))
+    if matrix.words:
+        return 2.0 * tokens * matrix.d_out * k_out
+    whole = 2.0 * tokens * matrix.d_out * matrix.d_in
+    whole += 2.0 * options.sequences * matrix.d_out * matrix.d_in * (k_out + k_in)
+    rotated = 2.0 * tokens * (matrix.d_out * k_out + matrix.d_in * k_in)
+    inner = 2.0 * tokens * length * (matrix.d_out + matrix.d_in + 2 * (k_out + k_in))
+    return min(whole, rotated + inner + 2.0 * tokens * k_out * k_in)
+
+
+def run(options: Options) -> int:
+    """Measure the rate, and print a table of all plans."""
+    from benchmarks.files import write_document
+
+    if options.rank < 1:
+        raise CommandError(f"--rank: got {options.rank}; expected at least 1")
+    make_folder(options.output)
+    use_threads(options.threads)
+    rate = options.rate or measured_rate()
+    found = [plan(name, PLANS[name], options) for name in options.plans]
+    rows = [[label, *map(form(rate), found)] for label, form in _ROWS.items()]
+    title = (
+        f"rank {options.rank}, {options.sequences} sequences of {options.length} tokens, "
+        f"{rate / 1e9:.0f} GFLOP/s"
+    )
+    print_table(title, [""], [one.name for one in found], rows)
+    results = options.output / f"{NAME}.json"
+    records = [asdict(one) for one in found]
+    write_document(results, {"format": FORMAT, "rate": rate, "records": records})
+    print(f"Wrote {results}.")
+    return 0
+
+
+Form = Callable[[float], Callable[[Plan], str]]
+
+
+def _bytes(attribute: str) -> Form:
+    return lambda _: lambda plan: f"{getattr(plan, attribute) / GIB:.3g} GiB"
+
+
+def _work(attribute: str) -> Form:
+    def form(rate: float) -> Callable[[Plan], str]:
+        def shown(plan: Plan) -> str:
+            work = getattr(plan, attribute)
+            return f"{work / 1e12:.3g} TFLOP, {work / rate:.3g} s"
+
+        return shown
+
+    return form
+
+
+_ROWS: dict[str, Form] = {
+    "parameters": lambda _: lambda plan: f"{plan.parameters / 1e6:.0f} million",
+    "weights": _bytes("weight_bytes"),
+    "bases and eigenvalues, full": _bytes("square_bytes"),
+    "snapshot": _bytes("snapshot_bytes"),
+    "factors": _bytes("factor_bytes"),
+    "rounds": lambda _: lambda plan: str(plan.rounds),
+    "plain pass": _work("plain"),
+    "consolidation": _work("consolidation"),
+    "  the model": _work("model"),
+    "  factors": _work("factors"),
+    "  decompositions": _work("decompositions"),
+    "  eigenvalues": _work("eigenvalues"),
+    "  over the plain pass": lambda _: lambda plan: f"{plan.consolidation / plan.plain:.2f}",
+    "penalty": _work("penalty"),
+    "attached step": _work("step"),
+}
+
+
+def measured_rate() -> float:
+    """Return operations a second of processor time, in products as those of a decoder."""
+    import torch
+
+    left, right = torch.randn(1024, 2048), torch.randn(2048, 1024)
+    best = 0.0
+    for _ in range(3):
+        start = process_time()
+        for _ in range(4):
+            left @ right
+        best = max(best, 4 * 2.0 * 1024 * 2048 * 1024 / (process_time() - start))
+    return best
