@@ -78,6 +78,7 @@ class Measured:
     rank: int | float | str
     memory_budget: int
     parameter_bytes: int
+    model_bytes: int
     file_bytes: int
     plain_seconds: float
     consolidate_seconds: float
@@ -102,7 +103,7 @@ def run(options: Options) -> int:
         "consolidate",
         "penalty [s]",
         "peak [MiB]",
-        "/ (2 ×)",
+        "/ model",
     )
     rows = (
         (
@@ -112,7 +113,7 @@ def run(options: Options) -> int:
             f"{one.consolidate_seconds:.2f} s, {one.consolidate_seconds / one.plain_seconds:.1f} ×",
             f"{one.penalty_seconds:.3f}",
             f"{one.peak_bytes / MIB:.0f}",
-            f"{one.peak_bytes / (2 * one.parameter_bytes):.1f}",
+            f"{one.peak_bytes / one.model_bytes:.1f}",
         )
         for one in found
     )
@@ -173,8 +174,11 @@ def measure(
         penalty.save(path)
         size = path.stat().st_size
     weights = sum(p.nbytes for p in parameters)
+    # With the gradients of those that have any.
+    held = weights + sum(p.nbytes for p in model.parameters())
     return Measured(
-        case, rank, memory_budget, weights, size, plain_seconds, seconds, penalty_seconds, peak
+        *(case, rank, memory_budget, weights, held, size),
+        *(plain_seconds, seconds, penalty_seconds, peak),
     )
 
 
