@@ -156,8 +156,7 @@ def measure(
             loss(forward(x), y).backward()
 
     def consolidated() -> EKFACPenalty:
-        options = {"rank": rank, "memory_budget": memory_budget, "temperature": 1.0}
-        penalty = EKFACPenalty(1.0, **options)
+        penalty = EKFACPenalty(1.0, rank=rank, memory_budget=memory_budget, temperature=1.0)
         penalty.consolidate(model, loss, data, forward=problem.forward)
         return penalty
 
