@@ -60,7 +60,10 @@ def crepe_tiny() -> Problem:
         layers += [nn.BatchNorm2d(d_out, eps=0.001), nn.MaxPool2d((2, 1))]
     layers += [nn.Flatten(), nn.Linear(256, 360)]
     x, y = torch.randn(256, 1024), torch.randint(360, (256,))
-    return Problem(nn.Sequential(*layers).eval(), list(zip(x.split(32), y.split(32), strict=True)))
+    return Problem(
+        nn.Sequential(*layers).eval(),
+        list(zip(torch.split(x, 32), torch.split(y, 32), strict=True)),
+    )
 
 
 def gpt2() -> Problem:
@@ -68,14 +71,15 @@ def gpt2() -> Problem:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config()).eval()
+    model = GPT2LMHeadModel(GPT2Config())
+    model.train(False)
 
     def logits(tokens: "Tensor") -> "Tensor":
         found: Tensor = model(tokens).logits[:, :-1].transpose(1, 2)
         return found
 
     tokens = torch.randint(model.config.vocab_size, (32, 64))
-    return Problem(model, [(t, t[:, 1:].contiguous()) for t in tokens.split(4)], logits)
+    return Problem(model, [(t, t[:, 1:].contiguous()) for t in torch.split(tokens, 4)], logits)
 
 
 def lora() -> Problem:
@@ -162,7 +166,7 @@ class Decoder:
         model = nn.Sequential(embedding, *blocks, norm, head, _classes_second())
         tokens = torch.randint(self.vocabulary, (sequences, length + 1))
         return Problem(
-            model, [(t[:, :-1], t[:, 1:].contiguous()) for t in tokens.split(batch_size)]
+            model, [(t[:, :-1], t[:, 1:].contiguous()) for t in torch.split(tokens, batch_size)]
         )
 
 

@@ -78,6 +78,7 @@ class Measured:
     rank: int | float | str
     memory_budget: int
     parameter_bytes: int
+    model_bytes: int
     file_bytes: int
     plain_seconds: float
     consolidate_seconds: float
@@ -102,7 +103,7 @@ def run(options: Options) -> int:
         "consolidate",
         "penalty [s]",
         "peak [MiB]",
-        "/ (2 ×)",
+        "/ model",
     )
     rows = (
         (
@@ -112,7 +113,7 @@ def run(options: Options) -> int:
             f"{one.consolidate_seconds:.2f} s, {one.consolidate_seconds / one.plain_seconds:.1f} ×",
             f"{one.penalty_seconds:.3f}",
             f"{one.peak_bytes / MIB:.0f}",
-            f"{one.peak_bytes / (2 * one.parameter_bytes):.1f}",
+            f"{one.peak_bytes / one.model_bytes:.1f}",
         )
         for one in found
     )
@@ -155,8 +156,7 @@ def measure(
             loss(forward(x), y).backward()
 
     def consolidated() -> EKFACPenalty:
-        options = {"rank": rank, "memory_budget": memory_budget, "temperature": 1.0}
-        penalty = EKFACPenalty(1.0, **options)
+        penalty = EKFACPenalty(1.0, rank=rank, memory_budget=memory_budget, temperature=1.0)
         penalty.consolidate(model, loss, data, forward=problem.forward)
         return penalty
 
@@ -173,8 +173,11 @@ def measure(
         penalty.save(path)
         size = path.stat().st_size
     weights = sum(p.nbytes for p in parameters)
+    # With the gradients of those that have any.
+    held = weights + sum(p.nbytes for p in model.parameters())
     return Measured(
-        case, rank, memory_budget, weights, size, plain_seconds, seconds, penalty_seconds, peak
+        *(case, rank, memory_budget, weights, held, size),
+        *(plain_seconds, seconds, penalty_seconds, peak),
     )
 
 

@@ -21,8 +21,10 @@ PLANS = {
 }
 GIB = 2**30
 FLOAT = 4  # bytes
-# As the package has them: columns of a sketch, and the longest side of which there is none.
+# As the package has them: columns of a sketch, and which part of a side they may be; and of a whole
+# factor the smallest of which only a range is looked at, and which part of it that may be.
 FEWEST_COLUMNS, OVERSAMPLING, SMALL_PART = 96, 10, 0.125
+SMALLEST, LARGEST_PART = 256, 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,11 +205,15 @@ def _factor_work(matrix: Matrix, options: Options) -> float:
 
 
 def _decomposition_work(size: int, rank: int) -> float:
-    """About 9 d³ for `eigh`; of a sketch a QR decomposition, and `eigh` of what is left."""
+    """About 9 d³ for `eigh`; else products and QR decompositions, and `eigh` of what is left."""
     width = _width(size, rank)
-    if width is None:
+    if width is not None:
+        return 8.0 * size * width**2 + 18.0 * width**3
+    # Of a large matrix only the range of the leading eigenvectors is looked at.
+    width = rank + rank // 8 + OVERSAMPLING
+    if size < SMALLEST or width > LARGEST_PART * size:
         return 9.0 * size**3
-    return 8.0 * size * width**2 + 18.0 * width**3
+    return 6.0 * size**2 * width + 8.0 * size * width**2 + 9.0 * width**3
 
 
 def _eigenvalue_work(matrix: Matrix, options: Options) -> float:

@@ -109,7 +109,7 @@ def _with_blocks(
 def _stack(index: int, members: Sequence[tuple[Term, Block]]) -> Stack:
     first = members[0][1]
     anchors = tuple(
-        torch.stack([term.anchor[name] for term, _ in members]) for name in first.parameters
+        _stacked([term.anchor[name] for term, _ in members]) for name in first.parameters
     )
     block = Block(
         tuple(f"{index}/{name}" for name in first.parameters),
@@ -132,6 +132,11 @@ def _view(stacked: Block, place: int, block: Block) -> Block:
         for basis in (stacked.gradient_basis, stacked.activation_basis)
     )
     return replace(block, gradient_basis=gradient_basis, activation_basis=activation_basis)
+
+
+def _stacked(anchors: Sequence[Tensor]) -> Tensor:
+    """Stack anchors; one alone, which may be as large as a model, is not copied."""
+    return anchors[0].contiguous()[None] if len(anchors) == 1 else torch.stack([*anchors])
 
 
 def _joined(bases: Sequence[Tensor | None]) -> Tensor | None:
