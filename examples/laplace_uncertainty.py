@@ -37,8 +37,8 @@ posterior = (1 / (2 * NOISE**2)) * fisher
 draws = posterior.sample(200, damping=1 / PRIOR**2, generator=torch.Generator().manual_seed(0))
 
 # %%
-# Predictions of the drawn networks to first order in the weights, `f(x; θ*) + J(x) δ`, for which the
-# normal distribution was derived.
+# Predictions of the drawn networks to first order in the weights, `f(x; θ*) + J(x) δ`: the
+# approximation from which the normal distribution comes.
 
 grid = torch.linspace(-4, 4, 161)[:, None]
 
