@@ -20,13 +20,13 @@ from rotate_ewc._utils.tree import place_of
 from rotate_ewc._utils.validation import Rank
 from rotate_ewc.estimation.factors import ACTIVATION, GRADIENT, KroneckerFactors, Place
 from rotate_ewc.estimation.microbatch import Microbatch, in_halves, microbatches
-from rotate_ewc.estimation.ranks import truncation_of
 from rotate_ewc.layers import Factors, LinearCall
 from rotate_ewc.linalg import eigenvalues, thin_eigenvalues
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.linalg.outer_products import OuterProducts, add_to_all
 from rotate_ewc.linalg.thin_eigenvalues import squared_with_rest
 from rotate_ewc.linalg.tied_eigenvalues import summed_tied
+from rotate_ewc.linalg.truncation import truncation_of
 from rotate_ewc.tracing.block_plan import BlockKey, BlockPlan
 from rotate_ewc.tracing.capture import CapturedBatch
 
