@@ -221,6 +221,11 @@ class Block:
             return None
         return thin_products(self.gradient_basis, self.activation_basis, self.eigenvalues)
 
+    def prepare(self) -> None:
+        """Find now what is kept, and not in the first product, which may be compiled."""
+        if self.products is None:
+            _ = self._rotations, self.spectrum
+
     def diagonal_in(self, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
         """Return the diagonal of the block's matrix in another basis.
 

@@ -119,7 +119,7 @@ def _stack(index: int, members: Sequence[tuple[Term, Block]]) -> Stack:
         first.transposed,
     )
     # Found now, and not in the first product, which may be compiled.
-    _ = block.products
+    block.prepare()
     return Stack(first.parameters, block, anchors)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import count
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from rotate_ewc.penalty import replicas
 from tests.helpers.penalties import CE, Batches, flat, make, task
 from tests.helpers.processes import distributed_test, gather, here
 
@@ -175,6 +177,8 @@ def operator(data: Batches, group: Any) -> EKFACLinearOperator:
 @distributed_test((2,))
 def test_different_penalties_are_told_of() -> None:
     """Once, where they are used; and not where they are the same, or made together."""
+    # Processes are kept between tests, in some of which one of them consolidates alone.
+    replicas._NUMBERS = count(1_000_000)
     model, penalty = here(make("plain")), EKFACPenalty(1.0, fisher_type="type2")
     penalty.consolidate(model, CE, own_part(task("plain", 0)), group=None)
     dist.barrier()
