@@ -105,34 +105,15 @@ def run(options: Options) -> int:
 def _records(options: Options) -> "Iterator[Record]":
     """Yield the records of the tests."""
     from benchmarks.text.protocol import tested
-    from benchmarks.text.records import Records
     from benchmarks.text.stream import scores
 
-    records = Records(options.output / "text.jsonl")
-
-    def run(method: str, strength: float | None, seed: int, validate: bool) -> "Record":
-        described = _described(options, method, strength, seed, validate)
-        return records.get(
-            described, lambda: _work(options, method, strength, seed, validate=validate)
-        )
-
     yield from tested(
-        options.methods,
-        options.search_values,
-        options.seeds,
-        run,
+        options,
+        options.output / "text.jsonl",
+        _work,
         lambda record: scores(record["matrix"]),
+        sets=list(options.sets) if options.texts else "docstrings",
     )
-
-
-def _described(
-    options: Options, method: str, strength: float | None, seed: int, validate: bool
-) -> dict[str, Any]:
-    """What a run depends on, its name in the file."""
-    own = ("methods", "search_values", "seeds", "output", "texts", "threads")
-    shared = {key: value for key, value in asdict(options).items() if key not in own}
-    shared["sets"] = list(options.sets) if options.texts else "docstrings"
-    return {**shared, "method": method, "strength": strength, "seed": seed, "validate": validate}
 
 
 def _work(

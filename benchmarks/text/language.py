@@ -86,23 +86,12 @@ def run(options: Options) -> int:
 def _records(options: Options) -> "Iterator[Record]":
     """Yield the records of the tests."""
     from benchmarks.text.protocol import tested
-    from benchmarks.text.records import Records
-
-    records = Records(options.output / "language.jsonl")
-    own = ("methods", "search_values", "seeds", "output", "threads")
-    shared = {key: value for key, value in asdict(options).items() if key not in own}
-
-    def run(method: str, strength: float | None, seed: int, validate: bool) -> "Record":
-        told = {"method": method, "strength": strength, "seed": seed, "validate": validate}
-        return records.get(
-            {**shared, **told}, lambda: _work(options, method, strength, seed, validate=validate)
-        )
 
     def figures(record: "Record") -> dict[str, float]:
         prose, code = record["matrix"][-1]
         return {"merit": -(prose + code) / 2, "prose": prose, "code": code}
 
-    yield from tested(options.methods, options.search_values, options.seeds, run, figures)
+    yield from tested(options, options.output / "language.jsonl", _work, figures)
 
 
 def _rows(records: "Iterable[Record]") -> Iterator[tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """``text-pretraining``: what fine-tuning takes from how a pretrained network compares texts."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,24 +88,13 @@ def run(options: Options) -> int:
 def _records(options: Options) -> "Iterator[Record]":
     """Yield the records of the tests."""
     from benchmarks.text.protocol import tested
-    from benchmarks.text.records import Records
-
-    records = Records(options.output / "pretraining.jsonl")
-    own = ("methods", "search_values", "seeds", "output", "threads", "texts")
-    shared = {key: value for key, value in asdict(options).items() if key not in own}
-    shared["task"] = "trec" if options.texts else "docstrings"
-
-    def run(method: str, strength: float | None, seed: int, validate: bool) -> "Record":
-        told = {"method": method, "strength": strength, "seed": seed, "validate": validate}
-        return records.get(
-            {**shared, **told}, lambda: _work(options, method, strength, seed, validate=validate)
-        )
 
     def figures(record: "Record") -> dict[str, float]:
         kept, new, correlation = record["names"], record["new"], record["correlation"]
         return {"merit": kept + new, "names": kept, "new": new, "correlation": correlation}
 
-    yield from tested(options.methods, options.search_values, options.seeds, run, figures)
+    task = "trec" if options.texts else "docstrings"
+    yield from tested(options, options.output / "pretraining.jsonl", _work, figures, task=task)
 
 
 def _rows(records: "Iterable[Record]") -> Iterator[tuple[str, ...]]:

@@ -1,50 +1,74 @@
 """What the commands on texts have in common: search on held-out texts, tests with all seeds."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
 
 from benchmarks.text.methods import METHODS
-from benchmarks.text.records import Record
+from benchmarks.text.records import Record, Records
 
-# Does the run of a method, at a strength (None for what the method finds, or where it has none),
-# with a seed, on held-out texts or those of the test.
-Run = Callable[[str, float | None, int, bool], Record]
+# Options on which the outcome of a run does not depend.
+_OF_THE_CALL = ("methods", "search_values", "seeds", "output", "texts", "threads")
+
+
+class Work(Protocol):
+    """Does the run of a method."""
+
+    def __call__(
+        self, options: Any, name: str, strength: float | None, seed: int, *, validate: bool
+    ) -> dict[str, Any]:
+        """Return what is to be recorded.
+
+        Args:
+            options: Those of the command.
+            name: The method's.
+            strength: None for what the method finds, or where it has none.
+            seed: Of the run.
+            validate: Whether it is measured on held-out texts, and not on those of the test.
+        """
 
 
 def tested(
-    methods: Sequence[str],
-    search_values: int,
-    seeds: Sequence[int],
-    run: Run,
+    options: Any,
+    path: Path,
+    work: Work,
     figures: Callable[[Record], dict[str, float]],
+    **told: Any,
 ) -> Iterator[Record]:
     """Yield the records of the tests: at a method's default, and at the best strength held out.
 
     Args:
-        methods: Names of the methods.
-        search_values: How many strengths are tried of each method that has one.
-        seeds: Of the tests; the search has the first.
-        run: Returns the record of a run.
+        options: Those of the command, a dataclass; the search has the first of the seeds.
+        path: The file of records, in which runs that are there already are not done again.
+        work: Does a run.
         figures: What to print of a record; the first is what strengths are chosen by, larger is
             better.
+        told: What a run depends on besides the options, or in place of one.
     """
+    records = Records(path)
+    shared = {key: value for key, value in asdict(options).items() if key not in _OF_THE_CALL}
+    shared |= told
 
     def shown(method: str, strength: float | None, seed: int, validate: bool) -> Record:
-        told = f"λ {'auto' if strength is None else f'{strength:g}'}"
-        print(f"{method}, {told}, seed {seed}{', held out' * validate}: ", end="", flush=True)
-        record = run(method, strength, seed, validate)
-        found = figures(record).items()
-        print(", ".join(f"{name} {value:.4f}" for name, value in found), flush=True)
+        found = f"λ {'auto' if strength is None else f'{strength:g}'}"
+        print(f"{method}, {found}, seed {seed}{', held out' * validate}: ", end="", flush=True)
+        own = {"method": method, "strength": strength, "seed": seed, "validate": validate}
+        record = records.get(
+            {**shared, **own}, lambda: work(options, method, strength, seed, validate=validate)
+        )
+        values = figures(record).items()
+        print(", ".join(f"{name} {value:.4f}" for name, value in values), flush=True)
         return record
 
-    for name in methods:
+    for name in options.methods:
         kind: Any = METHODS[name]
         merits = {
-            strength: next(iter(figures(shown(name, strength, seeds[0], True)).values()))
-            for strength in kind.strengths[:search_values]
+            strength: next(iter(figures(shown(name, strength, options.seeds[0], True)).values()))
+            for strength in kind.strengths[: options.search_values]
         }
         best = max(merits, key=merits.__getitem__, default=None)
         for strength in dict.fromkeys((None, best)):
             if strength is not None or not kind.needs_strength:
-                for seed in seeds:
+                for seed in options.seeds:
                     yield shown(name, strength, seed, False)
