@@ -61,11 +61,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def check_kills(found: dict[str, int], number: int) -> None:
     """What is left is looked at by the experiment; here, that there was something to look at."""
-    assert found["old"] + found["new"] == number
-    assert found["leftovers"] >= number / 10
-    assert found["old"] >= number / 10
-    assert found["new"] >= number / 10
-    assert found["killed"] >= number / 4
+    assert found["old"] + found["new"] >= number
+    assert min(found.values()) >= number / 4
 
 
 def test_killed_at_random_moments(done: dict[str, Any]) -> None:
