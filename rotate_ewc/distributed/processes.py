@@ -49,7 +49,6 @@ class Ranks:
     Attributes:
         size: Number of processes.
         rank: Which of them this one is.
-        bytes_exchanged: Bytes of the tensors that this process has given to collectives.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -57,7 +56,6 @@ class Ranks:
         self._group = group
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
-        self.bytes_exchanged = 0
         self._inside = False
         self._over = False
         self._failure_key = ""
@@ -205,7 +203,7 @@ class Ranks:
             for laid in found[key].values()
         ]
         for bucket in buckets(order):
-            with self._exchanging(place, bucket, sends=bucket.owner == self.rank):
+            with self._exchanging(place, bucket):
                 dist.broadcast(bucket.flat, self._global(bucket.owner), group=self._group)
         return {key: {n: laid.tensor for n, laid in laids.items()} for key, laids in found.items()}
 
@@ -237,13 +235,12 @@ class Ranks:
         return int(dist.get_global_rank(self._group, rank))
 
     @contextmanager
-    def _exchanging(self, place: str, bucket: Bucket, *, sends: bool = True) -> Iterator[None]:
+    def _exchanging(self, place: str, bucket: Bucket) -> Iterator[None]:
         """Vote, exchange a bucket, and put what came out into its tensors."""
         with uninterrupted():
             self._vote(place, None)
             yield
             bucket.unpack()
-        self.bytes_exchanged += bucket.flat.nbytes if sends else 0
 
     def _vote(self, place: str, error: BaseException | None, token: int = 0) -> int:
         """Wait for all processes; raise if one has failed, or is at another place.

@@ -13,6 +13,7 @@ from benchmarks.__main__ import main
 from benchmarks.data import ImageData
 from benchmarks.studies import scale
 from benchmarks.studies.networks import Decoder
+from benchmarks.studies.processes import Case, Share
 from rotate_ewc import EKFACPenalty
 
 
@@ -102,3 +103,32 @@ def test_plans_of_large_decoders(tmp_path: Path, capsys: Any) -> None:
     }
     assert all(one["snapshot_bytes"] < 1.5 * one["weight_bytes"] for one in records)
     assert "8030 million" in capsys.readouterr().out
+
+
+def test_ratios_of_processes() -> None:
+    """One process takes 4 s for passes and 6 s for three decompositions, two 2 s and 3 s."""
+    alone = Share(10.0, [(2, 1.0), (3, 3.0), (2, 2.0)], 0)
+    together = [Share(5.0, [(3, 3.0)], 100), Share(5.0, [(2, 1.0), (2, 2.0)], 300)]
+    case = Case("a", [alone], [together])
+    assert (case.speedup(), case.speedup_of_passes()) == (2.0, 2.0)
+    assert case.speedup_of_decompositions() == 2.0
+    assert case.exchanged() == 300
+    # Four: a second of passes, three of the largest decomposition, and one for what is exchanged.
+    assert case.planned(4, 300.0) == pytest.approx(10.0 / 5.0)
+    # No more than three have something to decompose.
+    assert case.planned(8, 300.0) == pytest.approx(10.0 / 4.5)
+
+
+@pytest.mark.slow
+def test_processes_share_an_estimation(tmp_path: Path, capsys: Any) -> None:
+    (one,) = call("processes", "--cases a --fraction 0.1 --rounds 1", tmp_path)["records"]
+    # 1,000 images; the inputs and the outputs' gradients of the layers.
+    assert one["activations"] == 1000 * 4 * (784 + 400 + 400 + 400 + 400 + 10)
+    ((first, second),) = one["together"]
+    assert first["trace"] == second["trace"]
+    # Every factor is decomposed once.
+    sizes = [size for share in (first, second) for size, _ in share["decompositions"]]
+    assert sorted(sizes) == sorted(size for size, _ in one["alone"][0]["decompositions"])
+    assert "2 processes" in capsys.readouterr().out
+    assert main(["study-processes", "--processes", "1", "--output", str(tmp_path)]) == 1
+    assert "--processes: got 1; expected at least 2" in capsys.readouterr().err

@@ -1,0 +1,333 @@
+"""``study-processes``: what two processes, and by count more of them, save of an estimation."""
+
+import multiprocessing
+import os
+import signal
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import wraps
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+from unittest import mock
+
+from benchmarks.command import CommandError, make_folder, print_table
+from benchmarks.option_types import Folder
+from benchmarks.speed import names
+from benchmarks.speed.options import some_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from benchmarks.speed.cases import Batch, Workload
+
+NAME = "processes"
+FORMAT = "rotate_ewc.benchmarks.processes/1"
+CASES = (names.SMALL_MLP, names.CNN, names.TRANSFORMER)
+PLANNED = (8, 16, 32, 64)
+MIB = 2**20
+# Labels are sampled anew where a process cannot tell which examples of all it has.
+TOLERANCE = 0.1
+COLLECTIVES = ("all_reduce", "reduce", "broadcast")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Estimate matrices in one process, and in several that have a part of the batches each.
+
+    All have one thread and talk through gloo; in every round one process estimates alone, and then
+    all do together. Tells how much faster they are, in the passes over the data and in the
+    decompositions (of which each process has its own), and what goes through collectives. For more
+    processes, seconds are planned: the passes divided by their number, the decompositions of the
+    busiest, and what is exchanged at a given bandwidth. Writes processes.json.
+
+    Attributes:
+        cases: Any of a, c and e, as the command speed has them.
+        processes: How many.
+        rounds: Number of rounds.
+        fraction: Part of every case's examples.
+        bandwidth: Bytes a second between any two processes, of what is planned.
+        output: Folder for the results.
+    """
+
+    cases: Annotated[tuple[str, ...], some_of(CASES)] = CASES
+    processes: int = 2
+    rounds: int = 5
+    fraction: float = 1.0
+    bandwidth: float = 1.25e9
+    output: Folder = Path("results")
+
+
+@dataclass
+class Share:
+    """What one process did in one estimation.
+
+    Attributes:
+        seconds: From when all were ready until all were done.
+        decompositions: Size and seconds of every ``eigh``.
+        exchanged: Bytes that were given to collectives.
+        memory: Bytes by which the peak of resident memory was above what was there before.
+        trace: Trace of the matrix.
+    """
+
+    seconds: float = 0.0
+    decompositions: list[tuple[int, float]] = field(default_factory=list)
+    exchanged: int = 0
+    memory: int = 0
+    trace: float = 0.0
+
+    @property
+    def decomposing(self) -> float:
+        """Seconds of all decompositions."""
+        return sum(seconds for _, seconds in self.decompositions)
+
+
+@dataclass
+class Case:
+    """What was measured of one case.
+
+    Attributes:
+        name: Which.
+        alone: One process's share in every round.
+        together: Those of all processes in every round.
+        activations: Bytes of the layers' inputs and of the gradients of their outputs, over all
+            examples.
+    """
+
+    name: str
+    alone: list[Share] = field(default_factory=list)
+    together: list[list[Share]] = field(default_factory=list)
+    activations: int = 0
+
+    def speedup(self) -> float:
+        """How much faster all are than one: the median over rounds."""
+        return self._median(lambda one, all_: one.seconds / all_[0].seconds)
+
+    def speedup_of_passes(self) -> float:
+        """The same without the decompositions, of which the busiest process's count."""
+        return self._median(
+            lambda one, all_: (
+                (one.seconds - one.decomposing)
+                / (all_[0].seconds - max(share.decomposing for share in all_))
+            )
+        )
+
+    def speedup_of_decompositions(self) -> float:
+        """That of the decompositions."""
+        return self._median(
+            lambda one, all_: one.decomposing / max(share.decomposing for share in all_)
+        )
+
+    def exchanged(self) -> int:
+        """Bytes that the busiest process gives to collectives."""
+        return max(share.exchanged for share in self.together[0])
+
+    def planned(self, processes: int, bandwidth: float) -> float:
+        """How much faster so many processes would be.
+
+        The largest decompositions go first, each to the idlest process. Nothing is said of passes
+        over batches that are too few to be divided.
+        """
+        alone = sorted(self.alone, key=lambda one: one.seconds)[len(self.alone) // 2]
+        busy = [0.0] * processes
+        for _, seconds in sorted(alone.decompositions, reverse=True):
+            busy[busy.index(min(busy))] += seconds
+        passes = (alone.seconds - alone.decomposing) / processes
+        return alone.seconds / (passes + max(busy) + self.exchanged() / bandwidth)
+
+    def _median(self, ratio: Callable[[Share, list[Share]], float]) -> float:
+        return statistics.median(map(ratio, self.alone, self.together))
+
+
+def run(options: Options) -> int:
+    """Measure all cases, and print a table of them."""
+    from benchmarks.files import write_document
+
+    if options.processes < 2:
+        raise CommandError(f"--processes: got {options.processes}; expected at least 2")
+    if options.rounds < 1:
+        raise CommandError(f"--rounds: got {options.rounds}; expected at least 1")
+    make_folder(options.output)
+    found = measure(options)
+    times = ("alone [s]", f"{options.processes} processes", "passes", "decompositions")
+    title = f"How many times as fast as one process, medians of {options.rounds} rounds"
+    print_table(title, ["case"], times, map(times_of, found))
+    sizes = ("peak, alone", "peak of each", "exchanged", "activations")
+    print_table("Bytes of a process [MiB]", ["case"], sizes, map(sizes_of, found))
+    rows = ([one.name, *plans_of(one, options.bandwidth)] for one in found)
+    title = f"Planned at {options.bandwidth:g} bytes a second: times as fast as one process"
+    print_table(title, ["case"], [f"{number} processes" for number in PLANNED], rows)
+    results = options.output / f"{NAME}.json"
+    write_document(results, {"format": FORMAT, "records": [asdict(one) for one in found]})
+    print(f"Wrote {results}.")
+    return 0
+
+
+def times_of(case: Case) -> list[str]:
+    """What is told of a case's times."""
+    alone = statistics.median(one.seconds for one in case.alone)
+    ratios = (case.speedup(), case.speedup_of_passes(), case.speedup_of_decompositions())
+    return [case.name, f"{alone:.2f}", *(f"× {ratio:.2f}" for ratio in ratios)]
+
+
+def sizes_of(case: Case) -> list[str]:
+    """What is told of its bytes."""
+    alone, each = case.alone[0].memory, max(share.memory for share in case.together[0])
+    sizes = (alone, each, case.exchanged(), case.activations)
+    return [case.name, *(f"{size / MIB:.0f}" for size in sizes)]
+
+
+def plans_of(case: Case, bandwidth: float) -> list[str]:
+    """What is told of more processes."""
+    return [f"× {case.planned(number, bandwidth):.1f}" for number in PLANNED]
+
+
+def measure(options: Options) -> list[Case]:
+    """Start the processes, and return what the first of them found."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        receiving, sending = context.Pipe(duplex=False)
+        workers = [
+            context.Process(target=_work, args=(rank, folder, options, sending), daemon=True)
+            for rank in range(options.processes)
+        ]
+        for worker in workers:
+            worker.start()
+            stack.callback(worker.kill)
+        sending.close()
+        try:
+            found: list[Case] = receiving.recv()
+        except EOFError:
+            raise CommandError("a process has failed; what with is told above") from None
+        for worker in workers:
+            worker.join()
+    return found
+
+
+def _work(rank: int, folder: str, options: Options, sending: Any) -> None:
+    """Take part in all cases, as one of the processes."""
+    import torch
+    import torch.distributed as dist
+
+    from benchmarks.speed.cases import build
+
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    torch.set_num_threads(1)
+    address = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", address, rank=rank, world_size=options.processes)
+    found = []
+    for name in options.cases:
+        workload = build(name, fraction=options.fraction)
+        workload.freeze_other_parameters()
+        part = workload.batches[rank :: options.processes]
+        case = Case(name, activations=activations_of(workload) if rank == 0 else 0)
+        # The first round, which does not count, brings libraries into memory.
+        for number in range(options.rounds + 1):
+            dist.barrier()
+            alone = share_of(workload, workload.batches, None, number) if rank == 0 else Share()
+            dist.barrier()
+            together: list[Share] = [Share()] * options.processes
+            own = share_of(workload, part, "auto", number)
+            dist.all_gather_object(together, own)
+            if rank == 0 and number:
+                check_traces(name, alone, together)
+                case.alone.append(alone)
+                case.together.append(together)
+        found.append(case)
+    if rank == 0:
+        sending.send(found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def share_of(workload: "Workload", batches: "list[Batch]", group: Any, seed: int) -> Share:
+    """Estimate a matrix, and tell what this process did for it."""
+    from benchmarks.speed.machine import peak_growth
+    from rotate_ewc import EKFACLinearOperator
+
+    share = Share()
+    with decompositions_in(share), exchanges_in(share):
+        start = perf_counter()
+        operator, share.memory = peak_growth(
+            lambda: EKFACLinearOperator(
+                workload.model,
+                workload.criterion,
+                workload.known_parameters,
+                batches,
+                fisher_type="mc",
+                seed=seed,
+                check_deterministic=False,
+                group=group,
+            )
+        )
+        share.seconds = perf_counter() - start
+    share.trace = float(operator.trace)
+    return share
+
+
+def check_traces(name: str, alone: Share, together: Sequence[Share]) -> None:
+    """Raise unless all have the same matrix, but for sampled labels that of one process."""
+    traces = [share.trace for share in together]
+    if len(set(traces)) > 1 or abs(traces[0] / alone.trace - 1) > TOLERANCE:
+        raise RuntimeError(
+            f"case {name}: the traces are {traces} in the processes, and {alone.trace} in one "
+            f"alone; expected the same"
+        )
+
+
+@contextmanager
+def decompositions_in(share: Share) -> Iterator[None]:
+    """Note every ``torch.linalg.eigh``."""
+    import torch
+
+    eigh = torch.linalg.eigh
+
+    @wraps(eigh)
+    def timed(matrix: Any, *args: Any, **kwargs: Any) -> Any:
+        start = perf_counter()
+        try:
+            return eigh(matrix, *args, **kwargs)
+        finally:
+            share.decompositions.append((matrix.shape[-1], perf_counter() - start))
+
+    with mock.patch.object(torch.linalg, "eigh", timed):
+        yield
+
+
+@contextmanager
+def exchanges_in(share: Share) -> Iterator[None]:
+    """Count the bytes of all tensors that are given to collectives."""
+    import torch.distributed as dist
+
+    def counted(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(collective)
+        def counting(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            share.exchanged += tensor.nbytes
+            return collective(tensor, *args, **kwargs)
+
+        return counting
+
+    with ExitStack() as stack:
+        for name in COLLECTIVES:
+            stack.enter_context(mock.patch.object(dist, name, counted(getattr(dist, name))))
+        yield
+
+
+def activations_of(workload: "Workload") -> int:
+    """Bytes of the layers' inputs and of their outputs' gradients, if they were sent instead."""
+    import torch
+
+    counted: list[int] = []
+
+    def count(_: "nn.Module", inputs: tuple[Any, ...], output: Any) -> None:
+        counted.append(inputs[0].nbytes + output.nbytes)
+
+    hooks = [layer.register_forward_hook(count) for layer in workload.known_layers]
+    with torch.no_grad():
+        workload.model(workload.batches[0][0])
+    for hook in hooks:
+        hook.remove()
+    return sum(counted) * len(workload.batches)
