@@ -413,7 +413,7 @@ class EKFACLinearOperator:
         if differences := snapshot.differences(*theirs, *ours):
             raise SnapshotError(
                 f"snapshot is of another operator: {'; '.join(differences)}; expected a snapshot "
-                f"of the same model and loss (from_state_dict makes a new operator of this one)"
+                f"of the same model and loss (from_state_dict makes a new operator from it)"
             )
         self._blocks, self._shapes = loaded._blocks, loaded._shapes
         self._provenance = loaded._provenance
