@@ -105,8 +105,8 @@ class Empirical(GradientsOnly, Structured):
         loss = loss if isinstance(loss, EmpiricalLoss) else EmpiricalLoss(loss)
         if first_argument(loss.function) == "model":
             raise TypeError(
-                f"loss_func is {name}, a function of a model; expected one of outputs and targets, "
-                f"or ModelLoss(loss_func) for a function of a model and a batch"
+                f"loss_func is {name}, a function of a model; expected a function of outputs and "
+                f"targets, or ModelLoss(loss_func) for a function of a model and a batch"
             )
         measured = Measured(reduction=loss.reduction)
         return cls(name, "mean", loss=loss, measured=measured)
@@ -225,7 +225,7 @@ class Empirical(GradientsOnly, Structured):
         value, found = self._differentiated(outputs, targets)
         if found is None:
             raise ValueError(
-                f"loss_func {self.name} does not depend on the outputs, as far as autograd knows; "
+                f"loss_func {self.name} does not depend on the outputs, according to autograd; "
                 f"expected a differentiable function of them. For a loss that a model returns "
                 f"itself, pass ModelLoss(lambda model, batch: model(**batch).loss)"
             )
@@ -292,7 +292,7 @@ class Empirical(GradientsOnly, Structured):
             raise ValueError(
                 f"loss_func {self.name} is a mean, and the outputs of an example have other "
                 f"shapes in other batches ({list(shape)}, and {list(self.measured.shape)} "
-                f"before), so that what batches weigh is not known; {_REMEDY}"
+                f"before), so the weights of the batches are unknown; {_REMEDY}"
             )
 
     def _is_plain_mean(self, several: bool) -> bool:

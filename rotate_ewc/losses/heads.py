@@ -243,8 +243,7 @@ class Heads(Structured):
             if head.weight and number <= 0:
                 raise ValueError(
                     f"no target in the data counts for the output {head.key!r} (all are ignored, "
-                    f"or have weight 0), so that its mean loss is not defined; expected at least "
-                    f"one"
+                    f"or have weight 0), so its mean loss is undefined; expected at least one"
                 )
         return replace(self, numbers=numbers)
 

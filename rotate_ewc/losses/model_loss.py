@@ -140,8 +140,8 @@ class OwnLosses(GradientsOnly):
                 return value.new_zeros(1)
             if not bool(torch.isfinite(value)):
                 raise NotFiniteError(
-                    f"{self.name} is {float(value.detach())}; expected a finite number. If an "
-                    f"example by itself has no labels that count, pass ModelLoss(loss, "
+                    f"{self.name} is {float(value.detach())}; expected a finite number. If a "
+                    f"single example has no labels that count, pass ModelLoss(loss, "
                     f"terms=...) with a function that counts the terms of each example"
                 )
             return value.reshape(1)
