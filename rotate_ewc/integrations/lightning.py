@@ -100,11 +100,11 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
             group=group,
         )
         if isinstance(optimizer, bool) or not isinstance(optimizer, int) or optimizer < 0:
-            raise ValueError(f"optimizer is {optimizer!r}; expected the place of one, from 0 on")
+            raise ValueError(f"optimizer is {optimizer!r}; expected its index, from 0 on")
         if forward is not None and loss_func is None:
             raise ValueError(
                 "forward is given, but loss_func is not; expected both, or neither for a model "
-                "that brings its own loss"
+                "that has its own loss"
             )
         self.loss_func = loss_func
         self.forward = forward
@@ -122,7 +122,7 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         count = len(trainer.optimizers)
         if self.optimizer >= count:
             raise ValueError(
-                f"optimizer is {self.optimizer}, but the module has {count}; expected less"
+                f"optimizer is {self.optimizer}, but the module has {count}; expected a lower index"
             )
         model = self._model(pl_module)
         self._own = None
@@ -184,8 +184,8 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         """Refuse to resume from a checkpoint in which there is no penalty."""
         if self.state_key not in checkpoint.get("callbacks", {}):
             raise ValueError(
-                "the checkpoint has no state of this callback, as if it was written without it; "
-                "expected one with a penalty, or to train on from its weights: "
+                "the checkpoint has no state of this callback, as if written without it; expected "
+                "one with a penalty. To train on from its weights alone: "
                 "module.load_state_dict(torch.load(path)['state_dict']), and fit without ckpt_path"
             )
 

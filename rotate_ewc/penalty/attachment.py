@@ -187,7 +187,7 @@ class Attachment(Generic[Penalty]):
         """
         if not isinstance(state, Mapping) or set(state) != _KEYS:
             raise SnapshotError(
-                "the state of the handle is none; expected a dictionary that its state_dict() made"
+                "this is not the state of a handle; expected a dictionary from its state_dict()"
             )
         if state["update"] != self.update.value:
             raise SnapshotError(
@@ -268,8 +268,8 @@ class Attachment(Generic[Penalty]):
         elif not held & protected:
             raise ValueError(
                 "the optimizer has none of the model's parameters that the penalty protects, as if "
-                "they had been replaced since it was made; expected them, as after "
-                "optimizer.add_param_group, or a new optimizer, to which the penalty is attached"
+                "they had been replaced since it was made. Add them with "
+                "optimizer.add_param_group, or attach the penalty to a new optimizer"
             )
         sparse = [n for n, g in gradients.items() if n in protected and g.layout != torch.strided]
         if sparse:
@@ -346,6 +346,6 @@ def _check_not_attached(optimizer: Optimizer) -> None:
     owners = (unwrap(hook, stop=ismethod) for hook in hooks)
     if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in owners):
         raise ValueError(
-            "the optimizer has a penalty attached already; expected one without: call detach() of "
+            "the optimizer already has a penalty attached; expected one without: call detach() on "
             "the handle that attach returned, or add the other penalty to the loss"
         )

@@ -248,7 +248,7 @@ class EKFACPenalty(ConsolidatedTasks):
                 if forward is not None:
                     raise ValueError(
                         "forward is given, but loss_func is not; expected both, or neither for a "
-                        "model that brings its own loss"
+                        "model that has its own loss"
                     )
                 loss_func, data, forward = own_loss_of(model, data)
             if params is None:

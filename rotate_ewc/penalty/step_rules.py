@@ -120,7 +120,7 @@ def register_step_size(
     if issubclass(optimizer_class, LBFGS):
         raise ValueError(
             "optimizer_class is LBFGS, which evaluates the loss at several points in each step; "
-            "expected one that steps once, or add penalty(model) to the loss"
+            "expected one that evaluates it once, or add penalty(model) to the loss"
         )
     _RULES[optimizer_class] = StepRule(rule, rotated, decays_only=False)
 
@@ -210,7 +210,7 @@ def _momentum(group: Options) -> float:
     momentum = float(group["momentum"])
     if momentum >= 1:
         raise ValueError(
-            f"the optimizer has momentum {momentum:g}, with which a gradient acts for ever; "
+            f"the optimizer has momentum {momentum:g}, with which a gradient acts forever; "
             f"expected less than 1"
         )
     return 1.0 / (1.0 - momentum)

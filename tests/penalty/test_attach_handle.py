@@ -90,7 +90,7 @@ def of_another(model: nn.Module) -> Optimizer:
 
 
 REFUSED: list[tuple[Callable[[nn.Module], Any], dict[str, Any], type[Exception], str]] = [
-    (of_another, {}, ValueError, "has 4 parameters, of which none is the model's"),
+    (of_another, {}, ValueError, "has 4 parameters, none of which is the model's"),
     (lambda m: LBFGS(m.parameters()), {"update": "gradient"}, ValueError, "optimizer is LBFGS"),
     (lambda m: Rprop(m.parameters()), {}, ValueError, "Rprop, whose step size .*update='gradient'"),
     (
@@ -150,7 +150,7 @@ def test_one_penalty_for_an_optimizer(other: bool) -> None:
     optimizer = Adam(model.parameters())
     handle = penalty.attach(optimizer, model)
     second = exact_penalty() if other else penalty
-    with pytest.raises(ValueError, match=r"attached already.* detach\(\)"):
+    with pytest.raises(ValueError, match=r"already has a penalty attached.* detach\(\)"):
         second.attach(optimizer, model)
     handle.detach()
     second.attach(optimizer, model)

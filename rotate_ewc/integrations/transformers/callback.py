@@ -106,8 +106,8 @@ class RotatedEWCCallback(AttachesPenalty, TrainerCallback):
         self._detach()
         if self.consolidate_at_end and state.is_hyper_param_search:
             raise ValueError(
-                "consolidate_at_end is True in a search of hyper-parameters, of which every trial "
-                "would count as a task; expected consolidate_at_end=False"
+                "consolidate_at_end is True in a hyper-parameter search, where every trial would "
+                "count as a task; expected consolidate_at_end=False"
             )
         folder = checkpoint_to_resume(args, state) if state.global_step else None
         if folder is not None:
