@@ -20,13 +20,13 @@ from rotate_ewc.options import FisherType
 
 
 class EmpiricalLoss(UserLoss):
-    """A loss of outputs and targets, with what cannot be seen in it, for `fisher_type="empirical"`.
+    """A custom loss of outputs and targets, for `fisher_type="empirical"`.
 
-    A function needs none of this if it returns a number for each term, or if it returns their mean
-    over examples that all count the same, or their sum.
+    It adds what the package cannot measure. A plain function is enough if it returns a number for
+    each term, their mean over examples that all count the same, or their sum.
 
     Examples:
-        The mean over the words of all sentences, which are not equally long:
+        The mean over the words of all sentences, which differ in length:
 
         >>> import torch
         >>> from rotate_ewc import EmpiricalLoss
@@ -47,12 +47,12 @@ class EmpiricalLoss(UserLoss):
         Args:
             function: From outputs and targets, or from outputs alone (then a batch of data is
                 inputs alone), to the loss: one number, or one or more for each example.
-            terms: From the same to what the mean divides by, one number or more for each example,
-                with the examples first. None: for a loss that is one number, the rows of the
-                outputs; for others, their numbers.
-            reduction: What becomes of losses that are several numbers for a batch: `"mean"` (the
-                same as None) or `"sum"`. For one number it is measured; a reduction that is given
-                must be the one measured.
+            terms: From the same arguments to what the mean divides by: one number or more for each
+                example, with the examples first. None counts the rows of the outputs for a loss
+                that is one number, and otherwise the numbers of the loss.
+            reduction: How several numbers for a batch are reduced: `"mean"` (the same as None) or
+                `"sum"`. For a single number the reduction is measured; a given reduction must agree
+                with it.
 
         Raises:
             TypeError: If `function` or `terms` cannot be called.

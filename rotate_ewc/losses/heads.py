@@ -20,7 +20,7 @@ class SumOfLosses(nn.Module):
     """The weighted sum of losses of several outputs, each with its own targets.
 
     Outputs are a dictionary, a tuple or list, or a dataclass; a loss's key is the name or the
-    number of its output. So are the targets, or else they are one tensor for all losses.
+    number of its output. Targets have the same form, or are one tensor for all losses.
 
     Examples:
         >>> import torch
