@@ -66,14 +66,15 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         view: View | None = None,
         group: Group = AUTO,
     ) -> None:
-        """Make a callback of one penalty, which takes part in one `fit` after another.
+        """Make a callback for one penalty and any number of calls of `fit`.
 
         Args:
             penalty: The penalty; tasks that it already has are protected from the start.
             loss_func: The loss of outputs and targets that the module trains with; None for models
-                that bring their own.
+                that have their own.
             consolidate_at_end: Whether to consolidate the task at the end of `fit`.
-            forward: From a batch's inputs to outputs, where that is not the model's `forward`.
+            forward: Function from a batch's inputs to outputs, if that is not the model's
+                `forward`.
             submodule: Name of the part of the module that is the model to protect, such as the
                 attribute that holds a model of transformers; parameters have the names they have
                 there. By default the whole module.
@@ -201,7 +202,7 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned; the handle's state is read when `fit` begins.
+        """Continue from what `state_dict` returned; the handle's state is read when `fit` begins.
 
         Raises:
             SnapshotError: If the penalty's state is damaged, or of other tasks.

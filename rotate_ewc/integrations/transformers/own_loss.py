@@ -72,9 +72,9 @@ def own_loss(model: nn.Module, data: Iterable[Any], *, label_smoothing: float = 
         from inputs to outputs. `EKFACLinearOperator` takes these three as well.
 
     Raises:
-        ValueError: If the model's kind of loss is not known, differs from what the model computes
-            itself, or needs labels that the batches have not.
-        TypeError: If the batches are no mappings.
+        ValueError: If the model's kind of loss is unknown, differs from what the model computes
+            itself, or needs labels that the batches lack.
+        TypeError: If the batches are not mappings.
     """
     _check_weights(model)
     check_reiterable(data)
