@@ -66,7 +66,8 @@ class EKFACPenalty(ConsolidatedTasks):
     After each task, `consolidate` estimates the Fisher matrix F_t at the solution θ*_t. Later tasks
     are learned under the penalty
 
-        ½ · strength · Σ_t ω_t (θ - θ*_t)ᵀ F_t (θ - θ*_t),   ω_t = w_t · decay^(T - t) · M_t / M_now
+        ½ · strength · Σ_t ω_t (θ - θ*_t)ᵀ F_t (θ - θ*_t)
+        with ω_t = w_t · decay^(T - t) · M_t / M_now
 
     for the T tasks of the past. With a mean loss and nothing else given (w_t = decay = 1), strength
     1 is Bayes' rule: M_t are the numbers of loss terms of the past tasks (what the mean divides by:
