@@ -591,7 +591,7 @@ def test_states_that_are_none(update: str) -> None:
     optimizer.step()
     good = handle.state_dict()
     bad = [
-        ({}, "is none"),
+        ({}, "not the state of a handle"),
         ({**good, "update": "other"}, "has update 'other'"),
         ({**good, "num_tasks": 4}, "a penalty with 4 tasks, but this one has 1"),
         ({**good, "state": {**good["state"], "a/b": torch.ones(2)}}, "'a/b'|missing|NoneType"),
@@ -708,7 +708,7 @@ def test_a_new_optimizer_for_parameters_that_were_replaced() -> None:
     handle = penalty.attach(optimizer, model)
     all_replaced(model, optimizer)
     draw(model, 0)
-    with pytest.raises(ValueError, match="or a new optimizer, to which the penalty is attached"):
+    with pytest.raises(ValueError, match="or attach the penalty to a new optimizer"):
         optimizer.step()
     handle.detach()
     optimizer = Adam(model.parameters(), lr=0.1)
