@@ -11,7 +11,7 @@ class SnapshotError(ValueError):
     """A snapshot that cannot be used; the message names file and key, what was got and expected."""
 
     def __init__(self, message: str, *, file: str | None = None) -> None:
-        """Say it in a line that can be read, whatever the snapshot has for names and values.
+        """Make a readable one-line message, whatever names and values the snapshot has.
 
         Args:
             message: What is wrong; the middle of a long one is left out.

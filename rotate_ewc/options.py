@@ -87,10 +87,10 @@ class KFACType(Choice):
 
 
 class Unsupported(Choice):
-    """What to do about parameters that are used in a way for which there is no rule.
+    """What to do with parameters that are used in a way without a rule.
 
     `ERROR` refuses them by name, `DIAGONAL` takes the exact diagonal of their Fisher matrix (one
-    backward pass for every example), `SKIP` leaves them out. The last two warn.
+    backward pass per example), `SKIP` leaves them out. The last two warn.
     """
 
     ERROR = "error"
@@ -117,7 +117,7 @@ class Mode(Choice):
 
 
 class Weighting(Choice):
-    """What the tasks of a penalty weigh: `EXAMPLES` by numbers of loss terms, or `UNIFORM`."""
+    """How tasks are weighted: `EXAMPLES`, by numbers of loss terms, or `UNIFORM`."""
 
     EXAMPLES = "examples"
     UNIFORM = "uniform"
@@ -159,8 +159,8 @@ class EstimationSettings:
     """How a Fisher matrix is estimated.
 
     `EKFACLinearOperator`, `EKFACPenalty` and Avalanche's `RotatedEWCPlugin` and `RotatedEWC` take
-    such an object as `settings=`, or its fields as keyword arguments of their own; of both, the
-    keyword arguments count.
+    such an object as `settings=`, or its fields as keyword arguments. If both are given, the
+    keyword arguments win.
 
     Attributes:
         fisher_type: `MC` (sampled labels), `TYPE2` (exact expectation over labels) or `EMPIRICAL`
@@ -169,32 +169,34 @@ class EstimationSettings:
         kfac_approx: `EXPAND` or `REDUCE`: how shared positions enter the basis.
         rank: How many directions of each side of a parameter's matrix (its outputs, its inputs)
             have eigenvalues of their own; the others share their exact mean, so that the trace is
-            exact for every rank. A positive integer; a part of the trace of the side's Kronecker
-            factor, such as 0.99, which the directions kept are to make up; `"full"`; or `"auto"`:
-            all of short sides (up to 128, up to 512 of a vector, up to 1,024 where that is at most
-            eight times the other side), and of others as many as make a basis no larger than the
-            parameter, at least 16. Directions that are numerically zero are kept where all are. Or
-            a mapping from patterns for parameters' names to these, of which the first that matches
-            counts, and `"auto"` where none does; a joint block goes by its weight.
-        diagonal: Patterns for the names of parameters that are not to be rotated: their block is
-            the exact diagonal over their entries.
-        separate_weight_and_bias: Whether a weight and its bias have a block each, or else one joint
+            exact for every rank. A positive integer; a share, such as 0.99, of the trace of the
+            side's Kronecker factor, which the kept directions must reach; `"full"`; or `"auto"`.
+            `"auto"` keeps all directions of short sides (up to 128, up to 512 of a vector, up to
+            1,024 if that is at most eight times the other side), and on other sides as many as make
+            the basis no larger than the parameter, at least 16. Directions that are numerically
+            zero are kept only where all are kept. A mapping from name patterns to these values is
+            possible too: the first pattern that matches counts, and `"auto"` applies where none
+            does; a joint block uses the name of its weight.
+        diagonal: Name patterns of parameters that are not rotated: their block is the exact
+            diagonal over their entries.
+        separate_weight_and_bias: Whether a weight and its bias have a block each, or one joint
             block.
         seed: Seed of the sampled labels; the t-th task of a penalty (from 0) uses `seed + t`. The
-            global random state is neither used nor moved.
-        memory_budget: Bytes that estimation may use beyond the model's own passes. What fits is
-            kept, so that the model runs once instead of twice over these data. One example is the
-            least that is worked on at a time. Kronecker factors may take as much again; where those
-            of all parameters do not fit, they are found some at a time, with two passes over the
-            data for each lot (in several processes, all at once).
-        num_per_example_loss_terms: Number of predictions (such as tokens) per example, if the
-            outputs are to be checked against it; the elements of a prediction are not counted.
-        batch_size_fn: From a batch's inputs to its number of examples; needed where that is not the
-            length of the first axis of the (first) tensor.
-        unsupported: What to do about parameters that are used in a way for which there is no rule
-            (such as those of recurrent layers): `ERROR` refuses them by name, `DIAGONAL` takes the
-            exact diagonal of their Fisher matrix, at one backward pass for every example, `SKIP`
-            leaves them out. The last two warn.
+            global random state is neither used nor changed.
+        memory_budget: Bytes that estimation may use beyond the model's own passes. Batches that fit
+            are kept, so that the model runs over them once instead of twice. At least one example
+            is processed at a time. Kronecker factors may take as much again; if they do not all
+            fit, they are estimated in several rounds, with two passes over the data each (in
+            several processes, in one round).
+        num_per_example_loss_terms: Expected number of predictions (such as tokens) per example,
+            which the outputs are checked against; the elements of a prediction are not counted.
+            None checks nothing.
+        batch_size_fn: Function from a batch's inputs to its number of examples; needed if that is
+            not the length of the first axis of the (first) tensor.
+        unsupported: What to do with parameters that are used in a way without a rule (such as those
+            of recurrent layers): `ERROR` refuses them by name, `DIAGONAL` takes the exact diagonal
+            of their Fisher matrix, with one backward pass per example, `SKIP` leaves them out. The
+            last two warn.
         progressbar: Whether to show progress over batches. None shows none, except in Avalanche,
             where it follows the strategy's loggers.
 
@@ -275,13 +277,13 @@ class EstimationSettings:
         return replace(settings, **options)
 
     def rank_of(self, name: str) -> Rank:
-        """Return what `rank` says of a parameter."""
+        """Return the rank of a parameter."""
         if not isinstance(self.rank, Mapping):
             return self.rank
         return next((rank for p, rank in self.rank.items() if matches(name, p)), AUTO)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as JSON can hold them: all but the function."""
+        """Return the settings in a form that JSON can hold: all except the function."""
         return {
             "fisher_type": self.fisher_type.value,
             "mc_samples": self.mc_samples,

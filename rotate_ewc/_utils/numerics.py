@@ -54,7 +54,7 @@ def check_finite(total: Tensor, what: str) -> None:
         raise NotFiniteError(
             f"the {what} are not finite (NaN, infinity, or overflow when squared in {total.dtype});"
             f" look for such values in the data and the parameters, or has training diverged? "
-            f"Finite values that are so large need a model in float64 (model.double())"
+            f"Finite values this large need a model in float64 (model.double())"
         )
 
 
@@ -68,9 +68,8 @@ def check_trace(trace: Tensor, label: str) -> None:
     if not bool(torch.isfinite(trace)):
         raise NotFiniteError(
             f"the Fisher matrix of {label!r} is not finite: its eigenvalues, or their sum, are too "
-            f"large for {trace.dtype}, or no numbers; has training diverged? Finite values that "
-            f"are so large need a model in float64 (model.double()), or smaller weights of the "
-            f"tasks"
+            f"large for {trace.dtype}, or NaN; has training diverged? Finite values this large "
+            f"need a model in float64 (model.double()), or smaller task weights"
         )
 
 

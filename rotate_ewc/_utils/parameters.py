@@ -65,12 +65,12 @@ def _check_tensors(named: Mapping[str, Any]) -> None:
         raise TypeError(f"params {listed(got)}; expected a floating-point tensor")
     if inference := [name for name, tensor in named.items() if tensor.is_inference()]:
         raise ValueError(
-            f"{parameters_are(inference)} made in inference mode, and can have no gradients; "
-            f"expected a model that is made outside of torch.inference_mode"
+            f"{parameters_are(inference)} made in inference mode and cannot have gradients; "
+            f"expected a model made outside of torch.inference_mode"
         )
     if without_numbers := [name for name, tensor in named.items() if tensor.is_meta]:
         raise ValueError(
-            f"{parameters_are(without_numbers)} on the meta device, without numbers; expected a "
+            f"{parameters_are(without_numbers)} on the meta device, without values; expected a "
             f"model with weights: model.to_empty(device=...), then load_state_dict"
         )
     strange = [name for name, tensor in named.items() if tensor.layout is not torch.strided]
@@ -87,7 +87,7 @@ def _with_plain_names(params: Mapping[str, Tensor], model: nn.Module | None) -> 
     named = {plain.get(name, _without_compiled(name)): t for name, t in params.items()}
     if len(named) < len(params):
         raise ValueError(
-            f"params has names that differ in {_COMPILED!r} only, which stand for the same "
+            f"params has names that differ only in {_COMPILED!r} and mean the same "
             f"parameter; expected each once"
         )
     return named

@@ -139,8 +139,8 @@ def packed(value: Any) -> tuple[Tensor, Packing | None]:
         raise kind(
             f"model returned {type(value).__name__} with floating-point tensors of shapes {shapes};"
             f" expected tensors with the examples on the first axis: pass forward=, a function from"
-            f" a batch's inputs to those outputs alone that the loss needs; or, for a loss that "
-            f"the model computes itself, ModelLoss"
+            f" a batch's inputs to only the outputs that the loss needs; or ModelLoss, for a loss "
+            f"that the model computes itself"
         )
     rows = math.gcd(*(len(tensor) for tensor in tensors))
     if not rows:

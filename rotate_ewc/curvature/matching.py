@@ -77,8 +77,8 @@ def common_shapes(
             shapes[name] = torch.Size(map(max, known, shape))
     if refused:
         raise ValueError(
-            f"{listed(refused)}, which do not fit together; only more outputs or inputs of a layer "
-            f"without groups can be merged"
+            f"{listed(refused)}, which do not fit together; expected shapes that differ only by "
+            f"added outputs or inputs, of a layer without groups"
         )
     return shapes
 

@@ -33,24 +33,24 @@ def merge(
 ) -> EKFACLinearOperator:
     """Approximate `Σ_t w_t F_t` by one operator, at the memory and cost of one.
 
-    The sum of blocks in different bases is no such block. Its partial traces are known exactly,
-    though, and their eigenvectors make the new bases; the new eigenvalues are the exact diagonal of
+    The sum of blocks in different bases is not such a block. But its partial traces are known
+    exactly; their eigenvectors are the new bases, and the new eigenvalues are the exact diagonal of
     the sum in these bases. Trace and both partial traces of the sum are preserved exactly, and the
     result is positive semi-definite. Merging many operators at once is more exact than one by one.
 
     A parameter that some operators lack, or have with fewer rows or columns, counts as zero there:
-    a block acts on the leading slice that existed when it was made. A block of zeros, as a
-    parameter has on which no output depended, fits every other.
+    a block acts on the leading slice that existed when it was made. A block of zeros, which a
+    parameter gets if no output depended on it, is compatible with every other.
 
-    Of thin blocks the same is exact in the span of all their bases; then the directions with the
+    Thin blocks are merged exactly in the span of all their bases. Then the directions with the
     largest partial traces are kept, and the exact means over the others.
 
     Args:
         operators: At least one; parameters with the same name belong together.
         weights: One number of at least 0 for each operator; None is 1 for each.
-        rank: How many directions of each side to keep, as in `EstimationSettings`; a part of the
-            trace allows as much of it to be averaged that stands out from the rest. None is as
-            many as the operator with the most, and all where one that is not zero keeps all.
+        rank: How many directions of each side to keep, as in `EstimationSettings`. Of a share of
+            the trace, only the excess over the mean of the others counts. None keeps as many as the
+            operator with the most, and all if an operator that is not zero keeps all.
 
     Returns:
         An operator over all parameters of all operators.

@@ -38,7 +38,7 @@ class EKFACLinearOperator:
     Kronecker-factored Eigenbasis"). The matrix is that of the loss *under its own reduction*, over
     the whole data set: `mean` averages over all examples however they were batched, `sum` adds.
 
-    A constructed operator is finished: it holds bases, eigenvalues, names and shapes, and no
+    A constructed operator is complete: it holds bases, eigenvalues, names and shapes, and no
     reference to the model or the data. Estimation runs in eval mode and leaves parameters, their
     gradients, modes, buffers and random states as they were.
 
@@ -89,16 +89,16 @@ class EKFACLinearOperator:
                 are those in the model.
             data: Re-iterable batches (inputs, targets), such as a `DataLoader`; or inputs alone, if
                 the loss, or the Fisher type, needs no targets.
-            num_data: Examples the data stand for, where they are a sample of a larger set.
-            check_deterministic: Estimate twice and raise if traces, or products with a vector,
-                differ, as they do when the model or the data are random. Doubles the time.
-                Without it, a model that draws random numbers runs once more on the first batch,
-                and if its outputs differ, there is a warning.
+            num_data: Number of examples in the whole set, if the data are a sample of it.
+            check_deterministic: Estimate twice, and raise an error if traces, or products with a
+                vector, differ because the model or the data are random. Doubles the time. Without
+                it, a model that draws random numbers runs once more on the first batch, with a
+                warning if its outputs differ.
             group: The processes that estimate together, each with data of its own: `"auto"` (the
                 default group, where `torch.distributed` is initialised), a `ProcessGroup`, a
-                `DeviceMesh` of one dimension, or None (this process alone). All of them must make
-                the operator; the result is that of one process with all the data, and the same in
-                all. See `docs/distributed.md`.
+                `DeviceMesh` of one dimension, or None (this process alone). All of them must
+                construct the operator; all get the result of one process with all the data. See
+                `docs/distributed.md`.
             settings: How to estimate; None is all defaults.
             **options: Single fields of `EstimationSettings`, such as `fisher_type="type2"`, which
                 replace those of `settings`.
@@ -151,7 +151,7 @@ class EKFACLinearOperator:
         parameter_shapes: Mapping[str, Sequence[int]],
         provenance: Provenance,
     ) -> EKFACLinearOperator:
-        """Make an operator of finished blocks.
+        """Make an operator from finished blocks.
 
         Args:
             blocks: Blocks that together hold every parameter once.
@@ -242,7 +242,7 @@ class EKFACLinearOperator:
         raise ValueError(f"there is no parameter {name!r}; expected one of {list(self._shapes)}")
 
     def diagonal(self) -> list[Tensor]:
-        """Return the diagonal over the parameters themselves, one tensor of each one's shape."""
+        """Return the diagonal over the parameters themselves, one tensor for each, of its shape."""
         found = algebra.diagonal(self._blocks, self._shapes)
         return [found[name] for name in self._shapes]
 
@@ -266,7 +266,7 @@ class EKFACLinearOperator:
         return dense
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> EKFACLinearOperator:
-        """Return the operator with a function of every eigenvalue, in the same bases.
+        """Return the operator with a function applied to every eigenvalue, in the same bases.
 
         `apply(torch.sqrt)` is `F^½`, `damped(1e-3).apply(torch.rsqrt)` is `(F + 0.001 I)^-½`.
 
@@ -275,12 +275,12 @@ class EKFACLinearOperator:
 
         Raises:
             ValueError: If the function returns anything else, naming the block.
-            TypeError: If it is no function, or does not return a tensor.
+            TypeError: If it is not a function, or does not return a tensor.
         """
         return self._with(algebra.apply(function, self._blocks))
 
     def damped(self, damping: float) -> EKFACLinearOperator:
-        """Return `F + damping · I`; its `logdet` is finite also where F is singular."""
+        """Return `F + damping · I`; its `logdet` is finite even if F is singular."""
         added = as_non_negative_number("damping", damping)
         return self.apply(lambda eigenvalues: eigenvalues + added)
 
@@ -303,7 +303,7 @@ class EKFACLinearOperator:
 
         Args:
             num_samples: K, or None for one draw without an axis for it.
-            damping: The precision that is added, such as that of a prior.
+            damping: The added precision, such as that of a prior.
             generator: Source of random numbers on the operator's device; None is torch's own.
 
         Returns:
@@ -374,7 +374,7 @@ class EKFACLinearOperator:
     def map(self, function: Callable[[Tensor], Tensor]) -> EKFACLinearOperator:
         """Return the operator with every stored tensor replaced by `function` of it.
 
-        What blocks share they share afterwards.
+        Tensors that blocks share stay shared.
         """
         return self._with(map_together(function, self._blocks))
 
@@ -394,15 +394,15 @@ class EKFACLinearOperator:
         """Make an operator from a snapshot; nothing is decomposed again.
 
         Raises:
-            SnapshotError: If the snapshot is not whole or not consistent, naming the key.
+            SnapshotError: If the snapshot is incomplete or inconsistent, naming the key.
         """
         return cls.from_blocks(*snapshot.unpack(state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace this operator's contents by those of a snapshot of the same model and loss.
 
-        The number of examples, ranks, dtype and device may be others. `from_state_dict` makes a new
-        operator of any snapshot.
+        The number of examples, ranks, dtype and device may differ. `from_state_dict` makes a new
+        operator from any snapshot.
 
         Raises:
             SnapshotError: If the snapshot is bad, or of other parameters, shapes, loss, reduction,
@@ -413,7 +413,7 @@ class EKFACLinearOperator:
         if differences := snapshot.differences(*theirs, *ours):
             raise SnapshotError(
                 f"snapshot is of another operator: {'; '.join(differences)}; expected a snapshot "
-                f"of the same model and loss (from_state_dict makes a new operator of this one)"
+                f"of the same model and loss (from_state_dict makes a new operator from it)"
             )
         self._blocks, self._shapes = loaded._blocks, loaded._shapes
         self._provenance = loaded._provenance
@@ -423,12 +423,12 @@ class EKFACLinearOperator:
 
         Args:
             path: The file; an older one is replaced.
-            dtype: What the tensors are stored in, such as `torch.bfloat16` for half the size and an
-                error of about 0.2 %; loaded, they have their own dtype again. None is their own.
+            dtype: Dtype in the file, such as `torch.bfloat16` for half the size and an error of
+                about 0.2 %; loading restores the original dtype. None stores the original dtype.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
-            ValueError: If the dtype is none to store a snapshot in.
+            ValueError: If a snapshot cannot be stored in the dtype.
         """
         check_storage_dtype(dtype)
         files.save(snapshot.pack(self._blocks, self._shapes, self._provenance, dtype), path)
@@ -438,7 +438,7 @@ class EKFACLinearOperator:
         """Read a snapshot from a file that `save` wrote.
 
         Raises:
-            SnapshotError: If the file is damaged or is none of these, naming it, and the key.
+            SnapshotError: If the file is damaged or not such a snapshot, naming it and the key.
             FileNotFoundError: If there is no file.
         """
         with files.loaded(path) as state:

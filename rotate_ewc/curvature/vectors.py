@@ -53,7 +53,7 @@ def check_list(
 ) -> bool:
     """Check tensors against the parameters, and return whether they have a column axis."""
     if len(tensors) != len(shapes):
-        raise ValueError(f"got {len(tensors)} tensors; expected {len(shapes)}, one each")
+        raise ValueError(f"got {len(tensors)} tensors; expected {len(shapes)}, one per parameter")
     columns: set[tuple[int, ...]] = set()
     for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
         if not isinstance(tensor, Tensor):

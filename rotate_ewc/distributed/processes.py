@@ -228,7 +228,7 @@ class Ranks:
                 if first != other:
                     raise ValueError(
                         f"{name} is {first!r} on rank 0, but {other!r} on rank {rank}; expected "
-                        f"the same on all ranks of the group (or group=None, for each by itself)"
+                        f"the same on all ranks of the group (or group=None, for each rank alone)"
                     )
 
     def _global(self, rank: int) -> int:
@@ -264,7 +264,7 @@ class Ranks:
             self._over = True
             places = self._gathered(place)
             raise RuntimeError(
-                f"the ranks are at different places: "
+                f"the ranks are at different points of the program: "
                 f"{', '.join(f'rank {r} at {p!r}' for r, p in enumerate(places))}; expected the "
                 f"same calls, in the same order, on all ranks of the group"
             )

@@ -126,7 +126,7 @@ def fit_blocks(
     if len(found.unused) == len(parameters):
         raise ValueError(
             f"the outputs depend on none of the parameters ({quoted(found.unused)}), "
-            f"as far as autograd knows; expected a model that is not run inside torch.no_grad or "
+            f"according to autograd; expected a model that is not run inside torch.no_grad or "
             f"torch.inference_mode, whose outputs are not detached, and an estimation that is not "
             f"inside a transform of torch.func"
         )
@@ -184,7 +184,7 @@ def _check_same(
             raise ValueError(
                 f"{parameters_are(differing)} not the same on rank {rank} as on rank 0; expected "
                 f"replicas with the same weights, as DistributedDataParallel keeps them (or "
-                f"group=None, for each process by itself)"
+                f"group=None, for each process alone)"
             )
 
 
@@ -293,8 +293,8 @@ def _scale(found: Sums, likelihood: Likelihood, num_data: int | None) -> float:
     if likelihood.final_reduction == "mean":
         if found.normalizer <= 0:
             raise ValueError(
-                "no target in the data counts (all are ignored, or have weight 0), so that the "
-                "mean loss is not defined; expected at least one"
+                "no target in the data counts (all are ignored, or have weight 0), so the mean "
+                "loss is undefined; expected at least one"
             )
         return 1.0 / found.normalizer
     return (num_data or found.num_examples) / max(1, found.num_examples)

@@ -231,7 +231,7 @@ def in_halves(microbatch: Microbatch, add: Callable[[Microbatch], None]) -> None
     halves = microbatch.halves()
     if not halves:
         raise MemoryError(
-            f"out of memory in the work on a single example for the block of {microbatch.label!r} "
+            f"out of memory while processing one example for the block of {microbatch.label!r} "
             f"({reason}); pass a smaller memory_budget, so that less is kept meanwhile, use "
             f"smaller batches, or {left_out(microbatch.names)}"
         )

@@ -95,7 +95,5 @@ def _diff(options: argparse.Namespace, console: Console) -> None:
 
 def _latest(file: SnapshotFile) -> EKFACLinearOperator:
     if not file.operators:
-        raise ValueError(
-            f"{file.path!r} is of a penalty without tasks; expected one with something in it"
-        )
+        raise ValueError(f"{file.path!r} is of a penalty without tasks; expected at least one task")
     return file.operators[-1]

@@ -66,14 +66,15 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         view: View | None = None,
         group: Group = AUTO,
     ) -> None:
-        """Make a callback of one penalty, which takes part in one `fit` after another.
+        """Make a callback for one penalty and any number of calls of `fit`.
 
         Args:
             penalty: The penalty; tasks that it already has are protected from the start.
             loss_func: The loss of outputs and targets that the module trains with; None for models
-                that bring their own.
+                that have their own.
             consolidate_at_end: Whether to consolidate the task at the end of `fit`.
-            forward: From a batch's inputs to outputs, where that is not the model's `forward`.
+            forward: Function from a batch's inputs to outputs, if that is not the model's
+                `forward`.
             submodule: Name of the part of the module that is the model to protect, such as the
                 attribute that holds a model of transformers; parameters have the names they have
                 there. By default the whole module.
@@ -100,11 +101,11 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
             group=group,
         )
         if isinstance(optimizer, bool) or not isinstance(optimizer, int) or optimizer < 0:
-            raise ValueError(f"optimizer is {optimizer!r}; expected the place of one, from 0 on")
+            raise ValueError(f"optimizer is {optimizer!r}; expected its index, from 0 on")
         if forward is not None and loss_func is None:
             raise ValueError(
                 "forward is given, but loss_func is not; expected both, or neither for a model "
-                "that brings its own loss"
+                "that has its own loss"
             )
         self.loss_func = loss_func
         self.forward = forward
@@ -122,7 +123,7 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         count = len(trainer.optimizers)
         if self.optimizer >= count:
             raise ValueError(
-                f"optimizer is {self.optimizer}, but the module has {count}; expected less"
+                f"optimizer is {self.optimizer}, but the module has {count}; expected a lower index"
             )
         model = self._model(pl_module)
         self._own = None
@@ -184,8 +185,8 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         """Refuse to resume from a checkpoint in which there is no penalty."""
         if self.state_key not in checkpoint.get("callbacks", {}):
             raise ValueError(
-                "the checkpoint has no state of this callback, as if it was written without it; "
-                "expected one with a penalty, or to train on from its weights: "
+                "the checkpoint has no state of this callback, as if written without it; expected "
+                "one with a penalty. To train on from its weights alone: "
                 "module.load_state_dict(torch.load(path)['state_dict']), and fit without ckpt_path"
             )
 
@@ -201,7 +202,7 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned; the handle's state is read when `fit` begins.
+        """Continue from what `state_dict` returned; the handle's state is read when `fit` begins.
 
         Raises:
             SnapshotError: If the penalty's state is damaged, or of other tasks.

@@ -39,17 +39,17 @@ __all__ = ["effective_parameters"]
 def effective_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that a model with adapters computes with, by the base model's names.
 
-    Those that no adapter changes are the base model's own. What adapters change is computed from
-    their parameters, differentiably. The names do not depend on those of the adapters, and are the
-    same before adapters are added and after `merge_and_unload`.
+    Parameters that no adapter changes are the base model's own. The others are computed,
+    differentiably, from the adapters' parameters. The names do not depend on those of the adapters,
+    and are the same before adapters are added and after `merge_and_unload`.
 
     Args:
         model: A `PeftModel`, or a model into which adapters were injected. Without any adapters
             these are its parameters.
 
     Raises:
-        ValueError: If an adapter changes more than it adds to the weights (DoRA, IA3, OFT), or the
-            weights it changes are quantised; all such layers are named.
+        ValueError: If an adapter does more than add to the weights (DoRA, IA3, OFT), or the weights
+            it changes are quantised; all such layers are named.
     """
     model = unwrapped(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -141,7 +141,7 @@ def _read(path: Path) -> dict[str, Any]:
         )
     if metadata.get(DIGEST) != _digest(header, state):
         raise SnapshotError(
-            f"the file is damaged: its digest is {metadata.get(DIGEST)!r:.99}; expected the one of "
+            f"the file is damaged: its digest is {metadata.get(DIGEST)!r:.99}; expected that of "
             f"its contents: save it again, or use another copy"
         )
     return {HEADER: header, **state}

@@ -75,7 +75,7 @@ class BlockLayout(_Object, frozen=True, omit_defaults=True):
             if rank != size and not (name in self.bases and 0 < rank < size):
                 raise ValueError(
                     f"'ranks' is {list(self.ranks)}, for {size} entries of the side of {name!r}; "
-                    f"expected from 1 to as many, and as many where there is no basis"
+                    f"expected from 1 to {size}, and {size} where there is no basis"
                 )
 
     @property
@@ -222,8 +222,8 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
         ):
             raise ValueError(
                 f"found_strength is {list(self.found_strength)}, of {self.num_tasks} tasks; "
-                f"expected looks, their sum of logarithms, and how many tasks there were then; and "
-                f"the same three of a later task"
+                f"expected the number of looks, the sum of their logarithms, and the number of "
+                f"tasks at that time; and the same three of a later task"
             )
         reductions = sorted({term.operator.provenance.reduction for term in self.terms})
         if len(reductions) > 1:
@@ -254,7 +254,7 @@ def header_text(state: Mapping[str, Any]) -> str:
             f"bytes of a JSON text, as state_dict() writes it"
         )
     if value.is_meta or value.untyped_storage().nbytes() < value.nbytes:
-        raise SnapshotError(f"snapshot key {HEADER!r} has fewer bytes than its shape has places")
+        raise SnapshotError(f"snapshot key {HEADER!r} has fewer bytes than its shape requires")
     whole = value.detach().cpu()
     if whole.is_floating_point():
         whole = _averaged(whole)
@@ -275,8 +275,8 @@ def _averaged(values: Tensor) -> Tensor:
     nearest = values.double().round()
     if not bool(((values - nearest).abs() < _ROUNDING).all() & (nearest.abs() < 256).all()):
         raise SnapshotError(
-            f"snapshot key {HEADER!r} is {values.dtype} and not of whole numbers, as if it was "
-            f"averaged with that of another snapshot; expected torch.uint8: average only models "
+            f"snapshot key {HEADER!r} is {values.dtype} but not whole numbers, as if it had been "
+            f"averaged with another snapshot; expected torch.uint8: average only models "
             f"whose penalties hold the same tasks"
         )
     return nearest.to(torch.uint8)

@@ -255,7 +255,7 @@ def checked_tensor(
         )
     if value.untyped_storage().nbytes() < value.nbytes:
         # An expanded tensor: looking at it would take the memory that it claims to have.
-        raise SnapshotError(f"snapshot key {key!r} has fewer numbers than its shape has places")
+        raise SnapshotError(f"snapshot key {key!r} has fewer numbers than its shape requires")
     if not bool(torch.isfinite(value).all()):
         raise SnapshotError(f"snapshot key {key!r} has values that are not finite")
     return value.detach()

@@ -42,12 +42,12 @@ class Block:
 
     A parameter is the matrix `parameter.reshape(groups, d_out, d_in)`, or in a transposed block
     (embeddings, transposed convolutions) `parameter.reshape(groups, d_in, d_out).mT`. In a joint
-    block the bias is the *first* column of `[bias | weight]`, so that a parameter that has grown
-    (new outputs, new inputs) still starts with the slice for which the block was made.
+    block the bias is the *first* column of `[bias | weight]`, so the block stays the leading slice
+    of a parameter that grows (new outputs, new inputs).
 
-    A basis may be *thin*: k of d eigenvectors. All directions of its complement have the same
-    eigenvalues, the mean over them, in one more row or column of Λ, the last. Traces and partial
-    traces are those of the mean, so exact for every k.
+    A basis may be *thin*: k of d eigenvectors. All directions of its complement share their mean
+    eigenvalues, stored as the last row or column of Λ. So traces and partial traces are exact for
+    every k.
 
     Attributes:
         parameters: `(name,)`, or `(weight's name, bias's name)` for a joint block.
@@ -89,14 +89,14 @@ class Block:
 
     @cached_property
     def is_thin(self) -> bool:
-        """Whether a side keeps less than all of its directions."""
+        """Whether a side keeps fewer than all of its directions."""
         return self.ranks != self.shape[1:]
 
     @property
     def multiplicities(self) -> tuple[Tensor, Tensor]:
-        """How many directions there are to each row, and to each column, of the eigenvalues.
+        """Number of directions that each row, and each column, of the eigenvalues represents.
 
-        Ones, and for the complement of a thin side `d - k`, at the end.
+        All are 1, except the last of a thin side, which is `d - k`.
         """
         counts = []
         for axis, (size, rank) in enumerate(zip(self.shape[1:], self.ranks, strict=True), 1):
@@ -107,7 +107,7 @@ class Block:
         return counts[0], counts[1]
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum values that belong to the eigenvalues, each as often as there are directions.
+        """Sum values of the eigenvalues, each multiplied by its number of directions.
 
         Args:
             values: `[groups, K_out, K_in]`, such as the eigenvalues themselves.
@@ -222,7 +222,7 @@ class Block:
         return thin_products(self.gradient_basis, self.activation_basis, self.eigenvalues)
 
     def prepare(self) -> None:
-        """Find now what is kept, and not in the first product, which may be compiled."""
+        """Compute cached tensors now rather than in the first product, which may be compiled."""
         if self.products is None:
             _ = self._rotations, self.spectrum
 

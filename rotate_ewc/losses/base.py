@@ -29,9 +29,9 @@ from rotate_ewc.options import FisherType
 
 
 class BatchForm(Enum):
-    """What a batch of data is, as a loss has it.
+    """The form of a batch of data that a loss expects.
 
-    `TENSOR`: inputs and targets, of which the latter are one tensor (or None, for unlabelled data);
+    `TENSOR`: inputs and targets, where the targets are one tensor (or None, for unlabelled data);
     `PAIR`: inputs and targets of any structure; `INPUTS`: inputs alone.
     """
 
@@ -44,10 +44,10 @@ class BatchForm(Enum):
 class Likelihood(ABC):
     """The distribution over labels behind a loss function.
 
-    To teach the package a loss, subclass this with three methods, `exact_vectors`, `sampled_vector`
-    and `gradient` (plus `terms` where `mean` does not simply count the rows of the outputs, and
-    `relative_entropies` where predictions can be softened), and
-    hand it to `register_likelihood`. Outputs arrive detached, in float32 or better.
+    To add a loss to the package, subclass this with three methods, `exact_vectors`,
+    `sampled_vector` and `gradient`, and register it with `register_likelihood`. Add `terms` if
+    `mean` does not simply count the rows of the outputs, and `relative_entropies` if predictions
+    can be softened. Outputs arrive detached, in float32 or better.
 
     Attributes:
         name: Class name of the loss, for messages and snapshots.
@@ -92,27 +92,27 @@ class Likelihood(ABC):
 
     @property
     def user_functions(self) -> tuple[Callable[..., Any], ...]:
-        """Functions of the user that the loss calls, and whose modules are to be in eval mode."""
+        """The user's functions that the loss calls; their modules are put into eval mode."""
         return ()
 
     @property
     def final_reduction(self) -> str:
-        """The reduction, as it is known when all data have been seen."""
+        """The reduction, as known after all data have been seen."""
         return self.reduction
 
     @property
     def current(self) -> Likelihood:
-        """The likelihood of outputs that are structured as those of the last forward pass."""
+        """The likelihood of outputs with the structure of those of the last forward pass."""
         return self
 
     def packing_forward(self, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Return a forward function with one tensor of outputs, where the loss takes several."""
+        """Return a forward function with one output tensor, if the loss takes several."""
         return forward
 
     def parts_of_batch(
         self, forward: Callable[[Any], Any], inputs: Any, num_examples: Callable[[Any], int] | None
     ) -> Iterator[Any]:
-        """Yield the inputs of a batch, or those of its examples, where they must be seen alone."""
+        """Yield the inputs of a batch, or of each example if examples must be processed alone."""
         del forward, num_examples
         yield inputs
 
@@ -124,9 +124,9 @@ class Likelihood(ABC):
 
         Args:
             outputs: The model's outputs; an example owns `len(outputs) / num_examples` rows.
-            targets: The labels given, on which weights may depend.
-            num_examples: Number of examples. A vector may have one prediction for each of them and
-                no more, or cross-terms between the positions of an example would come in.
+            targets: The given labels, on which weights may depend.
+            num_examples: Number of examples. A vector may have at most one prediction for each of
+                them; otherwise there would be cross-terms between the positions of an example.
         """
 
     @abstractmethod
@@ -147,11 +147,11 @@ class Likelihood(ABC):
         return self.terms(outputs.to(statistics_dtype(outputs.dtype)), targets).sum()
 
     def relative_entropies(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """Return how unsure the predictions are, as `temperature="auto"` measures it.
+        """Return how uncertain the predictions are, as `temperature="auto"` measures it.
 
         Returns:
-            The entropy of every prediction that counts in the loss, as a part of the largest there
-            can be, `[predictions]`; None where dividing outputs softens nothing, as in regression.
+            The entropy of every prediction that counts in the loss, divided by the largest
+            possible, `[predictions]`; None if dividing outputs softens nothing, as in regression.
         """
         del outputs, targets
         return None
@@ -183,7 +183,7 @@ class Likelihood(ABC):
         return None
 
     def completed_targets(self, outputs: Tensor, targets: Any, fisher_type: FisherType) -> Any:
-        """Return a batch's targets, or others where it has none and none are needed.
+        """Return a batch's targets, or substitutes if it has none and none are needed.
 
         Raises:
             ValueError: If the batch has none, and the matrix depends on them.
@@ -202,11 +202,11 @@ class Likelihood(ABC):
 
     @property
     def observed(self) -> dict[str, Any]:
-        """What the batches so far have shown of the loss, by names for messages."""
+        """What the batches so far have shown about the loss, by names for messages."""
         return {}
 
     def take_over(self, observed: Mapping[str, Any]) -> None:
-        """Know what other processes have observed."""
+        """Take over what other processes have observed."""
         del observed
 
     @property

@@ -20,13 +20,13 @@ from rotate_ewc.options import FisherType
 
 
 class EmpiricalLoss(UserLoss):
-    """A loss of outputs and targets, with what cannot be seen in it, for `fisher_type="empirical"`.
+    """A custom loss of outputs and targets, for `fisher_type="empirical"`.
 
-    A function needs none of this if it returns a number for each term, or if it returns their mean
-    over examples that all count the same, or their sum.
+    It adds what the package cannot measure. A plain function is enough if it returns a number for
+    each term, their mean over examples that all count the same, or their sum.
 
     Examples:
-        The mean over the words of all sentences, which are not equally long:
+        The mean over the words of all sentences, which differ in length:
 
         >>> import torch
         >>> from rotate_ewc import EmpiricalLoss
@@ -47,12 +47,12 @@ class EmpiricalLoss(UserLoss):
         Args:
             function: From outputs and targets, or from outputs alone (then a batch of data is
                 inputs alone), to the loss: one number, or one or more for each example.
-            terms: From the same to what the mean divides by, one number or more for each example,
-                with the examples first. None: for a loss that is one number, the rows of the
-                outputs; for others, their numbers.
-            reduction: What becomes of losses that are several numbers for a batch: `"mean"` (the
-                same as None) or `"sum"`. For one number it is measured; a reduction that is given
-                must be the one measured.
+            terms: From the same arguments to what the mean divides by: one number or more for each
+                example, with the examples first. None counts the rows of the outputs for a loss
+                that is one number, and otherwise the numbers of the loss.
+            reduction: How several numbers for a batch are reduced: `"mean"` (the same as None) or
+                `"sum"`. For a single number the reduction is measured; a given reduction must agree
+                with it.
 
         Raises:
             TypeError: If `function` or `terms` cannot be called.
@@ -105,8 +105,8 @@ class Empirical(GradientsOnly, Structured):
         loss = loss if isinstance(loss, EmpiricalLoss) else EmpiricalLoss(loss)
         if first_argument(loss.function) == "model":
             raise TypeError(
-                f"loss_func is {name}, a function of a model; expected one of outputs and targets, "
-                f"or ModelLoss(loss_func) for a function of a model and a batch"
+                f"loss_func is {name}, a function of a model; expected a function of outputs and "
+                f"targets, or ModelLoss(loss_func) for a function of a model and a batch"
             )
         measured = Measured(reduction=loss.reduction)
         return cls(name, "mean", loss=loss, measured=measured)
@@ -225,7 +225,7 @@ class Empirical(GradientsOnly, Structured):
         value, found = self._differentiated(outputs, targets)
         if found is None:
             raise ValueError(
-                f"loss_func {self.name} does not depend on the outputs, as far as autograd knows; "
+                f"loss_func {self.name} does not depend on the outputs, according to autograd; "
                 f"expected a differentiable function of them. For a loss that a model returns "
                 f"itself, pass ModelLoss(lambda model, batch: model(**batch).loss)"
             )
@@ -292,7 +292,7 @@ class Empirical(GradientsOnly, Structured):
             raise ValueError(
                 f"loss_func {self.name} is a mean, and the outputs of an example have other "
                 f"shapes in other batches ({list(shape)}, and {list(self.measured.shape)} "
-                f"before), so that what batches weigh is not known; {_REMEDY}"
+                f"before), so the weights of the batches are unknown; {_REMEDY}"
             )
 
     def _is_plain_mean(self, several: bool) -> bool:

@@ -20,7 +20,7 @@ class SumOfLosses(nn.Module):
     """The weighted sum of losses of several outputs, each with its own targets.
 
     Outputs are a dictionary, a tuple or list, or a dataclass; a loss's key is the name or the
-    number of its output. So are the targets, or else they are one tensor for all losses.
+    number of its output. Targets have the same form, or are one tensor for all losses.
 
     Examples:
         >>> import torch
@@ -243,8 +243,7 @@ class Heads(Structured):
             if head.weight and number <= 0:
                 raise ValueError(
                     f"no target in the data counts for the output {head.key!r} (all are ignored, "
-                    f"or have weight 0), so that its mean loss is not defined; expected at least "
-                    f"one"
+                    f"or have weight 0), so its mean loss is undefined; expected at least one"
                 )
         return replace(self, numbers=numbers)
 

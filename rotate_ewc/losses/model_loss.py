@@ -19,10 +19,10 @@ from rotate_ewc.options import FisherType
 class ModelLoss(UserLoss):
     """A loss as a function of a model and a batch, for `fisher_type="empirical"`.
 
-    Batches are what the data yield, whole. A function that returns a loss for each example takes a
-    backward pass for a batch. If it returns one number, each example goes through the model alone:
-    as exact, and slower. Then the loss of the batch must be the mean of those of the examples, or
-    their sum, which is measured; or, with `terms`, the mean over their terms.
+    The function gets whole batches, as the data yield them. If it returns a loss for each example,
+    a batch takes one backward pass. If it returns one number, each example goes through the model
+    alone, which is as exact but slower. The loss of the batch must then be the mean or the sum of
+    the examples' losses (this is measured) or, with `terms`, the mean over their terms.
 
     Examples:
         >>> from rotate_ewc import ModelLoss
@@ -46,8 +46,8 @@ class ModelLoss(UserLoss):
                 example. The model is what `forward=` or `model_func` is, if one is passed.
             terms: From a batch to what the mean divides by, a number (or more) for each example.
                 None: one for each number that the loss has, or for each example.
-            reduction: What becomes of losses that are several numbers for a batch: `"mean"` (the
-                same as None) or `"sum"`. For one number it is measured, unless there are `terms`.
+            reduction: How several numbers for a batch are reduced: `"mean"` (the same as None) or
+                `"sum"`. For a single number it is measured, unless `terms` is given.
 
         Raises:
             TypeError: If `function` or `terms` cannot be called.
@@ -140,8 +140,8 @@ class OwnLosses(GradientsOnly):
                 return value.new_zeros(1)
             if not bool(torch.isfinite(value)):
                 raise NotFiniteError(
-                    f"{self.name} is {float(value.detach())}; expected a finite number. If an "
-                    f"example by itself has no labels that count, pass ModelLoss(loss, "
+                    f"{self.name} is {float(value.detach())}; expected a finite number. If a "
+                    f"single example has no labels that count, pass ModelLoss(loss, "
                     f"terms=...) with a function that counts the terms of each example"
                 )
             return value.reshape(1)

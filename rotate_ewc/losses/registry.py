@@ -51,7 +51,7 @@ _FUNCTIONS: Final[dict[Any, type[nn.Module]]] = {
 
 
 def register_likelihood(loss: type | Callable[..., Any], factory: Factory) -> None:
-    """Teach the package a loss.
+    """Add a loss to the package.
 
     Args:
         loss: A loss's class, which also stands for those that inherit `forward` from it; or a loss

@@ -33,8 +33,8 @@ def check_model(model: nn.Module, optimizer: Optimizer) -> list[Any]:
     given: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(id(parameter) in own for parameter in given):
         raise ValueError(
-            f"the optimizer has {len(given)} parameters, of which none is the model's; expected "
-            f"an optimizer of this model, made after it was moved or wrapped for the last time"
+            f"the optimizer has {len(given)} parameters, none of which is the model's; expected "
+            f"an optimizer of this model, made after the model was last moved or wrapped"
         )
     return modules
 
@@ -50,8 +50,8 @@ def check_optimizer(optimizer: Optimizer, update: UpdateKind) -> StepRule | None
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(
-            "the optimizer has differentiable=True; expected False: penalties can be attached to "
-            "steps that no gradient goes through"
+            "the optimizer has differentiable=True; expected False: a penalty cannot be attached "
+            "to steps that are differentiated"
         )
     rule = rule_of(optimizer)
     if rule is None and update is not UpdateKind.GRADIENT:
@@ -72,8 +72,8 @@ def check_view(view: object, update: UpdateKind) -> None:
         )
     if update is not UpdateKind.GRADIENT:
         raise ValueError(
-            f"update is {update.value!r}, which moves protected tensors by themselves, but those "
-            f"of a view are computed from others; expected update='gradient'"
+            f"update is {update.value!r}, which moves protected tensors directly, but those of a "
+            f"view are computed from others; expected update='gradient'"
         )
 
 
@@ -85,6 +85,6 @@ def check_cadence(
         return
     if update is UpdateKind.GRADIENT or rule is None or rule.rotated:
         raise ValueError(
-            f"every is {every}, but update={update.value!r} looks at the penalty in every step of "
+            f"every is {every}, but update={update.value!r} applies the penalty in every step of "
             f"{type(optimizer).__name__}; expected 1, or update='tangent'"
         )

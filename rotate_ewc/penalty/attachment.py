@@ -66,15 +66,15 @@ View = Callable[[nn.Module], Mapping[str, Tensor]]
 class Attachment(Generic[Penalty]):
     """A penalty in the steps of an optimizer, until it is detached.
 
-    It can be used as a context manager, at whose end it detaches itself.
+    As a context manager, it detaches itself at the end of the `with` block.
 
     Attributes:
         penalty: The penalty.
         optimizer: The optimizer.
         model: The model.
-        update: How the penalty takes part.
+        update: How the penalty acts on the steps.
         every: Number of steps between evaluations of the penalty itself.
-        view: What the penalty protects, as a function of the model; None is its parameters.
+        view: Function from the model to the protected tensors; None is the model's parameters.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Attachment(Generic[Penalty]):
 
     @property
     def strength(self) -> float:
-        """λ of the next step, that of the penalty; it may be set at any time, also to `"auto"`."""
+        """λ of the next step, shared with the penalty; may be set at any time, also to `"auto"`."""
         return self.penalty.strength
 
     @strength.setter
@@ -131,8 +131,8 @@ class Attachment(Generic[Penalty]):
     def detach(self) -> None:
         """Detach from the optimizer; its averages in an eigenbasis restart.
 
-        What `flush` would apply is applied; otherwise parameters and gradients stay as they are. A
-        second call does nothing.
+        This first applies what `flush` would apply; otherwise parameters and gradients stay as they
+        are. A second call does nothing.
         """
         self._undo()
         if not self._hooks:
@@ -150,10 +150,10 @@ class Attachment(Generic[Penalty]):
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Apply the part of the penalty that `every` has put off.
+        """Apply the part of the penalty that `every` has postponed.
 
-        Call it where training pauses, such as before evaluations and consolidations. With `every=1`
-        there is nothing to do.
+        Call it when training pauses, such as before evaluations and consolidations. With `every=1`
+        it does nothing.
         """
         self._undo()
         if self.penalty.stacks:
@@ -168,8 +168,8 @@ class Attachment(Generic[Penalty]):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to end with the same bits.
 
-        Load it after the states of model, penalty and optimizer. Without it a run continues too, up
-        to rounding errors, and with `"tangent"` from a new tangent.
+        Load it after the states of model, penalty and optimizer. Without it a run can continue too,
+        but only up to rounding errors, and with `"tangent"` from a new tangent.
         """
         return {
             "update": self.update.value,
@@ -179,15 +179,15 @@ class Attachment(Generic[Penalty]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned, after the penalty has loaded its own.
+        """Continue from what `state_dict` returned, after the penalty has loaded its own state.
 
         Raises:
-            SnapshotError: If it is not whole, not finite, or of another penalty or update; nothing
-                is then changed.
+            SnapshotError: If the state is incomplete, not finite, or of another penalty or update;
+                nothing is changed then.
         """
         if not isinstance(state, Mapping) or set(state) != _KEYS:
             raise SnapshotError(
-                "the state of the handle is none; expected a dictionary that its state_dict() made"
+                "this is not the state of a handle; expected a dictionary from its state_dict()"
             )
         if state["update"] != self.update.value:
             raise SnapshotError(
@@ -268,8 +268,8 @@ class Attachment(Generic[Penalty]):
         elif not held & protected:
             raise ValueError(
                 "the optimizer has none of the model's parameters that the penalty protects, as if "
-                "they had been replaced since it was made; expected them, as after "
-                "optimizer.add_param_group, or a new optimizer, to which the penalty is attached"
+                "they had been replaced since it was made. Add them with "
+                "optimizer.add_param_group, or attach the penalty to a new optimizer"
             )
         sparse = [n for n, g in gradients.items() if n in protected and g.layout != torch.strided]
         if sparse:
@@ -346,6 +346,6 @@ def _check_not_attached(optimizer: Optimizer) -> None:
     owners = (unwrap(hook, stop=ismethod) for hook in hooks)
     if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in owners):
         raise ValueError(
-            "the optimizer has a penalty attached already; expected one without: call detach() of "
+            "the optimizer already has a penalty attached; expected one without: call detach() on "
             "the handle that attach returned, or add the other penalty to the loss"
         )

@@ -66,22 +66,23 @@ class EKFACPenalty(ConsolidatedTasks):
     After each task, `consolidate` estimates the Fisher matrix F_t at the solution θ*_t. Later tasks
     are learned under the penalty
 
-        ½ · strength · Σ_t ω_t (θ - θ*_t)ᵀ F_t (θ - θ*_t),   ω_t = w_t · decay^(T - t) · M_t / M_now
+        ½ · strength · Σ_t ω_t (θ - θ*_t)ᵀ F_t (θ - θ*_t)
+        with ω_t = w_t · decay^(T - t) · M_t / M_now
 
     for the T tasks of the past. With a mean loss and nothing else given (w_t = decay = 1), strength
     1 is Bayes' rule: M_t are the numbers of loss terms of the past tasks (what the mean divides by:
     examples, tokens, or elements of the outputs), M_now that of the task being trained (Huszár
     2018, "Note on the quadratic penalties in elastic weight consolidation"). `weighting="uniform"`
-    leaves the numbers out; w_t is given to `consolidate`. Larger strengths protect more. By default
-    the strength is found in the steps of an optimizer that the penalty is attached to.
+    leaves these numbers out; w_t is an argument of `consolidate`. Larger strengths protect more. By
+    default the strength is found during the steps of an optimizer that the penalty is attached to.
 
     In mode `"merged"` the operators of all tasks are merged into one, anchored at the latest
     solution: time and memory do not depend on the number of tasks. In mode `"separate"` every task
     keeps its operator and its own anchor.
 
-    `attach` makes any optimizer respect the penalty in its steps, stably for any strength. Or add
-    `penalty(model)` to the loss, with a strength of your own (1 until one is found); large
-    strengths then need small learning rates.
+    `attach` makes any optimizer respect the penalty in its steps; by default this is stable at
+    every strength. Alternatively, add `penalty(model)` to the loss, with a strength that you choose
+    (1 until one is found); then large strengths need small learning rates.
 
     Examples:
         >>> import torch
@@ -127,19 +128,20 @@ class EKFACPenalty(ConsolidatedTasks):
             strength: λ, at least 0. `"auto"` finds it in the steps of an optimizer that the penalty
                 is attached to, while the first task after a consolidation is learned.
             mode: `"merged"` (constant cost) or `"separate"`.
-            plasticity: With strength `"auto"`, the part of the optimizer's progress on a new task
-                that the penalty leaves it, between 0 and 1; more where the tasks hardly meet (see
-                `rotate_ewc.penalty.plasticity`). Less protects more.
-            weighting: `"examples"` (all examples weigh as in one loss over the data of all tasks,
-                which is by numbers of loss terms) or `"uniform"`.
+            plasticity: With strength `"auto"`, the share of the optimizer's progress on a new task
+                that the penalty leaves, between 0 and 1; more where the tasks hardly overlap (see
+                `rotate_ewc.penalty.plasticity`). A smaller value protects more.
+            weighting: `"examples"` (tasks count by their numbers of loss terms, as in one loss over
+                the data of all tasks) or `"uniform"`.
             decay: Factor on the weights of earlier tasks at each consolidation, from 0 to 1 (the γ
                 of online EWC, Schwarz et al. 2018).
-            temperature: More than 0. The Fisher matrix is that of the outputs divided by it, times
-                its square to stay in proportion. Above 1 the predictions are softened, so that
-                examples of which the model is sure count too. `"auto"` softens them, in each
-                snapshot, until their mean entropy is 0.8 of the largest possible.
+            temperature: More than 0. The Fisher matrix is that of the outputs divided by the
+                temperature, times its square to keep the scale. Above 1 the predictions are
+                softened, so that examples of which the model is certain count too. `"auto"`
+                chooses, for each snapshot, a temperature at which the mean entropy of the
+                predictions is 0.8 of the maximum.
             damping: Added to every eigenvalue, in units of the mean of its block. It keeps an
-                optimizer from moving far in directions that only seem to be free.
+                optimizer from moving far in directions that only seem free.
             include: Patterns such as `"encoder.*"` for the names of the parameters to protect.
             exclude: Patterns for names to leave out, such as those of unsupported layers.
             strict: Whether a protected parameter that is missing, or smaller than it was, is an
@@ -182,7 +184,7 @@ class EKFACPenalty(ConsolidatedTasks):
         weight: float = 1.0,
         group: Group = AUTO,
     ) -> None:
-        """Remember a task: estimate its Fisher matrix at the current solution and fold it in.
+        """Remember a task: estimate its Fisher matrix at the current solution and add it.
 
         The model, its gradients and modes, and the random states are left as they were. If anything
         fails, the penalty is unchanged too.
@@ -191,7 +193,7 @@ class EKFACPenalty(ConsolidatedTasks):
             model: The model at the end of the task.
             loss_func: The task's loss, with reduction `mean` or `sum`: one that is built in or
                 registered, or with `fisher_type="empirical"` any differentiable function of outputs
-                and targets. None is that of the model itself, such as models of transformers have.
+                and targets. None is the model's own loss, which models of transformers have.
             data: The task's data, as re-iterable batches (inputs, targets); or inputs alone, if the
                 loss, or the Fisher type, needs no targets; or for a model's own loss as the model
                 takes them. A few thousand examples are enough for most models.
@@ -199,13 +201,13 @@ class EKFACPenalty(ConsolidatedTasks):
                 all that require gradients and that `include` and `exclude` choose.
             forward: Maps a batch's inputs to the outputs that the loss takes, if these are not
                 `model(inputs)`. Modules that it reaches are put into eval mode, as the model is.
-            num_data: The task's number of examples, where `data` is only a sample of them.
+            num_data: The task's number of examples, if `data` is only a sample of them.
             weight: w_t, the weight of this task relative to the others, at least 0.
             group: The processes that consolidate together, each with data of its own: `"auto"` (the
                 default group, where `torch.distributed` is initialised), a `ProcessGroup`, a
                 `DeviceMesh` of one dimension, or None (this process alone). All of them must call
-                this; all get the same bits, those of one process with all the data but for
-                rounding. See `docs/distributed.md`.
+                this; all get the same bits which, up to rounding, are those of one process with all
+                the data. See `docs/distributed.md`.
 
         Raises:
             ValueError: If a parameter, layer, loss or batch cannot be handled, naming it.
@@ -248,7 +250,7 @@ class EKFACPenalty(ConsolidatedTasks):
                 if forward is not None:
                     raise ValueError(
                         "forward is given, but loss_func is not; expected both, or neither for a "
-                        "model that brings its own loss"
+                        "model that has its own loss"
                     )
                 loss_func, data, forward = own_loss_of(model, data)
             if params is None:
@@ -320,7 +322,7 @@ class EKFACPenalty(ConsolidatedTasks):
         *,
         view: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
     ) -> Attachment[EKFACPenalty]:
-        """Make an optimizer respect the penalty in all later steps; the loss stays without it.
+        """Make an optimizer respect the penalty in all later steps; the loss does not contain it.
 
         Args:
             optimizer: An optimizer of the model's parameters.
@@ -330,17 +332,18 @@ class EKFACPenalty(ConsolidatedTasks):
                 cheap. `"gradient"`: the penalty's gradient is added, for any optimizer.
             every: Number of steps after which the tangent is renewed or, for SGD, the proximal
                 step is taken. Call `flush` of the handle before you evaluate or consolidate.
-            view: From the model to the tensors that are protected, by the names they had when they
+            view: Function from the model to the protected tensors, by the names they had when they
                 were consolidated; gradients must reach the model's parameters through them. It
-                needs update `"gradient"`. `rotate_ewc.integrations.peft.effective_parameters` is
-                one, for adapters. None is the model's own parameters.
+                needs update `"gradient"`. An example is
+                `rotate_ewc.integrations.peft.effective_parameters`, for adapters. None is the
+                model's own parameters.
 
         Returns:
             A handle, with `detach`, `flush`, `strength`, `state_dict` and `load_state_dict`.
 
         Raises:
-            ValueError: If the optimizer has none of the model's parameters, its step size is not
-                known (see `register_step_size`), it has a penalty already, or the mode is not
+            ValueError: If the optimizer has none of the model's parameters, its step size is
+                unknown (see `register_step_size`), it already has a penalty, or the mode is not
                 `"merged"`.
             TypeError: If an argument has the wrong type.
         """
@@ -431,7 +434,7 @@ class EKFACPenalty(ConsolidatedTasks):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments that make a penalty like this one, as JSON can hold them."""
+        """Arguments that make a penalty like this one, in a form that JSON can hold."""
         return {
             "strength": AUTO if self._strength is None else self._strength,
             "mode": self.mode.value,

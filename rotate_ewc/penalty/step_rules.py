@@ -89,12 +89,12 @@ def register_step_size(
 
     Args:
         optimizer_class: The class, without subclasses that have a `step` of their own.
-        rule: From the options of a parameter's group, and the parameter's state after a step, to
-            the step's size for a gradient that has long been one: a tensor of the parameter's
+        rule: Function from the options of a parameter's group, and the parameter's state after a
+            step, to the step size for a gradient that has long been 1: a tensor of the parameter's
             shape, or a number for all entries. It replaces an earlier rule for the class.
-        rotated: Whether to step in the eigenbasis, as is right for all that treat every entry by
-            itself; False for those that make the same step in any orthonormal basis, as SGD does,
-            whose rule returns a number and gets an empty state.
+        rotated: Whether to step in the eigenbasis, as is right for all coordinatewise optimizers;
+            False for those that take the same step in every orthonormal basis, as SGD does, whose
+            rule returns a number and gets an empty state.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -120,7 +120,7 @@ def register_step_size(
     if issubclass(optimizer_class, LBFGS):
         raise ValueError(
             "optimizer_class is LBFGS, which evaluates the loss at several points in each step; "
-            "expected one that steps once, or add penalty(model) to the loss"
+            "expected one that evaluates it once, or add penalty(model) to the loss"
         )
     _RULES[optimizer_class] = StepRule(rule, rotated, decays_only=False)
 
@@ -210,7 +210,7 @@ def _momentum(group: Options) -> float:
     momentum = float(group["momentum"])
     if momentum >= 1:
         raise ValueError(
-            f"the optimizer has momentum {momentum:g}, with which a gradient acts for ever; "
+            f"the optimizer has momentum {momentum:g}, with which a gradient acts forever; "
             f"expected less than 1"
         )
     return 1.0 / (1.0 - momentum)

@@ -18,8 +18,8 @@ class Term:
 
     Attributes:
         operator: The Fisher matrix.
-        anchor: The point it pulls to, by parameter name.
-        weight: What multiplies it.
+        anchor: The point that it pulls towards, by parameter name.
+        weight: Its factor.
     """
 
     operator: EKFACLinearOperator
@@ -56,7 +56,7 @@ class Stack:
     Attributes:
         names: The parameters' names in the model, in the order of `block.parameters`.
         block: T · groups blocks in one, with the terms' weights in its eigenvalues. Its parameters
-            have names of their own, since those of the model may be in several stacks.
+            have names of their own, because those of the model may be in several stacks.
         anchors: What the parameters are pulled to, `[T, *shape]` each.
     """
 

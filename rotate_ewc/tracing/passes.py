@@ -229,7 +229,7 @@ def check_reiterable(data: object) -> None:
         ) from None
     if iterator is data:
         raise ValueError(
-            f"data is a one-shot iterator ({type(data).__name__}), of which any look would lose "
+            f"data is a one-shot iterator ({type(data).__name__}), and reading it would lose "
             f"batches; pass something that can be iterated again, such as a list or a DataLoader"
         )
 

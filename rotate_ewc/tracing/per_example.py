@@ -91,7 +91,7 @@ def _by_example(
                 continue
             if isinstance(inputs, Tensor):
                 raise ValueError(
-                    f"the outputs of example {example} are not the same when it is run by itself: "
+                    f"the outputs of example {example} are not the same when it is run alone: "
                     f"the outputs of one example depend on other examples, or the model is random; "
                     f"expected independent examples and a deterministic model"
                 )

@@ -343,8 +343,8 @@ def test_largest_along_every_axis() -> None:
         (
             lambda: shaped((4, 3), groups=2),
             lambda: shaped((6, 3), groups=2),
-            r"'w' has shapes \[4, 3\] and \[6, 3\], which do not fit together; only more outputs "
-            r"or inputs of a layer without groups can be merged",
+            r"'w' has shapes \[4, 3\] and \[6, 3\], which do not fit together; expected shapes "
+            r"that differ only by added outputs or inputs, of a layer without groups",
         ),
         (
             lambda: shaped((4, 3, 2)),

@@ -203,7 +203,7 @@ def test_never_enough_memory(
     before = made.state()
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fail)
-        expected = f"single example for the block of '{label}'.*memory_budget.*batches.*exclude"
+        expected = f"one example for the block of '{label}'.*memory_budget.*batches.*exclude"
         with pytest.raises(MemoryError, match=expected) as caught:
             made.consolidate()
     assert caught.value.__context__ is None or caught.value.__suppress_context__

@@ -210,11 +210,11 @@ def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="optimizer is 1, but the module has 1"):
         trainer(tmp_path, callback).fit(Module(), loader(1))
     two = [RotatedEWCCallback(p, nn.CrossEntropyLoss()) for p in (penalty, exact_penalty())]
-    with pytest.raises(Exception, match=r"(?s)state_key|attached already|unique"):
+    with pytest.raises(Exception, match=r"(?s)state_key|already has a penalty|unique"):
         trainer(tmp_path, *two).fit(Module(), loader(1))
     module = Module()
     before = weights(module)
-    with pytest.raises(ValueError, match=r"loss_func is None.*brings no loss"):
+    with pytest.raises(ValueError, match=r"loss_func is None.*has no loss of its own"):
         trainer(tmp_path, RotatedEWCCallback(penalty)).fit(module, loader(1))
     assert all(torch.equal(before[name], p) for name, p in module.named_parameters())
     assert penalty.num_tasks == 0

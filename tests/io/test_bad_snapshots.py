@@ -148,7 +148,7 @@ BAD_OPERATORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
     ),
     "rank without a basis": (
         in_header("h['blocks'][3]['ranks'] = [3, 6]"),
-        r"at 'blocks\[3\]': 'ranks' is \[3, 6\], .* as many where there is no basis",
+        r"at 'blocks\[3\]': 'ranks' is \[3, 6\], .* from 1 to (\d), and \1 where there is no basis",
     ),
     "rank of other tensors": (
         in_header("h['blocks'][5]['ranks'] = [3, 3]"),

@@ -90,7 +90,7 @@ def of_another(model: nn.Module) -> Optimizer:
 
 
 REFUSED: list[tuple[Callable[[nn.Module], Any], dict[str, Any], type[Exception], str]] = [
-    (of_another, {}, ValueError, "has 4 parameters, of which none is the model's"),
+    (of_another, {}, ValueError, "has 4 parameters, none of which is the model's"),
     (lambda m: LBFGS(m.parameters()), {"update": "gradient"}, ValueError, "optimizer is LBFGS"),
     (lambda m: Rprop(m.parameters()), {}, ValueError, "Rprop, whose step size .*update='gradient'"),
     (
@@ -150,7 +150,7 @@ def test_one_penalty_for_an_optimizer(other: bool) -> None:
     optimizer = Adam(model.parameters())
     handle = penalty.attach(optimizer, model)
     second = exact_penalty() if other else penalty
-    with pytest.raises(ValueError, match=r"attached already.* detach\(\)"):
+    with pytest.raises(ValueError, match=r"already has a penalty attached.* detach\(\)"):
         second.attach(optimizer, model)
     handle.detach()
     second.attach(optimizer, model)
@@ -591,7 +591,7 @@ def test_states_that_are_none(update: str) -> None:
     optimizer.step()
     good = handle.state_dict()
     bad = [
-        ({}, "is none"),
+        ({}, "not the state of a handle"),
         ({**good, "update": "other"}, "has update 'other'"),
         ({**good, "num_tasks": 4}, "a penalty with 4 tasks, but this one has 1"),
         ({**good, "state": {**good["state"], "a/b": torch.ones(2)}}, "'a/b'|missing|NoneType"),
@@ -708,7 +708,7 @@ def test_a_new_optimizer_for_parameters_that_were_replaced() -> None:
     handle = penalty.attach(optimizer, model)
     all_replaced(model, optimizer)
     draw(model, 0)
-    with pytest.raises(ValueError, match="or a new optimizer, to which the penalty is attached"):
+    with pytest.raises(ValueError, match="or attach the penalty to a new optimizer"):
         optimizer.step()
     handle.detach()
     optimizer = Adam(model.parameters(), lr=0.1)

@@ -10,12 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+RUN_BY = (
+    "tests/losses/test_document.py",
+    "tests/project/test_pages.py",
+    "tests/project/test_readme.py",
+)
 CRITERION = nn.CrossEntropyLoss()
 
 
@@ -46,6 +53,41 @@ def test_snapshots() -> None:
     penalty.consolidate(model, CRITERION, data)
     names = {"EKFACLinearOperator": EKFACLinearOperator, "EKFACPenalty": EKFACPenalty}
     assert run("snapshots.md", {**names, "fisher": fisher, "penalty": penalty})["fisher"]
+
+
+def test_every_page_with_code_is_run() -> None:
+    """By the tests that name it."""
+    tests = "".join((ROOT / name).read_text(encoding="utf-8") for name in RUN_BY)
+    pages = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
+    with_code = [page for page in pages if "```python" in page.read_text(encoding="utf-8")]
+    assert len(with_code) > 8
+    for page in with_code:
+        names = f'"{page.relative_to(ROOT)}"', f'"{page.name}"'
+        assert any(name in tests for name in names), page
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_distributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a group of this process alone."""
+    start = dist.init_process_group
+    address = f"file://{tmp_path / 'group'}"
+    monkeypatch.setattr(
+        dist,
+        "init_process_group",
+        lambda backend: start("gloo", init_method=address, rank=0, world_size=1),
+    )
+    model = nn.Linear(4, 3)
+    given = {
+        "model": model,
+        "criterion": CRITERION,
+        "optimizer": torch.optim.Adam(model.parameters()),
+        "task": TensorDataset(*examples()[0]),
+    }
+    try:
+        found = run("distributed.md", given)
+    finally:
+        dist.destroy_process_group()
+    assert found["penalty"].num_tasks == 1
 
 
 @pytest.fixture

@@ -522,7 +522,7 @@ def test_losses_that_a_model_returns() -> None:
             **options,
         )
     )
-    assert "for a loss that the model computes itself, ModelLoss" in message
+    assert "or ModelLoss, for a loss that the model computes itself" in message
     own = ModelLoss(lambda model, batch: model(**batch)["loss"])
     estimate(model, [batch], loss=own, **options)
 

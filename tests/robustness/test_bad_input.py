@@ -553,7 +553,7 @@ def test_model_whose_outputs_have_another_shape_for_one_example() -> None:
         return outputs if len(x) > 1 else outputs[0]
 
     model = Alternating(lambda m, x: torch.ops.aten.add(squeezed(m, x), m.b1))
-    with pytest.raises(ValueError, match="example 0 are not the same when it is run by itself"):
+    with pytest.raises(ValueError, match="example 0 are not the same when it is run alone"):
         EKFACLinearOperator(
             model, CE, [model.weight, model.other, model.b1], [batch()], unsupported="diagonal"
         )

@@ -274,7 +274,7 @@ def test_per_example_gradients_show_examples_that_are_not_independent() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x - x.mean(dim=0))[0][:, -1]
 
-    with pytest.raises(ValueError, match="example 0 are not the same when it is run by itself"):
+    with pytest.raises(ValueError, match="example 0 are not the same when it is run alone"):
         estimate(Mixed(), [(seeded(5, 4, 3), seeded(5, 2))], unsupported="diagonal")
 
 

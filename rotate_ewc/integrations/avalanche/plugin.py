@@ -50,9 +50,9 @@ ATTACHMENT: Final = "attachment"
 class Update(Choice):
     """How the penalty acts on the parameters in training.
 
-    `ROTATED`, `TANGENT` and `GRADIENT`: it takes part in the steps of the strategy's optimizer, as
-    `EKFACPenalty.attach` explains. `LOSS`: it is added to every loss, which is for mode
-    `"separate"` and for optimizers that no penalty can be attached to.
+    `ROTATED`, `TANGENT` and `GRADIENT`: it acts on the steps of the strategy's optimizer, as
+    `EKFACPenalty.attach` explains. `LOSS`: it is added to every loss, for mode `"separate"` and for
+    optimizers that no penalty can be attached to.
     """
 
     ROTATED = "rotated"
@@ -77,9 +77,9 @@ class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
     task is trained; between tasks the optimizer steps by itself, and the model is never touched.
 
     Attributes:
-        penalty: The `EKFACPenalty` at work.
+        penalty: The `EKFACPenalty` in use.
         attachment: The handle of the penalty in the optimizer's steps; None between tasks.
-        penalty_in_loss: What was added to the last loss; 0 where the penalty is attached.
+        penalty_in_loss: What was added to the last loss; 0 if the penalty is attached.
         consolidation_seconds: How long the consolidation of the last experience took; None if it
             did not end a task.
 
@@ -201,10 +201,10 @@ class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
             strategy.loss = strategy.loss + penalty
 
     def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Apply the part of the penalty that `every` has put off.
+        """Apply the part of the penalty that `every` has postponed.
 
-        Not at the end of the experience: there other plugins have gone back to the best weights,
-        or are looking at them, before this one or after it.
+        This must not wait until the end of the experience, where other plugins restore or evaluate
+        the best weights, before this one or after it.
         """
         if self.attachment is not None:
             self.attachment.flush()
@@ -239,9 +239,9 @@ class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
         self.consolidation_seconds = time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the snapshot of the penalty, with where the plugin is in the stream.
+        """Return the snapshot of the penalty, with the plugin's position in the stream.
 
-        To be saved between experiences, or between the parts into which an online stream cuts them.
+        Save it between experiences, or between the parts into which an online stream splits them.
         """
         progress = {"sub_experiences": self._sub_experiences}
         state = {**self.penalty.state_dict(), PROGRESS: json.dumps(progress)}

@@ -65,7 +65,7 @@ class RotatedEWCCallback(AttachesPenalty, TrainerCallback):
         view: View | None = None,
         group: Group = AUTO,
     ) -> None:
-        """Make a callback of one penalty, which takes part in one training after another.
+        """Make a callback for one penalty and any number of training runs.
 
         Args:
             penalty: The penalty; tasks that it already has are protected from the start.
@@ -106,8 +106,8 @@ class RotatedEWCCallback(AttachesPenalty, TrainerCallback):
         self._detach()
         if self.consolidate_at_end and state.is_hyper_param_search:
             raise ValueError(
-                "consolidate_at_end is True in a search of hyper-parameters, of which every trial "
-                "would count as a task; expected consolidate_at_end=False"
+                "consolidate_at_end is True in a hyper-parameter search, where every trial would "
+                "count as a task; expected consolidate_at_end=False"
             )
         folder = checkpoint_to_resume(args, state) if state.global_step else None
         if folder is not None:
@@ -130,7 +130,7 @@ class RotatedEWCCallback(AttachesPenalty, TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take what is left over from `every`, if the weights are about to be looked at."""
+        """Apply what `every` has postponed, if the weights are about to be evaluated or saved."""
         if control.should_evaluate or control.should_save or control.should_training_stop:
             self._flush()
 

@@ -48,8 +48,8 @@ def checkpoint_to_resume(args: TrainingArguments, state: TrainerState) -> Path:
     if not (folder / PENALTY_FILE).is_file():
         raise FileNotFoundError(
             f"the run is resumed at step {state.global_step}, but there is no {PENALTY_FILE!r} in "
-            f"{str(folder)!r}; expected a checkpoint of a run with this callback. To go on from "
-            f"this one with the penalty as it is now, put it there: "
+            f"{str(folder)!r}; expected a checkpoint of a run with this callback. To continue "
+            f"from this one with the penalty as it is now, save the penalty there: "
             f"penalty.save({str(folder / PENALTY_FILE)!r})"
         )
     return folder

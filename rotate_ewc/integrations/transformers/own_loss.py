@@ -72,9 +72,9 @@ def own_loss(model: nn.Module, data: Iterable[Any], *, label_smoothing: float = 
         from inputs to outputs. `EKFACLinearOperator` takes these three as well.
 
     Raises:
-        ValueError: If the model's kind of loss is not known, differs from what the model computes
-            itself, or needs labels that the batches have not.
-        TypeError: If the batches are no mappings.
+        ValueError: If the model's kind of loss is unknown, differs from what the model computes
+            itself, or needs labels that the batches lack.
+        TypeError: If the batches are not mappings.
     """
     _check_weights(model)
     check_reiterable(data)
@@ -142,7 +142,7 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     base = model if inside is None else inside()
     if not isinstance(base, PreTrainedModel):
         raise ValueError(
-            f"loss_func is None, and {type(base).__name__} is no model of transformers; expected "
+            f"loss_func is None, and {type(base).__name__} is not a transformers model; expected "
             f"a PreTrainedModel, or loss_func and forward"
         )
     return base
@@ -179,7 +179,7 @@ def _forms_of(base: PreTrainedModel) -> tuple[LossForm, ...]:
                 problem = _PROBLEMS.get(getattr(base.config, "problem_type", None) or "")
                 return (problem,) if problem in forms else forms
     raise ValueError(
-        f"loss_func is None, and it is not known what loss {type(base).__name__} is trained with; "
+        f"loss_func is None, and the loss that {type(base).__name__} is trained with is unknown; "
         f"expected a model with a head for one of {', '.join(map(_readable, _FORMS))}, or the loss "
         f"of its outputs: loss_func=torch.nn.CrossEntropyLoss(), data=[(batch, batch['labels']) "
         f"for batch in loader] and forward=lambda batch: model(**batch).logits, say"
@@ -222,7 +222,7 @@ def _matching(
     if nearest is None or not abs(values[nearest] - expected) <= tolerance:
         raise ValueError(
             f"{type(base_model(model)).__name__} returns the loss {expected:.6g}, which is none of "
-            f"the losses that are known for its head ({'; '.join(told)}), as if it had further "
+            f"the losses known for its head ({'; '.join(told)}), as if it had additional "
             f"terms; expected one of these, or the loss of its outputs: loss_func and forward"
         )
     return forms[nearest]
@@ -243,8 +243,8 @@ def _check_batch(batch: Any, index: int, form: LossForm) -> None:
                 "for those that do not count)"
             )
         raise ValueError(
-            f"batch {index} of data has {list(batch)}, but no {missing[0]!r}, of which the model's "
-            f"loss is made; expected tensors {_keys(form)} in every batch{advice}"
+            f"batch {index} of data has {list(batch)}, but no {missing[0]!r}, which the model's "
+            f"loss needs; expected tensors {_keys(form)} in every batch{advice}"
         )
 
 
@@ -260,7 +260,7 @@ def _check_weights(model: nn.Module) -> None:
         raise ValueError(
             f"{type(base).__name__} has quantised weights, which get no gradients and have no "
             f"Fisher matrix; expected the model without quantization_config, or adapters that are "
-            f"trained on it, which are then protected alone"
+            f"trained on it (then only the adapters are protected)"
         )
 
 

@@ -17,11 +17,11 @@ from rotate_ewc.penalty.updates.tangent import TangentUpdate
 
 
 class UpdateKind(Choice):
-    """How an attached penalty takes part in the steps of an optimizer.
+    """How an attached penalty acts on the steps of an optimizer.
 
     `ROTATED` has the optimizer step in the eigenbasis and then takes the exact proximal step;
-    `TANGENT` adds a constant gradient, which is renewed now and then, at little cost; `GRADIENT`
-    adds the penalty's gradient, for optimizers of which no step size is known.
+    `TANGENT` adds a constant gradient, which is renewed every few steps, at little cost; `GRADIENT`
+    adds the penalty's gradient, for optimizers without a known step size.
     """
 
     ROTATED = "rotated"

@@ -254,8 +254,8 @@ def _moves(stack: Stack, step: Step) -> bool:
     if 0 < len(without) < len(stack.names):
         raise ValueError(
             f"{parameters_have(without)} no gradient in this optimizer, but shares a block with "
-            f"others that have, {list(stack.names)}: no step of these alone is right. Train all of "
-            f"them, or consolidate with separate_weight_and_bias=True"
+            f"others that have one, {list(stack.names)}: a step of these alone is wrong. Train all "
+            f"of them, or consolidate with separate_weight_and_bias=True"
         )
     if not without:
         _check_same_options(stack, step)

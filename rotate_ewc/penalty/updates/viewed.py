@@ -85,7 +85,7 @@ class ViewedUpdate(GradientUpdate):
                 f"none of the protected tensors ({protected}) depends on a parameter that the "
                 f"optimizer has and that got a gradient, as if the adapters had been merged, "
                 f"switched off or removed; expected adapters that are being trained, or detach() "
-                f"before they go"
+                f"before they are removed"
             )
         return gradients
 

@@ -103,7 +103,7 @@ class Watch:
         if not isinstance(state, Mapping) or not set(state) <= set(stacks):
             raise SnapshotError(
                 "the state of the handle has averages of other blocks; expected those of its "
-                "penalty, whose own state is to be loaded first"
+                "penalty: load the penalty's own state first"
             )
         return {
             stacks[label]: Averages.from_state_dict(stacks[label], label, value)

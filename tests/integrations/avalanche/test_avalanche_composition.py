@@ -338,7 +338,7 @@ def test_two_plugins_share_a_model() -> None:
 def test_two_plugins_in_one_optimizer_are_refused() -> None:
     run = Run(["ewc"], "rotated")
     run.strategy.plugins.insert(0, exact_plugin(LAMBDA))
-    with pytest.raises(ValueError, match=r"has a penalty attached already; .* penalty to the loss"):
+    with pytest.raises(ValueError, match=r"already has a penalty attached; .* penalty to the loss"):
         run.weights()
 
 

@@ -167,7 +167,7 @@ def naive(make_optimizer: MakeOptimizer, plugin: Any, kind: type[Naive] = Naive)
         ({"update": "tangent"}, rprop, ValueError, "optimizer is Rprop"),
         ({"every": 2}, adam, ValueError, "every is 2, but update='rotated' .*update='tangent'"),
         ({"update": "gradient", "every": 2}, sgd, ValueError, "every is 2, but update='gradient'"),
-        ({}, attached, ValueError, "has a penalty attached already"),
+        ({}, attached, ValueError, "already has a penalty attached"),
         ({}, wrapped, TypeError, r"optimizer is DynamicOptimizer; expected a torch\.optim"),
     ],
 )
@@ -221,7 +221,7 @@ def test_optimizers_whose_gradients_act_for_ever() -> None:
     first, second = domain_benchmark(2).train_stream
     strategy.train(first)
     before = flat(strategy.model)
-    with pytest.raises(ValueError, match="momentum 1, with which a gradient acts for ever"):
+    with pytest.raises(ValueError, match="momentum 1, with which a gradient acts forever"):
         strategy.train(second)
     assert torch.equal(flat(strategy.model), before)
 

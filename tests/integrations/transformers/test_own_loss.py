@@ -218,7 +218,7 @@ def test_pairs_are_refused() -> None:
 @pytest.mark.parametrize("kind", [BertModel, BertForPreTraining])
 def test_models_of_which_no_loss_is_known_are_refused(kind: Any) -> None:
     model = kind(hf_models.bert_config())
-    refused(model, [hf_models.masked()], f"not known what loss {kind.__name__} is trained with")
+    refused(model, [hf_models.masked()], f"the loss that {kind.__name__} is trained with is unknown")
 
 
 def test_the_advice_for_unknown_losses_works() -> None:
@@ -307,7 +307,7 @@ def test_an_operator_takes_what_own_loss_returns() -> None:
 def test_models_without_a_loss_need_one() -> None:
     model = nn.Linear(2, 2)
     penalty = EKFACPenalty()
-    with pytest.raises(ValueError, match=r"loss_func is None.*Linear, which brings no loss"):
+    with pytest.raises(ValueError, match=r"loss_func is None.*Linear, which has no loss"):
         penalty.consolidate(model, data=[(torch.zeros(1, 2), torch.zeros(1, 2))])
     with pytest.raises(TypeError, match="data is missing"):
         penalty.consolidate(model)

@@ -197,7 +197,7 @@ def test_a_checkpoint_without_the_penalty_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, tiny_gpt2(), [RotatedEWCCallback(penalty)], **options)
     with pytest.raises(FileNotFoundError, match=r"there is no 'penalty\.safetensors' in") as caught:
         run.train(resume_from_checkpoint=True)
-    advice = str(caught.value).partition("put it there: ")[2]
+    advice = str(caught.value).partition("save the penalty there: ")[2]
     assert advice.startswith("penalty.save(")
     exec(advice, {"penalty": penalty})
     run = trainer(tmp_path, tiny_gpt2(), [RotatedEWCCallback(penalty)], **options)
@@ -278,7 +278,7 @@ def test_two_penalties_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="penalty is list; expected one EKFACPenalty"):
         RotatedEWCCallback(penalties)
     run = trainer(tmp_path, tiny_gpt2(), [RotatedEWCCallback(p) for p in penalties])
-    with pytest.raises(ValueError, match="has a penalty attached already"):
+    with pytest.raises(ValueError, match="already has a penalty attached"):
         run.train()
 
 
