@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -142,7 +141,6 @@ def test_later_tasks_bound_what_was_found_each_by_itself() -> None:
     assert found.value == pytest.approx(3.0)
     found.add(1e10, 3)
     assert found.value == pytest.approx(8.0)
-    assert FoundStrength(*astuple(found)) == found
 
 
 @pytest.mark.parametrize("plasticity", [0.95, 0.9])
