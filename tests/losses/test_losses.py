@@ -14,6 +14,7 @@ from rotate_ewc import EKFACLinearOperator, FisherType, Likelihood, register_lik
 from tests.helpers.cases import BY_NAME, LOSSES, PLAIN_LOSSES
 from tests.helpers.cases.basic import FEATURES_LAST
 from tests.helpers.cases.losses import ELEMENT_LOSSES
+from tests.helpers.crossing import crossed
 from tests.helpers.exactness import (
     EXACT_FISHERS,
     FISHER_TYPES,
@@ -326,9 +327,7 @@ def own_problem(kind: str, reduction: str) -> tuple[Setting, nn.Module, Tensor]:
 OWN = ("poisson", "rows", "cooled")
 
 
-@pytest.mark.parametrize("fisher", EXACT_FISHERS)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("kind", OWN)
+@crossed(kind=OWN, reduction=REDUCTIONS, fisher=EXACT_FISHERS)
 def test_own_losses_are_exact(kind: str, reduction: str, fisher: Fisher) -> None:
     """A likelihood that is registered gives the matrix of its loss."""
     setting, loss, y = own_problem(kind, reduction)

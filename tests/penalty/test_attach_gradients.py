@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.crossing import crossed
 from tests.helpers.dense_steps import CASES
 from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close
@@ -85,9 +86,7 @@ class Plane:
         return self.contact
 
 
-@pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("case", ["sgd", "sgd-momentum", "sgd-decay"])
+@crossed(case=["sgd", "sgd-momentum", "sgd-decay"], every=[1, 3], joint=[False, True])
 def test_tangent_plane(case: str, every: int, joint: bool) -> None:
     kind, options = CASES[case]
     model, penalty = consolidated("plain", 1, separate_weight_and_bias=not joint)

@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 
 from rotate_ewc import EKFACPenalty, NotFiniteError
+from tests.helpers.crossing import crossed
 from tests.helpers.dense_steps import CASES, advance, dense
 from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close
@@ -81,9 +82,7 @@ def test_strengths(strength: float, case: str) -> None:
     follow(model, penalty, case, strength / 9, steps=8)
 
 
-@pytest.mark.parametrize("case", ["sgd-nesterov", "adam"])
-@pytest.mark.parametrize("loss", [CE, SUMMED])
-@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+@crossed(weighting=["examples", "uniform"], loss=[CE, SUMMED], case=["sgd-nesterov", "adam"])
 def test_scale_is_that_of_the_penalty(weighting: str, loss: nn.Module, case: str) -> None:
     """In proportion to the loss: by numbers of examples, M_now divides the mean."""
     model, penalty = consolidated("plain", 2, loss=loss, weighting=weighting, decay=0.7)

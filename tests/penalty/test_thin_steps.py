@@ -13,6 +13,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from rotate_ewc import EKFACPenalty
 from rotate_ewc.penalty.folding import _damped
+from tests.helpers.crossing import crossed
 from tests.helpers.dense_steps import CASES, advance, dense
 from tests.helpers.oracles import assert_close
 from tests.helpers.penalties import (
@@ -47,9 +48,7 @@ def draw(model: nn.Module, seed: int) -> list[Tensor | None]:
     return [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("rank", [1, 2, 4])
-@pytest.mark.parametrize("mode", ["merged", "separate"])
-@pytest.mark.parametrize("name", MODELS)
+@crossed(name=MODELS, mode=["merged", "separate"], rank=[1, 2, 4])
 def test_value_gradient_and_second_derivatives(name: str, mode: str, rank: int) -> None:
     model, penalty = thin(name, 2, rank, mode=mode)
     expected = [
@@ -64,11 +63,11 @@ def test_value_gradient_and_second_derivatives(name: str, mode: str, rank: int) 
     assert_close(hessian(penalty, model), sum(q.weight * q.matrix for q in expected))
 
 
-@pytest.mark.parametrize("rank", [1, 2, 4])
-@pytest.mark.parametrize(
-    "case", ["sgd-nesterov", "adam", "adam-decay", "adamw", "rmsprop", "nadam"]
+@crossed(
+    name=MODELS,
+    case=["sgd-nesterov", "adam", "adam-decay", "adamw", "rmsprop", "nadam"],
+    rank=[1, 2, 4],
 )
-@pytest.mark.parametrize("name", MODELS)
 def test_rotated_and_proximal_steps(name: str, case: str, rank: int) -> None:
     """Torch's optimizers in the coordinates of bases that are written out, then the shrinking."""
     model, penalty = thin(name, 1, rank)
