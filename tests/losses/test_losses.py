@@ -98,9 +98,8 @@ def test_memory_budget_does_not_matter(setting: Setting) -> None:
 @pytest.mark.parametrize(
     ("name", "fisher", "loss"),
     [
-        (CASE_NAMES[(n + m) % 2], fisher, loss)
+        (CASE_NAMES[n % 2], tuple(FISHER_TYPES)[n % 3], loss)
         for n, loss in enumerate(LOSSES)
-        for m, fisher in enumerate(FISHER_TYPES)
     ],
 )
 def test_sum_is_mean_times_what_mean_divides_by(name: str, fisher: str, loss: str) -> None:
@@ -115,7 +114,7 @@ def test_sum_is_mean_times_what_mean_divides_by(name: str, fisher: str, loss: st
     assert_close(summed, mass * mean, 1e-9)
 
 
-@pytest.mark.parametrize("loss", OPTIONS)
+@pytest.mark.parametrize("loss", OPTIONS[::2])
 def test_monte_carlo_expectation(loss: str) -> None:
     """With many samples trace and eigenvalues come near the exact matrix's."""
     setting = Setting(BY_NAME["tanh-mlp"], loss)
@@ -127,7 +126,7 @@ def test_monte_carlo_expectation(loss: str) -> None:
         assert float(sampled.trace) == pytest.approx(float(block.trace), rel=0.1)
 
 
-@pytest.mark.parametrize("setting", SOME, ids=str)
+@pytest.mark.parametrize("setting", SOME[1::2], ids=str)
 def test_monte_carlo_draws_are_reproducible(setting: Setting) -> None:
     """The same in both passes and again; another seed gives others."""
     options = {"fisher_type": FisherType.MC, "mc_samples": 2}

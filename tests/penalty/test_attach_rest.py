@@ -27,11 +27,13 @@ def settling(kind: type[Optimizer], options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "eps": 0.1}
 
 
-# A centred RMSprop whose gradients do not change divides by nothing but rounding errors.
+# A centred RMSprop whose gradients do not change divides by nothing but rounding errors; the others
+# that are left out make the steps of one that is here in another way.
+LEFT_OUT = ("rmsprop-centered", "sgd-fused", "adam-tensor", "adam-fused", "adamw-fused")
 SETTLING = {
     name: (kind, settling(kind, options))
     for name, (kind, options) in CASES.items()
-    if name != "rmsprop-centered" and "maximize" not in options
+    if name not in LEFT_OUT and "maximize" not in options
 }
 
 
@@ -118,8 +120,8 @@ def test_goes_there_with_steps_of_every_size(kind: type[Optimizer]) -> None:
         optimizer = kind(net.parameters(), lr=0.5, eps=1e-3)
         if attached:
             penalty.attach(optimizer, net)
-        scheduler = ExponentialLR(optimizer, 0.97)
-        for _ in range(500):
+        scheduler = ExponentialLR(optimizer, 0.985)
+        for _ in range(1000):
             give(net, loss.gradient(flat(net)))
             optimizer.step()
             scheduler.step()
