@@ -97,10 +97,7 @@ def test_memory_budget_does_not_matter(setting: Setting) -> None:
 
 @pytest.mark.parametrize(
     ("name", "fisher", "loss"),
-    [
-        (CASE_NAMES[n % 2], tuple(FISHER_TYPES)[n % 3], loss)
-        for n, loss in enumerate(LOSSES)
-    ],
+    [(CASE_NAMES[n % 2], tuple(FISHER_TYPES)[n % 3], loss) for n, loss in enumerate(LOSSES)],
 )
 def test_sum_is_mean_times_what_mean_divides_by(name: str, fisher: str, loss: str) -> None:
     """The two reductions differ by what the loss itself divides by."""
