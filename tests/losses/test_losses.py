@@ -47,16 +47,16 @@ def settings() -> list[Setting]:
         for name, (reduction, fisher) in zip(forms, pairs[n % 4 :] + pairs[: n % 4], strict=True)
     ]
     found += [
-        Setting(FEATURES_LAST, loss, reduction, fisher)
-        for loss in ("mse", "bce", *ELEMENT_LOSSES)
-        for reduction in REDUCTIONS
-        for fisher in EXACT_FISHERS
+        Setting(FEATURES_LAST, loss, reduction, EXACT_FISHERS[(n + m) % 2])
+        for n, loss in enumerate(("mse", "bce", *ELEMENT_LOSSES))
+        for m, reduction in enumerate(REDUCTIONS)
     ]
     found += [
-        Setting(BY_NAME[name], loss, "mean", fisher)
-        for loss in ("ce-weight-smooth-ignore", "ce-soft-weight", "bce-both-weights")
-        for name in ("gpt-functional-positions", "conv-transpose2d-pixel-outputs", "lstm")
-        for fisher in EXACT_FISHERS
+        Setting(BY_NAME[name], loss, "mean", EXACT_FISHERS[(n + m) % 2])
+        for n, loss in enumerate(("ce-weight-smooth-ignore", "ce-soft-weight", "bce-both-weights"))
+        for m, name in enumerate(
+            ("gpt-functional-positions", "conv-transpose2d-pixel-outputs", "lstm")
+        )
     ]
     return found
 

@@ -39,7 +39,7 @@ def draw(model: nn.Module, seed: int) -> list[Tensor | None]:
 
 
 def follow(
-    model: nn.Module, penalty: EKFACPenalty, case: str, scale: float, steps: int = 20
+    model: nn.Module, penalty: EKFACPenalty, case: str, scale: float, steps: int = 10
 ) -> Optimizer:
     """Compare steps with random gradients."""
     kind, options = CASES[case]
