@@ -184,8 +184,8 @@ def test_tangent_rests_where_the_gradients_cancel(case: str, every: int) -> None
     options = {k: v for k, v in options.items() if k != "weight_decay"}
     optimizer: Optimizer = kind(model.parameters(), **{**options, "lr": 0.02})
     penalty.attach(optimizer, model, "tangent", every)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
-    for _ in range(750):
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.995)
+    for _ in range(1500):
         give(model, flat(model) - centre)
         optimizer.step()
         scheduler.step()
