@@ -72,6 +72,7 @@ def problem(case: Case, loss: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Mo
         (name, dtype, EXACT_FISHERS[(n + m) % 2])
         for n, name in enumerate(CASES)
         for m, dtype in enumerate(TOLERANCES)
+        if (n + m) % 3  # two of three
     ],
     ids=str,
 )

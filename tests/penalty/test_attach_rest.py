@@ -80,7 +80,7 @@ def test_stays_where_the_gradients_cancel(case: str) -> None:
     rest = minimum(loss, form, decay if coupled else 0.0)
     optimizer = kind(model.parameters(), **options)
     penalty.attach(optimizer, model)
-    for _ in range(150):
+    for _ in range(110):
         place(model, rest)
         give(model, loss.gradient(rest))
         optimizer.step()
