@@ -124,7 +124,6 @@ def renamed(name: str) -> object:
 Count = Annotated[int, whole_number(1)]
 CountOrZero = Annotated[int, whole_number(0)]
 Positive = Annotated[float, number(zero=False)]
-PositiveOrZero = Annotated[float, number(zero=True)]
 PositiveOrAuto = Annotated[float | str, number(zero=False, auto=True)]
 StrengthOrAuto = Annotated[float | str, number(zero=True, auto=True)]
 _seeds = several(whole_number(0, LARGEST_SEED, metavar="SEED"))

@@ -1,6 +1,6 @@
 """Run the examples and keep what they print and draw: `python docs/gallery/run.py [NAME ...]`.
 
-The site shows it below each program. `tests/project/test_gallery.py` compares it with what the
+The site shows it below each program. `tests/project/test_examples.py` compares it with what the
 examples print now.
 """
 
@@ -23,21 +23,27 @@ LAUNCHERS = {
 CHATTER = re.compile(r"^(-- >> |-> |Computed |Start of |End of |\{|\s*$)")
 
 
-def run(name: str, folder: Path) -> list[str]:
-    """Run an example in a folder, without a network, and return the lines that are its own."""
+def start(name: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start an example in a folder, without a network."""
     script = ROOT / "examples" / f"{name}.py"
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *LAUNCHERS.get(name, []), str(script)],
+    return subprocess.Popen(
+        [sys.executable, *LAUNCHERS.get(name, []), str(script), *arguments],
         cwd=folder,
         env={**os.environ, **variables, "MPLBACKEND": "agg"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=600,
     )
-    if done.returncode:
-        raise RuntimeError(f"examples/{name}.py failed:\n{done.stderr}")
-    return [line.rstrip() for line in done.stdout.splitlines() if not CHATTER.match(line)]
+
+
+def run(name: str, folder: Path, *arguments: str) -> list[str]:
+    """Run an example to its end, and return the lines that are its own."""
+    process = start(name, folder, *arguments)
+    output, errors = process.communicate(timeout=600)
+    if process.returncode:
+        raise RuntimeError(f"examples/{name}.py failed:\n{errors}")
+    return [line.rstrip() for line in output.splitlines() if not CHATTER.match(line)]
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -15,22 +13,18 @@ from rotate_ewc._utils.keywords import forwards_keywords
 from rotate_ewc._utils.parameters import Parameters, name_parameters
 from rotate_ewc._utils.validation import AUTO, as_non_negative_number, check_positive_integer
 from rotate_ewc.curvature import vectors
+from rotate_ewc.curvature.named_blocks import NamedBlocks
 from rotate_ewc.distributed.processes import Group, Ranks
 from rotate_ewc.distributed.sharding import whole
-from rotate_ewc.errors import SnapshotError
 from rotate_ewc.estimation.estimate import fit_blocks
-from rotate_ewc.io import files, snapshot
-from rotate_ewc.io.storage_dtype import check_storage_dtype
 from rotate_ewc.linalg import algebra, quadratic
-from rotate_ewc.linalg.block import Block, map_together
 from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import EstimationOptions, EstimationSettings
-from rotate_ewc.provenance import Provenance
 
 _MAX_DENSE_BYTES: Final = 4 * 2**30
 
 
-class EKFACLinearOperator:
+class EKFACLinearOperator(NamedBlocks):
     """The Fisher matrix of a model's loss, in rotated (EKFAC) form.
 
     Each parameter gets a basis in which its Fisher matrix is nearly diagonal, and the exact
@@ -59,10 +53,6 @@ class EKFACLinearOperator:
         >>> bool(fisher.quadratic_form(product) >= 0)
         True
     """
-
-    _blocks: tuple[Block, ...]
-    _shapes: dict[str, torch.Size]
-    _provenance: Provenance
 
     @forwards_keywords(EstimationSettings)
     def __init__(
@@ -131,7 +121,7 @@ class EKFACLinearOperator:
         model = model_func if isinstance(model_func, nn.Module) else None
         likelihood = likelihood_of(loss_func, settings.fisher_type)
         with whole(model, params) as given:
-            blocks, self._shapes, self._provenance = fit_blocks(
+            finished = fit_blocks(
                 likelihood.packing_forward(model_func),
                 likelihood,
                 name_parameters(given, model),
@@ -142,68 +132,7 @@ class EKFACLinearOperator:
                 num_data=num_data,
                 check_deterministic=check_deterministic,
             )
-        self._blocks = _laid_out(blocks)
-
-    @classmethod
-    def from_blocks(
-        cls,
-        blocks: Iterable[Block],
-        parameter_shapes: Mapping[str, Sequence[int]],
-        provenance: Provenance,
-    ) -> EKFACLinearOperator:
-        """Make an operator from finished blocks.
-
-        Args:
-            blocks: Blocks that together hold every parameter once.
-            parameter_shapes: Shapes by name, in the order of the operator's parameters.
-            provenance: Where the blocks come from.
-
-        Raises:
-            ValueError: If there are no blocks.
-        """
-        operator = cls.__new__(cls)
-        operator._blocks = _laid_out(blocks)
-        if not operator._blocks:
-            raise ValueError("blocks is empty; expected at least one block")
-        operator._shapes = {name: torch.Size(shape) for name, shape in parameter_shapes.items()}
-        operator._provenance = provenance
-        return operator
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """The blocks, in the order of their first parameters."""
-        return self._blocks
-
-    @property
-    def parameter_shapes(self) -> dict[str, torch.Size]:
-        """Parameter shapes by name, in order."""
-        return dict(self._shapes)
-
-    @property
-    def provenance(self) -> Provenance:
-        """Loss, Fisher type and number of examples behind the operator."""
-        return self._provenance
-
-    @property
-    def num_data(self) -> int:
-        """Number of examples the operator stands for."""
-        return self._provenance.num_data
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(D, D)` for D numbers in all parameters."""
-        size = sum(shape.numel() for shape in self._shapes.values())
-        return size, size
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self._blocks[0].eigenvalues.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of bases and eigenvalues; the widest where a model has several."""
-        return reduce(torch.promote_types, [block.eigenvalues.dtype for block in self._blocks])
+        self._hold(*finished)
 
     @property
     def trace(self) -> Tensor:
@@ -229,17 +158,6 @@ class EKFACLinearOperator:
         """Frobenius norm, a scalar tensor."""
         squares = [block.total(block.eigenvalues.square()) for block in self._blocks]
         return torch.stack(squares).sum().sqrt()
-
-    def block(self, name: str) -> Block:
-        """Return the block that holds a parameter.
-
-        Raises:
-            ValueError: If the operator has no such parameter.
-        """
-        for block in self._blocks:
-            if name in block.parameters:
-                return block
-        raise ValueError(f"there is no parameter {name!r}; expected one of {list(self._shapes)}")
 
     def diagonal(self) -> list[Tensor]:
         """Return the diagonal over the parameters themselves, one tensor for each, of its shape."""
@@ -363,112 +281,7 @@ class EKFACLinearOperator:
         vectors.check_list(tensors, self._shapes, columns_allowed=False)
         return quadratic.quadratic_form(self._blocks, dict(zip(self._shapes, tensors, strict=True)))
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> EKFACLinearOperator:
-        """Return the operator on another device or in another floating-point dtype."""
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype is {dtype}; expected a floating-point dtype")
-        return self.map(lambda tensor: tensor.to(device=device, dtype=dtype))
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> EKFACLinearOperator:
-        """Return the operator with every stored tensor replaced by `function` of it.
-
-        Tensors that blocks share stay shared.
-        """
-        return self._with(map_together(function, self._blocks))
-
-    def map_blocks(self, function: Callable[[Block], Block]) -> EKFACLinearOperator:
-        """Return the operator with every block replaced by one for the same parameters."""
-        return self._with(function(block) for block in self._blocks)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the snapshot: a flat dictionary of tensors, one of which is the `"header"`.
-
-        It can be written with `torch.save` and read with `torch.load(..., weights_only=True)`.
-        """
-        return snapshot.pack(self._blocks, self._shapes, self._provenance)
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> EKFACLinearOperator:
-        """Make an operator from a snapshot; nothing is decomposed again.
-
-        Raises:
-            SnapshotError: If the snapshot is incomplete or inconsistent, naming the key.
-        """
-        return cls.from_blocks(*snapshot.unpack(state))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace this operator's contents by those of a snapshot of the same model and loss.
-
-        The number of examples, ranks, dtype and device may differ. `from_state_dict` makes a new
-        operator from any snapshot.
-
-        Raises:
-            SnapshotError: If the snapshot is bad, or of other parameters, shapes, loss, reduction,
-                Fisher type or temperature, naming them; the operator is then left as it was.
-        """
-        loaded = self.from_state_dict(state)
-        ours, theirs = ((o._shapes, o._provenance) for o in (self, loaded))
-        if differences := snapshot.differences(*theirs, *ours):
-            raise SnapshotError(
-                f"snapshot is of another operator: {'; '.join(differences)}; expected a snapshot "
-                f"of the same model and loss (from_state_dict makes a new operator from it)"
-            )
-        self._blocks, self._shapes = loaded._blocks, loaded._shapes
-        self._provenance = loaded._provenance
-
-    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-        """Write the snapshot to a safetensors file, whole or not at all.
-
-        Args:
-            path: The file; an older one is replaced.
-            dtype: Dtype in the file, such as `torch.bfloat16` for half the size and an error of
-                about 0.2 %; loading restores the original dtype. None stores the original dtype.
-
-        Raises:
-            FileNotFoundError: If the folder does not exist.
-            ValueError: If a snapshot cannot be stored in the dtype.
-        """
-        check_storage_dtype(dtype)
-        files.save(snapshot.pack(self._blocks, self._shapes, self._provenance, dtype), path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> EKFACLinearOperator:
-        """Read a snapshot from a file that `save` wrote.
-
-        Raises:
-            SnapshotError: If the file is damaged or not such a snapshot, naming it and the key.
-            FileNotFoundError: If there is no file.
-        """
-        with files.loaded(path) as state:
-            return cls.from_state_dict(state)
-
-    def __repr__(self) -> str:
-        """Show size, provenance and blocks."""
-        size = sum(t.nbytes for block in self._blocks for t in block.tensors.values())
-        lines = [
-            f"  {block.label}: {' × '.join(map(str, block.shape))}, {_kept(block)}"
-            f"trace {block.trace.item():.4g}"
-            for block in self._blocks
-        ]
-        head = f"EKFACLinearOperator {self.shape[0]} × {self.shape[1]}, {size / 2**20:.1f} MiB, "
-        return "\n".join([head + str(self._provenance), *lines])
-
     def _nonsingular(self, damping: float) -> EKFACLinearOperator:
         damped = self.damped(damping)
         algebra.check_positive(damped.blocks, damping)
         return damped
-
-    def _with(self, blocks: Iterable[Block]) -> EKFACLinearOperator:
-        return self.from_blocks(blocks, self._shapes, self._provenance)
-
-
-def _kept(block: Block) -> str:
-    """Say how many directions a thin block keeps of each side."""
-    return f"rank {' × '.join(map(str, block.ranks))}, " if block.is_thin else ""
-
-
-def _laid_out(blocks: Iterable[Block]) -> tuple[Block, ...]:
-    """Give all tensors one layout: the bits of products depend on it, and files know no other."""
-    return map_together(Tensor.contiguous, blocks)

@@ -177,6 +177,8 @@ _LARGEST_LOGARITHM: Final = 24.0  # of strengths, which are found from 1e-10 to 
 
 _Count = Annotated[int, Meta(ge=0, le=LARGEST_COUNT)]
 _Sum = Annotated[float, Meta(ge=-float(LARGEST_COUNT), le=float(LARGEST_COUNT))]
+# How often, the sum of the logarithms, and how many old tasks there were then.
+_Looks = tuple[_Count, _Sum, _Count]
 
 
 class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
@@ -190,8 +192,8 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
         num_tasks: Number of consolidated tasks.
         last_examples: Number of examples of the last one.
         last_loss_terms: Number of its loss terms.
-        found_strength: The strength that was found, where it is: how often, the sum of its
-            logarithms, and how many tasks there were; and the same of its bounds in a later task.
+        found_strength: The looks in which the strength was found, where it was, and those in which
+            its bounds were, in a later task.
         terms: Its terms.
     """
 
@@ -202,7 +204,7 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
     num_tasks: Annotated[int, Meta(ge=0, le=LARGEST_COUNT)]
     last_examples: Annotated[int, Meta(ge=1, le=LARGEST_COUNT)]
     last_loss_terms: Annotated[float, Meta(gt=0, le=float(LARGEST_COUNT))]
-    found_strength: tuple[_Count, _Sum, _Count, _Count, _Sum, _Count]
+    found_strength: tuple[_Looks, _Looks]
     terms: tuple[TermLayout, ...]
 
     def __post_init__(self) -> None:
@@ -213,7 +215,7 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
                 f"there are {len(self.terms)} terms, of {self.num_tasks} tasks in mode "
                 f"{self.mode!r:.99}; expected at most {most}"
             )
-        first, later = self.found_strength[:3], self.found_strength[3:]
+        first, later = self.found_strength
         if (
             any((looks == 0) != (task == 0) for looks, _, task in (first, later))
             or any(abs(total) > looks * _LARGEST_LOGARITHM for looks, total, _ in (first, later))
@@ -221,7 +223,7 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
             or 0 < later[2] <= first[2]
         ):
             raise ValueError(
-                f"found_strength is {list(self.found_strength)}, of {self.num_tasks} tasks; "
+                f"found_strength is {[list(first), list(later)]}, of {self.num_tasks} tasks; "
                 f"expected the number of looks, the sum of their logarithms, and the number of "
                 f"tasks at that time; and the same three of a later task"
             )

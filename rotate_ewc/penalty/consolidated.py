@@ -9,8 +9,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc._utils.messages import parameters_are
-from rotate_ewc._utils.parameters import fits, misfits, protected_slice
 from rotate_ewc._utils.validation import (
     as_non_negative_number,
     as_part,
@@ -18,11 +16,10 @@ from rotate_ewc._utils.validation import (
     check_positive_integer,
     unless_auto,
 )
-from rotate_ewc._utils.warnings import warn_user
-from rotate_ewc.distributed.sharding import gathered, is_sharded
 from rotate_ewc.io.header import HEADER
 from rotate_ewc.options import Mode, Weighting
 from rotate_ewc.penalty.plasticity import FoundStrength
+from rotate_ewc.penalty.protection import Protection
 from rotate_ewc.penalty.replicas import Replicas
 from rotate_ewc.penalty.stability import largest_curvature
 from rotate_ewc.penalty.state import PenaltyState
@@ -94,8 +91,7 @@ class ConsolidatedTasks(nn.Module):
         self._last_examples, self._last_loss_terms = 1, 1.0
         self._current_num_data: int | None = None
         self._current_num_loss_terms: float | None = None
-        self._left_out: set[str] = set()
-        self._grown: set[tuple[str, torch.Size]] = set()
+        self._protection = Protection()
         # Until it is known whether all processes have consolidated the same.
         self._replicas: Replicas | None = None
 
@@ -236,77 +232,7 @@ class ConsolidatedTasks(nn.Module):
         """
         if self._replicas is not None and self._replicas.are_compared():
             self._replicas = None
-        parameters = self._gathered(parameters)
-        found: dict[str, Tensor] = {}
-        grown: dict[str, tuple[Tensor, Tensor]] = {}
-        left_out: set[str] = set()
-        try:
-            for stack in self._stacks:
-                for key, name, anchor in stack.members:
-                    if not self.strict and not fits(name, parameters, anchor[0]):
-                        left_out.add(name)
-                        continue
-                    found[key] = part = protected_slice(name, parameters, anchor[0])
-                    whole = parameters[name]
-                    if part is not whole and (name, whole.shape) not in self._grown:
-                        grown[name] = part, anchor[-1]
-        except ValueError:
-            raise ValueError(misfits(self._wanted(parameters), parameters)) from None
-        if new := sorted(left_out - self._left_out):
-            self._left_out.update(new)
-            warn_user(
-                f"{parameters_are(new)} missing in the model, or smaller than when "
-                f"consolidated, and not protected any more (strict=False)"
-            )
-        if grown:
-            self._warn_of_replaced(parameters, grown)
-        return found
-
-    def _gathered(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return parameters with those whole that are protected."""
-        names = (name for stack in self._stacks for name in stack.names)
-        spread = [name for name in dict.fromkeys(names) if is_sharded(parameters.get(name))]
-        return (
-            {**parameters, **{n: gathered(parameters[n]) for n in spread}} if spread else parameters
-        )
-
-    def _wanted(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the anchors of the parameters that must be there."""
-        return {
-            name: anchor[0]
-            for stack in self._stacks
-            for _, name, anchor in stack.members
-            if self.strict or fits(name, parameters, anchor[0])
-        }
-
-    def _warn_of_replaced(
-        self, parameters: Mapping[str, Tensor], grown: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> None:
-        """Warn, once for each size, of larger layers that do not begin with their anchors.
-
-        Two unrelated tensors are at a squared distance of the sum of their squared norms. One that
-        was copied, and trained for a while, is much nearer.
-
-        Args:
-            parameters: The model's parameters.
-            grown: What is protected of each one that has grown, and its latest anchor.
-        """
-        layers: dict[str, list[str]] = {}
-        for name, (found, _) in grown.items():
-            if not torch._C._functorch.is_batchedtensor(found):  # which has no single value
-                self._grown.add((name, parameters[name].shape))
-                layers.setdefault(name.rpartition(".")[0], []).append(name)
-        for names in layers.values():
-            pairs = [[t.detach().double() for t in grown[name]] for name in names]
-            size = sum(float(f.square().sum() + a.square().sum()) for f, a in pairs)
-            if sum(float((f - a).square().sum()) for f, a in pairs) > 0.5 * size:
-                warn_user(
-                    f"{', '.join(map(repr, names))} has grown, but does not begin with what it was "
-                    f"when it was consolidated, as if a new layer had taken its name; the penalty "
-                    f"pulls that part to the old values. Copy these into it, as Avalanche's "
-                    f"IncrementalClassifier does, or give the new layer another name (and "
-                    f"strict=False, which leaves out the old one)"
-                )
+        return self._protection.find(self._stacks, parameters, strict=self.strict)
 
     def _replace_terms(
         self, terms: Sequence[Term], num_tasks: int, last_examples: int, last_loss_terms: float

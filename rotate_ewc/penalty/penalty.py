@@ -8,16 +8,13 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from msgspec import structs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from rotate_ewc._utils.keywords import forwards_keywords
-from rotate_ewc._utils.numerics import check_trace
 from rotate_ewc._utils.parameters import (
     Parameters,
-    fits,
     name_parameters,
     parameters_of,
     select_parameters,
@@ -33,25 +30,20 @@ from rotate_ewc._utils.validation import (
     check_positive_integer,
     unless_auto,
 )
-from rotate_ewc.curvature.merge import merge_together
-from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.distributed.processes import Group, Ranks
 from rotate_ewc.distributed.sharding import whole
 from rotate_ewc.errors import SnapshotError
-from rotate_ewc.estimation.estimate import fit_blocks
 from rotate_ewc.io import files
 from rotate_ewc.io.storage_dtype import check_storage_dtype
-from rotate_ewc.linalg.block import Block
 from rotate_ewc.linalg.quadratic import quadratic_form
-from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import EstimationOptions, EstimationSettings, Mode, Weighting
 from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
+from rotate_ewc.penalty.folding import estimate_task, fold_in
 from rotate_ewc.penalty.own_loss import own_loss_of
 from rotate_ewc.penalty.replicas import Replicas
 from rotate_ewc.penalty.stability import warn_if_divergent
 from rotate_ewc.penalty.state import PenaltyState
-from rotate_ewc.penalty.temperature import fitting_temperature, softened
 from rotate_ewc.penalty.terms import Term
 from rotate_ewc.penalty.updates import UpdateKind
 from rotate_ewc.penalty.weighting import kept_weight
@@ -259,40 +251,36 @@ class EKFACPenalty(ConsolidatedTasks):
             chosen = name_parameters(params, model)
             named = name_parameters(list(chosen.values()), model)
             self.protected(parameters_of(model))
-            operator = self._estimated(model, loss_func, named, data, forward, num_data, ranks)
+            operator = estimate_task(
+                model,
+                loss_func,
+                named,
+                data,
+                forward,
+                temperature=self.temperature,
+                damping=self.damping,
+                settings=replace(self.settings, seed=self.settings.seed + self._num_tasks),
+                num_data=num_data,
+                ranks=ranks,
+            )
             anchor = {name: named[name].detach().clone() for name in operator.parameter_shapes}
-            return self._fold_in(operator, anchor, weight, parameters_of(model), ranks)
-
-    def _estimated(
-        self,
-        model: nn.Module,
-        loss_func: Callable[..., Any],
-        named: dict[str, Tensor],
-        data: Iterable[Any],
-        forward: Callable[[Any], Any] | None,
-        num_data: int | None,
-        ranks: Ranks,
-    ) -> EKFACLinearOperator:
-        """Return a task's Fisher matrix, softened and damped."""
-        likelihood = likelihood_of(loss_func, self.settings.fisher_type)
-        shown = likelihood.packing_forward(forward or model)
-        temperature = fitting_temperature(
-            self.temperature, model, shown, likelihood, data, self.settings, ranks
-        )
-        blocks, shapes, provenance = fit_blocks(
-            softened(shown, likelihood, temperature),
-            likelihood,
-            named,
-            data,
-            replace(self.settings, seed=self.settings.seed + self._num_tasks),
-            model=model,
-            ranks=ranks,
-            num_data=num_data,
-        )
-        blocks = tuple(_damped(block, temperature**2, self.damping) for block in blocks)
-        told = {**provenance.settings, "temperature": temperature, "damping": self.damping}
-        provenance = structs.replace(provenance, settings=told)
-        return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
+            provenance = operator.provenance
+            num_loss_terms, reduction = provenance.num_loss_terms, provenance.reduction
+            weight = kept_weight(weight, num_loss_terms, self.weighting, reduction)
+            terms = fold_in(
+                self._terms,
+                Term(operator, anchor, weight),
+                parameters_of(model),
+                mode=self.mode,
+                decay=self.decay,
+                rank=self.settings.rank,
+                ranks=ranks,
+            )
+        # A task of which nothing counts is not what the next one will be like.
+        last = (operator.num_data, num_loss_terms)
+        if not num_loss_terms:
+            last = (self._last_examples, self._last_loss_terms)
+        return terms, self._num_tasks + 1, *last
 
     def forward(self, model: nn.Module | Mapping[str, Tensor]) -> Tensor:
         """Return the penalty, a scalar tensor; zero before the first task.
@@ -396,42 +384,6 @@ class EKFACPenalty(ConsolidatedTasks):
         penalty._restore(found)
         return penalty
 
-    def _fold_in(
-        self,
-        operator: EKFACLinearOperator,
-        anchor: dict[str, Tensor],
-        weight: float,
-        parameters: Mapping[str, Tensor],
-        ranks: Ranks,
-    ) -> Folded:
-        """Return what there is with a task's operator added, for `_replace_terms`."""
-        reductions = {term.operator.provenance.reduction for term in self._terms}
-        reduction = operator.provenance.reduction
-        if reductions - {reduction}:
-            raise ValueError(
-                f"loss_func has reduction {reduction!r}, but earlier tasks had "
-                f"{reductions.pop()!r}; expected the same for all tasks"
-            )
-        num_loss_terms = operator.provenance.num_loss_terms
-        weight = kept_weight(weight, num_loss_terms, self.weighting, reduction)
-        left = (term.only(lambda name, a: fits(name, parameters, a)) for term in self._terms)
-        terms = [replace(term, weight=self.decay * term.weight) for term in left if term]
-        terms.append(Term(operator, anchor, weight))
-        if self.mode is Mode.MERGED:
-            operators, weights = [t.operator for t in terms], [t.weight for t in terms]
-            # Of one task alone as much is kept as was estimated.
-            rank = self.settings.rank if len(terms) > 1 else None
-            merged = merge_together(operators, weights, rank, ranks)
-            terms = [Term(merged, {**terms[0].anchor, **anchor}, 1.0)]
-        for term in terms:
-            for block in term.operator.blocks:
-                check_trace(block.trace * term.weight, block.label)
-        # A task of which nothing counts is not what the next one will be like.
-        last = (operator.num_data, num_loss_terms)
-        if not num_loss_terms:
-            last = (self._last_examples, self._last_loss_terms)
-        return terms, self._num_tasks + 1, *last
-
     @property
     def options(self) -> dict[str, Any]:
         """Arguments that make a penalty like this one, in a form that JSON can hold."""
@@ -454,12 +406,6 @@ class EKFACPenalty(ConsolidatedTasks):
         automatic = self._strength is None
         strength = f"{AUTO} ({self.strength:.3g})" if automatic else str(self.strength)
         return f"strength={strength}, mode={self.mode!r}, tasks={self._num_tasks}"
-
-
-def _damped(block: Block, factor: float, damping: float) -> Block:
-    """Return a block with eigenvalues times a factor, and more by a part of their mean."""
-    block = block.with_eigenvalues(block.eigenvalues * factor)
-    return block.with_eigenvalues(block.eigenvalues + damping * block.mean)
 
 
 def _overridden(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,51 +57,62 @@ _TOLERANCE: Final = 1e-2
 _MOST_ITERATIONS: Final = 60
 
 
-@dataclass
-class FoundStrength:
-    """The geometric mean of the strengths found in one task, bounded by that of a later one.
+class GeometricMean(NamedTuple):
+    """The geometric mean of the numbers that were found while one task was learned.
 
     Attributes:
         looks: How many were found.
         sum_of_logs: Of their logarithms.
         num_tasks: How many old tasks there were then.
-        later_looks: How many bounds were found in the latest task that had any.
-        later_sum_of_logs: Of their logarithms.
-        later_num_tasks: How many old tasks there were then.
     """
 
     looks: int = 0
     sum_of_logs: float = 0.0
     num_tasks: int = 0
-    later_looks: int = 0
-    later_sum_of_logs: float = 0.0
-    later_num_tasks: int = 0
+
+    @property
+    def logarithm(self) -> float:
+        """Logarithm of the mean; infinite before any was found, as of what bounds nothing."""
+        return self.sum_of_logs / self.looks if self.looks else math.inf
+
+    def including(self, number: float, num_tasks: int) -> GeometricMean:
+        """Return the mean with one more number, which is the first where the task is another."""
+        looks, sum_of_logs = self[:2] if num_tasks == self.num_tasks else (0, 0.0)
+        return GeometricMean(looks + 1, sum_of_logs + math.log(number), num_tasks)
+
+
+_NOTHING_FOUND: Final = GeometricMean()
+
+
+@dataclass
+class FoundStrength:
+    """The mean of the strengths found in one task, bounded by that of a later one.
+
+    Attributes:
+        strengths: Those found in the first task that was learned under the penalty.
+        bounds: Those found in the latest task that had any.
+    """
+
+    strengths: GeometricMean = _NOTHING_FOUND
+    bounds: GeometricMean = _NOTHING_FOUND
 
     @property
     def value(self) -> float:
         """λ; 1, which is Bayes' rule, before any was found."""
-        if not self.looks:
+        if not self.strengths.looks:
             return 1.0
-        logarithm = self.sum_of_logs / self.looks
-        if self.later_looks:
-            logarithm = min(logarithm, self.later_sum_of_logs / self.later_looks)
-        return math.exp(logarithm)
+        return math.exp(min(self.strengths.logarithm, self.bounds.logarithm))
 
     def is_open(self, num_tasks: int) -> bool:
         """Return whether a task with so many before it is that in which λ is found."""
-        return num_tasks > 0 and (not self.looks or num_tasks == self.num_tasks)
+        return num_tasks > 0 and self.strengths.num_tasks in (0, num_tasks)
 
     def add(self, strength: float, num_tasks: int) -> None:
         """Take one more into the mean; in a later task, into that of its bounds."""
         if self.is_open(num_tasks):
-            self.looks += 1
-            self.sum_of_logs += math.log(strength)
-            self.num_tasks = num_tasks
-            return
-        if num_tasks != self.later_num_tasks:
-            self.later_looks, self.later_sum_of_logs, self.later_num_tasks = 0, 0.0, num_tasks
-        self.later_looks += 1
-        self.later_sum_of_logs += math.log(strength)
+            self.strengths = self.strengths.including(strength, num_tasks)
+        else:
+            self.bounds = self.bounds.including(strength, num_tasks)
 
 
 class Progress(NamedTuple):

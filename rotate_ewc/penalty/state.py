@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from rotate_ewc.io.header import (
 )
 from rotate_ewc.io.snapshot import checked_tensor, layout_of, restore, tensors_of
 from rotate_ewc.io.storage_dtype import DTYPES
-from rotate_ewc.penalty.plasticity import FoundStrength
+from rotate_ewc.penalty.plasticity import FoundStrength, GeometricMean
 from rotate_ewc.penalty.terms import Term
 
 
@@ -70,7 +71,7 @@ class PenaltyState:
             num_tasks=self.num_tasks,
             last_examples=self.last_examples,
             last_loss_terms=self.last_loss_terms,
-            found_strength=astuple(self.found),
+            found_strength=(self.found.strengths, self.found.bounds),
             terms=tuple(map(_layout, self.terms)),
         )
         device = self.terms[0].operator.device if self.terms else None
@@ -121,7 +122,7 @@ class PenaltyState:
             header.num_tasks,
             header.last_examples,
             header.last_loss_terms,
-            FoundStrength(*header.found_strength),
+            FoundStrength(*starmap(GeometricMean, header.found_strength)),
         )
 
     def check(self, *, mode: str, weighting: str) -> None:

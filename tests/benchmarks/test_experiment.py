@@ -1,5 +1,6 @@
 """One run, with plugins that are watched."""
 
+import itertools
 import math
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -43,6 +44,7 @@ from rotate_ewc.integrations.avalanche import RotatedEWCPlugin
 
 CONFIGURATION = Configuration(tasks=2, epochs=3, hidden=(4,), batch_size=8)
 WITH_STRENGTH = [name for name, method in METHODS.items() if method.default_strength is not None]
+ATTACHED = [name for name, method in METHODS.items() if method.attached]
 CPU = torch.device("cpu")
 
 
@@ -244,8 +246,10 @@ def test_a_replay_buffer_is_filled_and_used(learnable_images: ImageData, make: A
     assert kept[1] > kept[0]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.attached])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    list(zip(itertools.cycle(ATTACHED), OPTIMIZERS, strict=False)),
+)
 def test_an_attached_penalty_is_obeyed_by_every_optimizer(
     learnable_images: ImageData, name: str, optimizer: str
 ) -> None:

@@ -72,6 +72,7 @@ def problem(case: Case, loss: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Mo
         (name, dtype, EXACT_FISHERS[(n + m) % 2])
         for n, name in enumerate(CASES)
         for m, dtype in enumerate(TOLERANCES)
+        if (n + m) % 3  # two of three
     ],
     ids=str,
 )
@@ -103,8 +104,11 @@ def test_models_in_lower_precision(name: str, dtype: torch.dtype, fisher: Fisher
 @pytest.mark.parametrize(
     ("name", "budget"),
     [
-        (name, (1, 2**30)[n % 2]) for n, name in enumerate(CASES) if name != "bilinear"
-    ],  # torch cannot
+        (name, (2**30, 1)[n % 2])
+        for n, name in enumerate(CASES)
+        # The first is made of what others have, and the second torch cannot.
+        if name not in ("gpt-functional-positions", "bilinear")
+    ],
 )
 def test_autocast(name: str, budget: int) -> None:
     """Only the model's own operations are in half precision."""

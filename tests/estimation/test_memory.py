@@ -159,7 +159,7 @@ CASES = {
         target_shape=(8,),
         options=EMPIRICAL,
     ),
-    "computed weights": Case(computed_weights, (48,), 64, 4 * MIB, options=EMPIRICAL),
+    "computed weights": Case(computed_weights, (48,), 32, 2 * MIB, options=EMPIRICAL),
 }
 CASES["tied embedding sampled"] = replace(CASES["tied embedding"], options={"fisher_type": "mc"})
 

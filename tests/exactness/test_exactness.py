@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.helpers.cases import BY_NAME, PLAIN_LOSSES, UNSHARED
+from tests.helpers.cases import BASIC, BY_NAME, PLAIN_LOSSES, UNSHARED
 from tests.helpers.exactness import (
     KFAC_TYPES,
     PAIRS,
@@ -46,11 +46,25 @@ def test_eigenvalues_are_the_diagonal_in_the_own_basis(setting: Setting) -> None
 @over_all_settings
 def test_blocks_are_those_of_the_layers(setting: Setting) -> None:
     """Which parameters share one, in which bases, and how near it is to the exact one."""
+    check_oracles(setting)
     check_parameters(setting)
     check_orthogonality(setting)
     check_eigenvectors(setting)
     check_distance(setting)
     check_biases_and_vectors(setting)
+
+
+def check_oracles(setting: Setting) -> None:
+    """Per-example gradients from layer terms square to the dense matrix's block."""
+    matrices, checked = exact(setting), 0
+    for layout in setting.layouts().values():
+        terms = setting.terms(layout) if layout.kind in ("layer", "lookup") else None
+        if terms is not None:
+            gradients = terms.weight_gradients().flatten(start_dim=3)
+            expected = torch.einsum("nvgi,nvgj->gij", gradients, gradients)
+            assert_close(matrices[layout.parameters], expected, 1e-12)
+            checked += 1
+    assert checked > 0 or setting.case not in BASIC
 
 
 def check_parameters(setting: Setting) -> None:

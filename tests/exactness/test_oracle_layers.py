@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 from tests.helpers import oracles
 from tests.helpers.cases import (
-    BASIC,
     BY_NAME,
     CASES,
-    FURTHER,
-    PLAIN_LOSSES,
     UNSHARED,
     Case,
     terms_of,
@@ -208,39 +205,6 @@ def test_references_compute_the_same(case: Case) -> None:
         assert_close(reference(case.inputs()), model(case.inputs()))
     total = sum(parameter.numel() for parameter in model.parameters())
     assert sum(parameter.numel() for parameter in reference.parameters()) == total
-
-
-@pytest.mark.parametrize(
-    ("case", "loss", "fisher"),
-    [
-        *(
-            (case, tuple(PLAIN_LOSSES)[(n + m) % len(PLAIN_LOSSES)], fisher)
-            for n, case in enumerate(BASIC)
-            for m, fisher in enumerate(FISHERS)
-        ),
-        *((case, "ce", FISHERS[n % 2]) for n, case in enumerate(FURTHER)),
-    ],
-    ids=str,
-)
-def test_layer_terms_make_up_the_exact_block(case: Case, loss: str, fisher: Fisher) -> None:
-    """Per-example gradients from layer terms square to the dense matrix's block."""
-    model, x, y, loss_func = case.model(), case.inputs(), case.targets(loss), case.loss_func(loss)
-    names = case.names(model)
-    shapes = parameter_shapes(model, names)
-    dense = dense_fisher(model, loss_func, names, x, y, fisher)
-    checked = 0
-    for layout in expected_layouts(model, names, joint=True, given=case.layouts):
-        if layout.kind not in ("layer", "lookup"):
-            continue
-        terms = terms_of(case, loss, "mean", fisher, layout.parameters)
-        if terms is None:
-            continue
-        gradients = terms.weight_gradients().flatten(start_dim=3)
-        expected = torch.einsum("nvgi,nvgj->gij", gradients, gradients)
-        exact = block_matrix(dense, shapes, layout.parameters, layout.groups, layout.transposed)
-        assert_close(exact, expected)
-        checked += 1
-    assert checked > 0 or case in FURTHER
 
 
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])

@@ -75,7 +75,7 @@ def check(seeds: Sequence[int]) -> None:
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 def test_programs() -> None:
     """Programs of every kind."""
-    check(range(120))
+    check(range(80))
 
 
 @pytest.mark.slow

@@ -159,11 +159,11 @@ RUNS: Final = [
     ),
 ]
 
-# Every run is stopped three times, and every way of training at every stop.
+# Every run is stopped twice, and ways of training at all stops.
 STOPPED: Final = [
-    (run, STOPS[(3 * number + turn) % len(STOPS)])
+    (run, STOPS[(2 * number + turn) % len(STOPS)])
     for number, run in enumerate(sorted(RUNS, key=str))
-    for turn in range(3)
+    for turn in range(2)
 ]
 
 

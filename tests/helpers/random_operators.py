@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from math import prod
 
@@ -168,19 +169,24 @@ class RandomOperator:
 
         P and R are the projections on the directions of a side, and on the complement of these.
         """
-        size = sum(map(prod, self.shapes().values()))
-        dense = torch.zeros(size, size, dtype=torch.float64)
-        for block, positions in zip(self.blocks(), self.positions(), strict=True):
-            for group, position in enumerate(positions):
-                rows, columns = position.shape
-                left = projections(block.gradient_basis, group, rows)
-                right = projections(block.activation_basis, group, columns)
-                for p, of_outputs in enumerate(left):
-                    for q, of_inputs in enumerate(right):
-                        product = torch.from_numpy(np.kron(of_outputs, of_inputs))
-                        term = block.eigenvalues[group, p, q] * product
-                        dense[position.flatten()[:, None], position.flatten()] += term
-        return dense
+        return _dense(self).clone()
+
+
+@lru_cache(maxsize=4)
+def _dense(random: RandomOperator) -> Tensor:
+    size = sum(map(prod, random.shapes().values()))
+    dense = torch.zeros(size, size, dtype=torch.float64)
+    for block, positions in zip(random.blocks(), random.positions(), strict=True):
+        for group, position in enumerate(positions):
+            rows, columns = position.shape
+            left = projections(block.gradient_basis, group, rows)
+            right = projections(block.activation_basis, group, columns)
+            for p, of_outputs in enumerate(left):
+                for q, of_inputs in enumerate(right):
+                    product = torch.from_numpy(np.kron(of_outputs, of_inputs))
+                    term = block.eigenvalues[group, p, q] * product
+                    dense[position.flatten()[:, None], position.flatten()] += term
+    return dense
 
 
 def random_operators(

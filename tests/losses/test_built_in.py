@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from rotate_ewc import EKFACLinearOperator
 from rotate_ewc.losses import likelihood_of
 from tests.helpers.any_loss import example_gradients, gauss_newton, outer_products
 from tests.helpers.cases import BY_NAME
+from tests.helpers.crossing import crossed
 from tests.helpers.exactness import assert_exact_diagonal, seeded
 from tests.helpers.oracles import assert_close, dense_ggn, dense_operator, parameter_shapes
 
@@ -165,10 +167,9 @@ def estimated(
     return found, model
 
 
-@pytest.mark.parametrize("positions", [False, True])
-@pytest.mark.parametrize("fisher", ["type2", "empirical"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("name", SPECS)
+@crossed(
+    name=SPECS, reduction=["mean", "sum"], fisher=["type2", "empirical"], positions=[False, True]
+)
 def test_eigenvalues_are_exact(name: str, reduction: str, fisher: str, positions: bool) -> None:
     spec = SPECS[name]
     operator, model = estimated(spec, reduction, positions, fisher_type=fisher)
@@ -177,8 +178,9 @@ def test_eigenvalues_are_exact(name: str, reduction: str, fisher: str, positions
     assert_exact_diagonal(operator, matrix, parameter_shapes(model, names))
 
 
-@pytest.mark.parametrize("fisher", ["type2", "empirical"])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "fisher"), list(zip(SPECS, cycle(["type2", "empirical"]), strict=False))
+)
 def test_batches_do_not_matter(name: str, fisher: str) -> None:
     spec = SPECS[name]
     x, y = inputs(True), spec.targets(True)

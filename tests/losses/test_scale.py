@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACLinearOperator
+from tests.helpers.crossing import crossed
 from tests.helpers.oracles import assert_close
 
 REDUCTIONS = ("mean", "sum")
@@ -114,9 +115,7 @@ DIVISORS = {
 }
 
 
-@pytest.mark.parametrize("num_data", [None, 100])
-@pytest.mark.parametrize("fisher", ["type2", "empirical", "mc"])
-@pytest.mark.parametrize("kind", DIVISORS)
+@crossed(kind=DIVISORS, fisher=["type2", "empirical", "mc"], num_data=[None, 100])
 def test_sum_is_mean_times_the_number_of_loss_terms(
     kind: str, fisher: str, num_data: int | None
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACPenalty
+from tests.helpers.crossing import crossed
 from tests.helpers.exactness import seeded
 from tests.helpers.oracles import assert_close, dense_operator
 
@@ -41,9 +42,7 @@ def snapshot(model: nn.Module, loss: nn.Module, batches: Any, **options: Any) ->
     return term.operator
 
 
-@pytest.mark.parametrize("fisher", ["type2", "empirical"])
-@pytest.mark.parametrize("temperature", [1.0, 3.0, "auto"])
-@pytest.mark.parametrize("kind", PAIRS)
+@crossed(kind=PAIRS, temperature=[1.0, 3.0, "auto"], fisher=["type2", "empirical"])
 def test_softened_snapshots_are_those_of_the_logits(
     kind: str, temperature: Any, fisher: str
 ) -> None:

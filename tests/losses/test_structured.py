@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SumOfLosses
 from tests.helpers.any_loss import example_gradients, gauss_newton, outer_products
+from tests.helpers.crossing import crossed
 from tests.helpers.exact import exact_penalty
 from tests.helpers.exactness import assert_exact_diagonal, seeded
 from tests.helpers.oracles import assert_close, dense_operator, parameter_shapes
@@ -135,9 +136,9 @@ def dense(operator: EKFACLinearOperator) -> Tensor:
 SHAPES = parameter_shapes(TwoHeads("dict"), [n for n, _ in TwoHeads("dict").named_parameters()])
 
 
-@pytest.mark.parametrize("fisher", ["type2", "empirical"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("kind", ["tuple", "dict", "dataclass"])
+@crossed(
+    kind=["tuple", "dict", "dataclass"], reduction=["mean", "sum"], fisher=["type2", "empirical"]
+)
 def test_sum_of_losses_is_exact(kind: Kind, reduction: str, fisher: str) -> None:
     """With ignored labels in one head, several positions, and other numbers of terms."""
     loss = loss_of(kind, reduction, nn.MSELoss)
@@ -281,9 +282,7 @@ def gaussian_expected(variances: int, fisher: str, eps: float) -> Tensor:
     return total / (2 * N)
 
 
-@pytest.mark.parametrize("eps", [1e-6, 0.8])
-@pytest.mark.parametrize("fisher", ["type2", "empirical"])
-@pytest.mark.parametrize("variances", [0, 1, 2])
+@crossed(variances=[0, 1, 2], fisher=["type2", "empirical"], eps=[1e-6, 0.8])
 def test_gaussian_is_exact(variances: int, fisher: str, eps: float) -> None:
     """Also where the least variance counts instead."""
     model, loss = Spread(variances), nn.GaussianNLLLoss(eps=eps)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.crossing import crossed
 from tests.helpers.dense_steps import CASES
 from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close
@@ -28,8 +29,7 @@ def random_gradient(model: nn.Module, seed: int) -> Tensor:
     return torch.randn(len(flat(model)), generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "joint"), [(c, n % 2 == 1) for n, c in enumerate(CASES)])
 def test_gradient_of_the_penalty_is_added(case: str, joint: bool) -> None:
     """For the optimizer alone; those that maximise get it taken away."""
     kind, options = CASES[case]
@@ -86,9 +86,7 @@ class Plane:
         return self.contact
 
 
-@pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("case", ["sgd", "sgd-momentum", "sgd-decay"])
+@crossed(case=["sgd", "sgd-momentum", "sgd-decay"], every=[1, 3], joint=[False, True])
 def test_tangent_plane(case: str, every: int, joint: bool) -> None:
     kind, options = CASES[case]
     model, penalty = consolidated("plain", 1, separate_weight_and_bias=not joint)

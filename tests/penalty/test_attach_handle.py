@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import ExponentialLR, StepLR
 
 from rotate_ewc import NotFiniteError, SnapshotError, register_step_size
 from rotate_ewc.penalty import step_rules
+from tests.helpers.crossing import crossed
 from tests.helpers.dense_steps import CASES, advance, dense
 from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close
@@ -667,10 +668,7 @@ def test_parameters_that_are_missing_are_left_out(update: str, kind: type[Optimi
 # --------------------------------------------------------------------------- scaled gradients
 
 
-@pytest.mark.parametrize("overflow", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("kind", [SGD, AdamW])
-@pytest.mark.parametrize("update", UPDATES)
+@crossed(update=UPDATES, kind=[SGD, AdamW], fused=[False, True], overflow=[False, True])
 def test_gradient_scaler(update: str, kind: type[Optimizer], fused: bool, overflow: bool) -> None:
     """Fused optimizers unscale gradients, and skip infinite ones, by themselves."""
     model, penalty = consolidated("plain", 1)

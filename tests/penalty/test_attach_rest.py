@@ -27,11 +27,13 @@ def settling(kind: type[Optimizer], options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "eps": 0.1}
 
 
-# A centred RMSprop whose gradients do not change divides by nothing but rounding errors.
+# A centred RMSprop whose gradients do not change divides by nothing but rounding errors; the others
+# that are left out make the steps of one that is here in another way.
+LEFT_OUT = ("rmsprop-centered", "sgd-fused", "adam-tensor", "adam-fused", "adamw-fused")
 SETTLING = {
     name: (kind, settling(kind, options))
     for name, (kind, options) in CASES.items()
-    if name != "rmsprop-centered" and "maximize" not in options
+    if name not in LEFT_OUT and "maximize" not in options
 }
 
 
@@ -78,7 +80,7 @@ def test_stays_where_the_gradients_cancel(case: str) -> None:
     rest = minimum(loss, form, decay if coupled else 0.0)
     optimizer = kind(model.parameters(), **options)
     penalty.attach(optimizer, model)
-    for _ in range(150):
+    for _ in range(110):
         place(model, rest)
         give(model, loss.gradient(rest))
         optimizer.step()
@@ -148,7 +150,7 @@ def test_rules_tell_the_step_of_a_constant_gradient(case: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0.0)
 
 
-@pytest.mark.parametrize("steps", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [200, pytest.param(4_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("kind", "examples"), [(Adam, 6), (Adam, 60), (SGD, 6)])
 def test_dead_inputs_stay_where_they_are(kind: type[Optimizer], examples: int, steps: int) -> None:
     """Rounding errors of gradients that are exactly zero are no gradients.

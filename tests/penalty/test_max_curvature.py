@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rotate_ewc import EKFACPenalty
+from tests.helpers.crossing import crossed
 from tests.helpers.exact import exact_penalty
 from tests.helpers.penalties import CE, MODELS, SUMMED, hessian, make, move, task
 
@@ -30,10 +31,7 @@ def largest_eigenvalue(penalty: EKFACPenalty, model: nn.Module) -> float:
     return float(torch.linalg.eigvalsh(hessian(penalty, model)).max())
 
 
-@pytest.mark.parametrize("loss", [CE, SUMMED], ids=["mean", "sum"])
-@pytest.mark.parametrize("weighting", ["examples", "uniform"])
-@pytest.mark.parametrize("tasks", [1, 3])
-@pytest.mark.parametrize("name", MODELS)
+@crossed(name=MODELS, tasks=[1, 3], weighting=["examples", "uniform"], loss=[CE, SUMMED])
 def test_is_exact_where_tasks_are_merged(
     name: str, tasks: int, weighting: str, loss: nn.Module
 ) -> None:

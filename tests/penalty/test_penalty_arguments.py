@@ -27,6 +27,7 @@ from rotate_ewc import (
 )
 from rotate_ewc.io import files
 from rotate_ewc.io.header import header_text
+from tests.helpers.crossing import crossed
 from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close, dense_operator
 from tests.helpers.penalties import CE, SUMMED, flat, flat_gradient, move
@@ -148,11 +149,13 @@ def test_one_task_by_the_formula() -> None:
     assert_close(flat_gradient(model), 2.5 * matrix @ delta)
 
 
-@pytest.mark.parametrize("now", [None, 20])
-@pytest.mark.parametrize("decay", [1.0, 0.4])
-@pytest.mark.parametrize("loss", [CE, SUMMED], ids=["mean", "sum"])
-@pytest.mark.parametrize("weighting", ["examples", "uniform"])
-@pytest.mark.parametrize("mode", ["merged", "separate"])
+@crossed(
+    mode=["merged", "separate"],
+    weighting=["examples", "uniform"],
+    loss=[CE, SUMMED],
+    decay=[1.0, 0.4],
+    now=[None, 20],
+)
 def test_weights_of_tasks(
     mode: str, weighting: str, loss: nn.Module, decay: float, now: int | None
 ) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACLinearOperator
+from tests.helpers.crossing import crossed
 from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import dense_operator
 
@@ -41,9 +41,7 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("mode", ["merged", "separate"])
-@pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@crossed(form=FORMS, joint=[False, True], mode=["merged", "separate"])
 def test_every_task_has_its_own_layers(form: str, joint: bool, mode: str) -> None:
     """Without the trunk nothing is shared, so a merged penalty is exact too."""
     torch.manual_seed(0)

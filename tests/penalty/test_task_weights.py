@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACPenalty, SnapshotError
+from tests.helpers.crossing import crossed
 from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import Shapes, assert_close, block_indices, block_matrix, partial_traces
 from tests.helpers.penalties import (
@@ -80,10 +81,12 @@ def expected(forms: list[Quadratic], omegas: list[float], mode: str, shapes: Sha
     return [Quadratic(folded, forms[-1].anchor, STRENGTH)]
 
 
-@pytest.mark.parametrize("loss", [CE, SUMMED], ids=["mean", "sum"])
-@pytest.mark.parametrize("decay", [1.0, DECAY, 0.0])
-@pytest.mark.parametrize("weighting", ["examples", "uniform"])
-@pytest.mark.parametrize("mode", ["merged", "separate"])
+@crossed(
+    mode=["merged", "separate"],
+    weighting=["examples", "uniform"],
+    decay=[1.0, DECAY, 0.0],
+    loss=[CE, SUMMED],
+)
 def test_formula(mode: str, weighting: str, decay: float, loss: nn.Module) -> None:
     penalty = exact_penalty(STRENGTH, mode, weighting=weighting, decay=decay, seed=3)
     model, forms = learn(penalty, loss)
@@ -130,9 +133,7 @@ def test_number_of_current_examples_does_not_matter_without_counts() -> None:
     assert penalty(model).item() == before > 0
 
 
-@pytest.mark.parametrize("loss", [CE, SUMMED], ids=["mean", "sum"])
-@pytest.mark.parametrize("weighting", ["examples", "uniform"])
-@pytest.mark.parametrize("mode", ["merged", "separate"])
+@crossed(mode=["merged", "separate"], weighting=["examples", "uniform"], loss=[CE, SUMMED])
 def test_state_keeps_the_weights(mode: str, weighting: str, loss: nn.Module, tmp_path: Any) -> None:
     options = {"mode": mode, "weighting": weighting, "decay": DECAY}
     penalty = exact_penalty(STRENGTH, **options)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from rotate_ewc import EKFACPenalty
-from rotate_ewc.penalty.penalty import _damped
+from rotate_ewc.penalty.folding import _damped
+from tests.helpers.crossing import crossed
 from tests.helpers.dense_steps import CASES, advance, dense
 from tests.helpers.oracles import assert_close
 from tests.helpers.penalties import (
@@ -47,9 +48,7 @@ def draw(model: nn.Module, seed: int) -> list[Tensor | None]:
     return [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("rank", [1, 2, 4])
-@pytest.mark.parametrize("mode", ["merged", "separate"])
-@pytest.mark.parametrize("name", MODELS)
+@crossed(name=MODELS, mode=["merged", "separate"], rank=[1, 2, 4])
 def test_value_gradient_and_second_derivatives(name: str, mode: str, rank: int) -> None:
     model, penalty = thin(name, 2, rank, mode=mode)
     expected = [
@@ -64,11 +63,11 @@ def test_value_gradient_and_second_derivatives(name: str, mode: str, rank: int) 
     assert_close(hessian(penalty, model), sum(q.weight * q.matrix for q in expected))
 
 
-@pytest.mark.parametrize("rank", [1, 2, 4])
-@pytest.mark.parametrize(
-    "case", ["sgd-nesterov", "adam", "adam-decay", "adamw", "rmsprop", "nadam"]
+@crossed(
+    name=MODELS,
+    case=["sgd-nesterov", "adam", "adam-decay", "adamw", "rmsprop", "nadam"],
+    rank=[1, 2, 4],
 )
-@pytest.mark.parametrize("name", MODELS)
 def test_rotated_and_proximal_steps(name: str, case: str, rank: int) -> None:
     """Torch's optimizers in the coordinates of bases that are written out, then the shrinking."""
     model, penalty = thin(name, 1, rank)
@@ -159,7 +158,7 @@ class DeadInputs(nn.Module):
     [
         (1, torch.float64, 300),
         (3, torch.float32, 300),
-        pytest.param(3, torch.float32, 10_000, marks=pytest.mark.slow),
+        pytest.param(3, torch.float32, 4_000, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_never_on_stays_where_it_is(rank: int, dtype: torch.dtype, steps: int) -> None:

@@ -169,9 +169,9 @@ def interrupted(call: Callable[[], None], moment: int) -> int:
 @pytest.mark.parametrize(
     ("mode", "ends", "between"),
     [
-        ("merged", 8, 12),
-        ("separate", 3, 6),
-        *(pytest.param(mode, 40, 120, marks=pytest.mark.slow) for mode in MODES),
+        ("merged", 4, 12),
+        ("separate", 2, 5),
+        *(pytest.param(mode, 20, 60, marks=pytest.mark.slow) for mode in MODES),
     ],
 )
 def test_an_interrupt_at_any_moment(mode: str, ends: int, between: int) -> None:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from tests.helpers.crossing import crossed
 from tests.helpers.determinism_cases import CE, differences
 from tests.helpers.exact import exact_penalty
 from tests.helpers.exactness import assert_exact_diagonal
@@ -111,10 +112,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("budget", [2**30, 1], ids=["kept", "two passes"])
-@pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
-@pytest.mark.parametrize("which", ["same", "other"])
-@pytest.mark.parametrize("place", PLACES)
+@crossed(place=PLACES, which=["same", "other"], joint=[False, True], budget=[2**30, 1])
 def test_one_estimation_inside_another(place: str, which: str, joint: bool, budget: int) -> None:
     """Both are what they are by themselves, of the same model or not."""
     model = net()

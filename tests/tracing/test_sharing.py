@@ -18,6 +18,7 @@ from rotate_ewc.tracing import passes
 from rotate_ewc.tracing.capture import CapturedBatch
 from rotate_ewc.tracing.passes import ActivationCache
 from rotate_ewc.tracing.recorder import Use
+from tests.helpers.crossing import crossed
 from tests.helpers.oracles import assert_close, dense_fisher
 
 LOSS = nn.CrossEntropyLoss(reduction="sum")
@@ -50,9 +51,11 @@ def model() -> Tokens:
         return Tokens().double()
 
 
-@pytest.mark.parametrize("budget", [1, 2**30])
-@pytest.mark.parametrize("fisher", ["type2", "empirical"])
-@pytest.mark.parametrize("lengths", [(1, 1, 1), *permutations((1, 2, 3)), (1, 1, 2), (2, 1, 1)])
+@crossed(
+    lengths=[(1, 1, 1), *permutations((1, 2, 3)), (1, 1, 2), (2, 1, 1)],
+    fisher=["type2", "empirical"],
+    budget=[1, 2**30],
+)
 def test_separate_bias_is_exact_whatever_its_weight_does(
     lengths: tuple[int, ...], fisher: str, budget: int
 ) -> None:

@@ -28,7 +28,7 @@ def with_reduction(loss_func: Loss, reduction: str) -> Loss:
     Returns:
         A copy of the loss.
     """
-    other = copy.deepcopy(loss_func)
+    other = copy.copy(loss_func)
     other.reduction = reduction
     return other
 

@@ -59,11 +59,11 @@ CASES = [
 # update and model after the last one, too.
 AFTER_ONE_OR_TWO = [(case, 1 + number % 2) for number, case in enumerate(CASES)]
 AFTER_THE_OTHER = [(case, 3 - stop) for case, stop in AFTER_ONE_OR_TWO]
-AFTER_ALL = [(case, 3) for case in CASES[::4]]
+AFTER_ALL = [(case, 3) for case in CASES[::8]]
 ONLINE = [("loss",), ("rotated", "adam"), ("tangent", "adam"), ("rotated", "sgd")]
-# After each part of two tasks, on one road each.
-ONE_ROAD = [(words, stop) for n, words in enumerate(ONLINE) for stop in range(1 + n % 2, 6, 2)]
-THE_OTHER = [(words, stop) for n, words in enumerate(ONLINE) for stop in range(2 - n % 2, 6, 2)]
+# After each part of two tasks, on both roads.
+ONE_ROAD = [(words, stop) for n, words in enumerate(ONLINE) for stop in range(1 + n, 6, 4)]
+THE_OTHER = [(words, stop) for n, words in enumerate(ONLINE) for stop in range(4 - n, 6, 4)]
 
 
 @pytest.fixture(scope="module")

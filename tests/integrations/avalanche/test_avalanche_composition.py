@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import permutations
@@ -142,11 +143,8 @@ def spread(names: Sequence[str], update: str, **options: Any) -> float:
     ("update", "others"),
     [
         ("loss", ["lwf", "clip", "schedule"]),
-        ("loss", ["lwf", "replay"]),
-        ("tangent", ["lwf", "clip", "schedule"]),
         ("tangent", ["lwf", "replay"]),
         ("rotated", ["lwf", "clip", "schedule"]),
-        ("rotated", ["lwf", "replay"]),
     ],
 )
 def test_order_of_plugins_does_not_matter(update: str, others: list[str]) -> None:
@@ -158,8 +156,8 @@ def test_order_of_plugins_does_not_matter(update: str, others: list[str]) -> Non
     ("names", "update"),
     [
         *((["clip", "schedule"], update) for update in UPDATES),
-        *((["replay", "clip"], update) for update in ("loss", "rotated")),
-        *((["replay", "stop"], update) for update in ("tangent", "rotated", "gradient")),
+        (["replay", "clip"], "loss"),
+        *((["replay", "stop"], update) for update in ("tangent", "gradient")),
     ],
 )
 def test_order_does_not_matter_bit_for_bit(names: list[str], update: str) -> None:
@@ -172,14 +170,16 @@ def test_order_beside_early_stopping(update: str) -> None:
     assert spread(["ewc", "stop", "lwf"], update, epochs=6) < 1e-12
 
 
-@pytest.mark.parametrize("update", ["tangent", "rotated"])
-@pytest.mark.parametrize("names", [["lwf", "stop"], ["theirs"], ["mas"]])
+@pytest.mark.parametrize(
+    ("names", "update"),
+    [(["lwf", "stop"], "tangent"), (["theirs"], "rotated"), (["mas"], "tangent")],
+)
 def test_order_with_steps_that_are_left_over(names: list[str], update: str) -> None:
     """Three steps an epoch, after each of which they are flushed."""
     assert spread(["ewc", *names], update, every=4) < 1e-12
 
 
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", ["loss", "rotated"])
 def test_other_regularizers(update: str) -> None:
     """Theirs estimate in `after_training_exp` too, and change gradients and modes there."""
     assert spread(["ewc", "theirs", "mas"], update) < 1e-12
@@ -187,11 +187,13 @@ def test_other_regularizers(update: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "update"),
-    [
-        (name, update)
-        for n, name in enumerate(["clip", "schedule", "lwf", "replay", "theirs", "mas"])
-        for update in UPDATES[n % 2 :: 2]
-    ],
+    list(
+        zip(
+            ["clip", "schedule", "lwf", "replay", "theirs", "mas"],
+            itertools.cycle(UPDATES),
+            strict=False,
+        )
+    ),
 )
 def test_every_plugin_has_an_effect(name: str, update: str) -> None:
     """Guards the tests above against plugins that do nothing."""
@@ -230,7 +232,7 @@ def by_hand(update: str, *, clip_penalty: bool = False) -> nn.Module:
     [
         (update, order)
         for n, update in enumerate(UPDATES)
-        for order in list(permutations(["ewc", "clip", "schedule"]))[n % 2 :: 2]
+        for order in list(permutations(["ewc", "clip", "schedule"]))[n % 3 :: 3]
     ],
 )
 def test_is_the_same_as_a_loop_written_by_hand(update: str, order: tuple[str, ...]) -> None:
@@ -258,7 +260,7 @@ def test_clipping_the_loss_alone_is_something_else() -> None:
     [
         (update, order)
         for n, update in enumerate(UPDATES)
-        for order in list(permutations(["ewc", "stop", "lwf"]))[n % 2 :: 2]
+        for order in list(permutations(["ewc", "stop", "lwf"]))[n % 3 :: 3]
     ],
 )
 def test_snapshot_is_taken_at_the_restored_weights(update: str, order: tuple[str, ...]) -> None:
@@ -283,19 +285,25 @@ def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-@pytest.mark.parametrize("order", list(permutations(["ewc", "stop"])), ids="-".join)
-@pytest.mark.parametrize("every", [4, 5])
-@pytest.mark.parametrize("update", ["tangent", "rotated"])
-def test_steps_do_not_move_restored_weights(
-    update: str, every: int, order: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize(
+    ("update", "every", "order"),
+    [
+        ("tangent", 4, ["ewc", "stop"]),
+        ("tangent", 5, ["stop", "ewc"]),
+        ("rotated", 4, ["stop", "ewc"]),
+        ("rotated", 5, ["ewc", "stop"]),
+    ],
+)
+def test_steps_do_not_move_restored_weights(update: str, every: int, order: list[str]) -> None:
     """The steps for which one is left over have been taken back."""
     run = Run(order, update, epochs=20, every=every)
     for t in run:
         assert _equal(_restored(run, t), run.plugins["ewc"].penalty.terms[-1].anchor)
 
 
-@pytest.mark.parametrize("order", list(permutations(["ewc", "replay", "theirs"])), ids="-".join)
+@pytest.mark.parametrize(
+    "order", list(permutations(["ewc", "replay", "theirs"]))[::2], ids="-".join
+)
 def test_snapshot_is_of_the_experience_alone(order: tuple[str, ...]) -> None:
     """Not of what is replayed, and not in the order in which it was trained."""
     run = Run(order, "loss", mode="separate")

@@ -79,8 +79,8 @@ def by_hand(
 @pytest.mark.parametrize(
     ("make_optimizer", "update", "every"),
     [
-        *((sgd, "rotated", every) for every in (1, 2, 3, 100)),
-        *((made, "tangent", every) for made in (sgd, adam) for every in (1, 2, 100)),
+        *((sgd, "rotated", every) for every in (1, 3, 100)),
+        *((made, "tangent", every) for made, every in ((sgd, 1), (adam, 2), (sgd, 100))),
         *((made, "rotated", 1) for made in (adam, nadam, groups)),
         *((made, "gradient", 1) for made in (sgd, adam, rprop)),
     ],
@@ -112,8 +112,9 @@ def test_learning_rate_schedule(make_optimizer: MakeOptimizer, every: int) -> No
     assert not torch.equal(flat(model), flat(by_hand(make_optimizer, every=every)))
 
 
-@pytest.mark.parametrize("strength", [1e8, 1e30, 1e300])
-@pytest.mark.parametrize("make_optimizer", [sgd, adam])
+@pytest.mark.parametrize(
+    ("make_optimizer", "strength"), [(sgd, 1e30), (adam, 1e8), (sgd, 1e300), (adam, 1e300)]
+)
 def test_enormous_strengths_are_stable(make_optimizer: MakeOptimizer, strength: float) -> None:
     """And hold the model where it was."""
     plugin = exact_plugin(strength, seed=5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -143,8 +144,9 @@ def assert_exact(
     assert compared > 3
 
 
-@pytest.mark.parametrize("fisher", ["empirical", "type2"])
-@pytest.mark.parametrize("name", hf_models.CASES)
+@pytest.mark.parametrize(
+    ("name", "fisher"), list(zip(hf_models.CASES, cycle(["empirical", "type2"]), strict=False))
+)
 def test_fisher_matrix_is_that_of_the_models_own_loss(name: str, fisher: str) -> None:
     model, batch = hf_models.case(name)
     model.train()
@@ -218,7 +220,9 @@ def test_pairs_are_refused() -> None:
 @pytest.mark.parametrize("kind", [BertModel, BertForPreTraining])
 def test_models_of_which_no_loss_is_known_are_refused(kind: Any) -> None:
     model = kind(hf_models.bert_config())
-    refused(model, [hf_models.masked()], f"the loss that {kind.__name__} is trained with is unknown")
+    refused(
+        model, [hf_models.masked()], f"the loss that {kind.__name__} is trained with is unknown"
+    )
 
 
 def test_the_advice_for_unknown_losses_works() -> None:

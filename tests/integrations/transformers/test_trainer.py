@@ -152,7 +152,6 @@ def test_the_best_weights_are_consolidated(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("update", "every", "optimizer", "strength"),
     [
-        ("rotated", 1, "adamw_torch", "auto"),
         ("tangent", 4, "adamw_torch", 5.0),
         ("rotated", 3, "sgd", "auto"),
     ],
