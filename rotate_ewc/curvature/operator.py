@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from rotate_ewc._utils.keywords import forwards_keywords
 from rotate_ewc._utils.parameters import Parameters, name_parameters
+from rotate_ewc._utils.storage_dtype import OF_BASES, OF_FILES, as_storage_dtype
 from rotate_ewc._utils.validation import AUTO, as_non_negative_number, check_positive_integer
 from rotate_ewc.curvature import vectors
 from rotate_ewc.distributed.processes import Group, Ranks
@@ -20,9 +21,9 @@ from rotate_ewc.distributed.sharding import whole
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.estimation.estimate import fit_blocks
 from rotate_ewc.io import files, snapshot
-from rotate_ewc.io.storage_dtype import check_storage_dtype
 from rotate_ewc.linalg import algebra, quadratic
 from rotate_ewc.linalg.block import Block, map_together
+from rotate_ewc.linalg.storage import stored_in
 from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import EstimationOptions, EstimationSettings
 from rotate_ewc.provenance import Provenance
@@ -202,7 +203,7 @@ class EKFACLinearOperator:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of bases and eigenvalues; the widest where a model has several."""
+        """Dtype of the eigenvalues, and of products; the widest where a model has several."""
         return reduce(torch.promote_types, [block.eigenvalues.dtype for block in self._blocks])
 
     @property
@@ -364,12 +365,25 @@ class EKFACLinearOperator:
         return quadratic.quadratic_form(self._blocks, dict(zip(self._shapes, tensors, strict=True)))
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        storage_dtype: torch.dtype | str | None = None,
     ) -> EKFACLinearOperator:
-        """Return the operator on another device or in another floating-point dtype."""
+        """Return the operator on another device or in another floating-point dtype.
+
+        Args:
+            device: The device.
+            dtype: What is computed in; bases with a `storage_dtype` keep that.
+            storage_dtype: What bases are kept in, as in `EstimationSettings`; `torch.float32`
+                restores those of float32 eigenvalues.
+        """
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; expected a floating-point dtype")
-        return self.map(lambda tensor: tensor.to(device=device, dtype=dtype))
+        wanted = as_storage_dtype(storage_dtype, OF_BASES)
+        moved = self.map(lambda tensor: tensor.to(device=device, dtype=dtype))
+        return moved._with(stored_in(moved.blocks, wanted))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> EKFACLinearOperator:
         """Return the operator with every stored tensor replaced by `function` of it.
@@ -418,19 +432,22 @@ class EKFACLinearOperator:
         self._blocks, self._shapes = loaded._blocks, loaded._shapes
         self._provenance = loaded._provenance
 
-    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, storage_dtype: torch.dtype | str | None = None
+    ) -> None:
         """Write the snapshot to a safetensors file, whole or not at all.
 
         Args:
             path: The file; an older one is replaced.
-            dtype: What the tensors are stored in, such as `torch.bfloat16` for half the size and an
-                error of about 0.2 %; loaded, they have their own dtype again. None is their own.
+            storage_dtype: What all tensors are stored in, such as `torch.bfloat16` for half the
+                size and an error of about 0.2 %; loaded, they have their own dtype again. None is
+                their own.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
             ValueError: If the dtype is none to store a snapshot in.
         """
-        check_storage_dtype(dtype)
+        dtype = as_storage_dtype(storage_dtype, OF_FILES)
         files.save(snapshot.pack(self._blocks, self._shapes, self._provenance, dtype), path)
 
     @classmethod

@@ -23,6 +23,7 @@ from rotate_ewc._utils.parameters import (
     select_parameters,
     unwrapped,
 )
+from rotate_ewc._utils.storage_dtype import OF_FILES, as_storage_dtype
 from rotate_ewc._utils.validation import (
     AUTO,
     as_choice,
@@ -40,7 +41,6 @@ from rotate_ewc.distributed.sharding import whole
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.estimation.estimate import fit_blocks
 from rotate_ewc.io import files
-from rotate_ewc.io.storage_dtype import check_storage_dtype
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.linalg.quadratic import quadratic_form
 from rotate_ewc.losses import likelihood_of
@@ -351,19 +351,21 @@ class EKFACPenalty(ConsolidatedTasks):
         learning_rate = as_non_negative_number("learning_rate", learning_rate)
         return warn_if_divergent(learning_rate, self.max_curvature, self.strength)
 
-    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, storage_dtype: torch.dtype | str | None = None
+    ) -> None:
         """Write what was learned, and the options, to a safetensors file: whole or not at all.
 
         Args:
             path: The file; an older one is replaced.
-            dtype: Dtype of the stored bases and eigenvalues, such as `torch.bfloat16` for about
-                half the size; anchors keep their own. None keeps all as they are.
+            storage_dtype: Dtype of the stored bases and eigenvalues, such as `torch.bfloat16` for
+                about half the size; anchors keep their own. None keeps all as they are.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
             ValueError: If snapshots cannot be stored in that dtype.
         """
-        check_storage_dtype(dtype)
+        dtype = as_storage_dtype(storage_dtype, OF_FILES)
         files.save(self._state.to_dict(dtype=dtype), path)
 
     @classmethod
@@ -373,7 +375,7 @@ class EKFACPenalty(ConsolidatedTasks):
         Args:
             path: The file.
             **options: Arguments of the constructor, which replace those it was saved with; not
-                `mode` and `weighting`.
+                `mode` and `weighting`. With a `storage_dtype` the bases are kept in it.
 
         Raises:
             SnapshotError: If the file is damaged or is not a penalty's, naming it and the key.
@@ -390,7 +392,7 @@ class EKFACPenalty(ConsolidatedTasks):
             found.check(mode=saved.mode, weighting=saved.weighting)
             penalty = cls(**_overridden(found.options, options))
             found.check(mode=penalty.mode, weighting=penalty.weighting)
-        penalty._restore(found)
+        penalty._restore(found.stored_in(penalty.settings.storage_dtype))
         return penalty
 
     def _fold_in(
@@ -419,6 +421,7 @@ class EKFACPenalty(ConsolidatedTasks):
             # Of one task alone as much is kept as was estimated.
             rank = self.settings.rank if len(terms) > 1 else None
             merged = merge_together(operators, weights, rank, ranks)
+            merged = merged.to(storage_dtype=self.settings.storage_dtype)
             terms = [Term(merged, {**terms[0].anchor, **anchor}, 1.0)]
         for term in terms:
             for block in term.operator.blocks:

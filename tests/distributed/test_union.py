@@ -134,6 +134,26 @@ def test_joint_blocks_reduced_factors_and_sampled_labels() -> None:
         assert_union(case, "strided", fisher_type="mc", memory_budget=1)
 
 
+@distributed_test((2,))
+def test_bases_kept_in_fewer_bits() -> None:
+    """Every process has the same ones, of the sum of all factors, also after a merge."""
+    case = BY_NAME["tanh-mlp"]
+    options = {"fisher_type": "type2", "damping": 0.0}
+    penalties = []
+    for group, dtype in (("auto", torch.bfloat16), (None, None)):
+        model = here(case.model())
+        penalty = EKFACPenalty(1.0, storage_dtype=dtype, **options)
+        for _ in range(2):
+            data = shard(case, "uneven") if group else case.data("ce")
+            penalty.consolidate(model, case.loss_func("ce"), here(data), group=group)
+        penalties.append(penalty)
+    together, alone = (penalty.terms[0].operator for penalty in penalties)
+    assert_same_bits(together)
+    assert {block.storage_dtype for block in together.blocks} == {torch.bfloat16}
+    assert relative(together.to_dense(), alone.to_dense()) < 0.02
+    torch.testing.assert_close(together.trace, alone.trace, rtol=1e-10, atol=0.0)
+
+
 class Heads(nn.Module):
     """Two heads, of which each example uses one."""
 

@@ -138,7 +138,7 @@ def test_files_know_no_device(
 ) -> None:
     """A penalty that was saved on one device is loaded on the CPU, and can be moved again."""
     model, penalty = consolidated(device, mode=mode)
-    penalty.save(tmp_path / "snapshot", dtype=dtype)
+    penalty.save(tmp_path / "snapshot", storage_dtype=dtype)
     loaded = EKFACPenalty.load(tmp_path / "snapshot")
     assert {t.device.type for term in loaded.terms for t in term.anchor.values()} == {"cpu"}
     assert {term.operator.device.type for term in loaded.terms} == {"cpu"}
