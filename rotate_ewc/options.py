@@ -197,7 +197,7 @@ class EstimationSettings:
             kept, so that the model runs once instead of twice over these data. One example is the
             least that is worked on at a time. Kronecker factors may take as much again; where those
             of all parameters do not fit, they are found some at a time, with two passes over the
-            data for each lot (in several processes, all at once).
+            data for each lot.
         num_per_example_loss_terms: Number of predictions (such as tokens) per example, if the
             outputs are to be checked against it; the elements of a prediction are not counted.
         batch_size_fn: From a batch's inputs to its number of examples; needed where that is not the
