@@ -134,13 +134,13 @@ def _merge_blocks(blocks: Sequence[Block], shape: torch.Size, rank: Rank | None)
         rank: How many directions to keep.
     """
     label, joint = blocks[0].label, len(blocks[0].parameters) > 1
-    blocks = [block.restored for block in blocks]
     # No entry of a partial trace, nor of the result, is larger.
     check_trace(torch.stack([block.trace for block in blocks]).sum(), label)
     _, d_out, d_in = matrix_shape(shape, blocks[0].shape[0], blocks[0].transposed)
     d_in += joint
     if len(blocks) == 1 and blocks[0].shape[1:] == (d_out, d_in):
         return blocks[0] if rank is None else cut(blocks[0], *ranks_of_sum(rank, blocks[0]))
+    blocks = [block.restored for block in blocks]
     if all(block.gradient_basis is None for block in blocks):
         blocks = [b.with_eigenvalues(_with_zeros(b.eigenvalues, d_out, axis=1)) for b in blocks]
     if all(block.activation_basis is None for block in blocks):

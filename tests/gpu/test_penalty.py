@@ -31,6 +31,7 @@ from tests.helpers.penalties import (
     flat,
     flat_gradient,
     make,
+    nearest,
     shapes_of,
     task,
 )
@@ -115,6 +116,29 @@ def test_consolidated_on_the_cpu_and_moved(device: torch.device) -> None:
     assert_close(value.detach().cpu(), expected)
     penalty.consolidate(model, CE, task("plain", 5))
     assert penalty.terms[0].operator.device == device
+
+
+@pytest.mark.parametrize("rank", [2, "full"])
+def test_bases_in_fewer_bits(device: torch.device, rank: int | str) -> None:
+    model = make("plain").to(device)
+    penalty = EKFACPenalty(STRENGTH, rank=rank, fisher_type="type2", storage_dtype="bfloat16")
+    for t in range(2):
+        penalty.consolidate(model, CE, task("plain", t))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.1).add_(0.01)
+    (form,) = quadratics(nearest(penalty), model)
+    theta = flat(model).cpu()
+    value = penalty(model)
+    value.backward()
+    assert_close(value.detach().cpu(), form.value(theta), 1e-7)
+    assert_close(flat_gradient(model).cpu(), form.gradient(theta), 1e-6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    penalty.attach(optimizer, model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert_close(flat(model).cpu(), form.proximal(theta, 0.1), 1e-6)
 
 
 @pytest.mark.parametrize("device", [GPU], indirect=True)

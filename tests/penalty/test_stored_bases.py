@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from tests.helpers.penalties import (
     flat_gradient,
     make,
     move,
+    nearest,
     quadratic,
     shapes_of,
     task,
@@ -41,33 +41,6 @@ def learned(
         penalty.consolidate(model, CE, task(name, number))
         move(model, number)
     return model, penalty
-
-
-def nearest(penalty: EKFACPenalty) -> EKFACPenalty:
-    """The same with the nearest orthonormal bases in float64, which NumPy's SVD finds."""
-
-    def polar(basis: Tensor | None) -> Tensor | None:
-        if basis is None:
-            return None
-        left, _, right = torch.linalg.svd(basis.double(), full_matrices=False)
-        return left @ right
-
-    made = copy.deepcopy(penalty)
-    terms = [
-        replace(
-            term,
-            operator=term.operator.map_blocks(
-                lambda block: replace(
-                    block,
-                    gradient_basis=polar(block.gradient_basis),
-                    activation_basis=polar(block.activation_basis),
-                )
-            ),
-        )
-        for term in made.terms
-    ]
-    made._replace_terms(terms, made.num_tasks, made._last_examples, made._last_loss_terms)
-    return made
 
 
 def storage(penalty: EKFACPenalty) -> set[torch.dtype | None]:
@@ -268,3 +241,42 @@ def test_bad_values(tmp_path: Path) -> None:
     state["header"] = torch.frombuffer(bytearray(worse.encode()), dtype=torch.uint8)
     with pytest.raises(SnapshotError, match=r"'storage_dtype' is torch\.float64; expected none"):
         type(penalty.terms[0].operator).from_state_dict(state)
+
+
+class _SharedInput(nn.Module):
+    """Two layers of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = nn.Linear(6, 4, bias=False), nn.Linear(6, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.one(x) * torch.tanh(self.other(x))
+        return found
+
+
+def test_layers_of_one_input_have_one_basis(tmp_path: Path) -> None:
+    penalty, x = EKFACPenalty(1.0, storage_dtype="bfloat16"), torch.randn(9, 6)
+    penalty.consolidate(_SharedInput(), CE, [(x, torch.arange(9) % 4)])
+    penalty.save(tmp_path / "penalty")
+    loaded = EKFACPenalty.load(tmp_path / "penalty")
+    restored = EKFACPenalty.load(tmp_path / "penalty", storage_dtype="float32")
+    for one in (penalty, loaded, restored):
+        first, second = (block.activation_basis for block in one.terms[0].operator.blocks)
+        assert first.data_ptr() == second.data_ptr()
+
+
+def test_in_a_compiled_loss() -> None:
+    model, penalty = learned(rank=2)
+    expected = quadratic(nearest(penalty), model, penalty.scale)
+
+    @torch.compile(backend="eager")
+    def loss() -> Tensor:
+        return penalty(model)
+
+    value = loss()
+    value.backward()
+    theta = flat(model)
+    assert value.item() == pytest.approx(expected.value(theta).item(), rel=1e-7)
+    torch.testing.assert_close(flat_gradient(model), expected.gradient(theta), rtol=1e-6, atol=1e-8)
