@@ -25,6 +25,7 @@ STEP_BATCH = 250
 FEATURES = 784
 IMAGE, GROUPS = (3, 32, 32), 8
 WIDTH, BLOCKS, HEADS, LENGTH, VOCABULARY = 256, 4, 4, 128, 64
+GPT_WIDTH, GPT_HEADS, GPT_VOCABULARY = 768, 12, 50_257
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Case:
     batch: int
     classes: int = CLASSES
     attention: Attention | None = None  # with it, inputs are tokens, and all have a label
+    left_out: tuple[str, ...] = ()  # modules that nobody is to estimate, by name
 
     def random_batch(self, examples: int) -> Batch:
         """Noise, and labels that have nothing to do with it."""
@@ -94,9 +96,15 @@ class Workload:
         return self.batches[0][1][0].numel()
 
     @property
-    def known_layers(self) -> list[nn.Module]:
-        """The layers that every contender knows: linear ones and convolutions."""
+    def layers(self) -> list[nn.Module]:
+        """All linear layers and convolutions."""
         return [m for m in self.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+    @property
+    def known_layers(self) -> list[nn.Module]:
+        """Those of them that every contender can estimate."""
+        left_out = [self.model.get_submodule(name) for name in self.case.left_out]
+        return [layer for layer in self.layers if layer not in left_out]
 
     @property
     def known_parameters(self) -> list[nn.Parameter]:
@@ -148,6 +156,16 @@ CASES = {
         16,
         classes=VOCABULARY,
         attention=Attention(BLOCKS, LENGTH, WIDTH),
+    ),
+    names.LANGUAGE_MODEL: Case(
+        partial(Transformer, GPT_WIDTH, BLOCKS, GPT_HEADS, LENGTH, GPT_VOCABULARY, tied=True),
+        (LENGTH,),
+        16,
+        4,
+        classes=GPT_VOCABULARY,
+        attention=Attention(BLOCKS, LENGTH, GPT_WIDTH),
+        # Its factor would have as many rows and columns as there are words.
+        left_out=("head",),
     ),
 }
 

@@ -8,7 +8,7 @@ from benchmarks.option_types import default, number
 from benchmarks.speed import names
 from benchmarks.speed.options import MeasuringOptions, some_of
 
-BY_CASE = default("both, but for e mc alone")
+BY_CASE = default("both, but for e and f mc alone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,16 @@ class Options(MeasuringOptions):
       d-groupnorm   ResNet-18 of width 16 with GroupNorm, 512 images
       d-batchnorm   the same with BatchNorm, frozen
       e             Transformer of four blocks of width 256, 256 sequences of 128 tokens
+      f             GPT-2 small with four of its blocks, 16 sequences of 128 tokens; without the
+                    head, whose factor of 50,257 x 50,257 other packages cannot make
 
     each with sampled labels (mc) and with the exact Fisher matrix (type2). Everybody estimates the
     weights and biases of linear layers and convolutions, which all packages know. The data are
     noise: cost depends on shapes alone.
+
+    Other packages keep whole bases, and so does this one where it is compared with them. Thin bases
+    (those of the default rank, and 64 directions of each side) are contenders of their own, which
+    must have the same trace up to 0.01 %.
 
     Each contender has a process of its own; they take turns, and only one works at any time. Every
     other round is backwards, and times are medians over rounds. Who has another trace than this
@@ -38,9 +44,9 @@ class Options(MeasuringOptions):
     with nothing else to do, and takes an hour or more.
 
     Attributes:
-        cases: Any of a, b, c, d-groupnorm, d-batchnorm, e.
+        cases: Any of a, b, c, d-groupnorm, d-batchnorm, e, f.
         fisher: mc, type2 or both. The exact matrix of e takes a backward pass for each of 64
-            classes of each of 128 tokens.
+            classes of each of 128 tokens, that of f for each of 50,257.
         contenders: Who is measured; names with blanks are written in quotes.
         rounds: Number of rounds, at least 5 without --quick.
         fraction: Part of every case's examples, in whole batches and at least one.

@@ -18,6 +18,7 @@ class Kind(str, Enum):
     """What a contender's time can be compared with."""
 
     SAME = "the same quantity"  # it computes what this package computes, and is compared with it
+    THIN = "the same trace"  # it keeps fewer directions, with the same trace for the same labels
     MORE = "more parameters"  # the same, for more parameters
     OTHER = "another quantity"  # its time is shown for reference
     SCALE = "for scale"  # it computes no Fisher matrix at all
@@ -74,18 +75,23 @@ class Contender:
 
     def prepare(self, workload: Workload, fisher: str) -> Estimate:
         """Make what is timed."""
-        if self.kind in (Kind.SAME, Kind.OTHER):
+        if self.kind in (Kind.SAME, Kind.THIN, Kind.OTHER):
             workload.freeze_other_parameters()
         return self.adapter.prepare(workload, fisher, **self.options)
 
 
-OURS, LEAN = adapters.RotateEWC(), {"memory_budget": SMALL_BUDGET}
+OURS = adapters.RotateEWC()
+WHOLE = {"rank": "full"}
+LEAN = {**WHOLE, "memory_budget": SMALL_BUDGET}
+DEFAULT, THIN = "long sides in thin bases", f"{names.THIN_RANK} directions of each side"
 KRONECKER = "another quantity: Kronecker factors alone"
 SQUARES = "another quantity: squares of batch-mean gradients"
 CONTENDERS = (
-    Contender(names.OURS, OURS),
+    Contender(names.OURS, OURS, options=WHOLE),
     Contender(names.LEAN, OURS, Kind.SAME, "keeps no more than 32 MiB between its passes", LEAN),
-    Contender(names.EVERYTHING, OURS, Kind.MORE, "norms and embeddings as well"),
+    Contender(names.DEFAULT_RANK, OURS, Kind.THIN, DEFAULT),
+    Contender(names.THIN, OURS, Kind.THIN, THIN, {"rank": names.THIN_RANK}),
+    Contender(names.EVERYTHING, OURS, Kind.MORE, "what others do not know as well"),
     Contender(names.CURVLINOPS, adapters.Curvlinops()),
     Contender(names.NNGEOMETRY, adapters.NNGeometry()),
     Contender(names.LAPLACE, adapters.Laplace(), Kind.OTHER, KRONECKER),

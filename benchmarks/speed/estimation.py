@@ -21,6 +21,9 @@ from benchmarks.versions import versions
 TOLERANCES = {names.MC: 1e-2, names.TYPE2: 1e-4}
 # Few sampled labels have traces that differ much.
 QUICK_TOLERANCES = {names.MC: 0.5, names.TYPE2: 1e-4}
+# Thin bases have the same labels, and the exact trace.
+THIN_TOLERANCE = 1e-4
+COMPARED = {kind.value for kind in (Kind.SAME, Kind.THIN)}
 Times = dict[str, list[float]]
 
 
@@ -108,7 +111,7 @@ def result_of(contender: Contender, entry: Entry | None) -> Result:
         MEASURED,
         contender.remark,
         seconds=[reply.seconds for reply in entry.replies[1:]],
-        values=traces if kind in (Kind.SAME, Kind.MORE) else [],
+        values=traces if kind in (Kind.SAME, Kind.THIN, Kind.MORE) else [],
         version=version,
         kind=kind.value,
         memory=entry.replies[0].memory,
@@ -124,12 +127,13 @@ def compare(results: list[Result], tolerance: float) -> list[Result]:
     measured = {one.name: one for one in results if one.status == MEASURED}
     ours = measured.get(names.OURS)
     for one in measured.values():
-        if ours is None or one.kind != Kind.SAME.value:
+        if ours is None or one.kind not in COMPARED:
             continue
+        allowed = THIN_TOLERANCE if one.kind == Kind.THIN.value else tolerance
         factor = one.value / ours.value if one.value is not None and ours.value else None
         if factor is None:
             one.status, one.message = WRONG, "wrong: no trace"
-        elif abs(factor - 1) > tolerance:
+        elif abs(factor - 1) > allowed:
             one.status, one.message = WRONG, f"wrong ×{factor:.4g}"
         else:
             one.ratio = median_ratio(one.seconds, ours.seconds)

@@ -25,6 +25,8 @@ OWN_COLOUR = "#D55E00"
 LOOKS = {
     names.OURS: (OWN_COLOUR, "o"),
     names.LEAN: (OWN_COLOUR, "d"),
+    names.DEFAULT_RANK: (OWN_COLOUR, "*"),
+    names.THIN: (OWN_COLOUR, "v"),
     names.EVERYTHING: (OWN_COLOUR, "o"),
     names.CURVLINOPS: ("#0072B2", "s"),
     names.NNGEOMETRY: ("#009E73", "^"),
@@ -32,9 +34,17 @@ LOOKS = {
     names.AVALANCHE: ("#882255", "p"),
     names.PLAIN: ("#777777", "h"),
 }
-HOLLOW = (names.LEAN, names.EVERYTHING, names.LAPLACE, names.AVALANCHE, names.PLAIN)
+HOLLOW = (
+    *(names.LEAN, names.DEFAULT_RANK, names.THIN, names.EVERYTHING),
+    *(names.LAPLACE, names.AVALANCHE, names.PLAIN),
+)
 PENALTY_LOOKS, SEPARATE_LOOKS, STEP_LOOKS = (OWN_COLOUR, "o"), ("#CC79A7", "P"), ("#555555", "D")
-SHORTER = {names.EVERYTHING: "all parameters", names.LEAN: "64 MiB budget"}
+SHORTER = {
+    names.LEAN: "64 MiB budget",
+    names.DEFAULT_RANK: "default rank",
+    names.THIN: f"rank {names.THIN_RANK}",
+    names.EVERYTHING: "all parameters",
+}
 
 
 def draw(records: Sequence[Record], title: Sequence[str]) -> Figure:

@@ -44,6 +44,7 @@ Convolutions count as they are written down, though transforms could save multip
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from statistics import median
 from typing import Any
 
@@ -64,6 +65,7 @@ class Layer:
     d_out: int  # outputs at one position
     bias: bool  # whether there is a bias
     backward: bool  # whether the gradient at its input is needed, for layers before it
+    estimated: bool = True  # whether its weight has factors, and eigenvalues
 
 
 # Floating-point operations by purpose: the forward pass, the backward pass to the outputs of all
@@ -92,15 +94,17 @@ class Factor:
 
 def describe_layers(workload: Workload) -> list[Layer]:
     """Run a model on an example, and look at its linear layers and convolutions."""
+    known = workload.known_layers
     found: list[Layer] = []
 
     def look(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
         d_out, d_in = weight.flatten(1).shape
         positions = output.numel() // d_out
-        found.append(Layer(positions, d_in, d_out, bias is not None, inputs[0].requires_grad))
+        backward = inputs[0].requires_grad
+        found.append(Layer(positions, d_in, d_out, bias is not None, backward, module in known))
 
-    handles = [layer.register_forward_hook(look) for layer in workload.known_layers]
+    handles = [layer.register_forward_hook(look) for layer in workload.layers]
     try:
         workload.model(workload.beginning(1).batches[0][0])
     finally:
@@ -112,11 +116,13 @@ def describe_layers(workload: Workload) -> list[Layer]:
 def count_layer(layer: Layer, vectors: int) -> Counts:
     """Count one layer's operations for one example with so many label vectors."""
     product = 2.0 * layer.positions * layer.d_in * layer.d_out
+    backward = vectors * product if layer.backward else 0.0
+    if not layer.estimated:
+        return Counts(forward=product, backward=backward)
     factors = layer.positions * (layer.d_in**2 + vectors * layer.d_out**2)
     if layer.bias and layer.positions > 1:
         factors += vectors * layer.d_out**2
     rotations, eigenvalues = _cheapest_eigenvalues(layer, vectors)
-    backward = vectors * product if layer.backward else 0.0
     values = (product, backward, float(factors), rotations, eigenvalues)
     return dict(zip(PURPOSES, values, strict=True))
 
@@ -148,7 +154,7 @@ def factors(
 ) -> tuple[list[Factor], list[Factor]]:
     """The factors of all weights, and of the biases that have their own, with repetitions."""
     of_weights, of_biases = [], []
-    for layer in layers:
+    for layer in filter(attrgetter("estimated"), layers):
         seen = examples * layer.positions
         of_weights += [Factor(layer.d_in, seen), Factor(layer.d_out, seen * vectors)]
         if layer.bias and layer.positions > 1:

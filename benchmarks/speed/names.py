@@ -9,18 +9,20 @@ FISHERS = (MC, TYPE2)
 
 OURS = "rotate-ewc"
 LEAN, EVERYTHING = f"{OURS} (64 MiB budget)", f"{OURS} (all parameters)"
+THIN_RANK = 64
+DEFAULT_RANK, THIN = f"{OURS} (default rank)", f"{OURS} (rank {THIN_RANK})"
 CURVLINOPS, NNGEOMETRY = "curvlinops", "nngeometry"
 LAPLACE, AVALANCHE, PLAIN = "laplace-torch", "avalanche", "plain pass"
 PEERS = (NNGEOMETRY, CURVLINOPS)  # those with a quadratic form
 CONTENDERS = (
-    *(OURS, LEAN, EVERYTHING),
+    *(OURS, LEAN, DEFAULT_RANK, THIN, EVERYTHING),
     *(CURVLINOPS, NNGEOMETRY, LAPLACE, AVALANCHE),
     PLAIN,
 )
 
 SMALL_MLP, LARGE_MLP, CNN = "a", "b", "c"
 GROUP_NORM, BATCH_NORM = "d-groupnorm", "d-batchnorm"
-TRANSFORMER = "e"
+TRANSFORMER, LANGUAGE_MODEL = "e", "f"
 CASES = {
     SMALL_MLP: "MLP 784-400-400-10",
     LARGE_MLP: "MLP 784-1000-1000-10",
@@ -28,9 +30,10 @@ CASES = {
     GROUP_NORM: "ResNet with GroupNorm",
     BATCH_NORM: "ResNet with frozen BatchNorm",
     TRANSFORMER: "Transformer of four blocks",
+    LANGUAGE_MODEL: "GPT-2 small, four blocks",
 }
 # These have parameters that not all contenders know.
-WITH_MORE_PARAMETERS = (GROUP_NORM, BATCH_NORM, TRANSFORMER)
+WITH_MORE_PARAMETERS = (GROUP_NORM, BATCH_NORM, TRANSFORMER, LANGUAGE_MODEL)
 
 
 class Combination(NamedTuple):
@@ -45,9 +48,9 @@ def combinations(cases: tuple[str, ...], fishers: tuple[str, ...] | None) -> lis
     if fishers is not None:
         return [Combination(case, fisher) for case in cases for fisher in fishers]
     # The exact Fisher matrix of token-level cross-entropy takes as many backward passes as there
-    # are pairs of a token and a class, here 128 × 64.
-    too_many = Combination(TRANSFORMER, TYPE2)
-    return [one for one in combinations(cases, FISHERS) if one != too_many]
+    # are pairs of a token and a class, here 128 × 64 and 128 × 50,257.
+    too_many = [Combination(case, TYPE2) for case in (TRANSFORMER, LANGUAGE_MODEL)]
+    return [one for one in combinations(cases, FISHERS) if one not in too_many]
 
 
 def contenders_of(case: str, chosen: tuple[str, ...]) -> list[str]:

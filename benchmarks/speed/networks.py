@@ -79,12 +79,24 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """A small language model, whose layers are those that all packages know."""
 
-    def __init__(self, width: int, blocks: int, heads: int, length: int, vocabulary: int) -> None:
-        """Make the layers."""
+    def __init__(
+        self,
+        width: int,
+        blocks: int,
+        heads: int,
+        length: int,
+        vocabulary: int,
+        *,
+        tied: bool = False,
+    ) -> None:
+        """Make the layers; in a tied model the head's weight is the embedding, as in GPT-2."""
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(blocks)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=not tied)
+        if tied:
+            self.head.weight = self.tokens.weight
+            nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens ``[N, T]`` to scores ``[N, vocabulary, T]``, as cross-entropy wants them."""

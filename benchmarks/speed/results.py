@@ -67,7 +67,7 @@ class Estimation(_Case):
     format: ClassVar[str] = "rotate_ewc.benchmarks.speed/2"
     unit: ClassVar[str] = "the floor"
     legend: ClassVar[str] = (
-        "Hollow: another quantity, budget or set of parameters. Lines: the range over rounds."
+        "Hollow: another quantity, budget, rank or set of parameters. Lines: the range over rounds."
     )
 
     fisher: str

@@ -121,7 +121,7 @@ def run_stored(
             penalty = penalty_of(strategy)
             if penalty.num_tasks > 0:
                 self.whole = copy.deepcopy(penalty)
-                penalty.save(path, dtype=dtype)
+                penalty.save(path, storage_dtype=dtype)
                 sizes.append(path.stat().st_size)
                 penalty.load_state_dict(EKFACPenalty.load(path).state_dict())
 

@@ -22,6 +22,7 @@ from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.block import Block, matrix_shape
 from rotate_ewc.linalg.cut import cut, ranks_of_sum
 from rotate_ewc.linalg.kronecker import Basis
+from rotate_ewc.linalg.storage import common_storage_dtype, stored_in
 from rotate_ewc.options import EstimationSettings
 
 
@@ -87,7 +88,10 @@ def merge_together(
     settings = None if rank is None else EstimationSettings(rank=rank)
     groups = matching_blocks(operators, checked)
     shapes = common_shapes(operators, groups)
-    blocks = _merged(groups, shapes, settings, ranks)
+    merged = _merged(groups, shapes, settings, ranks)
+    # Bases are stored as before; where operators differ in that, as the most precise one has them.
+    pairs = zip(merged, map(common_storage_dtype, groups), strict=True)
+    blocks = [stored_in([block], dtype)[0] for block, dtype in pairs]
     num_data = sum(operator.num_data for operator in operators)
     num_loss_terms = sum(operator.provenance.num_loss_terms for operator in operators)
     provenance = structs.replace(
@@ -136,6 +140,7 @@ def _merge_blocks(blocks: Sequence[Block], shape: torch.Size, rank: Rank | None)
     d_in += joint
     if len(blocks) == 1 and blocks[0].shape[1:] == (d_out, d_in):
         return blocks[0] if rank is None else cut(blocks[0], *ranks_of_sum(rank, blocks[0]))
+    blocks = [block.restored for block in blocks]
     if all(block.gradient_basis is None for block in blocks):
         blocks = [b.with_eigenvalues(_with_zeros(b.eigenvalues, d_out, axis=1)) for b in blocks]
     if all(block.activation_basis is None for block in blocks):

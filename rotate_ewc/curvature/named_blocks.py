@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from rotate_ewc._utils.storage_dtype import OF_BASES, OF_FILES, as_storage_dtype
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.io import files, snapshot
-from rotate_ewc.io.storage_dtype import check_storage_dtype
 from rotate_ewc.linalg.block import Block, map_together
+from rotate_ewc.linalg.storage import stored_in
 from rotate_ewc.provenance import Provenance
 
 
@@ -95,7 +96,7 @@ class NamedBlocks:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of bases and eigenvalues; the widest where a model has several."""
+        """Dtype of the eigenvalues, and of products; the widest where a model has several."""
         return reduce(torch.promote_types, [block.eigenvalues.dtype for block in self._blocks])
 
     def block(self, name: str) -> Block:
@@ -110,12 +111,25 @@ class NamedBlocks:
         raise ValueError(f"there is no parameter {name!r}; expected one of {list(self._shapes)}")
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        storage_dtype: torch.dtype | str | None = None,
     ) -> Self:
-        """Return the operator on another device or in another floating-point dtype."""
+        """Return the operator on another device or in another floating-point dtype.
+
+        Args:
+            device: The device.
+            dtype: Dtype of eigenvalues and products; bases with a `storage_dtype` keep that.
+            storage_dtype: Dtype of the bases, as in `EstimationSettings`; `torch.float32` restores
+                the bases of float32 eigenvalues.
+        """
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; expected a floating-point dtype")
-        return self.map(lambda tensor: tensor.to(device=device, dtype=dtype))
+        wanted = as_storage_dtype(storage_dtype, OF_BASES)
+        moved = self.map(lambda tensor: tensor.to(device=device, dtype=dtype))
+        return moved._with(stored_in(moved.blocks, wanted))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return the operator with every stored tensor replaced by `function` of it.
@@ -163,19 +177,22 @@ class NamedBlocks:
             )
         self._hold(loaded._blocks, loaded._shapes, loaded._provenance)
 
-    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, storage_dtype: torch.dtype | str | None = None
+    ) -> None:
         """Write the snapshot to a safetensors file, whole or not at all.
 
         Args:
             path: The file; an older one is replaced.
-            dtype: Dtype in the file, such as `torch.bfloat16` for half the size and an error of
-                about 0.2 %; loading restores the original dtype. None stores the original dtype.
+            storage_dtype: Dtype in the file, such as `torch.bfloat16` for half the size and an
+                error of about 0.2 %; loading restores the original dtype. None stores the original
+                dtype.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
             ValueError: If a snapshot cannot be stored in the dtype.
         """
-        check_storage_dtype(dtype)
+        dtype = as_storage_dtype(storage_dtype, OF_FILES)
         files.save(snapshot.pack(self._blocks, self._shapes, self._provenance, dtype), path)
 
     @classmethod

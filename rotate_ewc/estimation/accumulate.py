@@ -7,7 +7,7 @@ changes the sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -41,7 +41,7 @@ class FirstPass:
         rank_of: How many directions are kept, by the name of a parameter.
         most: Bytes that the factors may take; None is no limit. Blocks for which there is no room
             are put off, but for the first one.
-        finished: The blocks of earlier rounds.
+        finished: The blocks of earlier rounds, and those that wait for later ones anyway.
         put_off: Those of later ones.
         sizes: Those of this one, and the bytes that their factors may take.
         num_examples: Examples seen.
@@ -192,6 +192,16 @@ class FirstPass:
         if covariance is not None:
             covariance = covariance.clone(own.truncations[place.side != GRADIENT])
         own.replace_covariance(place.side, covariance)
+
+    def drop(self, keys: Collection[BlockKey]) -> None:
+        """Forget blocks, which another process has put off."""
+        for place, leader in list(self.leaders.items()):
+            if place.key in keys:
+                del self.leaders[place]
+            elif leader.key in keys:
+                self.unfollow(place, leader)
+        for key in keys:
+            self.factors.pop(key, None)
 
     def _settle_leaders(self, plans: Sequence[BlockPlan], followed: Mapping[Place, Place]) -> None:
         """Let sides go on from a copy as soon as their factor is no longer that of another."""

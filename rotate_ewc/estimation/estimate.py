@@ -27,6 +27,7 @@ from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.estimation.repeatability import WatchedForward, check_equal
 from rotate_ewc.estimation.rounds import Sums, estimate_in_rounds
 from rotate_ewc.linalg.block import Block, matrix_shape
+from rotate_ewc.linalg.storage import stored_in
 from rotate_ewc.losses import Likelihood
 from rotate_ewc.options import EstimationSettings, Reduction, Unsupported
 from rotate_ewc.provenance import Provenance
@@ -42,7 +43,7 @@ from rotate_ewc.tracing.passes import (
 # The settings that matter to what is found.
 _TOLD: Final = (
     *("mc_samples", "kfac_approx", "rank", "diagonal", "separate_weight_and_bias", "seed"),
-    "unsupported",
+    *("unsupported", "storage_dtype"),
 )
 
 
@@ -155,7 +156,7 @@ def fit_blocks(
     )
     kept = {name for block in found.blocks for name in block.parameters}
     shapes = {name: parameter.shape for name, parameter in parameters.items() if name in kept}
-    return found.blocks, shapes, provenance
+    return stored_in(found.blocks, settings.storage_dtype), shapes, provenance
 
 
 def _check_same(

@@ -57,25 +57,27 @@ def estimate_in_rounds(
         capturer: Runs the model.
         data: Re-iterable batches (inputs, targets).
         parameters: What the matrix is over, by name.
-        ranks: The processes that estimate together. Several hold all factors until each has those
-            that it decomposes, in one round.
+        ranks: The processes that estimate together, in the same rounds. Each holds the factors of
+            a round until it is known which of them it decomposes.
 
     Returns:
         The same sums in all processes.
     """
     settings, found = capturer.settings, Sums()
+    waiting: frozenset[BlockKey] = frozenset()
     while True:
         first = FirstPass(
             settings.kfac_approx is KFACType.REDUCE,
             settings.memory_budget // 4,
             settings.rank_of,
-            None if ranks.size > 1 else settings.memory_budget,
-            frozenset(found.blocks),
+            settings.memory_budget,
+            waiting | frozenset(found.blocks),
         )
         passes = Passes(capturer, data, settings.memory_budget // 2, ranks)
         passes.first(first.add, with_squares=not found.blocks)
         _agree(capturer.likelihood, ranks)
         without_rule = capturer.unsupported or frozenset()
+        left, waiting = _put_off_together(first, waiting, ranks)
         capturer.unsupported = unite(first, without_rule, parameters, ranks)
         found.tiny |= {key for key, factors in first.factors.items() if factors.underflowed}
         found.reached |= first.reached
@@ -88,8 +90,36 @@ def estimate_in_rounds(
             found.num_examples, found.normalizer = first.num_examples, first.normalizer
             found.squares, found.unsupported = first.squares, capturer.unsupported
         found.blocks.update(bases)
-        if not first.put_off:
+        if not left:
             return found
+
+
+def _put_off_together(
+    first: FirstPass, waiting: frozenset[BlockKey], ranks: Ranks
+) -> tuple[frozenset[BlockKey], frozenset[BlockKey]]:
+    """Have all processes put off what any of them has no room for.
+
+    Processes whose data use the layers in different orders may have room for different ones, and
+    for none in common. Then the next round is for what the first of them has had room for, and if
+    it was for such blocks already, for a single one.
+
+    Args:
+        first: The first pass of this process, which is changed.
+        waiting: The blocks that this round is not for.
+        ranks: The processes.
+
+    Returns:
+        The blocks that are left for later rounds, and those that the next one is not for.
+    """
+    if ranks.size > 1:
+        told = ranks.gather("rounds", (frozenset(first.put_off), tuple(first.sizes)))
+        first.put_off = set().union(*(put_off for put_off, _ in told))
+        first.drop(first.put_off)
+        if first.put_off and all(first.put_off.issuperset(sizes) for _, sizes in told):
+            kept = next(sizes for _, sizes in told if sizes)
+            left = waiting | first.put_off
+            return left, left.difference(kept[:1] if waiting else kept)
+    return waiting | first.put_off, frozenset()
 
 
 def _agree(likelihood: Likelihood, ranks: Ranks) -> None:

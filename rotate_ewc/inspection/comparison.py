@@ -82,7 +82,7 @@ def _lacking(operator: EKFACLinearOperator, other: EKFACLinearOperator) -> tuple
 
 
 def _compare(first: Block, second: Block) -> BlockComparison:
-    a, b = (block.map(lambda tensor: tensor.double()) for block in (first, second))
+    a, b = (block.restored.map(lambda tensor: tensor.double()) for block in (first, second))
 
     def inner_product(first_values: Tensor, second_values: Tensor) -> float:
         """`tr(F₁F₂)` of matrices with these eigenvalues in the blocks' bases."""

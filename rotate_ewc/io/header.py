@@ -50,11 +50,12 @@ class BlockLayout(_Object, frozen=True, omit_defaults=True):
         parameters: Its parameter, or those of a weight and its bias.
         transposed: Whether the input side comes first in the (weight) parameter.
         shape: `(groups, d_out, d_in)`.
-        dtype: The dtype of its tensors, whatever they are stored in.
+        dtype: The dtype of its tensors, whatever the file has them in.
         bases: The sides that have a basis, in the order of `BASES`.
         ranks: How many directions are kept of each side, `(k_out, k_in)`: d, or less if it is thin.
         shared: The bases that are those of another block before this one, by the names of bases the
             label of that block. Left out where there are none.
+        storage_dtype: The dtype of its bases in memory, where it is another one.
     """
 
     parameters: Annotated[tuple[str, ...], Meta(min_length=1, max_length=2)]
@@ -64,6 +65,7 @@ class BlockLayout(_Object, frozen=True, omit_defaults=True):
     bases: tuple[str, ...]
     ranks: tuple[Size, Size]
     shared: dict[str, str] = msgspec.field(default_factory=dict)
+    storage_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         """Raise `ValueError` if there are other bases, or of ranks that they cannot have."""
@@ -71,6 +73,11 @@ class BlockLayout(_Object, frozen=True, omit_defaults=True):
             raise ValueError(f"'bases' is {list(self.bases)!r:.99}; expected some of {BASES}")
         if not self.shared.keys() <= set(self.bases):
             raise ValueError(f"'shared' has {list(self.shared)!r:.99}; expected some of 'bases'")
+        if self.storage_dtype is not None and self.storage_dtype.itemsize > self.dtype.itemsize:
+            raise ValueError(
+                f"'storage_dtype' is {self.storage_dtype}; expected none larger than {self.dtype}, "
+                f"the dtype of the block"
+            )
         for name, size, rank in zip(BASES, self.shape[1:], self.ranks, strict=True):
             if rank != size and not (name in self.bases and 0 < rank < size):
                 raise ValueError(
@@ -93,10 +100,15 @@ class BlockLayout(_Object, frozen=True, omit_defaults=True):
         bases = {name: (groups, *sides[name]) for name in self.bases}
         return {"eigenvalues": (groups, k_out, k_in), **bases}
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor in memory, by its attribute name."""
+        return self.storage_dtype or self.dtype if name in BASES else self.dtype
+
     def can_share(self, name: str, other: BlockLayout) -> bool:
         """Tell whether the basis of this name may be the one that another block stores."""
-        stored = name in other.bases and name not in other.shared and self.dtype == other.dtype
-        return stored and self.tensor_shapes[name] == other.tensor_shapes[name]
+        stored = name in other.bases and name not in other.shared
+        same = self.dtype_of(name) == other.dtype_of(name)
+        return stored and same and self.tensor_shapes[name] == other.tensor_shapes[name]
 
     def fits(self, shapes: Sequence[Sequence[int]]) -> bool:
         """Tell whether parameters of these shapes have as many entries as the block has room for.

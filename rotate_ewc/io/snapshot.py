@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rotate_ewc._utils.storage_dtype import stored_dtype
 from rotate_ewc._utils.tree import place_of
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.io.header import (
@@ -24,13 +25,9 @@ from rotate_ewc.io.header import (
     read_header,
     write_header,
 )
-from rotate_ewc.io.storage_dtype import (
-    check_orthonormal,
-    loadable_dtypes,
-    restored_basis,
-    stored_dtype,
-)
+from rotate_ewc.io.storage_dtype import check_orthonormal, loadable_dtypes
 from rotate_ewc.linalg.block import Block
+from rotate_ewc.linalg.orthonormal import restored_basis
 from rotate_ewc.provenance import Provenance
 
 
@@ -155,6 +152,7 @@ def _block_layout(block: Block, shared: dict[str, str]) -> BlockLayout:
         tuple(name for name in BASES if name in block.tensors),
         block.ranks,
         shared,
+        block.storage_dtype,
     )
 
 
@@ -209,11 +207,11 @@ def _block(
         key = f"{layout.label}/{name}"
         if key not in tensors:
             raise SnapshotError(f"snapshot key {prefix + key!r} is missing")
-        dtypes = loadable_dtypes(layout.dtype)
-        tensor = checked_tensor(prefix + key, tensors[key], shape, dtypes)
+        own = layout.dtype_of(name)
+        tensor = checked_tensor(prefix + key, tensors[key], shape, loadable_dtypes(own))
         if name in BASES:
             check_orthonormal(prefix + key, tensor)
-            found[name] = restored_basis(tensor, layout.dtype)
+            found[name] = restored_basis(tensor, own)
         elif bool((tensor < 0).any()):
             raise SnapshotError(f"snapshot key {prefix + key!r} has negative values")
         else:

@@ -1,4 +1,4 @@
-"""Snapshots in a smaller dtype: how tensors are rounded, and bases orthogonalised again."""
+"""Snapshots in a smaller dtype: which ones there are, and whether a rounded basis is one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ DTYPES: Final = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_STORABLE: Final = (torch.float64, torch.float32, torch.bfloat16)
-
 # Bases from `eigh` deviate by about ten rounding errors, and by 0.003 once cast to bfloat16.
 _LARGEST_DEVIATION: Final = 0.02
 
@@ -24,40 +22,9 @@ _LARGEST_DEVIATION: Final = 0.02
 _PROBES: Final = 4
 
 
-def check_storage_dtype(dtype: object) -> None:
-    """Raise unless a snapshot can be stored in a dtype; None stands for its own."""
-    if dtype is not None and dtype not in _STORABLE:
-        raise ValueError(
-            f"dtype is {dtype}; expected one of {', '.join(map(str, _STORABLE))}, or None (float16 "
-            f"has too small a range for eigenvalues)"
-        )
-
-
-def stored_dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """Return the dtype that a tensor is stored in: never more than its own."""
-    return own if wanted is None or wanted.itemsize >= own.itemsize else wanted
-
-
 def loadable_dtypes(own: torch.dtype) -> list[torch.dtype]:
     """Return the dtypes that a tensor may be stored in: its own first, and all smaller ones."""
     return [own, *(known for known in DTYPES.values() if known.itemsize < own.itemsize)]
-
-
-def restored_basis(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a basis in its own dtype.
-
-    The orthogonality that rounding has cost is restored, up to its square, by one step of the
-    Newton-Schulz iteration for the polar factor, `Q ← Q (3 I - QᵀQ) / 2` (Higham 2008, *Functions
-    of Matrices*, §8.3).
-
-    Args:
-        stored: `[groups, d, k]`, orthonormal up to the rounding of its dtype.
-        dtype: The dtype it had.
-    """
-    basis = stored.to(dtype)
-    if stored.dtype == dtype:
-        return basis
-    return 1.5 * basis - 0.5 * basis @ (basis.mT @ basis)
 
 
 def check_orthonormal(key: str, basis: Tensor) -> None:

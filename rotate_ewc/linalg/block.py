@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from rotate_ewc._utils.tree import place_of
 from rotate_ewc.linalg import kronecker
 from rotate_ewc.linalg.completion import CompletedBasis, complete
 from rotate_ewc.linalg.kronecker import Basis, Rotation
+from rotate_ewc.linalg.orthonormal import restored_basis
 from rotate_ewc.linalg.thin_products import ThinProducts, thin_products
 
 
@@ -48,6 +49,9 @@ class Block:
     A basis may be *thin*: k of d eigenvectors. All directions of its complement share their mean
     eigenvalues, stored as the last row or column of Λ. So traces and partial traces are exact for
     every k.
+
+    Bases may be *stored* in a smaller dtype than the eigenvalues. The block is then the one with
+    the orthonormal bases that `restored` has in their place, for as long as a product takes.
 
     Attributes:
         parameters: `(name,)`, or `(weight's name, bias's name)` for a joint block.
@@ -91,6 +95,29 @@ class Block:
     def is_thin(self) -> bool:
         """Whether a side keeps fewer than all of its directions."""
         return self.ranks != self.shape[1:]
+
+    @cached_property
+    def storage_dtype(self) -> torch.dtype | None:
+        """The dtype of the bases where it is not that of the eigenvalues; else None."""
+        for basis in (self.gradient_basis, self.activation_basis):
+            if basis is not None and basis.dtype != self.eigenvalues.dtype:
+                return basis.dtype
+        return None
+
+    @property
+    def restored(self) -> Block:
+        """The block with orthonormal bases in the dtype of its eigenvalues: itself if it has them.
+
+        Nothing that is found of it is kept longer than the block that is returned.
+        """
+        if self.storage_dtype is None:
+            return self
+        bases = self.gradient_basis, self.activation_basis
+        gradient_basis, activation_basis = (
+            None if basis is None else restored_basis(basis, self.eigenvalues.dtype)
+            for basis in bases
+        )
+        return replace(self, gradient_basis=gradient_basis, activation_basis=activation_basis)
 
     @property
     def multiplicities(self) -> tuple[Tensor, Tensor]:
@@ -148,7 +175,7 @@ class Block:
     @property
     def spectrum(self) -> Tensor:
         """The eigenvalue of each coordinate that `rotate` returns, `[groups, d_out, d_in]`."""
-        return self._spread if self.is_thin else self.eigenvalues
+        return self.restored._spread if self.is_thin else self.eigenvalues
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -185,7 +212,7 @@ class Block:
             `[groups, d_out, d_in]` or `[K, groups, d_out, d_in]`, in the dtype of the eigenvalues.
         """
         matrix = self.gather(tensors, columns=columns).to(self.eigenvalues.dtype)
-        return kronecker.to_eigenbasis(matrix, *self._rotations)
+        return kronecker.to_eigenbasis(matrix, *self.restored._rotations)
 
     def unrotate(self, matrix: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Undo `rotate`: return `Q_g D Q_aᵀ`, split into the parameters.
@@ -201,7 +228,7 @@ class Block:
 
     def from_eigenbasis(self, matrix: Tensor) -> Tensor:
         """Return `Q_g D Q_aᵀ` for a matrix D in the eigenbasis, or for K of them, as one matrix."""
-        return kronecker.from_eigenbasis(matrix, *self._rotations)
+        return kronecker.from_eigenbasis(matrix, *self.restored._rotations)
 
     def multiply(self, matrix: Tensor) -> Tensor:
         """Return F D for a gathered matrix D, or for K of them, in the standard basis.
@@ -209,21 +236,27 @@ class Block:
         Args:
             matrix: As `gather` returns it, in the dtype of the eigenvalues.
         """
-        if self.products is None:
-            rotated = kronecker.to_eigenbasis(matrix, *self._rotations)
-            return self.from_eigenbasis(self.spectrum * rotated)
-        return self.products.product(matrix, self.products.form(matrix)[1])
+        own = self.restored
+        if own.products is None:
+            rotated = kronecker.to_eigenbasis(matrix, *own._rotations)
+            return own.from_eigenbasis(own.spectrum * rotated)
+        return own.products.product(matrix, own.products.form(matrix)[1])
 
     @cached_property
     def products(self) -> ThinProducts | None:
-        """Products in the kept directions alone; None where all are kept."""
+        """Products in the kept directions alone; None where all are kept.
+
+        Of a block whose bases are stored in another dtype, those of `restored`.
+        """
+        if self.storage_dtype is not None:
+            raise RuntimeError(f"the bases of {self.label!r} are to be restored first")
         if not self.is_thin:
             return None
         return thin_products(self.gradient_basis, self.activation_basis, self.eigenvalues)
 
     def prepare(self) -> None:
         """Compute cached tensors now rather than in the first product, which may be compiled."""
-        if self.products is None:
+        if self.storage_dtype is None and self.products is None:
             _ = self._rotations, self.spectrum
 
     def diagonal_in(self, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
@@ -236,10 +269,10 @@ class Block:
         Returns:
             `[groups, L_out, L_in]`: for a thin basis with the means over the complement.
         """
-        _, d_out, d_in = self.shape
+        (_, d_out, d_in), own = self.shape, self.restored
         return kronecker.project_eigenvalues(
-            kronecker.overlaps(self.gradient_basis, d_out, gradient_basis, d_out),
-            kronecker.overlaps(self.activation_basis, d_in, activation_basis, d_in),
+            kronecker.overlaps(own.gradient_basis, d_out, gradient_basis, d_out),
+            kronecker.overlaps(own.activation_basis, d_in, activation_basis, d_in),
             self.eigenvalues,
         )
 
@@ -330,16 +363,18 @@ def map_together(
     """Return blocks with every stored tensor replaced by a function of it.
 
     What several blocks share, such as the basis of an input that they have in common, they share
-    afterwards.
+    afterwards. Bases that are stored in another dtype than the eigenvalues stay in it.
     """
     known: dict[object, Tensor] = {}
 
-    def mapped(tensor: Tensor) -> Tensor:
+    def mapped(tensor: Tensor, storage_dtype: torch.dtype | None) -> Tensor:
         place = place_of(tensor)
         if place not in known:
             known[place] = function(tensor)
+            if tensor.dtype == storage_dtype:
+                known[place] = known[place].to(storage_dtype)
         return known[place]
 
     # The places of tensors that nobody holds any longer may be taken by others.
     blocks = tuple(blocks)
-    return tuple(block.map(mapped) for block in blocks)
+    return tuple(block.map(partial(mapped, storage_dtype=block.storage_dtype)) for block in blocks)

@@ -56,7 +56,7 @@ class _QuadraticForm(torch.autograd.Function):
         by_name = _by_name(blocks, tensors)
         values: list[Tensor] = []
         parts: list[Tensor] = []
-        for block in blocks:
+        for block in (one.restored for one in blocks):
             if block.products is not None:
                 value, of_block = block.products.form(_gathered(block, by_name))
                 values.append(value.sum())
@@ -86,7 +86,7 @@ class _QuadraticForm(torch.autograd.Function):
         by_name = _by_name(blocks, tensors)
         shapes = shapes_of(by_name)
         gradients: list[Tensor] = []
-        for block in blocks:
+        for block in (one.restored for one in blocks):
             # Autograd casts them to the tensors' dtypes.
             products = block.split(_product(block, by_name, parts), shapes).values()
             gradients.extend(product * factor for product in products)

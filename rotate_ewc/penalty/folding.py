@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from rotate_ewc._utils.numerics import check_trace
 from rotate_ewc._utils.parameters import fits
-from rotate_ewc._utils.validation import Rank
 from rotate_ewc.curvature.merge import merge_together
 from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.distributed.processes import Ranks
@@ -76,7 +75,7 @@ def fold_in(
     *,
     mode: Mode,
     decay: float,
-    rank: Rank | Mapping[str, Rank],
+    settings: EstimationSettings,
     ranks: Ranks,
 ) -> list[Term]:
     """Return terms with one more task; in mode `"merged"` they are one, anchored at that task.
@@ -87,7 +86,8 @@ def fold_in(
         parameters: The model's, by name; what does not fit in them any more is left out.
         mode: Whether to merge.
         decay: Factor on the weights of earlier tasks.
-        rank: What merged blocks keep; of one task alone as much is kept as was estimated.
+        settings: What merged blocks keep, and in which dtype; of one task alone as much is kept as
+            was estimated.
         ranks: The processes that merge together.
 
     Raises:
@@ -105,7 +105,9 @@ def fold_in(
     kept.append(task)
     if mode is Mode.MERGED:
         operators, weights = [term.operator for term in kept], [term.weight for term in kept]
-        merged = merge_together(operators, weights, rank if len(kept) > 1 else None, ranks)
+        rank = settings.rank if len(kept) > 1 else None
+        merged = merge_together(operators, weights, rank, ranks)
+        merged = merged.to(storage_dtype=settings.storage_dtype)
         kept = [Term(merged, {**kept[0].anchor, **task.anchor}, 1.0)]
     for term in kept:
         for block in term.operator.blocks:

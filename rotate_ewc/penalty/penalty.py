@@ -20,6 +20,7 @@ from rotate_ewc._utils.parameters import (
     select_parameters,
     unwrapped,
 )
+from rotate_ewc._utils.storage_dtype import OF_FILES, as_storage_dtype
 from rotate_ewc._utils.validation import (
     AUTO,
     as_choice,
@@ -34,7 +35,6 @@ from rotate_ewc.distributed.processes import Group, Ranks
 from rotate_ewc.distributed.sharding import whole
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.io import files
-from rotate_ewc.io.storage_dtype import check_storage_dtype
 from rotate_ewc.linalg.quadratic import quadratic_form
 from rotate_ewc.options import EstimationOptions, EstimationSettings, Mode, Weighting
 from rotate_ewc.penalty.attachment import Attachment
@@ -273,7 +273,7 @@ class EKFACPenalty(ConsolidatedTasks):
                 parameters_of(model),
                 mode=self.mode,
                 decay=self.decay,
-                rank=self.settings.rank,
+                settings=self.settings,
                 ranks=ranks,
             )
         # A task of which nothing counts is not what the next one will be like.
@@ -342,19 +342,21 @@ class EKFACPenalty(ConsolidatedTasks):
         learning_rate = as_non_negative_number("learning_rate", learning_rate)
         return warn_if_divergent(learning_rate, self.max_curvature, self.strength)
 
-    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, storage_dtype: torch.dtype | str | None = None
+    ) -> None:
         """Write what was learned, and the options, to a safetensors file: whole or not at all.
 
         Args:
             path: The file; an older one is replaced.
-            dtype: Dtype of the stored bases and eigenvalues, such as `torch.bfloat16` for about
-                half the size; anchors keep their own. None keeps all as they are.
+            storage_dtype: Dtype of the stored bases and eigenvalues, such as `torch.bfloat16` for
+                about half the size; anchors keep their own. None keeps all as they are.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
             ValueError: If snapshots cannot be stored in that dtype.
         """
-        check_storage_dtype(dtype)
+        dtype = as_storage_dtype(storage_dtype, OF_FILES)
         files.save(self._state.to_dict(dtype=dtype), path)
 
     @classmethod
@@ -364,7 +366,7 @@ class EKFACPenalty(ConsolidatedTasks):
         Args:
             path: The file.
             **options: Arguments of the constructor, which replace those it was saved with; not
-                `mode` and `weighting`.
+                `mode` and `weighting`. With a `storage_dtype` the bases are kept in it.
 
         Raises:
             SnapshotError: If the file is damaged or is not a penalty's, naming it and the key.
@@ -381,7 +383,7 @@ class EKFACPenalty(ConsolidatedTasks):
             found.check(mode=saved.mode, weighting=saved.weighting)
             penalty = cls(**_overridden(found.options, options))
             found.check(mode=penalty.mode, weighting=penalty.weighting)
-        penalty._restore(found)
+        penalty._restore(found.stored_in(penalty.settings.storage_dtype))
         return penalty
 
     @property

@@ -169,6 +169,13 @@ class PenaltyState:
         if misfits:
             raise SnapshotError(f"snapshot has {'; '.join(misfits)}; {advice}")
 
+    def stored_in(self, dtype: torch.dtype | None) -> PenaltyState:
+        """Return the state with all bases in a dtype; None leaves them as they are."""
+        if dtype is None:
+            return self
+        terms = (replace(t, operator=t.operator.to(storage_dtype=dtype)) for t in self.terms)
+        return replace(self, terms=tuple(terms))
+
     def map(self, function: Callable[[Tensor], Tensor]) -> PenaltyState:
         """Return the state with every tensor replaced by `function` of it."""
         return replace(self, terms=tuple(term.map(function) for term in self.terms))

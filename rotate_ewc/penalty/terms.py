@@ -84,7 +84,7 @@ def stack_terms(terms: Sequence[Term]) -> tuple[list[Term], tuple[Stack, ...]]:
         for block in term.operator.blocks:
             shapes = tuple(term.anchor[name].shape for name in block.parameters)
             bases = block.gradient_basis, block.activation_basis
-            sides = tuple(None if basis is None else basis.shape for basis in bases)
+            sides = tuple(None if basis is None else (basis.shape, basis.dtype) for basis in bases)
             values = (block.eigenvalues.shape, block.eigenvalues.dtype)
             form = (block.parameters, shapes, values, sides, block.transposed)
             together.setdefault(form, []).append((index, block))

@@ -15,9 +15,11 @@ from benchmarks.speed.book import read
 from benchmarks.speed.cases import build
 from benchmarks.speed.command import Options, run
 from benchmarks.speed.contenders import BY_NAME
+from benchmarks.speed.floor import describe_layers, necessary
 from benchmarks.speed.names import Combination, combinations, contenders_of
 from benchmarks.speed.results import Estimation
 from benchmarks.speed.rounds import WARM_UPS, median_ratio, time_in_rounds, turns
+from rotate_ewc.linalg.truncation import truncation_of
 from tests.benchmarks.helpers import refused
 
 
@@ -114,21 +116,53 @@ def test_a_small_budget_changes_nothing_and_more_parameters_have_a_larger_trace(
     assert everything > full > 0
 
 
+@pytest.mark.parametrize("case", ["a", "c"])
+def test_the_default_rank_keeps_less_than_all(case: str) -> None:
+    sides = set()
+    for layer in describe_layers(build(case, quick=True)):
+        if layer.estimated:
+            sides |= {(layer.d_in, layer.d_out), (layer.d_out, layer.d_in)}
+            sides |= {(layer.d_out, 1)} if layer.bias else set()
+    assert any(truncation_of("auto", *side) is not None for side in sides)
+
+
+@pytest.mark.parametrize("fisher", names.FISHERS)
+def test_thin_bases_have_the_trace_of_whole_ones(fisher: str) -> None:
+    whole, thin = (
+        BY_NAME[name].prepare(build("c", quick=True), fisher)(3)
+        for name in (names.OURS, names.THIN)
+    )
+    assert thin == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_vocabulary_head_is_run_and_not_estimated() -> None:
+    workload = build("f", quick=True)
+    workload.freeze_other_parameters()
+    head = workload.model.get_submodule("head")
+    assert head in workload.layers
+    assert head not in workload.known_layers
+    assert not any(parameter.shape[0] == 50_257 for parameter in workload.trained_parameters)
+    (described,) = [one for one in describe_layers(workload) if not one.estimated]
+    assert (described.d_in, described.d_out, described.backward) == (768, 50_257, True)
+    assert max(necessary(workload, "mc").sizes) <= 3072
+
+
 def test_what_is_measured_by_default() -> None:
     everything = combinations(Options().cases, None)
-    assert len(everything) == 2 * len(names.CASES) - 1
-    assert Combination("e", "type2") not in everything
+    assert len(everything) == 2 * len(names.CASES) - 2
+    assert not {Combination("e", "type2"), Combination("f", "type2")} & set(everything)
     assert combinations(("e", "a"), ("type2",)) == [("e", "type2"), ("a", "type2")]
     small = contenders_of("a", Options().contenders)
     assert names.CURVLINOPS in small
     assert names.EVERYTHING not in small
-    assert names.EVERYTHING in contenders_of("d-groupnorm", Options().contenders)
+    assert names.THIN in small
+    assert contenders_of("d-groupnorm", Options().contenders) == list(names.CONTENDERS)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--cases z", "--cases: expected one of a, b, c, d-groupnorm, d-batchnorm, e, got 'z'"),
+        ("--cases z", "--cases: expected one of a, b, c, d-groupnorm, d-batchnorm, e, f, got 'z'"),
         ("--cases a a", "--cases: expected every value once, got a more than once"),
         ("--cases", "--cases: expected at least one value, got none"),
         ("--fisher empirical", "--fisher: expected one of mc, type2, got 'empirical'"),

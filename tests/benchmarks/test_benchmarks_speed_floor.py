@@ -65,6 +65,12 @@ def test_the_first_layer_sends_nothing_backwards() -> None:
     assert count_layer(Layer(1, 4, 5, bias=True, backward=False), 3)["backward"] == 0
 
 
+def test_a_layer_that_nobody_estimates_is_passed_through() -> None:
+    layer = Layer(positions=2, d_in=4, d_out=5, bias=True, backward=True, estimated=False)
+    assert count_layer(layer, 3) == Counts(forward=80, backward=240)
+    assert factors([layer], 3, 7) == ([], [])
+
+
 def test_a_convolution_whose_vectors_are_rotated() -> None:
     layer = Layer(positions=9, d_in=27, d_out=5, bias=True, backward=True)
     # Rotated inputs: 2·9·27² = 13122 or of the gradient 2·5·27² = 7290.
@@ -132,14 +138,14 @@ def test_every_case_can_be_built_and_counted(name: str) -> None:
     workload = build(name, quick=True)
     workload.freeze_other_parameters()
     layers = describe_layers(workload)
-    assert len(layers) == len(workload.known_layers)
+    assert sum(layer.estimated for layer in layers) == len(workload.known_layers)
     assert [layer.backward for layer in layers] == [False, *[True] * (len(layers) - 1)]
     assert sum(necessary(workload, "mc").gigaflop.values()) > 0
     inputs, targets = workload.batches[0]
     loss = workload.criterion(workload.model(inputs), targets)
     loss.backward()
     assert all(parameter.grad is not None for parameter in workload.known_parameters)
-    assert workload.labels_per_example == (128 if name == "e" else 1)
+    assert workload.labels_per_example == (128 if name in ("e", "f") else 1)
 
 
 def test_a_fraction_is_of_whole_batches_and_at_least_one() -> None:

@@ -89,6 +89,14 @@ def test_the_exact_matrix_must_agree_more_closely() -> None:
     assert [one.status for one in compare(both, 1e-4)] == [MEASURED, WRONG]
 
 
+def test_thin_bases_have_the_same_trace_whatever_the_labels() -> None:
+    both = [result(names.OURS, [2.0], 10.0), result(names.THIN, [1.0], 10.0005, memory=1)]
+    _, thin = compare(both, 0.5)
+    assert (thin.status, thin.ratio) == (MEASURED, 0.5)
+    thin.values = [10.002]
+    assert [one.status for one in compare(both, 0.5)] == [MEASURED, WRONG]
+
+
 def test_traces_of_all_estimations_are_averaged() -> None:
     both = [
         result(names.OURS, [1.0], 9.0, 11.0),

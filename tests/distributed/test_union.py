@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SumOfLosses
+from rotate_ewc.estimation import rounds
+from rotate_ewc.estimation.factors import decompose
 from rotate_ewc.linalg import leading
 from rotate_ewc.linalg.outer_products import OuterProducts
 from rotate_ewc.linalg.truncation import Truncation
@@ -132,6 +135,71 @@ def test_joint_blocks_reduced_factors_and_sampled_labels() -> None:
         assert_union(case, "strided", fisher_type="type2", separate_weight_and_bias=False)
         assert_union(case, "strided", fisher_type="mc", mc_samples=2, check_deterministic=True)
         assert_union(case, "strided", fisher_type="mc", memory_budget=1)
+
+
+class _TwoOrders(nn.Module):
+    """Layers that data use in the one order or in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = nn.Linear(5, 4).double(), nn.Linear(5, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = [self.one, self.other] if bool(x[0, 0] > 0) else [self.other, self.one]
+        first, second = (torch.tanh(layer(x)) for layer in layers)
+        return first * 2.0 + second * 2.0
+
+
+@distributed_test((3,))
+def test_the_same_rounds_whatever_comes_first() -> None:
+    """Of two ranks each has room for another layer first; the third has no data."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    x[:, 0] = torch.tensor([1.0] * 4 + [-1.0] * 4)
+    y = torch.arange(8) % 4
+    parts = list(zip(x.split(4), y.split(4), strict=True))
+
+    def estimated(batches: Batches, group: Any, budget: int) -> EKFACLinearOperator:
+        options = {"fisher_type": "type2", "check_deterministic": False, "memory_budget": budget}
+        parameters = list(model.parameters())
+        loss, shown = nn.CrossEntropyLoss(), here(batches)
+        return EKFACLinearOperator(model, loss, parameters, shown, group=group, **options)
+
+    model, decomposed = here(_TwoOrders()), []
+
+    def noted(factors: Any, *others: Any) -> Any:
+        decomposed.append({key.label for key in factors})
+        return decompose(factors, *others)
+
+    with mock.patch.object(rounds, "decompose", noted):
+        together = estimated(parts[dist.get_rank() :][:1], "auto", 1)
+    # There is nothing that both have room for; then what the first had, and then the rest.
+    layers = [{f"{name}.weight", f"{name}.bias"} for name in ("one", "other")]
+    assert decomposed == [set(), *layers]
+    assert_same_bits(together)
+    alone = estimated(parts, None, 2**30)
+    assert relative(together.to_dense(), alone.to_dense()) < TOLERANCE
+
+
+@distributed_test((2,))
+def test_bases_kept_in_fewer_bits() -> None:
+    """Every process has the same ones, of the sum of all factors, also after a merge."""
+    case = BY_NAME["tanh-mlp"]
+    options = {"fisher_type": "type2", "damping": 0.0}
+    penalties = []
+    for group, dtype in (("auto", torch.bfloat16), (None, None)):
+        model = here(case.model())
+        penalty = EKFACPenalty(1.0, storage_dtype=dtype, **options)
+        for _ in range(2):
+            data = shard(case, "uneven") if group else case.data("ce")
+            penalty.consolidate(model, case.loss_func("ce"), here(data), group=group)
+        penalties.append(penalty)
+    together, alone = (penalty.terms[0].operator for penalty in penalties)
+    assert_same_bits(together)
+    assert {block.storage_dtype for block in together.blocks} == {torch.bfloat16}
+    assert relative(together.to_dense(), alone.to_dense()) < 0.02
+    torch.testing.assert_close(together.trace, alone.trace, rtol=1e-10, atol=0.0)
 
 
 class Heads(nn.Module):

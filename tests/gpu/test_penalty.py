@@ -31,6 +31,7 @@ from tests.helpers.penalties import (
     flat,
     flat_gradient,
     make,
+    nearest,
     shapes_of,
     task,
 )
@@ -117,6 +118,29 @@ def test_consolidated_on_the_cpu_and_moved(device: torch.device) -> None:
     assert penalty.terms[0].operator.device == device
 
 
+@pytest.mark.parametrize("rank", [2, "full"])
+def test_bases_in_fewer_bits(device: torch.device, rank: int | str) -> None:
+    model = make("plain").to(device)
+    penalty = EKFACPenalty(STRENGTH, rank=rank, fisher_type="type2", storage_dtype="bfloat16")
+    for t in range(2):
+        penalty.consolidate(model, CE, task("plain", t))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.1).add_(0.01)
+    (form,) = quadratics(nearest(penalty), model)
+    theta = flat(model).cpu()
+    value = penalty(model)
+    value.backward()
+    assert_close(value.detach().cpu(), form.value(theta), 1e-7)
+    assert_close(flat_gradient(model).cpu(), form.gradient(theta), 1e-6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    penalty.attach(optimizer, model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert_close(flat(model).cpu(), form.proximal(theta, 0.1), 1e-6)
+
+
 @pytest.mark.parametrize("device", [GPU], indirect=True)
 def test_a_penalty_that_was_left_behind_is_named(device: torch.device) -> None:
     model, penalty = consolidated(torch.device("cpu"))
@@ -138,7 +162,7 @@ def test_files_know_no_device(
 ) -> None:
     """A penalty that was saved on one device is loaded on the CPU, and can be moved again."""
     model, penalty = consolidated(device, mode=mode)
-    penalty.save(tmp_path / "snapshot", dtype=dtype)
+    penalty.save(tmp_path / "snapshot", storage_dtype=dtype)
     loaded = EKFACPenalty.load(tmp_path / "snapshot")
     assert {t.device.type for term in loaded.terms for t in term.anchor.values()} == {"cpu"}
     assert {term.operator.device.type for term in loaded.terms} == {"cpu"}

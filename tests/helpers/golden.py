@@ -104,7 +104,7 @@ def main() -> None:
     """Write the files of the present format."""
     DATA.mkdir(exist_ok=True)
     operator().save(DATA / f"operator-{VERSION}.safetensors")
-    operator().save(DATA / f"operator-{VERSION}-bfloat16.safetensors", dtype=torch.bfloat16)
+    operator().save(DATA / f"operator-{VERSION}-bfloat16.safetensors", storage_dtype=torch.bfloat16)
     penalty().save(DATA / f"penalty-{VERSION}.safetensors")
     torch.save(operator().state_dict(), DATA / f"operator-{VERSION}.pt")
     torch.save(penalty().state_dict(), DATA / f"penalty-{VERSION}.pt")

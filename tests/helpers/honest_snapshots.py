@@ -121,7 +121,7 @@ def honest_snapshots(folder: str) -> dict[str, Honest]:
     found: dict[str, Honest] = {}
 
     def add(name: str, made: Loaded, dtype: torch.dtype | None = None) -> None:
-        made.save(path, dtype=dtype)
+        made.save(path, storage_dtype=dtype)
         found[name] = Honest(
             type(made),
             path.read_bytes(),

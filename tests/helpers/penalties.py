@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -157,6 +158,33 @@ def thinned(penalty: EKFACPenalty, rank: int) -> None:
     terms = [replace(t, operator=t.operator.map_blocks(fewer)) for t in penalty.terms]
     last = penalty._last_examples, penalty._last_loss_terms
     penalty._replace_terms(terms, penalty.num_tasks, *last)
+
+
+def nearest(penalty: EKFACPenalty) -> EKFACPenalty:
+    """The same penalty, with the orthonormal bases in float64 that are nearest to its own."""
+
+    def polar(basis: Tensor | None) -> Tensor | None:
+        if basis is None:
+            return None
+        left, _, right = torch.linalg.svd(basis.double(), full_matrices=False)
+        return left @ right
+
+    made = copy.deepcopy(penalty)
+    terms = [
+        replace(
+            term,
+            operator=term.operator.map_blocks(
+                lambda block: replace(
+                    block,
+                    gradient_basis=polar(block.gradient_basis),
+                    activation_basis=polar(block.activation_basis),
+                )
+            ),
+        )
+        for term in made.terms
+    ]
+    made._replace_terms(terms, made.num_tasks, made._last_examples, made._last_loss_terms)
+    return made
 
 
 def quadratic(penalty: EKFACPenalty, model: nn.Module, scale: float) -> Quadratic:

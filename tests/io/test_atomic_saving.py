@@ -249,7 +249,7 @@ def test_saved_onto_the_file_they_were_loaded_from(
         loaded.save(path)
         loaded = EKFACLinearOperator.load(path)
         assert digest_of(loaded) == digest_of(large(1))
-    loaded.save(path, dtype=dtype)
+    loaded.save(path, storage_dtype=dtype)
     assert digest_of(loaded) == digest_of(large(1))
 
 

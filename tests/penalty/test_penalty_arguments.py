@@ -488,14 +488,14 @@ def test_files_in_a_dtype_of_their_own(tmp_path: Path) -> None:
     """Bases and eigenvalues are stored in it, and nothing else is."""
     penalty, stored = learned(linear()), []
     for dtype in (None, torch.bfloat16):
-        penalty.save(tmp_path / "penalty", dtype=dtype)
+        penalty.save(tmp_path / "penalty", storage_dtype=dtype)
         stored.append({name: t.dtype for name, t in load_file(tmp_path / "penalty").items()})
     assert set(stored[0].values()) == {torch.float64}
     kept = {name for name, dtype in stored[1].items() if dtype != torch.bfloat16}
     assert kept == {name for name in stored[1] if "anchor" in name}
     assert len(kept) == 1
-    with pytest.raises((TypeError, ValueError), match=r"^dtype is torch\.int8"):
-        penalty.save(tmp_path / "penalty", dtype=torch.int8)
+    with pytest.raises((TypeError, ValueError), match=r"^storage_dtype is torch\.int8"):
+        penalty.save(tmp_path / "penalty", storage_dtype=torch.int8)
 
 
 def test_options_in_a_file_that_cannot_be_used(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_files_hold_ranks_and_the_option(tmp_path: Path) -> None:
     with torch.no_grad():
         net[0].weight.add_(0.1)
     assert torch.equal(penalty(net), loaded(net))
-    penalty.save(path, dtype=torch.bfloat16)
+    penalty.save(path, storage_dtype=torch.bfloat16)
     small = EKFACPenalty.load(path)
     assert ranks(small) == ranks(penalty)
     assert small(net).item() == pytest.approx(penalty(net).item(), rel=1e-2)

@@ -151,7 +151,7 @@ def large(seed: int) -> EKFACLinearOperator:
 def test_memory_for_damaged_files(dtype: torch.dtype | None, tmp_path: Path) -> None:
     """Never more than for the honest file, whatever a file declares."""
     path = tmp_path / "file"
-    large(0).save(path, dtype=dtype)
+    large(0).save(path, storage_dtype=dtype)
     content = path.read_bytes()
     honest_peak = peak_bytes(lambda: EKFACLinearOperator.load(path))
     header = json.loads(content[8 : header_end(content)])
@@ -276,7 +276,7 @@ def test_bases_of_few_bits_are_looked_at(size: int, tmp_path: Path) -> None:
         [random_block(("w",), (1, size, 1), seed=1, bases="g")], {"w": (size, 1)}, PROVENANCE
     )
     path, key = tmp_path / "file", "w/gradient_basis"
-    made.save(path, dtype=torch.bfloat16)
+    made.save(path, storage_dtype=torch.bfloat16)
     EKFACLinearOperator.load(path)
     with files.loaded(path) as state:
         for wrong in (

@@ -76,8 +76,8 @@ class RotateEWC(Adapter):
         """Load without a model."""
         return import_module("rotate_ewc").EKFACLinearOperator.load(path)
 
-    def prepare(self, workload: Workload, fisher: str, *, memory_budget: int = 2**30) -> Estimate:
-        """Make an operator and read its trace."""
+    def prepare(self, workload: Workload, fisher: str, **options: Any) -> Estimate:
+        """Make an operator, with options of its own, and read its trace."""
         operator = import_module("rotate_ewc").EKFACLinearOperator
         parameters = workload.trained_parameters
 
@@ -90,7 +90,7 @@ class RotateEWC(Adapter):
                 fisher_type=fisher,
                 seed=seed,
                 check_deterministic=False,
-                memory_budget=memory_budget,
+                **options,
             )
             return float(estimated.trace)
 
@@ -137,7 +137,7 @@ class Curvlinops(RotateEWC):
             loaded.load_state_dict(torch.load(path.with_suffix(".pt"), weights_only=False))
         return loaded
 
-    def prepare(self, workload: Workload, fisher: str, *, memory_budget: int = 0) -> Estimate:
+    def prepare(self, workload: Workload, fisher: str, **options: Any) -> Estimate:
         """Make an operator and read its trace; frozen parameters are constants for it."""
         make = _make_operators(workload, fisher)
         return lambda seed: float(make(seed).trace)
