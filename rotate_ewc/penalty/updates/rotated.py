@@ -178,10 +178,10 @@ class RotatedUpdate(DisplacedUpdate):
 
 def _cleaned(stack: Stack, step: Step) -> Tensor:
     """Return the gradient of a stack in its eigenbasis, without what are rounding errors alone."""
-    rotated, block = rotated_gradient(stack, step), stack.block
-    if block.gradient_basis is None and block.activation_basis is None:
-        rotated = rotated.clone()  # it may be the user's own
-    return without_rounding_errors_(rotated)
+    if stack.block.gradient_basis is None and stack.block.activation_basis is None:
+        # It may be the user's own.
+        return without_rounding_errors_(rotated_gradient(stack, step).clone())
+    return rotated_gradient(stack, step, without_rounding_errors_)
 
 
 def _replaced(whole: Tensor, inner: tuple[slice, ...], part: Tensor, parameter: Tensor) -> Tensor:
