@@ -84,6 +84,28 @@ def test_steps_of_damped_penalties(rank: int | None, case: str) -> None:
     follow(model, penalty, case, 2.5 / 10, steps=6)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_steps_of_tasks_with_few_words(case: str) -> None:
+    """Words that neither a snapshot nor the new task has are at rest; others come in one by one."""
+    model, penalty = consolidated("words", 1, damping=0.03)
+    with torch.no_grad():
+        model[0].weight.copy_(penalty.terms[0].anchor["0.weight"])
+    kind, options = CASES[case]
+    oracle, start = dense(penalty, model, kind, options), flat(model)
+    optimizer = kind(model.parameters(), **options)
+    with penalty.attach(optimizer, model):
+        for step in range(6):
+            gradients = draw(model, step)
+            absent = [word for word in range(20) if word not in (2, 4, 12, 13 + step % 2)]
+            model[0].weight.grad[absent] = 0.0
+            expected = advance(oracle, gradients, 2.5 / 9)
+            optimizer.step()
+    assert_close(flat(model) - start, expected - start, 1e-9)
+    at_rest = (model[0].weight - penalty.terms[0].anchor["0.weight"]).abs().amax(1) == 0
+    decays = bool(options.get("weight_decay"))
+    assert int(at_rest.sum()) == (0 if decays else 15)
+
+
 @pytest.mark.parametrize("rank", ["full", 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_their_eigenvalues_stay_equal_to_the_bit(dtype: torch.dtype, rank: Any) -> None:
