@@ -171,9 +171,9 @@ class RotatedUpdate(DisplacedUpdate):
             ratio = min(size.rate * factor, torch.finfo(spectrum.dtype).max)
             scale = gathered(size.scale)[inner]
             return torch.addcdiv(spectrum.new_ones(()), eigenvalues, scale, value=ratio)
-        stiffness = displacement.split(self.stiffness(displacement.stack))[key]
-        sizes = self._sizes(group, state, spectrum, inner)
-        return (_rows_of(stiffness, rows, anchor.shape) * sizes).add_(1.0)
+        whole = displacement.split(self.stiffness(displacement.stack))[key]
+        stiffness: Tensor = _rows_of(whole, rows, anchor.shape)
+        return (stiffness * self._sizes(group, state, spectrum, inner)).add_(1.0)
 
     def _shrunk(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
         """Return the coordinates after the optimizer's step and the proximal one."""
@@ -188,8 +188,9 @@ class RotatedUpdate(DisplacedUpdate):
                 moved = displacement.coordinates[key] + (moved - seen[key])
             elif name in step.sharded:
                 moved = moved.clone()  # the whole parameter is to be written into where it is
-            whole = step.parameters[name]
-            rows = None if name in step.sharded else _moving_rows(displacement.stack, moved, whole)
+            rows, whole = None, step.parameters[name]
+            if self.rule.decays_only and name not in step.sharded:  # rules of users want all rows
+                rows = _moving_rows(displacement.stack, moved, whole)
             shrinkage = self._shrinkage(displacement, key, name, step, rows)
             # What the optimizer made is nobody else's, so that it can be divided in place.
             if rows is None:
