@@ -35,6 +35,7 @@ METHOD_NAMES = (
     "replay",
     "rotated-ewc",
     "rotated-ewc-lean",
+    "rotated-ewc-tangent",
     "joint",
 )
 

@@ -47,6 +47,9 @@ class Method:
     def end(self, model: Any, data: Part) -> None:
         """Look at the training data of the task that has been learned."""
 
+    def finish(self) -> None:
+        """The last step of the task has been taken."""
+
     def found_strength(self) -> float | None:
         """Return the strength at the end."""
         return self.strength
@@ -193,6 +196,7 @@ class RotatedEWC(Method):
 
     strengths = (1e3, 1e4, 1e2)
     options: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    update: dict[str, Any] = {}  # noqa: RUF012 (never changed)
 
     def __init__(self, strength: float | None, *, examples: int, seed: int) -> None:
         """Protect nothing yet."""
@@ -201,7 +205,11 @@ class RotatedEWC(Method):
 
     def begin(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Take part in the optimizer's steps."""
-        self.handle = self.penalty.attach(optimizer, model)
+        self.handle = self.penalty.attach(optimizer, model, **self.update)
+
+    def finish(self) -> None:
+        """Apply what the update has put off."""
+        self.handle.flush()
 
     def end(self, model: Any, data: Part) -> None:
         """Remember the task."""
@@ -219,6 +227,12 @@ class LeanRotatedEWC(RotatedEWC):
     options = {"rank": 64, "exclude": ["*word_embeddings*"]}  # noqa: RUF012 (never changed)
 
 
+class TangentRotatedEWC(RotatedEWC):
+    """The same penalty, of which the optimizer sees a tangent plane, renewed every 20 steps."""
+
+    update = {"update": "tangent", "every": 20}  # noqa: RUF012 (never changed)
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "naive": Method,
     "l2": L2,
@@ -227,6 +241,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "replay": Replay,
     "rotated-ewc": RotatedEWC,
     "rotated-ewc-lean": LeanRotatedEWC,
+    "rotated-ewc-tangent": TangentRotatedEWC,
     "joint": Joint,
 }
 

@@ -138,6 +138,7 @@ def learn(model: Any, task: Task, method: Method, training: Training, seed: int)
     start = time.process_time()
     for chosen in order:
         _step(model, optimizer, method, task.train.part(chosen))
+    method.finish()
     return time.process_time() - start
 
 

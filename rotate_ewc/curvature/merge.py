@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -160,15 +161,28 @@ def _merge_blocks(blocks: Sequence[Block], shape: torch.Size, rank: Rank | None)
         )
         for block, of_outputs, of_inputs in zip(blocks, outputs, inputs, strict=True)
     ]
+    if activation_basis is None:
+        pairs = zip(projected, blocks, strict=True)
+        projected = [_averages(p, b.eigenvalues, b.shape[1] < d_out) for p, b in pairs]
     merged = replace(
         blocks[0],
         gradient_basis=gradient_basis,
         activation_basis=activation_basis,
-        eigenvalues=torch.stack(projected).sum(dim=0),
+        # One after the other, so that all entries are rounded alike.
+        eigenvalues=reduce(torch.add, projected),
     )
     if rank is None:
         return cut(merged, merged_rank(outputs), merged_rank(inputs))
     return cut(merged, *ranks_of_sum(rank, merged))
+
+
+def _averages(projected: Tensor, eigenvalues: Tensor, has_grown: bool) -> Tensor:
+    """Bring what are averages over directions of outputs to where these can be, but for rounding.
+
+    Inputs with only one eigenvalue, such as words that no example had, keep it to the bit.
+    """
+    least = None if has_grown else eigenvalues.amin(dim=1, keepdim=True)
+    return projected.clamp(least, eigenvalues.amax(dim=1, keepdim=True))
 
 
 def _side(basis: Basis, size: int, weights: Tensor, new_size: int) -> Side:

@@ -37,6 +37,11 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
+def laid_out(matrix: Tensor, transposed: bool) -> Tensor:
+    """Return a block's matrix with the entries in memory as they are in the parameter."""
+    return matrix.mT.contiguous().mT if transposed else matrix
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """`F ≈ (Q_g ⊗ Q_a) diag(Λ) (Q_g ⊗ Q_a)ᵀ` on one parameter, or on a weight and its bias.
@@ -49,6 +54,9 @@ class Block:
     A basis may be *thin*: k of d eigenvectors. All directions of its complement share their mean
     eigenvalues, stored as the last row or column of Λ. So traces and partial traces are exact for
     every k.
+
+    If a block has no basis for its inputs, only inputs with different eigenvalues are rotated
+    (`rotated_inputs`), not the words that no example had.
 
     Bases may be *stored* in a smaller dtype than the eigenvalues. The block is then the one with
     the orthonormal bases that `restored` has in their place, for as long as a product takes.
@@ -199,7 +207,28 @@ class Block:
             vars(block)["_completed"] = self._completed
         return block
 
-    def rotate(self, tensors: Mapping[str, Tensor], *, columns: bool = False) -> Tensor:
+    @cached_property
+    def rotated_inputs(self) -> Tensor | None:
+        """The numbers of the inputs that are rotated, `[n]`, in order; None if all are.
+
+        Where the inputs have no basis, and all eigenvalues of one are the same number c, its part
+        of the matrix is c I, whatever the basis of the outputs. So it stays as it is: the rows of
+        words that no example had, which are most of a large vocabulary.
+        """
+        if self.activation_basis is not None or self.gradient_basis is None:
+            return None
+        differing = (self.eigenvalues != self.eigenvalues[:, :1]).any(dim=1).any(dim=0)
+        numbers = differing.nonzero().flatten()
+        # Where more are rotated, putting them among the others takes longer than it saves.
+        return numbers if 2 * len(numbers) <= len(differing) else None
+
+    def rotate(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        columns: bool = False,
+        finish: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Gather parameter-shaped tensors D and express them in the eigenbasis, `Q_gᵀ D Q_a`.
 
         A thin basis is completed to an orthogonal one (`rotate_ewc.linalg.completion`).
@@ -207,12 +236,15 @@ class Block:
         Args:
             tensors: By name, `[*shape]` or `[K, *shape]`; only those of the block are read.
             columns: Whether there are K of each.
+            finish: What to make of the products, in any orientation, and perhaps in place. Inputs
+                that are not rotated are left out.
 
         Returns:
-            `[groups, d_out, d_in]` or `[K, groups, d_out, d_in]`, in the dtype of the eigenvalues.
+            `[groups, d_out, d_in]` or `[K, groups, d_out, d_in]`, in the dtype of the eigenvalues
+            and, where the block is transposed, with the inputs first in memory.
         """
         matrix = self.gather(tensors, columns=columns).to(self.eigenvalues.dtype)
-        return kronecker.to_eigenbasis(matrix, *self.restored._rotations)
+        return self._turned(matrix, kronecker.to_eigenbasis, finish)
 
     def unrotate(self, matrix: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Undo `rotate`: return `Q_g D Q_aᵀ`, split into the parameters.
@@ -228,7 +260,7 @@ class Block:
 
     def from_eigenbasis(self, matrix: Tensor) -> Tensor:
         """Return `Q_g D Q_aᵀ` for a matrix D in the eigenbasis, or for K of them, as one matrix."""
-        return kronecker.from_eigenbasis(matrix, *self.restored._rotations)
+        return self._turned(matrix, kronecker.from_eigenbasis)
 
     def multiply(self, matrix: Tensor) -> Tensor:
         """Return F D for a gathered matrix D, or for K of them, in the standard basis.
@@ -238,26 +270,26 @@ class Block:
         """
         own = self.restored
         if own.products is None:
-            rotated = kronecker.to_eigenbasis(matrix, *own._rotations)
+            rotated = own._turned(matrix, kronecker.to_eigenbasis)
             return own.from_eigenbasis(own.spectrum * rotated)
         return own.products.product(matrix, own.products.form(matrix)[1])
 
     @cached_property
     def products(self) -> ThinProducts | None:
-        """Products in the kept directions alone; None where all are kept.
+        """Products in the kept directions alone; None where all are kept, or few inputs rotated.
 
         Of a block whose bases are stored in another dtype, those of `restored`.
         """
         if self.storage_dtype is not None:
             raise RuntimeError(f"the bases of {self.label!r} are to be restored first")
-        if not self.is_thin:
+        if not self.is_thin or self.rotated_inputs is not None:
             return None
         return thin_products(self.gradient_basis, self.activation_basis, self.eigenvalues)
 
     def prepare(self) -> None:
         """Compute cached tensors now rather than in the first product, which may be compiled."""
         if self.storage_dtype is None and self.products is None:
-            _ = self._rotations, self.spectrum
+            _ = self._rotations, self.spectrum, self.rotated_inputs
 
     def diagonal_in(self, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
         """Return the diagonal of the block's matrix in another basis.
@@ -310,6 +342,27 @@ class Block:
         count = matrix.shape[:-3]
         return {name: part.reshape((*count, *shapes[name])) for name, part in parts.items()}
 
+    def _turned(
+        self,
+        matrix: Tensor,
+        turn: Callable[[Tensor, Rotation, Rotation], Tensor],
+        finish: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Rotate a matrix, or K of them, into or out of the eigenbasis."""
+        gradient, activation = self.restored._rotations
+        if self.rotated_inputs is not None:
+            # Rows of inputs lie together in memory, where they are looked up.
+            inputs = matrix.mT
+            turned = turn(inputs.index_select(-2, self.rotated_inputs), None, gradient)
+            turned = turned if finish is None else finish(turned)
+            return inputs.index_copy(-2, self.rotated_inputs, turned).mT
+        if self.transposed:
+            matrix = turn(matrix.mT, activation, gradient)
+        else:
+            matrix = turn(matrix, gradient, activation)
+        matrix = matrix if finish is None else finish(matrix)
+        return matrix.mT if self.transposed else matrix
+
     @cached_property
     def _completed(self) -> tuple[CompletedBasis | None, CompletedBasis | None]:
         """What the thin bases are completed to; None for a side that is whole."""
@@ -344,7 +397,7 @@ class Block:
         if activation is not None:
             columns = activation.numbers(d_in)[:, None, :]
             spread = spread.gather(2, columns.expand(-1, spread.shape[1], -1))
-        return spread
+        return laid_out(spread, self.transposed)
 
     def _matrix(self, tensor: Tensor, columns: bool) -> Tensor:
         groups, d_out, _ = self.shape

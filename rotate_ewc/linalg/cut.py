@@ -92,8 +92,12 @@ def _averaged(eigenvalues: Tensor, kept: Tensor, rank: int, size: int) -> Tensor
     others.scatter_(1, kept, 0.0)
     # Added up as what they are, at least 0, and not as a difference, which could be less.
     sums = (others[:, :, None] * eigenvalues).sum(dim=1, keepdim=True)
+    least = eigenvalues.masked_fill(others[:, :, None] == 0, torch.inf).amin(dim=1, keepdim=True)
+    most = eigenvalues.masked_fill(others[:, :, None] == 0, 0.0).amax(dim=1, keepdim=True)
+    # Of equal numbers the mean is that number, to the bit.
+    mean = (sums / (size - kept.shape[1])).clamp(least, most)
     rows = kept[:, :, None].expand(-1, -1, eigenvalues.shape[2])
-    return torch.cat([eigenvalues.gather(1, rows), sums / (size - kept.shape[1])], dim=1)
+    return torch.cat([eigenvalues.gather(1, rows), mean], dim=1)
 
 
 def _rank_of_side(rank: Rank, size: int, other: int, kept: int, traces: Tensor) -> int | None:

@@ -64,7 +64,7 @@ class _QuadraticForm(torch.autograd.Function):
                 continue
             rotated = block.rotate(by_name)
             parts.append(block.spectrum * rotated)
-            values.append(torch.dot(parts[-1].flatten(), rotated.flatten()))
+            values.append(_inner(parts[-1], rotated, block.transposed))
         return torch.stack(values).sum(), *parts
 
     @staticmethod
@@ -106,6 +106,13 @@ def _product(block: Block, tensors: Mapping[str, Tensor], parts: Iterator[Tensor
     if torch.is_grad_enabled():
         own = block.products.form(matrix)[1]
     return block.products.product(matrix, own)
+
+
+def _inner(first: Tensor, second: Tensor, transposed: bool) -> Tensor:
+    """Return the inner product of matrices that lie in memory as those of a block do."""
+    if transposed:
+        first, second = first.mT, second.mT
+    return torch.dot(first.flatten(), second.flatten())
 
 
 def _gathered(block: Block, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rotate_ewc.curvature.operator import EKFACLinearOperator
-from rotate_ewc.linalg.block import Block
+from rotate_ewc.linalg.block import Block, laid_out
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,12 @@ def _stack(index: int, members: Sequence[tuple[Term, Block]]) -> Stack:
     anchors = tuple(
         _stacked([term.anchor[name] for term, _ in members]) for name in first.parameters
     )
+    eigenvalues = torch.cat([block.eigenvalues * term.weight for term, block in members])
     block = Block(
         tuple(f"{index}/{name}" for name in first.parameters),
         _joined([block.gradient_basis for _, block in members]),
         _joined([block.activation_basis for _, block in members]),
-        torch.cat([block.eigenvalues * term.weight for term, block in members]),
+        laid_out(eigenvalues, first.transposed),
         first.transposed,
     )
     # Found now, and not in the first product, which may be compiled.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import (
     SGD,
@@ -94,10 +95,27 @@ def coordinates(penalty: EKFACPenalty, model: nn.Module) -> Coordinates:
             sides = zip(completed(block, 0), completed(block, 1), strict=True)
             for group, (left, right) in enumerate(sides):
                 index = where[entries[group]].flatten()
-                basis[index[:, None], index] = torch.from_numpy(np.kron(left, right))
-                eigenvalues[index] = torch.from_numpy(spread(block, group).flatten())
+                values = spread(block, group)
+                turned = torch.from_numpy(np.kron(left, right))
+                if block.activation_basis is None and block.gradient_basis is not None:
+                    turned = _without_turning_equals(turned, values)
+                basis[index[:, None], index] = turned
+                eigenvalues[index] = torch.from_numpy(values.flatten())
         anchor[where] = torch.cat([term.anchor[name].flatten() for name in inner]).double()
     return Coordinates(basis, eigenvalues, anchor)
+
+
+def _without_turning_equals(basis: Tensor, values: NDArray[np.float64]) -> Tensor:
+    """Leave inputs as they are that have but one eigenvalue, if they are half of all or more."""
+    d_out, d_in = values.shape
+    equal = [i for i in range(d_in) if len(set(values[:, i].tolist())) == 1]
+    if 2 * len(equal) < d_in:
+        return basis
+    kept = basis.clone()
+    places = torch.arange(d_out * d_in).reshape(d_out, d_in)[:, equal].flatten()
+    kept[places], kept[:, places] = 0.0, 0.0
+    kept[places, places] = 1.0
+    return kept
 
 
 def dense(

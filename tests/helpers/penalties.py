@@ -40,10 +40,16 @@ def transposed() -> nn.Module:
     )
 
 
+def words() -> nn.Module:
+    """Tasks have five of the twenty words, some of them the same, and all of them nine."""
+    return nn.Sequential(nn.Embedding(20, 3), nn.Flatten(), nn.Linear(9, 3))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "plain": (plain, (4,)),
     "grouped": (grouped, (2, 5)),
     "transposed": (transposed, (3,)),
+    "words": (words, (3,)),
 }
 
 
@@ -58,6 +64,8 @@ def task(name: str, seed: int, n: int = 9, classes: int = 3) -> Batches:
     shape = (n, *MODELS[name][1])
     if name == "transposed":
         inputs = torch.randint(6, shape, generator=generator)
+    elif name == "words":
+        inputs = torch.randint(5, shape, generator=generator) + 2 * (seed % 3)
     else:
         inputs = torch.randn(shape, generator=generator, dtype=torch.float64)
     targets = torch.randint(classes, (n,), generator=generator)

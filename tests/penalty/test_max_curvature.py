@@ -88,7 +88,9 @@ def descend(penalty: EKFACPenalty, model: nn.Module, learning_rate: float, steps
     return penalty(model).item() / first
 
 
-@pytest.mark.parametrize(("name", "strength"), list(zip(MODELS, [0.3, 2.5, 40.0], strict=True)))
+@pytest.mark.parametrize(
+    ("name", "strength"), list(zip(MODELS, [0.3, 2.5, 40.0, 1.0], strict=True))
+)
 def test_warns_exactly_where_gradient_descent_diverges(name: str, strength: float) -> None:
     model, penalty = learned(name, 2, strength)
     limit = 2 / largest_eigenvalue(penalty, model)

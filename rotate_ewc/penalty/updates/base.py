@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -237,14 +237,22 @@ def fits_all(stack: Stack, step: Step) -> bool:
     return all(fits(name, step.parameters, anchor[0]) for _, name, anchor in stack.members)
 
 
-def rotated_gradient(stack: Stack, step: Step) -> Tensor:
-    """Return the loss's gradient of a stack in its eigenbasis, `[groups, d_out, d_in]`."""
+def rotated_gradient(
+    stack: Stack, step: Step, finish: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Return the loss's gradient of a stack in its eigenbasis, `[groups, d_out, d_in]`.
+
+    Args:
+        stack: The stack.
+        step: The step.
+        finish: What to make of the products, as in `Block.rotate`.
+    """
     dtype = stack.block.eigenvalues.dtype
     gradients = {
         key: protected_slice(name, step.gradients, anchor[0]).to(dtype)
         for key, name, anchor in stack.members
     }
-    return stack.block.rotate(gradients)
+    return stack.block.rotate(gradients, finish=finish)
 
 
 def _moves(stack: Stack, step: Step) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rotate_ewc._utils.parameters import fits
@@ -61,9 +62,18 @@ def add_gradients(update: Update, step: Step, gradients: Mapping[str, Tensor]) -
     for stack in update.penalty.stacks:
         for key, name, anchor in stack.members:
             if name in step.groups and fits(name, step.parameters, anchor[0]):
-                whole = step.gradients[name].clone()
-                part = whole[tuple(map(slice, anchor.shape[1:]))]
-                part.add_(gradients[key][0] * (update.penalty.scale * step.factor(name)))
+                scale = update.penalty.scale * step.factor(name)
+                whole = _sum(step.gradients[name], gradients[key][0], scale)
                 update.stand_ins.put(step.held(name), whole)
     for name in step.groups:
         update.stand_ins.restart(step.optimizer, step.held(name), 0)
+
+
+def _sum(whole: Tensor, part: Tensor, scale: Tensor | float) -> Tensor:
+    """Return a tensor whose leading slice has another one, times a number, added to it."""
+    alike = part.shape == whole.shape and part.dtype == whole.dtype
+    if alike and isinstance(scale, float) and abs(scale) <= torch.finfo(whole.dtype).max:
+        return torch.add(whole, part, alpha=scale)  # in one pass through memory
+    total = whole.clone()
+    total[tuple(map(slice, part.shape))].add_(part * scale)
+    return total

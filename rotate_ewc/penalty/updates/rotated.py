@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,43 +124,59 @@ class RotatedUpdate(DisplacedUpdate):
         for key, name, anchor in stack.members:
             inner = tuple(map(slice, anchor.shape[1:]))
             moved = step.parameters[name].detach()[inner] - seen[key]
-            sizes[key] = self._size(name, inner, step).expand_as(moved)
+            state = step.state(name)
+            sizes[key] = self._sizes(step.groups[name], state, moved, inner).expand_as(moved)
             gains[key] = (moved.square() / sizes[key]).nan_to_num(0.0, 0.0)
         block = stack.block
         stiffnesses = block.gather(sizes) * block.spectrum * self.penalty.scale_of_one
         return Progress(block.gather(gains), stiffnesses, gradient.square(), block.spectrum)
 
-    def _size(self, name: str, inner: tuple[slice, ...], step: Step) -> Tensor:
-        """Return η for the protected part of a parameter."""
-        size = self.rule.size(step.groups[name], step.state(name))
-        if isinstance(size, Tensor):
-            size = gathered(size)
-        else:
-            return step.parameters[name].new_tensor(size)
+    def _sizes(
+        self,
+        group: Mapping[str, Any],
+        state: Mapping[str, Any],
+        like: Tensor,
+        inner: tuple[slice, ...],
+    ) -> Tensor:
+        """Return η for a slice of a parameter, in the dtype of a tensor if it is one number."""
+        size = self.rule.size(group, state)
+        if not isinstance(size, Tensor):
+            return like.new_tensor(size)
+        size = gathered(size)
         return size[inner] if size.ndim else size
 
-    def _shrinkages(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
-        """Return 1 + η λ Λ by the stack's own names, where possible in one pass over Λ."""
-        spectrum = displacement.stack.block.spectrum
-        eigenvalues = displacement.split(spectrum)
+    def _shrinkage(
+        self, displacement: Displacement, key: str, name: str, step: Step, rows: Tensor | None
+    ) -> Tensor:
+        """Return 1 + η λ Λ of a parameter, or of some of its rows, if possible in one pass over Λ.
+
+        Args:
+            displacement: That of its stack.
+            key: The stack's own name for it.
+            name: Its name.
+            step: The step.
+            rows: Which rows; None is all.
+        """
+        spectrum, anchor = displacement.stack.block.spectrum, displacement.coordinates[key]
+        inner = tuple(map(slice, anchor.shape))
+        group, state = step.groups[name], step.state(name)
+        if rows is not None:
+            like = step.parameters[name].shape
+            state = {n: _rows_of(value, rows, like) for n, value in state.items()}
+            inner = (slice(None),)
         factor = min(self.penalty.scale, torch.finfo(spectrum.dtype).max)
-        one = spectrum.new_ones(())
-        found = {}
-        for key, name, anchor in displacement.stack.members:
-            inner = tuple(map(slice, anchor.shape[1:]))
-            size = self.rule.quotient(step.groups[name], step.state(name))
-            if isinstance(size, Quotient) and isinstance(size.rate, float):
-                ratio = min(size.rate * factor, torch.finfo(spectrum.dtype).max)
-                scale = gathered(size.scale)[inner]
-                found[key] = torch.addcdiv(one, eigenvalues[key], scale, value=ratio)
-                continue
-            stiffness = displacement.split(self.stiffness(displacement.stack))[key]
-            found[key] = (stiffness * self._size(name, inner, step)).add_(1.0)
-        return found
+        size = self.rule.quotient(group, state)
+        if isinstance(size, Quotient) and isinstance(size.rate, float):
+            eigenvalues = _rows_of(displacement.split(spectrum)[key], rows, anchor.shape)
+            ratio = min(size.rate * factor, torch.finfo(spectrum.dtype).max)
+            scale = gathered(size.scale)[inner]
+            return torch.addcdiv(spectrum.new_ones(()), eigenvalues, scale, value=ratio)
+        whole = displacement.split(self.stiffness(displacement.stack))[key]
+        stiffness: Tensor = _rows_of(whole, rows, anchor.shape)
+        return (stiffness * self._sizes(group, state, spectrum, inner)).add_(1.0)
 
     def _shrunk(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
         """Return the coordinates after the optimizer's step and the proximal one."""
-        shrinkages = self._shrinkages(displacement, step)
         shifted = self._shift(displacement, step) is not None
         seen = self._seen(displacement, step) if shifted else {}
         shrunk = {}
@@ -171,17 +188,42 @@ class RotatedUpdate(DisplacedUpdate):
                 moved = displacement.coordinates[key] + (moved - seen[key])
             elif name in step.sharded:
                 moved = moved.clone()  # the whole parameter is to be written into where it is
+            rows, whole = None, step.parameters[name]
+            if self.rule.decays_only and name not in step.sharded:  # rules of users want all rows
+                rows = _moving_rows(displacement.stack, moved, whole)
+            shrinkage = self._shrinkage(displacement, key, name, step, rows)
             # What the optimizer made is nobody else's, so that it can be divided in place.
-            shrunk[key] = moved.div_(shrinkages[key])
+            if rows is None:
+                shrunk[key] = moved.div_(shrinkage)
+            else:
+                shrunk[key] = moved.index_copy_(0, rows, moved.index_select(0, rows) / shrinkage)
         return shrunk
 
 
 def _cleaned(stack: Stack, step: Step) -> Tensor:
     """Return the gradient of a stack in its eigenbasis, without what are rounding errors alone."""
-    rotated, block = rotated_gradient(stack, step), stack.block
-    if block.gradient_basis is None and block.activation_basis is None:
-        rotated = rotated.clone()  # it may be the user's own
-    return without_rounding_errors_(rotated)
+    if stack.block.gradient_basis is None and stack.block.activation_basis is None:
+        # It may be the user's own.
+        return without_rounding_errors_(rotated_gradient(stack, step).clone())
+    return rotated_gradient(stack, step, without_rounding_errors_)
+
+
+def _moving_rows(stack: Stack, moved: Tensor, parameter: Tensor) -> Tensor | None:
+    """Return which rows of a large vocabulary are not at their anchor; None if it is not one.
+
+    The others stay where they are, however strong the penalty is: words that the new task has not.
+    """
+    if stack.block.rotated_inputs is None or moved.shape != parameter.shape:
+        return None
+    moving = moved.flatten(1).any(dim=1).nonzero().flatten()
+    return moving if 2 * len(moving) <= len(moved) else None
+
+
+def _rows_of(value: Any, rows: Tensor | None, shape: Sequence[int]) -> Any:
+    """Return some rows of a tensor of a shape, and all else as it is."""
+    if rows is None or not isinstance(value, Tensor) or value.shape != shape:
+        return value
+    return value.index_select(0, rows)
 
 
 def _replaced(whole: Tensor, inner: tuple[slice, ...], part: Tensor, parameter: Tensor) -> Tensor:

@@ -137,7 +137,11 @@ class Averages:
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies, and how many gradients were taken in."""
-        return {"m": self._mean.clone(), "v": self._square.clone(), "steps": self._steps}
+        # In one layout, whatever that of the block.
+        mean, square = (
+            t.clone(memory_format=torch.contiguous_format) for t in (self._mean, self._square)
+        )
+        return {"m": mean, "v": square, "steps": self._steps}
 
     @classmethod
     def from_state_dict(cls, stack: Stack, label: str, state: Mapping[str, Any]) -> Averages:
