@@ -215,7 +215,8 @@ class Block:
         of the matrix is c I, whatever the basis of the outputs. So it stays as it is: the rows of
         words that no example had, which are most of a large vocabulary.
         """
-        if self.activation_basis is not None or self.gradient_basis is None:
+        has_bases = self.activation_basis is not None or self.gradient_basis is None
+        if has_bases or self.eigenvalues.is_meta:
             return None
         differing = (self.eigenvalues != self.eigenvalues[:, :1]).any(dim=1).any(dim=0)
         numbers = differing.nonzero().flatten()

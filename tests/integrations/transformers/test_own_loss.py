@@ -220,9 +220,7 @@ def test_pairs_are_refused() -> None:
 @pytest.mark.parametrize("kind", [BertModel, BertForPreTraining])
 def test_models_of_which_no_loss_is_known_are_refused(kind: Any) -> None:
     model = kind(hf_models.bert_config())
-    refused(
-        model, [hf_models.masked()], f"the loss that {kind.__name__} is trained with is unknown"
-    )
+    refused(model, [hf_models.masked()], f"that {kind.__name__} is trained with is unknown")
 
 
 def test_the_advice_for_unknown_losses_works() -> None:
