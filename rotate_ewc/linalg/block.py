@@ -190,8 +190,13 @@ class Block:
         """
         if self.activation_basis is not None or self.gradient_basis is None:
             return None
-        differing = (self.eigenvalues != self.eigenvalues[:, :1]).any(dim=1).any(dim=0)
-        numbers = differing.nonzero().flatten()
+        values = self.eigenvalues
+        if values.shape[2] == 1 or values.is_meta:  # a bias; no numbers at all
+            return None
+        # A caller may be in inference mode, whose tensors cannot be used outside of it.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            differing = (values != values[:, :1]).any(dim=1).any(dim=0)
+            numbers = differing.nonzero().flatten()
         # Where more are rotated, putting them among the others takes longer than it saves.
         return numbers if 2 * len(numbers) <= len(differing) else None
 
