@@ -215,11 +215,16 @@ class Block:
         of the matrix is c I, whatever the basis of the outputs. So it stays as it is: the rows of
         words that no example had, which are most of a large vocabulary.
         """
-        has_bases = self.activation_basis is not None or self.gradient_basis is None
-        if has_bases or self.eigenvalues.is_meta:
+        looked_up = self.activation_basis is None and self.gradient_basis is not None
+        if not looked_up or self.eigenvalues.is_meta:
             return None
-        differing = (self.eigenvalues != self.eigenvalues[:, :1]).any(dim=1).any(dim=0)
-        numbers = differing.nonzero().flatten()
+        values = self.eigenvalues
+        if values.shape[2] == 1 or values.is_meta:  # a bias; no numbers at all
+            return None
+        # A caller may be in inference mode, whose tensors cannot be used outside of it.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            differing = (values != values[:, :1]).any(dim=1).any(dim=0)
+            numbers = differing.nonzero().flatten()
         # Where more are rotated, putting them among the others takes longer than it saves.
         return numbers if 2 * len(numbers) <= len(differing) else None
 

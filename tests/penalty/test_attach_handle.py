@@ -393,8 +393,9 @@ def test_half_precision_is_refused_with_a_remedy() -> None:
     assert not torch.equal(flat(model), before)
 
 
-def test_penalty_on_another_device_is_named() -> None:
-    model, penalty = consolidated("plain", 1)
+@pytest.mark.parametrize("name", ["plain", "words"])
+def test_penalty_on_another_device_is_named(name: str) -> None:
+    model, penalty = consolidated(name, 1)
     optimizer = Adam(model.parameters(), lr=0.1)
     penalty.attach(optimizer, model)
     penalty.to("meta")

@@ -20,6 +20,7 @@ from tests.helpers.penalties import (
     Batches,
     consolidated,
     flat,
+    flat_gradient,
     make,
     move,
     quadratic,
@@ -220,6 +221,17 @@ def test_resumed_runs_end_in_the_same_bits(tmp_path: Any) -> None:
         part.load_state_dict(state)
     train(other, optimizer, range(8, 16))
     assert torch.equal(flat(other), flat(model))
+
+
+def test_first_used_in_inference_mode() -> None:
+    """What is found there serves outside of it too."""
+    model, penalty = consolidated("words", 1)
+    form = quadratic(penalty, model, 2.5 / 9)
+    vars(block_of_words(penalty)).pop("rotated_inputs")
+    with torch.inference_mode():
+        assert_close(penalty(model), form.value(flat(model)))
+    penalty(model).backward()
+    assert_close(flat_gradient(model), form.gradient(flat(model)))
 
 
 class Tied(nn.Module):
