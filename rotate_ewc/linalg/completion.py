@@ -72,7 +72,7 @@ def complete(basis: Tensor) -> CompletedBasis:
         Q in the dtype of the basis, orthogonal up to a few units in the last place.
     """
     # A caller may be in inference mode, whose tensors cannot be used outside of it.
-    with torch.inference_mode(mode=False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         groups, size, rank = basis.shape
         doubled = basis.detach().double()
         order = _pivoted_rows(doubled)

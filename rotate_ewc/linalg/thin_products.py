@@ -168,7 +168,7 @@ def thin_products(
 ) -> ThinProducts:
     """Return the products of a block that is thin on one side or on both, as `Block` has them."""
     # A caller may be in inference mode, whose tensors cannot be used outside of it.
-    with torch.inference_mode(mode=False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         if activation_basis is None or not _is_thin(activation_basis):
             if gradient_basis is None:
                 raise ValueError("neither basis is thin; expected one that is")

@@ -33,6 +33,7 @@ OPTIONS: dict[str, Any] = {
     "kfac_approx": "reduce",
     "rank": {"0.*": 4, "*": 0.9},
     "diagonal": ("2.weight",),
+    "storage_dtype": torch.bfloat16,
     "separate_weight_and_bias": False,
     "seed": 3,
     "memory_budget": 2**20,
