@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any, get_type_hints
 
 import pytest
+import torch
 
 from rotate_ewc import (
     EKFACLinearOperator,
@@ -38,6 +39,7 @@ OTHERS: dict[str, Any] = {
     "kfac_approx": "reduce",
     "rank": 8,
     "diagonal": ("*.bias",),
+    "storage_dtype": torch.bfloat16,
     "separate_weight_and_bias": False,
     "seed": 5,
     "memory_budget": 1000,
@@ -100,8 +102,10 @@ def test_types_of_options_are_those_of_the_settings() -> None:
     assert not EstimationOptions.__total__
     options, settings = get_type_hints(EstimationOptions), get_type_hints(EstimationSettings)
     for name, kind in settings.items():
-        is_choice = inspect.isclass(kind) and issubclass(kind, Choice)
-        assert options[name] == (kind | str if is_choice else kind), name
+        has_names = kind == torch.dtype | None or (
+            inspect.isclass(kind) and issubclass(kind, Choice)
+        )
+        assert options[name] == (kind | str if has_names else kind), name
 
 
 def test_types_of_penalty_options_are_those_of_the_constructor() -> None:

@@ -213,7 +213,8 @@ def _moving_rows(stack: Stack, moved: Tensor, parameter: Tensor) -> Tensor | Non
 
     The others stay where they are, however strong the penalty is: words that the new task has not.
     """
-    if stack.block.rotated_inputs is None or moved.shape != parameter.shape:
+    is_table = stack.block.transposed and moved.ndim > 1
+    if not is_table or stack.block.rotated_inputs is None or moved.shape != parameter.shape:
         return None
     moving = moved.flatten(1).any(dim=1).nonzero().flatten()
     return moving if 2 * len(moving) <= len(moved) else None

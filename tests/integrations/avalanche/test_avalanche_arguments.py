@@ -71,6 +71,7 @@ OTHERS: dict[str, tuple[Any, Any]] = {
     "seed": (12, 12),
     "rank": (5, 5),
     "diagonal": (["3.*"], ("3.*",)),
+    "storage_dtype": ("bfloat16", torch.bfloat16),
     "group": (None, None),
     "memory_budget": (2**20, 2**20),
     "num_per_example_loss_terms": (1, 1),
