@@ -40,7 +40,7 @@ class Options:
 
     All have one thread and talk through gloo; in every round one process estimates alone, and then
     all do together. Tells how much faster they are, in the passes over the data and in the
-    decompositions (of which each process has its own), and what goes through collectives. For more
+    decompositions (of which each process has its own), and what a process sends. For more
     processes, seconds are planned: the passes divided by their number, the decompositions of the
     busiest, and what is exchanged at a given bandwidth. Writes processes.json.
 
@@ -68,7 +68,7 @@ class Share:
     Attributes:
         seconds: From when all were ready until all were done.
         decompositions: Size and seconds of every ``eigh``.
-        exchanged: Bytes that were given to collectives.
+        exchanged: Bytes of the tensors that it sent.
         memory: Bytes by which the peak of resident memory was above what was there before.
         trace: Trace of the matrix.
     """
@@ -122,7 +122,7 @@ class Case:
         )
 
     def exchanged(self) -> int:
-        """Bytes that the busiest process gives to collectives."""
+        """Bytes that the busiest process sends."""
         return max(share.exchanged for share in self.together[0])
 
     def planned(self, processes: int, bandwidth: float) -> float:
@@ -299,17 +299,19 @@ def decompositions_in(share: Share) -> Iterator[None]:
 
 @contextmanager
 def exchanges_in(share: Share) -> Iterator[None]:
-    """Count the bytes of all tensors that are given to collectives."""
+    """Count the bytes of all tensors that this process sends."""
     import torch.distributed as dist
 
     def counted(collective: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(collective)
         def counting(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            share.exchanged += tensor.nbytes
+            receives = collective is broadcast and args[0] != dist.get_rank()
+            share.exchanged += 0 if receives else tensor.nbytes
             return collective(tensor, *args, **kwargs)
 
         return counting
 
+    broadcast = dist.broadcast
     with ExitStack() as stack:
         for name in COLLECTIVES:
             stack.enter_context(mock.patch.object(dist, name, counted(getattr(dist, name))))
