@@ -132,8 +132,7 @@ def sides_of(
 
 def owners_of(sides: Sequence[Side], ranks: Ranks) -> list[int]:
     """Return which process decomposes each factor."""
-    shapes = (side.total.diagonal.shape for side in sides)
-    return ranks.owners([groups * size**3 for groups, size in shapes])
+    return ranks.owners([side.total.decomposition_cost for side in sides])
 
 
 def decompose(

@@ -143,6 +143,23 @@ class OuterProducts:
         return Held("matrix", size)
 
     @property
+    def decomposition_cost(self) -> float:
+        """About how many operations a decomposition of the sum takes.
+
+        It depends on nothing but size, groups and truncation. `eigh` of d rows is counted as 9 d³;
+        if only a sketch or the range of w columns is decomposed, their products and QR as well.
+        """
+        (groups, size), form = self._diagonal.shape, self.form_of_sum
+        width = leading.range_width(size, self._most) if self.truncation is not None else None
+        if form.kind == "sketch":
+            cost = 8.0 * size * form.size**2 + 18.0 * form.size**3
+        elif width is not None:
+            cost = 6.0 * size**2 * width + 8.0 * size * width**2 + 9.0 * width**3
+        else:
+            cost = 9.0 * size**3
+        return groups * cost
+
+    @property
     def most_bytes(self) -> int:
         """What there will be in memory once the vectors are many, with a sketch its columns too."""
         (groups, size), form = self._diagonal.shape, self.form_of_sum

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rotate_ewc import EKFACLinearOperator
 from rotate_ewc.linalg.outer_products import OuterProducts, add_to_all, eigenvectors
+from rotate_ewc.linalg.truncation import Truncation
 from tests.helpers.memory import peak_bytes
 from tests.helpers.oracles import assert_close as assert_close_and_not_zero
 
@@ -80,6 +81,24 @@ def test_any_vectors(size: int, batches: list[int], repeated: bool, scale: float
         parts = [parts[0][:, :1].expand_as(part) for part in parts]
     basis = eigenvectors([collected([part * scale for part in parts], size)], ["sum"])[0]
     check_eigenvectors(basis, sum_of(parts, size) if scale else torch.zeros_like(basis))
+
+
+def test_costs_of_decompositions() -> None:
+    """By what is decomposed, and the same before and after vectors come in."""
+    whole = OuterProducts(1, 1024, torch.zeros(()))
+    assert whole.decomposition_cost == 9 * 1024**3
+    assert OuterProducts(2, 1024, torch.zeros(())).decomposition_cost == 2 * 9 * 1024**3
+    # Of 16 directions of 4,096 there is a sketch of 96 columns; of 64 of 1,024 a range of 82.
+    sketch = OuterProducts(1, 4096, torch.zeros(()), Truncation(16))
+    assert sketch.form_of_sum.kind == "sketch"
+    assert sketch.decomposition_cost == 8 * 4096 * 96**2 + 18 * 96**3
+    leading = OuterProducts(1, 1024, torch.zeros(()), Truncation(64))
+    assert leading.form_of_sum.kind == "matrix"
+    assert leading.decomposition_cost == 6 * 1024**2 * 82 + 8 * 1024 * 82**2 + 9 * 82**3
+    for total in (whole, sketch, leading):
+        before = total.decomposition_cost
+        total.add(vectors(1, 3, 1, 0, total.diagonal.shape[1]).float())
+        assert total.decomposition_cost == before
 
 
 def test_eigenvectors_of_several_are_each_its_own() -> None:
