@@ -129,6 +129,6 @@ def test_processes_share_an_estimation(tmp_path: Path, capsys: Any) -> None:
     # Every factor is decomposed once.
     sizes = [size for share in (first, second) for size, _ in share["decompositions"]]
     assert sorted(sizes) == sorted(size for size, _ in one["alone"][0]["decompositions"])
-    assert "2 processes" in capsys.readouterr().out
+    assert "decompositions" in capsys.readouterr().out
     assert main(["study-processes", "--processes", "1", "--output", str(tmp_path)]) == 1
     assert "--processes: got 1; expected at least 2" in capsys.readouterr().err
