@@ -215,14 +215,13 @@ class Block:
         of the matrix is c I, whatever the basis of the outputs. So it stays as it is: the rows of
         words that no example had, which are most of a large vocabulary.
         """
-        looked_up = self.activation_basis is None and self.gradient_basis is not None
-        if not looked_up or self.eigenvalues.is_meta:
-            return None
         values = self.eigenvalues
-        if values.shape[2] == 1 or values.is_meta:  # a bias; no numbers at all
+        looked_up = self.activation_basis is None and self.gradient_basis is not None
+        if not looked_up or values.shape[2] == 1 or values.is_meta:  # a bias; no numbers at all
             return None
-        # A caller may be in inference mode, whose tensors cannot be used outside of it.
-        with torch.inference_mode(mode=False), torch.no_grad():
+        # A caller may be in inference mode, whose tensors cannot be used outside of it. (By name,
+        # torch.compile does not take its argument.)
+        with torch.inference_mode(False), torch.no_grad():
             differing = (values != values[:, :1]).any(dim=1).any(dim=0)
             numbers = differing.nonzero().flatten()
         # Where more are rotated, putting them among the others takes longer than it saves.

@@ -269,8 +269,9 @@ def test_layers_of_one_input_have_one_basis(tmp_path: Path) -> None:
 
 # Restored bases are found in the product, which ends the compiled graph; torch warns of that.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-def test_in_a_compiled_loss() -> None:
-    model, penalty = learned(rank=2)
+@pytest.mark.parametrize("name", ["plain", "words"])
+def test_in_a_compiled_loss(name: str) -> None:
+    model, penalty = learned(rank=2, name=name)
     expected = quadratic(nearest(penalty), model, penalty.scale)
 
     @torch.compile(backend="eager")
