@@ -23,7 +23,7 @@ from torch.optim import (
 )
 
 from rotate_ewc import EKFACPenalty
-from tests.helpers.oracles import block_indices
+from tests.helpers.oracles import assert_close, block_indices
 from tests.helpers.penalties import flat, positions, shapes_of
 from tests.helpers.thin import completed, spread
 
@@ -202,3 +202,26 @@ def step_size(optimizer: Optimizer, group: Options, state: Options) -> Tensor | 
             (1.0 - mu) / (1.0 - products) + after * (1.0 - first**t) / (1.0 - products * after)
         )
     return size
+
+
+def draw(model: nn.Module, seed: int) -> list[Tensor | None]:
+    """Give a model random gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+    return [p.grad for p in model.parameters()]
+
+
+def follow(
+    model: nn.Module, penalty: EKFACPenalty, case: str, scale: float, steps: int = 10
+) -> Optimizer:
+    """Compare steps with random gradients."""
+    kind, options = CASES[case]
+    oracle, start = dense(penalty, model, kind, options), flat(model)
+    optimizer = kind(model.parameters(), **options)
+    with penalty.attach(optimizer, model):
+        for step in range(steps):
+            expected = advance(oracle, draw(model, step), scale)
+            optimizer.step()
+        assert_close(flat(model) - start, expected - start, 1e-9)
+    return optimizer

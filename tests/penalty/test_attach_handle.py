@@ -18,18 +18,12 @@ from torch.optim.lr_scheduler import ExponentialLR, StepLR
 from rotate_ewc import NotFiniteError, SnapshotError, register_step_size
 from rotate_ewc.penalty import step_rules
 from tests.helpers.crossing import crossed
-from tests.helpers.dense_steps import CASES, advance, dense
+from tests.helpers.dense_steps import CASES, advance, dense, draw
 from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close
 from tests.helpers.penalties import CE, consolidated, flat, make, move, task
 
 UPDATES = ["rotated", "tangent", "gradient"]
-
-
-def draw(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
 
 
 def everything(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 
-from rotate_ewc import EKFACPenalty, NotFiniteError
+from rotate_ewc import NotFiniteError
 from tests.helpers.crossing import crossed
-from tests.helpers.dense_steps import CASES, advance, dense
+from tests.helpers.dense_steps import CASES, advance, dense, draw, follow
 from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close
 from tests.helpers.penalties import (
@@ -28,29 +28,6 @@ from tests.helpers.penalties import (
     quadratic,
     task,
 )
-
-
-def draw(model: nn.Module, seed: int) -> list[Tensor | None]:
-    """Give a model random gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
-    return [p.grad for p in model.parameters()]
-
-
-def follow(
-    model: nn.Module, penalty: EKFACPenalty, case: str, scale: float, steps: int = 10
-) -> Optimizer:
-    """Compare steps with random gradients."""
-    kind, options = CASES[case]
-    oracle, start = dense(penalty, model, kind, options), flat(model)
-    optimizer = kind(model.parameters(), **options)
-    with penalty.attach(optimizer, model):
-        for step in range(steps):
-            expected = advance(oracle, draw(model, step), scale)
-            optimizer.step()
-        assert_close(flat(model) - start, expected - start, 1e-9)
-    return optimizer
 
 
 @pytest.mark.parametrize("case", CASES)

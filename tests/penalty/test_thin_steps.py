@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, Optimizer
 from rotate_ewc import EKFACPenalty
 from rotate_ewc.penalty.folding import _damped
 from tests.helpers.crossing import crossed
-from tests.helpers.dense_steps import CASES, advance, dense
+from tests.helpers.dense_steps import CASES, advance, dense, draw
 from tests.helpers.oracles import assert_close
 from tests.helpers.penalties import (
     CE,
@@ -38,14 +38,6 @@ def thin(name: str, tasks: int, rank: int, **options: Any) -> tuple[nn.Module, E
     thinned(penalty, rank)
     assert any(block.is_thin for term in penalty.terms for block in term.operator.blocks)
     return model, penalty
-
-
-def draw(model: nn.Module, seed: int) -> list[Tensor | None]:
-    """Give a model random gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-    return [p.grad for p in model.parameters()]
 
 
 @crossed(name=MODELS, mode=["merged", "separate"], rank=[1, 2, 4])

@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam
 
 from rotate_ewc import EKFACPenalty
 from rotate_ewc.linalg.block import Block
-from tests.helpers.dense_steps import CASES, advance, dense
+from tests.helpers.dense_steps import CASES, advance, dense, draw, follow
 from tests.helpers.exact import exact_penalty
 from tests.helpers.oracles import assert_close
 from tests.helpers.penalties import (
@@ -29,14 +29,6 @@ from tests.helpers.penalties import (
 )
 
 
-def draw(model: nn.Module, seed: int) -> list[Tensor | None]:
-    """Give a model random gradients, also of words that no snapshot had."""
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
-    return [p.grad for p in model.parameters()]
-
-
 def block_of_words(penalty: EKFACPenalty) -> Block:
     (found,) = (s.block for s in penalty.stacks if s.names == ("0.weight",))
     return found
@@ -46,17 +38,6 @@ def words_in(*tasks: Batches) -> list[int]:
     return sorted(
         {int(word) for batches in tasks for inputs, _ in batches for word in inputs.flatten()}
     )
-
-
-def follow(model: nn.Module, penalty: EKFACPenalty, case: str, scale: float, steps: int) -> None:
-    kind, options = CASES[case]
-    oracle, start = dense(penalty, model, kind, options), flat(model)
-    optimizer = kind(model.parameters(), **options)
-    with penalty.attach(optimizer, model):
-        for step in range(steps):
-            expected = advance(oracle, draw(model, step), scale)
-            optimizer.step()
-    assert_close(flat(model) - start, expected - start, 1e-9)
 
 
 def grown(model: nn.Module, words: int) -> nn.Module:
