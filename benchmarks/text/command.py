@@ -1,12 +1,11 @@
 """``text``: a stream of texts, learned by a pretrained network."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from benchmarks.command import CommandError, make_folder, print_table, use_threads
+from benchmarks.command import print_table
 from benchmarks.option_types import (
     Count,
     CountOrZero,
@@ -19,12 +18,11 @@ from benchmarks.option_types import (
     several,
     whole_number,
 )
+from benchmarks.text.protocol import tested
 from benchmarks.text.texts import SETS
 
 if TYPE_CHECKING:
     from benchmarks.text.networks import Classifier
-    from benchmarks.text.records import Record
-    from benchmarks.text.stream import Training
     from benchmarks.text.tasks import Task
 
 METHOD_NAMES = (
@@ -87,14 +85,11 @@ class Options:
 def run(options: Options) -> int:
     """Search strengths, run all methods with all seeds, and present the results."""
     from benchmarks.text.report import draw, rows_of
+    from benchmarks.text.stream import scores
     from benchmarks.text.texts import PACKAGE_PAIRS
 
-    make_folder(options.output)
-    use_threads(options.threads)
-    try:
-        found = list(_records(options))
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    sets = list(options.sets) if options.texts else "docstrings"
+    found = tested(options, "text", _work, lambda record: scores(record["matrix"]), sets=sets)
     names = options.sets if options.texts else [" or ".join(pair) for pair in PACKAGE_PAIRS]
     headings = ("accuracy [%]", "forgetting", "new tasks [%]", "step [s]", "end [s]", "peak [MiB]")
     print_table(", then ".join(names), ["method", "λ"], headings, rows_of(found))
@@ -103,42 +98,16 @@ def run(options: Options) -> int:
     return 0
 
 
-def _records(options: Options) -> "Iterator[Record]":
-    """Yield the records of the tests."""
-    from benchmarks.text.protocol import tested
-    from benchmarks.text.stream import scores
-
-    yield from tested(
-        options,
-        options.output / "text.jsonl",
-        _work,
-        lambda record: scores(record["matrix"]),
-        sets=list(options.sets) if options.texts else "docstrings",
-    )
-
-
 def _work(
     options: Options, name: str, strength: float | None, seed: int, *, validate: bool
 ) -> dict[str, Any]:
     """Do one run."""
     import torch
 
-    from benchmarks.text.methods import METHODS
-    from benchmarks.text.stream import Training, learn_jointly, learn_others
+    from benchmarks.text.stream import learned
     from benchmarks.versions import version_of
 
-    method = METHODS[name](strength, examples=options.fisher_samples, seed=seed)
-    training = Training(
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-    )
-    model, tasks = _start(options, seed)
-    if method.at_once:
-        outcome = learn_jointly(model, tasks, training, 1000 * seed, validate=validate)
-    else:
-        model.load_state_dict(_after_first(options, training, seed))
-        outcome = learn_others(model, tasks, method, training, 1000 * seed, validate=validate)
+    outcome = learned(_start, options, name, strength, seed, validate=validate)
     software = {"torch": torch.__version__, "transformers": version_of("transformers")}
     return {**asdict(outcome), **software}
 
@@ -159,13 +128,3 @@ def _start(options: Options, seed: int) -> "tuple[Classifier, Sequence[Task]]":
         tasks = sentence_tasks(options.texts, options.sets, encode, **sizes)
     heads = {task.head: task.classes for task in tasks}
     return Classifier(body, [heads[head] for head in sorted(heads)], lora=options.lora), tasks
-
-
-@lru_cache(maxsize=3)
-def _after_first(options: Options, training: "Training", seed: int) -> dict[str, Any]:
-    """The state of the network after the first task, for which all methods do the same."""
-    from benchmarks.text.stream import learn_first
-
-    model, tasks = _start(options, seed)
-    learn_first(model, tasks[0], training, 1000 * seed)
-    return model.state_dict()

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from benchmarks.command import CommandError, make_folder, print_table, use_threads
+from benchmarks.command import print_table
 from benchmarks.option_types import (
     Count,
     CountOrZero,
@@ -18,11 +17,11 @@ from benchmarks.option_types import (
     several,
     whole_number,
 )
+from benchmarks.text.protocol import tested
 
 if TYPE_CHECKING:
     from benchmarks.text.networks import LanguageModel
     from benchmarks.text.records import Record
-    from benchmarks.text.stream import Training
     from benchmarks.text.tasks import Task
 
 METHOD_NAMES = ("naive", "l2", "ewc", "rotated-ewc", "joint")
@@ -71,27 +70,16 @@ class Options:
 
 def run(options: Options) -> int:
     """Search strengths, run all methods with all seeds, and present the results."""
-    make_folder(options.output)
-    use_threads(options.threads)
-    try:
-        found = list(_records(options))
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-    headings = ("prose before", "prose", "code", "step [s]", "end [s]")
-    print_table("Prose, then code", ["method", "λ"], headings, _rows(found))
-    print(f"Wrote {options.output / 'language.jsonl'}.")
-    return 0
-
-
-def _records(options: Options) -> "Iterator[Record]":
-    """Yield the records of the tests."""
-    from benchmarks.text.protocol import tested
 
     def figures(record: "Record") -> dict[str, float]:
         prose, code = record["matrix"][-1]
         return {"merit": -(prose + code) / 2, "prose": prose, "code": code}
 
-    yield from tested(options, options.output / "language.jsonl", _work, figures)
+    found = tested(options, "language", _work, figures)
+    headings = ("prose before", "prose", "code", "step [s]", "end [s]")
+    print_table("Prose, then code", ["method", "λ"], headings, _rows(found))
+    print(f"Wrote {options.output / 'language.jsonl'}.")
+    return 0
 
 
 def _rows(records: "Iterable[Record]") -> Iterator[tuple[str, ...]]:
@@ -119,23 +107,9 @@ def _work(
     """Do one run."""
     import torch
 
-    from benchmarks.text.methods import METHODS
-    from benchmarks.text.stream import Training, learn_jointly, learn_others
+    from benchmarks.text.stream import learned
 
-    method = METHODS[name](strength, examples=options.fisher_samples, seed=seed)
-    training = Training(
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-    )
-    tasks = _tasks(options, seed)
-    rest: Any = {"validate": validate, "measure": _loss}
-    if method.at_once:
-        outcome = learn_jointly(_model(options, seed), tasks, training, 1000 * seed, **rest)
-    else:
-        model = _model(options, seed)
-        model.load_state_dict(_after_first(options, training, seed))
-        outcome = learn_others(model, tasks, method, training, 1000 * seed, **rest)
+    outcome = learned(_start, options, name, strength, seed, validate=validate, measure=_loss)
     return {**asdict(outcome), "torch": torch.__version__}
 
 
@@ -155,33 +129,19 @@ def _loss(model: Any, task: "Task", validate: bool) -> float:
     return sum(losses) / part.labels.numel()
 
 
-def _model(options: Options, seed: int) -> "LanguageModel":
+def _start(options: Options, seed: int) -> "tuple[LanguageModel, list[Task]]":
+    """Make the network and the tasks of a seed: prose, and code."""
     import torch
 
     from benchmarks.text.networks import LanguageModel
-
-    torch.manual_seed(seed)
-    return LanguageModel(options.layers, options.width, options.length)
-
-
-def _tasks(options: Options, seed: int) -> "list[Task]":
-    """Prose, and code."""
     from benchmarks.text.tasks import language_task
     from benchmarks.text.texts import prose_and_code
 
     texts = prose_and_code(PACKAGES, options.characters)
     size = options.test_size
-    return [
+    tasks = [
         language_task(name, text, options.length, size, seed)
         for name, text in zip(("prose", "code"), texts, strict=True)
     ]
-
-
-@lru_cache(maxsize=3)
-def _after_first(options: Options, training: "Training", seed: int) -> dict[str, Any]:
-    """The state of the network that knows the prose, for which all methods do the same."""
-    from benchmarks.text.stream import learn_first
-
-    model = _model(options, seed)
-    learn_first(model, _tasks(options, seed)[0], training, 1000 * seed)
-    return model.state_dict()
+    torch.manual_seed(seed)
+    return LanguageModel(options.layers, options.width, options.length), tasks

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from benchmarks.command import CommandError, make_folder, print_table, use_threads
+from benchmarks.command import print_table
 from benchmarks.option_types import (
     Count,
     CountOrZero,
@@ -18,6 +18,7 @@ from benchmarks.option_types import (
     several,
     whole_number,
 )
+from benchmarks.text.protocol import tested
 
 if TYPE_CHECKING:
     from benchmarks.text.records import Record
@@ -73,28 +74,17 @@ class Options:
 
 def run(options: Options) -> int:
     """Search strengths, run all methods with all seeds, and present the results."""
-    make_folder(options.output)
-    use_threads(options.threads)
-    try:
-        found = list(_records(options))
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-    headings = ("rank correlation", "names found [%]", "before [%]", "new task [%]")
-    print_table("Similarities after fine-tuning", ["method", "λ"], headings, _rows(found))
-    print(f"Wrote {options.output / 'pretraining.jsonl'}.")
-    return 0
-
-
-def _records(options: Options) -> "Iterator[Record]":
-    """Yield the records of the tests."""
-    from benchmarks.text.protocol import tested
 
     def figures(record: "Record") -> dict[str, float]:
         kept, new, correlation = record["names"], record["new"], record["correlation"]
         return {"merit": kept + new, "names": kept, "new": new, "correlation": correlation}
 
     task = "trec" if options.texts else "docstrings"
-    yield from tested(options, options.output / "pretraining.jsonl", _work, figures, task=task)
+    found = tested(options, "pretraining", _work, figures, task=task)
+    headings = ("rank correlation", "names found [%]", "before [%]", "new task [%]")
+    print_table("Similarities after fine-tuning", ["method", "λ"], headings, _rows(found))
+    print(f"Wrote {options.output / 'pretraining.jsonl'}.")
+    return 0
 
 
 def _rows(records: "Iterable[Record]") -> Iterator[tuple[str, ...]]:
@@ -146,10 +136,7 @@ def _work(
     method = METHODS[name](strength, examples=samples, seed=seed)
     # The labels are not looked at.
     method.end(model, Part(shown, torch.zeros(len(shown), dtype=torch.long)))
-    training = Training(
-        steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate
-    )
-    seconds = learn(model, task, method, training, 1000 * seed)
+    seconds = learn(model, task, method, Training.of(options), 1000 * seed)
     after = features(names), features(texts)
     return {
         "correlation": kept_order(before[1], after[1]),

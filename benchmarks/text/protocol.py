@@ -1,11 +1,10 @@
 """What the commands on texts have in common: search on held-out texts, tests with all seeds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.text.methods import METHODS
+from benchmarks.command import CommandError, make_folder, use_threads
 from benchmarks.text.records import Record, Records
 
 # Options on which the outcome of a run does not depend.
@@ -31,22 +30,43 @@ class Work(Protocol):
 
 def tested(
     options: Any,
-    path: Path,
+    name: str,
     work: Work,
     figures: Callable[[Record], dict[str, float]],
     **told: Any,
-) -> Iterator[Record]:
-    """Yield the records of the tests: at a method's default, and at the best strength held out.
+) -> list[Record]:
+    """Return the records of the tests: at a method's default, and at the best strength held out.
 
     Args:
         options: Those of the command, a dataclass; the search has the first of the seeds.
-        path: The file of records, in which runs that are there already are not done again.
+        name: That of the file of records, NAME.jsonl in the folder of the results. Runs that are in
+            it already are not done again.
         work: Does a run.
         figures: What to print of a record; the first is what strengths are chosen by, larger is
             better.
         told: What a run depends on besides the options, or in place of one.
+
+    Raises:
+        CommandError: If there is no folder for the results, or an option is refused in a run.
     """
-    records = Records(path)
+    make_folder(options.output)
+    use_threads(options.threads)
+    try:
+        return list(_tested(options, name, work, figures, told))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _tested(
+    options: Any,
+    name: str,
+    work: Work,
+    figures: Callable[[Record], dict[str, float]],
+    told: Mapping[str, Any],
+) -> Iterator[Record]:
+    from benchmarks.text.methods import METHODS
+
+    records = Records(options.output / f"{name}.jsonl")
     shared = {key: value for key, value in asdict(options).items() if key not in _OF_THE_CALL}
     shared |= told
 
@@ -61,14 +81,14 @@ def tested(
         print(", ".join(f"{name} {value:.4f}" for name, value in values), flush=True)
         return record
 
-    for name in options.methods:
-        kind: Any = METHODS[name]
+    for method in options.methods:
+        kind: Any = METHODS[method]
         merits = {
-            strength: next(iter(figures(shown(name, strength, options.seeds[0], True)).values()))
+            strength: next(iter(figures(shown(method, strength, options.seeds[0], True)).values()))
             for strength in kind.strengths[: options.search_values]
         }
         best = max(merits, key=merits.__getitem__, default=None)
         for strength in dict.fromkeys((None, best)):
             if strength is not None or not kind.needs_strength:
                 for seed in options.seeds:
-                    yield shown(name, strength, seed, False)
+                    yield shown(method, strength, seed, False)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.metrics import backward_transfer
 from benchmarks.speed.machine import peak_growth
-from benchmarks.text.methods import Method
+from benchmarks.text.methods import METHODS, Method
 from benchmarks.text.tasks import Part, Task
 
 EVALUATION_BATCH = 50
@@ -25,6 +25,15 @@ class Training:
     steps: int
     batch_size: int
     learning_rate: float
+
+    @classmethod
+    def of(cls, options: Any) -> "Training":
+        """Return what the options of a command say of it."""
+        return cls(
+            steps=options.steps,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+        )
 
 
 @dataclass
@@ -48,6 +57,8 @@ class Outcome:
 
 # Of a model, a task, and whether on its held-out part: what a matrix has.
 Measure = Callable[[Any, Task, bool], float]
+# From the options of a command and a seed to the network and the tasks.
+Start = Callable[[Any, int], tuple[Any, Sequence[Task]]]
 
 
 @torch.no_grad()
@@ -74,9 +85,45 @@ def scores(matrix: Sequence[Sequence[float]]) -> dict[str, float]:
     }
 
 
-def learn_first(model: Any, task: Task, training: Training, seed: int) -> None:
-    """Learn the first task, for which all methods do the same."""
-    learn(model, task, Method(None, examples=1, seed=0), training, seed)
+def learned(
+    start: Start,
+    options: Any,
+    name: str,
+    strength: float | None,
+    seed: int,
+    *,
+    validate: bool,
+    measure: Measure = accuracy,
+) -> Outcome:
+    """Learn a stream of tasks with a method, and return what it reached.
+
+    Args:
+        start: Makes the network and the tasks.
+        options: Those of the command, which can be hashed.
+        name: The method's.
+        strength: None for what the method finds, or where it has none.
+        seed: Of the run.
+        validate: Whether it is measured on held-out texts, and not on those of the test.
+        measure: What is measured of the network, on each task.
+    """
+    method = METHODS[name](strength, examples=options.fisher_samples, seed=seed)
+    training = Training.of(options)
+    model, tasks = start(options, seed)
+    rest: Any = {"validate": validate, "measure": measure}
+    if method.at_once:
+        return learn_jointly(model, tasks, training, 1000 * seed, **rest)
+    model.load_state_dict(_after_first(start, options, seed))
+    return learn_others(model, tasks, method, training, 1000 * seed, **rest)
+
+
+@lru_cache(maxsize=3)
+def _after_first(start: Start, options: Any, seed: int) -> dict[str, Any]:
+    """The state of the network after the first task, for which all methods do the same."""
+    model, tasks = start(options, seed)
+    method = Method(None, examples=1, seed=0)
+    learn(model, tasks[0], method, Training.of(options), 1000 * seed)
+    state: dict[str, Any] = model.state_dict()
+    return state
 
 
 def learn_others(
