@@ -114,7 +114,7 @@ def place_of(tensor: Tensor) -> object:
 
     Two living tensors have the same place if, and only if, they have the same numbers for ever.
     """
-    if not tensor.numel():
+    if not tensor.numel() or tensor.is_meta:
         return id(tensor)
     layout = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
     return memory_of(tensor)[0], layout

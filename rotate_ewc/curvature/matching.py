@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 
@@ -15,7 +15,9 @@ BlockKind = tuple[tuple[str, ...], int, bool]
 
 
 def matching_blocks(
-    operators: Sequence[EKFACLinearOperator], weights: Sequence[float]
+    operators: Sequence[EKFACLinearOperator],
+    weights: Sequence[float],
+    zeros: Collection[tuple[int, str]],
 ) -> list[list[Block]]:
     """Collect the blocks of the same parameters, times the weights of their operators.
 
@@ -23,15 +25,21 @@ def matching_blocks(
     of the plainest kind. A block of zeros is left out where another operator's block of the same
     parameter is of another kind.
 
+    Args:
+        operators: The operators.
+        weights: Their weights.
+        zeros: Which blocks are zero, by number of the operator and label.
+
     Raises:
         ValueError: If blocks of a parameter do not fit together, naming it.
     """
-    blocks = [
-        block.with_eigenvalues(block.eigenvalues * weight)
-        for operator, weight in zip(operators, weights, strict=True)
-        for block in operator.blocks
-    ]
-    nonzero = [block for block in blocks if bool(block.eigenvalues.any())]
+    blocks, nonzero = [], []
+    for index, (operator, weight) in enumerate(zip(operators, weights, strict=True)):
+        for block in operator.blocks:
+            weighted = block.with_eigenvalues(block.eigenvalues * weight)
+            blocks.append(weighted)
+            if weight and (index, block.label) not in zeros:
+                nonzero.append(weighted)
     kinds: dict[str, BlockKind] = {}
     for block in (*nonzero, *blocks):
         for name in block.parameters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -71,10 +71,20 @@ def merge_together(
     weights: Sequence[float] | None,
     rank: Rank | Mapping[str, Rank] | None,
     ranks: Ranks,
+    owner_of: Callable[[Block], int] | None = None,
 ) -> EKFACLinearOperator:
     """Do what `merge` does, in several processes that have the same operators.
 
     Each block is merged in one of them, the most expensive first, and all get the same bits.
+
+    Args:
+        operators: As `merge` takes them.
+        weights: As `merge` takes them.
+        rank: As `merge` takes it.
+        ranks: The processes.
+        owner_of: The rank of the process that keeps a block. It merges the block and keeps the
+            result; in the others, which need not have it, the result consists of meta tensors. None
+            gives all of them the result.
     """
     operators = list(operators)
     if not operators:
@@ -87,9 +97,12 @@ def merge_together(
         raise ValueError(f"got {len(checked)} weights; expected {len(operators)}")
     checked = [as_non_negative_number(f"weights[{i}]", w) for i, w in enumerate(checked)]
     settings = None if rank is None else EstimationSettings(rank=rank)
-    groups = matching_blocks(operators, checked)
+    zeros = _zeros(operators)
+    if owner_of is not None:
+        zeros = set().union(*ranks.gather("blocks of zeros", zeros))
+    groups = matching_blocks(operators, checked, zeros)
     shapes = common_shapes(operators, groups)
-    merged = _merged(groups, shapes, settings, ranks)
+    merged = _merged(groups, shapes, settings, ranks, owner_of)
     # Bases are stored as before; where operators differ in that, as the most precise one has them.
     pairs = zip(merged, map(common_storage_dtype, groups), strict=True)
     blocks = [stored_in([block], dtype)[0] for block, dtype in pairs]
@@ -101,16 +114,30 @@ def merge_together(
     return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
 
 
+def _zeros(operators: Sequence[EKFACLinearOperator]) -> set[tuple[int, str]]:
+    """Return which of this process's blocks are zero, by number of the operator and label."""
+    return {
+        (index, block.label)
+        for index, operator in enumerate(operators)
+        for block in operator.blocks
+        if not block.eigenvalues.is_meta and not bool(block.eigenvalues.any())
+    }
+
+
 def _merged(
     groups: Sequence[Sequence[Block]],
     shapes: Mapping[str, torch.Size],
     settings: EstimationSettings | None,
     ranks: Ranks,
+    owner_of: Callable[[Block], int] | None,
 ) -> list[Block]:
     """Sum the blocks of each group."""
-    costs = [sum(size**3 for size in group[-1].shape[1:]) for group in groups]
+    if owner_of is None:
+        owners = ranks.owners([sum(size**3 for size in group[-1].shape[1:]) for group in groups])
+    else:
+        owners = [owner_of(group[0]) for group in groups]
     own = {}
-    for index, (group, owner) in enumerate(zip(groups, ranks.owners(costs), strict=True)):
+    for index, (group, owner) in enumerate(zip(groups, owners, strict=True)):
         if owner == ranks.rank:
             names = group[0].parameters
             with advising(left_out(names)):
@@ -118,9 +145,11 @@ def _merged(
                 own[index] = _merge_blocks(group, shapes[names[0]], kept)
     if ranks.size == 1:
         return list(own.values())
-    device = groups[0][0].eigenvalues.device
     tensors = {index: block.tensors for index, block in own.items()}
-    found = ranks.share("merged blocks", tensors, device)
+    if owner_of is None:
+        found = ranks.share("merged blocks", tensors, groups[0][0].eigenvalues.device)
+    else:
+        found = ranks.outline("merged blocks", tensors)
     nothing: dict[str, Any] = {"gradient_basis": None, "activation_basis": None}
     # The form is that of every block of the group.
     return [replace(group[0], **(nothing | found[i])) for i, group in enumerate(groups)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Small tensors are sent together up to this size; it is also what sending takes in memory.
-_BUCKET_BYTES: Final = 32 * 2**20
+BUCKET_BYTES: Final = 32 * 2**20
 
 
 class Bucket:
@@ -39,7 +39,7 @@ class Bucket:
 
 
 def buckets(
-    tensors: Sequence[tuple[Tensor, int]], max_bytes: int = _BUCKET_BYTES
+    tensors: Sequence[tuple[Tensor, int]], max_bytes: int = BUCKET_BYTES
 ) -> Iterator[Bucket]:
     """Put tensors with the same owner, dtype and device into buckets, in order.
 

@@ -9,6 +9,7 @@ whether another one has failed.
 
 from __future__ import annotations
 
+import math
 import secrets
 import signal
 import threading
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from rotate_ewc._utils.validation import AUTO
 from rotate_ewc._utils.warnings import add_note
-from rotate_ewc.distributed.buckets import Bucket, buckets
+from rotate_ewc.distributed.buckets import BUCKET_BYTES, Bucket, buckets
 from rotate_ewc.distributed.notes import default_store
 from rotate_ewc.errors import NotFiniteError
 
@@ -94,6 +95,10 @@ class Ranks:
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(_not_a_group(group))
         return cls(group)
+
+    def is_same(self, other: Ranks) -> bool:
+        """Whether these are the processes of another one's group."""
+        return self._group is other._group
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -181,31 +186,79 @@ class Ranks:
             own: Named tensors of this process by keys, which no other process has.
             device: Where tensors of others are to be.
         """
+        return dict(self.stream(place, own, device))
+
+    def stream(
+        self, place: str, own: Mapping[Key, Mapping[str, Tensor]], device: torch.device
+    ) -> Iterator[tuple[Key, dict[str, Tensor]]]:
+        """Yield what `share` returns piece by piece, for callers that do not keep all of it.
+
+        All processes must take all pieces. Pieces of other processes arrive up to 32 MiB at a time.
+
+        Args:
+            place: What is shared.
+            own: Named tensors of this process by keys, which no other process has.
+            device: Where tensors of others are to be.
+        """
         if self.size == 1:
-            return {key: dict(tensors) for key, tensors in own.items()}
+            for key, tensors in own.items():
+                yield key, dict(tensors)
+            return
         kept = {key: {n: _Laid.of(t) for n, t in tensors.items()} for key, tensors in own.items()}
-        told = self.gather(
-            f"{place}, shapes",
-            [(key, {n: laid.told for n, laid in laids.items()}) for key, laids in kept.items()],
-        )
-        found: dict[Key, dict[str, _Laid]] = {}
-        for rank, described in enumerate(told):
-            for key, named in described:
-                found[key] = (
-                    kept[key]
+        for rank, described in enumerate(self._described(place, kept)):
+            for portion in _portions(described):
+                laids = {
+                    key: kept[key]
                     if rank == self.rank
                     else {name: _Laid.empty(one, device) for name, one in named.items()}
-                )
-        order = [
-            (laid.wire, rank)
-            for rank, described in enumerate(told)
-            for key, _ in described
-            for laid in found[key].values()
-        ]
-        for bucket in buckets(order):
-            with self._exchanging(place, bucket):
-                dist.broadcast(bucket.flat, self._global(bucket.owner), group=self._group)
-        return {key: {n: laid.tensor for n, laid in laids.items()} for key, laids in found.items()}
+                    for key, named in portion
+                }
+                wires = [(laid.wire, rank) for named in laids.values() for laid in named.values()]
+                for bucket in buckets(wires):
+                    with self._exchanging(place, bucket):
+                        dist.broadcast(bucket.flat, self._global(bucket.owner), group=self._group)
+                for key, named in laids.items():
+                    yield key, {name: laid.tensor for name, laid in named.items()}
+
+    def outline(
+        self, place: str, own: Mapping[Key, Mapping[str, Tensor]]
+    ) -> dict[Key, dict[str, Tensor]]:
+        """Return this process's own tensors, and meta tensors with the shapes of all others'.
+
+        Args:
+            place: What is described.
+            own: Named tensors of this process by keys, which no other process has.
+        """
+        found = {key: dict(tensors) for key, tensors in own.items()}
+        if self.size == 1:
+            return found
+        kept = {key: {n: _Laid.of(t) for n, t in tensors.items()} for key, tensors in own.items()}
+        meta = torch.device("meta")
+        for rank, described in enumerate(self._described(place, kept)):
+            if rank != self.rank:
+                for key, named in described:
+                    found[key] = {n: _Laid.empty(one, meta).tensor for n, one in named.items()}
+        return found
+
+    def total(self, place: str, numbers: Sequence[float]) -> list[float]:
+        """Return the sums of numbers over all processes, the same bits in all.
+
+        Args:
+            place: What is summed.
+            numbers: As many in all processes.
+        """
+        if self.size == 1:
+            return list(numbers)
+        sums = torch.tensor(list(numbers), dtype=torch.float64, device=self._device)
+        self.sum(place, [sums])
+        return sums.tolist()
+
+    def _described(
+        self, place: str, kept: Mapping[Key, Mapping[str, _Laid]]
+    ) -> list[list[tuple[Key, dict[str, Any]]]]:
+        """Return, by rank, the keys of all processes and what their tensors look like."""
+        own = [(key, {n: laid.told for n, laid in laids.items()}) for key, laids in kept.items()]
+        return self.gather(f"{place}, shapes", own)
 
     def owners(self, costs: Sequence[float]) -> list[int]:
         """Return which process is to do each of several tasks: the largest first, to the idlest."""
@@ -302,6 +355,23 @@ class Ranks:
         return torch.device("cpu")
 
 
+def _portions(
+    described: Sequence[tuple[Key, dict[str, Any]]],
+) -> Iterator[list[tuple[Key, dict[str, Any]]]]:
+    """Split what a process has told of its tensors into portions of one bucket each, or one key."""
+    portion: list[tuple[Key, dict[str, Any]]] = []
+    size = 0
+    for key, named in described:
+        num_bytes = sum(_Laid.num_bytes(told) for told in named.values())
+        if portion and size + num_bytes > BUCKET_BYTES:
+            yield portion
+            portion, size = [], 0
+        portion.append((key, named))
+        size += num_bytes
+    if portion:
+        yield portion
+
+
 class _Laid:
     """A tensor, and the contiguous one with the same numbers in which it is sent.
 
@@ -325,6 +395,12 @@ class _Laid:
         """Make room for one of another process."""
         shape, dtype, columns = told
         return cls(torch.empty(shape, dtype=dtype, device=device), columns)
+
+    @staticmethod
+    def num_bytes(told: tuple[Any, torch.dtype, bool]) -> int:
+        """Return how large a tensor of another process is."""
+        shape, dtype, _ = told
+        return math.prod(shape) * dtype.itemsize
 
 
 @contextmanager

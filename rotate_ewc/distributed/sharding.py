@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeGuard, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -38,8 +39,10 @@ def spread_like(whole: Tensor, like: Tensor) -> Tensor:
     """Return a tensor spread as another one is; all processes must have it whole."""
     if not is_sharded(like):
         return whole
+    part = _own_part(whole, like)
     spread: Tensor = type(like).from_local(
-        _own_part(whole, like).contiguous(),
+        # Not a view, which would keep all of it.
+        part.clone(memory_format=torch.contiguous_format),
         like.device_mesh,
         like.placements,
         run_check=False,
@@ -57,7 +60,8 @@ def own_numbers(tensor: Tensor) -> Tensor:
 
 def write_(sharded: Tensor, whole: Tensor) -> None:
     """Give a tensor the numbers of another one that all processes have whole."""
-    own_numbers(sharded).copy_(_own_part(whole, sharded))
+    part = _own_part(whole, sharded) if is_sharded(sharded) else whole
+    own_numbers(sharded).copy_(part)
 
 
 def fully_sharded_modules(model: nn.Module) -> list[Any]:

@@ -39,6 +39,11 @@ class AttachesPenalty:
                 f"penalty is {type(penalty).__name__}; expected one EKFACPenalty (which holds any "
                 f"number of tasks)"
             )
+        if penalty.sharded:
+            raise ValueError(
+                "penalty has sharded=True, but a callback saves it in one process alone; expected "
+                "sharded=False, or a training loop of your own"
+            )
         check_boolean("consolidate_at_end", consolidate_at_end)
         check_positive_integer("every", every)
         if view is not None and consolidate_at_end:

@@ -37,10 +37,10 @@ from torch.utils.hooks import RemovableHandle
 
 from rotate_ewc._utils.messages import parameters_are, parameters_have
 from rotate_ewc._utils.parameters import named_parameters
-from rotate_ewc._utils.validation import as_choice, check_positive_integer
+from rotate_ewc._utils.validation import AUTO, as_choice, check_positive_integer
+from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.distributed.sharding import (
     check_one_axis,
-    gathered,
     is_sharded,
     reshard,
 )
@@ -96,6 +96,7 @@ class Attachment(Generic[Penalty]):
         check_positive_integer("every", every)
         penalty.check_merged()
         self._sharded_modules = check_model(model, self.optimizer)
+        self._share_penalty()
         rule = check_optimizer(self.optimizer, self.update)
         _check_not_attached(self.optimizer)
         check_cadence(every, self.update, rule, self.optimizer)
@@ -104,6 +105,11 @@ class Attachment(Generic[Penalty]):
             self._update = make_update(self.update, penalty, rule, every)
         else:
             check_view(view, self.update)
+            if penalty.sharded:
+                raise ValueError(
+                    "the penalty has sharded=True, which does not go with a view; expected a "
+                    "penalty with sharded=False"
+                )
             penalty.protected(view(model))
             self._update = ViewedUpdate(penalty, partial(view, model))
         self._step: Step | None = None
@@ -156,14 +162,14 @@ class Attachment(Generic[Penalty]):
         it does nothing.
         """
         self._undo()
-        if self.penalty.stacks:
+        if self.penalty.num_tasks:
             reshard(self._sharded_modules)
             parameters = named_parameters(self.model)
             groups = {name: group for name, _, group in self._held(parameters)}
-            sharded = self._sharded(parameters)
-            step = Step(self.optimizer, parameters, {}, groups, sharded).collect()
-            self._update.flush(step)
-            step.spread()
+            with self.penalty.owners.together():
+                step = self._step_of(parameters, {}, groups)
+                self._update.flush(step)
+                step.spread()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to end with the same bits.
@@ -227,24 +233,26 @@ class Attachment(Generic[Penalty]):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Prepare a step: the hook that runs before it."""
         self._undo()
-        if not self.penalty.stacks:
+        if not self.penalty.num_tasks:
             return None
         replaced = _evaluated(args, kwargs)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not bool(found_inf):  # else the optimizer will do nothing
-            step = self._gather()
-            # First, so that what an interrupt leaves half done is undone.
-            self._step = step
-            self._update.before(step)
+            with self.penalty.owners.together():
+                step = self._gather()
+                # First, so that what an interrupt leaves half done is undone.
+                self._step = step
+                self._update.before(step)
         return replaced
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Finish a step: the hook that runs after it."""
         if self._step is not None:
-            step = self._step.collect()
-            self._update.after(step)
-            step.spread()
+            with self.penalty.owners.together():
+                step = self._step.collect()
+                self._update.after(step)
+                step.spread()
             self._step = None
 
     def _undo(self) -> None:
@@ -257,7 +265,7 @@ class Attachment(Generic[Penalty]):
         """Find what is about to be stepped, and refuse what cannot be."""
         reshard(self._sharded_modules)
         parameters = named_parameters(self.model)
-        protected = {name for stack in self.penalty.stacks for name in stack.names}
+        protected = set(self.penalty.protected_names)
         held, gradients, groups = set(), {}, {}
         for name, parameter, group in self._held(parameters):
             held.add(name)
@@ -277,22 +285,38 @@ class Attachment(Generic[Penalty]):
                 f"{parameters_have(sparse)} a sparse gradient; expected a dense one, as of "
                 f"torch.nn.Embedding(..., sparse=False)"
             )
-        sharded = self._sharded(parameters)
-        gradients.update({n: gathered(gradients[n]) for n in sharded if n in gradients})
-        ordinary = [n for n in groups if n in protected and n not in sharded]
+        ordinary = [n for n in groups if n in protected and not is_sharded(parameters[n])]
         if odd := [n for n in ordinary if type(parameters[n].data) is not Tensor]:
             raise ValueError(
                 f"{parameters_are(odd)} {type(parameters[odd[0]].data).__name__}; expected "
                 f"ordinary tensors{', or those of fully_shard' if self.view is None else ''}"
             )
-        return Step(self.optimizer, parameters, gradients, groups, sharded).collect()
+        return self._step_of(parameters, gradients, groups)
 
-    def _sharded(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the protected parameters that are spread over processes."""
-        names = dict.fromkeys(name for stack in self.penalty.stacks for name in stack.names)
-        sharded = {n: parameters[n] for n in names if is_sharded(parameters.get(n))}
+    def _step_of(
+        self,
+        parameters: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        groups: Mapping[str, Mapping[str, Any]],
+    ) -> Step:
+        """Return a step, with all numbers of what this process owns of its tensors."""
+        owners = self.penalty.owners
+        names = [name for name in self.penalty.protected_names if name in parameters]
+        sharded = {n: parameters[n] for n in names if is_sharded(parameters[n])}
         check_one_axis(sharded)
-        return sharded
+        if owners.are_several:
+            sharded = {name: parameters[name] for name in names}
+        whole = owners.gathered({n: gradients[n] for n in sharded if n in gradients})
+        step = Step(self.optimizer, parameters, {**gradients, **whole}, groups, sharded, owners)
+        return step.collect()
+
+    def _share_penalty(self) -> None:
+        """Keep this process's share of a penalty that all processes have loaded whole."""
+        penalty = self.penalty
+        if penalty.sharded and penalty.num_tasks and not penalty.owners.are_several:
+            ranks = Ranks.of(AUTO)
+            if ranks.size > 1:
+                penalty.share_among(ranks)
 
     def _held(
         self, parameters: Mapping[str, Tensor]

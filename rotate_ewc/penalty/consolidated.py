@@ -16,8 +16,10 @@ from rotate_ewc._utils.validation import (
     check_positive_integer,
     unless_auto,
 )
+from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.io.header import HEADER
 from rotate_ewc.options import Mode, Weighting
+from rotate_ewc.penalty.owners import Owners, on_meta_too
 from rotate_ewc.penalty.plasticity import FoundStrength
 from rotate_ewc.penalty.protection import Protection
 from rotate_ewc.penalty.replicas import Replicas
@@ -59,6 +61,8 @@ class ConsolidatedTasks(nn.Module):
     """
 
     _places: Final = _Places()
+    # Whether each of several processes keeps only its share of the terms.
+    sharded = False
 
     def __init__(
         self,
@@ -86,7 +90,9 @@ class ConsolidatedTasks(nn.Module):
         self.plasticity = as_part("plasticity", plasticity)
         self.strict = strict
         self._terms: list[Term] = []
-        self._stacks: tuple[Stack, ...] = ()
+        # Another list after each consolidation, even where this process keeps nothing.
+        self._stacks: list[Stack] = []
+        self._owners = Owners()
         self._num_tasks = 0
         self._last_examples, self._last_loss_terms = 1, 1.0
         self._current_num_data: int | None = None
@@ -142,7 +148,9 @@ class ConsolidatedTasks(nn.Module):
 
         Gradient descent on the penalty diverges when the learning rate is more than two over this.
         """
-        return self.scale * largest_curvature(self._stacks)
+        with self._owners.together():
+            own = self._owners.ranks.gather("curvature", largest_curvature(self._stacks))
+        return self.scale * max(own)
 
     @property
     def num_tasks(self) -> int:
@@ -151,13 +159,26 @@ class ConsolidatedTasks(nn.Module):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The quadratic terms: one for each task, or one in all."""
+        """The quadratic terms: one for each task, or one in all.
+
+        With `sharded=True`, blocks of other processes consist of meta tensors, without numbers.
+        """
         return tuple(self._terms)
 
     @property
-    def stacks(self) -> tuple[Stack, ...]:
-        """The blocks of all terms with their weights, those of the same form in one."""
+    def stacks(self) -> Sequence[Stack]:
+        """The blocks that this process keeps, of all terms; those of the same form in one."""
         return self._stacks
+
+    @property
+    def owners(self) -> Owners:
+        """The processes that share the penalty; this one alone, unless `sharded=True`."""
+        return self._owners
+
+    @property
+    def protected_names(self) -> list[str]:
+        """The names of all protected parameters, whichever process keeps them."""
+        return list(dict.fromkeys(name for term in self._terms for name in term.anchor))
 
     @property
     def current_num_data(self) -> int | None:
@@ -195,8 +216,8 @@ class ConsolidatedTasks(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors that are kept: bases, eigenvalues and anchors."""
-        return sum(tensor.nbytes for tensor in self._state.tensors.values())
+        """Bytes of all tensors that this process keeps: bases, eigenvalues and anchors."""
+        return sum(t.nbytes for t in self._state.tensors.values() if not t.is_meta)
 
     def check_merged(self) -> None:
         """Raise `ValueError` unless there is one eigenbasis for all tasks."""
@@ -234,14 +255,27 @@ class ConsolidatedTasks(nn.Module):
             self._replicas = None
         return self._protection.find(self._stacks, parameters, strict=self.strict)
 
+    def share_among(self, ranks: Ranks) -> None:
+        """Keep this process's share of what every one of several processes has now."""
+        counts = self._num_tasks, self._last_examples, self._last_loss_terms
+        self._replace_terms(self._terms, *counts, Owners(ranks))
+
     def _replace_terms(
-        self, terms: Sequence[Term], num_tasks: int, last_examples: int, last_loss_terms: float
+        self,
+        terms: Sequence[Term],
+        num_tasks: int,
+        last_examples: int,
+        last_loss_terms: float,
+        owners: Owners | None = None,
     ) -> None:
-        terms, stacks = stack_terms(terms)
+        owners = self._owners if owners is None else owners
+        owners = owners.including(block for term in terms for block in term.operator.blocks)
+        terms, stacks = stack_terms([owners.keep(term) for term in terms])
         # In one step, so that not even an interrupt can leave a part of it.
         vars(self).update(
             _terms=terms,
             _stacks=stacks,
+            _owners=owners,
             _num_tasks=num_tasks,
             _last_examples=last_examples,
             _last_loss_terms=last_loss_terms,
@@ -254,7 +288,7 @@ class ConsolidatedTasks(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConsolidatedTasks:
         """Move or cast the state, as `nn.Module.to` and its relatives ask for."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        terms = [term.map(fn) for term in self._terms]
+        terms = [term.map(on_meta_too(fn)) for term in self._terms]
         self._replace_terms(terms, self._num_tasks, self._last_examples, self._last_loss_terms)
         return self
 
@@ -263,7 +297,7 @@ class ConsolidatedTasks(nn.Module):
     ) -> None:
         # Copies: the state of an averaged model may be written to, and bases are shared by terms
         # and stacks.
-        state = self._state.to_dict()
+        state = self._whole_state.to_dict()
         destination.update({prefix + _without_dots(k): t.clone() for k, t in state.items()})
 
     def _load_from_state_dict(
@@ -313,6 +347,11 @@ class ConsolidatedTasks(nn.Module):
             self._last_loss_terms,
             replace(self._found),
         )
+
+    @property
+    def _whole_state(self) -> PenaltyState:
+        """The state with the blocks of all processes, to be asked for by all of them."""
+        return replace(self._state, terms=tuple(self._owners.completed(self._terms)))
 
     def _restore(self, state: PenaltyState) -> None:
         self._replace_terms(

@@ -18,6 +18,7 @@ from rotate_ewc.estimation.estimate import fit_blocks
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import EstimationSettings, Mode
+from rotate_ewc.penalty.owners import Owners
 from rotate_ewc.penalty.temperature import fitting_temperature, softened
 from rotate_ewc.penalty.terms import Term
 
@@ -77,6 +78,7 @@ def fold_in(
     decay: float,
     settings: EstimationSettings,
     ranks: Ranks,
+    owners: Owners,
 ) -> list[Term]:
     """Return terms with one more task; in mode `"merged"` they are one, anchored at that task.
 
@@ -89,6 +91,7 @@ def fold_in(
         settings: What merged blocks keep, and in which dtype; of one task alone as much is kept as
             was estimated.
         ranks: The processes that merge together.
+        owners: The owners of all blocks, if each process keeps only its share.
 
     Raises:
         ValueError: If the losses have different reductions, or the sums are not finite.
@@ -106,12 +109,14 @@ def fold_in(
     if mode is Mode.MERGED:
         operators, weights = [term.operator for term in kept], [term.weight for term in kept]
         rank = settings.rank if len(kept) > 1 else None
-        merged = merge_together(operators, weights, rank, ranks)
+        owner_of = owners.of if owners.are_several else None
+        merged = merge_together(operators, weights, rank, ranks, owner_of)
         merged = merged.to(storage_dtype=settings.storage_dtype)
         kept = [Term(merged, {**kept[0].anchor, **task.anchor}, 1.0)]
     for term in kept:
         for block in term.operator.blocks:
-            check_trace(block.trace * term.weight, block.label)
+            if not block.eigenvalues.is_meta:
+                check_trace(block.trace * term.weight, block.label)
     return kept
 
 

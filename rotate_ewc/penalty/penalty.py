@@ -41,7 +41,9 @@ from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.folding import estimate_task, fold_in
 from rotate_ewc.penalty.own_loss import own_loss_of
+from rotate_ewc.penalty.owners import Owners
 from rotate_ewc.penalty.replicas import Replicas
+from rotate_ewc.penalty.shared_form import shared_quadratic_form
 from rotate_ewc.penalty.stability import warn_if_divergent
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.terms import Term
@@ -49,7 +51,7 @@ from rotate_ewc.penalty.updates import UpdateKind
 from rotate_ewc.penalty.weighting import kept_weight
 
 # What `_replace_terms` takes.
-Folded = tuple[list[Term], int, int, float]
+Folded = tuple[list[Term], int, int, float, Owners]
 
 
 class EKFACPenalty(ConsolidatedTasks):
@@ -111,6 +113,7 @@ class EKFACPenalty(ConsolidatedTasks):
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         strict: bool = True,
+        sharded: bool = False,
         settings: EstimationSettings | None = None,
         **options: Unpack[EstimationOptions],
     ) -> None:
@@ -138,6 +141,9 @@ class EKFACPenalty(ConsolidatedTasks):
             exclude: Patterns for names to leave out, such as those of unsupported layers.
             strict: Whether a protected parameter that is missing, or smaller than it was, is an
                 error; otherwise it is left out, with a warning.
+            sharded: Whether each of several processes keeps only its share of the snapshots. The
+                penalty, `save` and `state_dict` are then to be called in all processes. See
+                `docs/distributed.md`.
             settings: How Fisher matrices are estimated; None is all defaults.
             **options: Single fields of `EstimationSettings`, where they are explained, such as
                 `fisher_type="type2"`; they replace those of `settings`.
@@ -162,6 +168,8 @@ class EKFACPenalty(ConsolidatedTasks):
         self.damping = as_non_negative_number("damping", damping)
         self.include = as_patterns("include", include)
         self.exclude = as_patterns("exclude", exclude)
+        check_boolean("sharded", sharded)
+        self.sharded = sharded
         self.settings = EstimationSettings.gather(settings, options)
 
     def consolidate(
@@ -267,20 +275,31 @@ class EKFACPenalty(ConsolidatedTasks):
             provenance = operator.provenance
             num_loss_terms, reduction = provenance.num_loss_terms, provenance.reduction
             weight = kept_weight(weight, num_loss_terms, self.weighting, reduction)
+            old, owners = self._terms_among(ranks)
+            kept = [block for term in old for block in term.operator.blocks]
+            owners = owners.including([*kept, *operator.blocks])
             terms = fold_in(
-                self._terms,
+                old,
                 Term(operator, anchor, weight),
                 parameters_of(model),
                 mode=self.mode,
                 decay=self.decay,
                 settings=self.settings,
                 ranks=ranks,
+                owners=owners,
             )
         # A task of which nothing counts is not what the next one will be like.
         last = (operator.num_data, num_loss_terms)
         if not num_loss_terms:
             last = (self._last_examples, self._last_loss_terms)
-        return terms, self._num_tasks + 1, *last
+        return terms, self._num_tasks + 1, *last, owners
+
+    def _terms_among(self, ranks: Ranks) -> tuple[Sequence[Term], Owners]:
+        """Return the terms as these processes are to keep them, and the owners of their blocks."""
+        wanted = ranks if self.sharded else Ranks()
+        if self._owners.are_of(wanted):
+            return self._terms, self._owners
+        return self._owners.completed(self._terms), Owners(wanted)
 
     def forward(self, model: nn.Module | Mapping[str, Tensor]) -> Tensor:
         """Return the penalty, a scalar tensor; zero before the first task.
@@ -294,9 +313,11 @@ class EKFACPenalty(ConsolidatedTasks):
             TypeError: If `model` is neither a module nor a mapping.
         """
         parameters = parameters_of(model)
-        if not self._stacks:
+        if not self._terms:
             like = next(iter(parameters.values()), torch.zeros(()))
             return like.new_zeros(())
+        if self._owners.are_several:
+            return 0.5 * self.scale * shared_quadratic_form(self, parameters)
         deltas = self.deltas(parameters)
         value = quadratic_form([stack.block for stack in self._stacks], deltas)
         return 0.5 * self.scale * value
@@ -347,6 +368,8 @@ class EKFACPenalty(ConsolidatedTasks):
     ) -> None:
         """Write what was learned, and the options, to a safetensors file: whole or not at all.
 
+        With `sharded=True`, all processes must call this, and the first one writes the file.
+
         Args:
             path: The file; an older one is replaced.
             storage_dtype: Dtype of the stored bases and eigenvalues, such as `torch.bfloat16` for
@@ -357,7 +380,10 @@ class EKFACPenalty(ConsolidatedTasks):
             ValueError: If snapshots cannot be stored in that dtype.
         """
         dtype = as_storage_dtype(storage_dtype, OF_FILES)
-        files.save(self._state.to_dict(dtype=dtype), path)
+        state = self._whole_state.to_dict(dtype=dtype)
+        with self._owners.together():
+            if self._owners.ranks.rank == 0:
+                files.save(state, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **options: Any) -> EKFACPenalty:
@@ -400,6 +426,7 @@ class EKFACPenalty(ConsolidatedTasks):
             "include": list(self.include),
             "exclude": list(self.exclude),
             "strict": self.strict,
+            "sharded": self.sharded,
             **self.settings.to_json(),
         }
 

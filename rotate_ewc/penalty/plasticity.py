@@ -38,7 +38,7 @@ made, on held-out images of streams of many kinds.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -46,6 +46,9 @@ import torch
 from torch import Tensor
 
 from rotate_ewc.errors import SnapshotError
+
+# Sums each of several numbers over all processes; `list` where there is one process.
+Total = Callable[[Sequence[float]], list[float]]
 
 STEPS_BETWEEN_LOOKS: Final = 10
 _POWER_OF_OVERLAP: Final = 1.5
@@ -146,7 +149,13 @@ class Plasticity:
         return self._wait < 0
 
     def look(
-        self, seen: Mapping[str, Progress], plasticity: float, start: float, *, later: bool = False
+        self,
+        seen: Mapping[str, Progress],
+        plasticity: float,
+        start: float,
+        *,
+        later: bool = False,
+        total: Total = list,
     ) -> float | None:
         """Return the strength that is right for a step.
 
@@ -156,17 +165,20 @@ class Plasticity:
             start: The strength that there is.
             later: Whether it is a step of a later task than that in which λ is found: then the
                 largest strength that is right.
+            total: Sums numbers over all processes, where each looks at blocks of its own.
 
         Returns:
             λ; None if the step goes nowhere, in which case the next one is to be looked at.
         """
-        if not all(bool(torch.isfinite(part.sum())) for p in seen.values() for part in p):
+        endless = sum(not bool(torch.isfinite(part.sum())) for p in seen.values() for part in p)
+        if any(total([endless])):
             return None
         for label, progress in seen.items():
             self._add(label, progress)
-        share = _MORE_IN_LATER_TASKS if later else self.overlap**_POWER_OF_OVERLAP
+        share = _MORE_IN_LATER_TASKS if later else self._overlap(total) ** _POWER_OF_OVERLAP
         part = 1.0 - (1.0 - plasticity) * share
-        strength = strength_keeping(part, [(p.gains, p.stiffnesses) for p in seen.values()], start)
+        progress = [(p.gains, p.stiffnesses) for p in seen.values()]
+        strength = strength_keeping(part, progress, start, total)
         if strength is not None:
             self._wait = STEPS_BETWEEN_LOOKS - 1
         return strength
@@ -174,11 +186,13 @@ class Plasticity:
     @property
     def overlap(self) -> float:
         """The overlap c over the looks of this task, from 0 to 1; 1 before there was any."""
-        total = sum(gains for _, _, gains in self._sums.values())
-        if not total > 0:
-            return 1.0
+        return self._overlap(list)
+
+    def _overlap(self, total: Total) -> float:
+        gains = sum(gains for _, _, gains in self._sums.values())
         met = sum(gains * m / squares for m, squares, gains in self._sums.values() if squares > 0)
-        return min(1.0, met / total)
+        gains, met = total([gains, met])
+        return min(1.0, met / gains) if gains > 0 else 1.0
 
     def _add(self, label: str, progress: Progress) -> None:
         eigenvalues = progress.eigenvalues
@@ -222,7 +236,10 @@ class Plasticity:
 
 
 def strength_keeping(
-    part: float, progress: Sequence[tuple[Tensor, Tensor]], start: float = 1.0
+    part: float,
+    progress: Sequence[tuple[Tensor, Tensor]],
+    start: float = 1.0,
+    total: Total = list,
 ) -> float | None:
     """Return the λ at which ρ(λ) has a value: Newton's method in log λ, bracketed.
 
@@ -230,18 +247,20 @@ def strength_keeping(
         part: ρ, between 0 and 1.
         progress: `s² / η` and `η Λ` of all protected coordinates, block by block.
         start: Where to begin.
+        total: Sums numbers over all processes, where each has coordinates of its own.
 
     Returns:
         λ to about one part in a hundred, from 1e-10 to 1e10; None where the step makes no progress,
         or the penalty takes nothing of it however strong it is.
     """
-    held_back = sum(float(gains[stiffnesses > 0].sum()) for gains, stiffnesses in progress)
+    own = sum(float(gains[stiffnesses > 0].sum()) for gains, stiffnesses in progress)
+    (held_back,) = total([own])
     if not 0 < held_back < math.inf:
         return None
     low, high = _SMALLEST, _LARGEST
     position = min(max(math.log(start), low), high)
     for _ in range(_MOST_ITERATIONS):
-        kept, slope = _kept_part(progress, math.exp(position))
+        kept, slope = _kept_part(progress, math.exp(position), total)
         low, high = (position, high) if kept > part else (low, position)
         following = position + (kept - part) / slope if slope > 0 else math.inf
         if not low < following < high:
@@ -252,16 +271,19 @@ def strength_keeping(
     return math.exp(position)
 
 
-def _kept_part(progress: Sequence[tuple[Tensor, Tensor]], strength: float) -> tuple[float, float]:
+def _kept_part(
+    progress: Sequence[tuple[Tensor, Tensor]], strength: float, total: Total
+) -> tuple[float, float]:
     """Return ρ(λ), and by how much it falls with log λ; 1 and 0 where there is no progress.
 
     With `k = 1 / (1 + λ η Λ)` these are `Σ g k / Σ g` and `Σ g k (1 - k) / Σ g`.
     """
-    total = kept = slope = 0.0
+    whole = kept = slope = 0.0
     for gains, stiffnesses in progress:
         parts = (stiffnesses * strength).add_(1.0).reciprocal_()
         left = gains * parts
-        total += float(gains.sum())
+        whole += float(gains.sum())
         kept += float(left.sum())
         slope += float(left.sub_(left * parts).sum())
-    return (kept / total, slope / total) if total > 0 else (1.0, 0.0)
+    whole, kept, slope = total([whole, kept, slope])
+    return (kept / whole, slope / whole) if whole > 0 else (1.0, 0.0)

@@ -70,11 +70,14 @@ class Stack:
         return zip(self.block.parameters, self.names, self.anchors, strict=True)
 
 
-def stack_terms(terms: Sequence[Term]) -> tuple[list[Term], tuple[Stack, ...]]:
+def stack_terms(terms: Sequence[Term]) -> tuple[list[Term], list[Stack]]:
     """Put the blocks of terms that have the same form into stacks.
 
     Terms whose parameters have grown in between, or changed their dtype, or that keep other numbers
     of directions, are in different stacks.
+
+    Blocks without numbers, which another process keeps (`rotate_ewc.penalty.owners`), are in no
+    stack, but count in the numbering of stacks, which is the same in all processes.
 
     Returns:
         The terms, whose bases are now views of those of the stacks; and the stacks.
@@ -90,19 +93,21 @@ def stack_terms(terms: Sequence[Term]) -> tuple[list[Term], tuple[Stack, ...]]:
             together.setdefault(form, []).append((index, block))
     stacks: list[Stack] = []
     shared: dict[tuple[int, tuple[str, ...]], Block] = {}
-    for members in together.values():
-        stack = _stack(len(stacks), [(terms[index], block) for index, block in members])
+    for number, members in enumerate(together.values()):
+        if members[0][1].eigenvalues.is_meta:
+            continue
+        stack = _stack(number, [(terms[index], block) for index, block in members])
         stacks.append(stack)
         for place, (index, block) in enumerate(members):
             shared[index, block.parameters] = _view(stack.block, place, block)
     viewing = [_with_blocks(term, index, shared) for index, term in enumerate(terms)]
-    return viewing, tuple(stacks)
+    return viewing, stacks
 
 
 def _with_blocks(
     term: Term, index: int, shared: Mapping[tuple[int, tuple[str, ...]], Block]
 ) -> Term:
-    operator = term.operator.map_blocks(lambda block: shared[index, block.parameters])
+    operator = term.operator.map_blocks(lambda block: shared.get((index, block.parameters), block))
     return replace(term, operator=operator)
 
 

@@ -14,7 +14,6 @@ from torch.optim import Adagrad, Optimizer
 from rotate_ewc._utils.messages import parameters_have, quoted
 from rotate_ewc._utils.parameters import fits, protected_slice
 from rotate_ewc.distributed.sharding import (
-    gathered,
     is_sharded,
     own_numbers,
     spread_like,
@@ -22,7 +21,9 @@ from rotate_ewc.distributed.sharding import (
 )
 from rotate_ewc.errors import NotFiniteError, SnapshotError
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
+from rotate_ewc.penalty.owners import Owners
 from rotate_ewc.penalty.plasticity import Plasticity, Progress
+from rotate_ewc.penalty.step_rules import Quotient, StepRule, StepSize
 from rotate_ewc.penalty.terms import Stack
 
 # In an optimizer's state of a parameter: the number of tasks in whose eigenbasis it is. It is saved
@@ -39,8 +40,11 @@ class Step:
         parameters: All of the model's, by name.
         gradients: Those of the parameters that the optimizer has, as far as there are any.
         groups: The options for each of these.
-        sharded: Those that are spread over processes. In `parameters` and `gradients` are all of
-            their numbers; what becomes of them there, `spread` writes into these.
+        sharded: Those that are spread over processes, and with `sharded=True` all that are
+            protected. In `parameters` and `gradients` are all numbers of those that this process
+            owns; `spread` writes what has become of them into the parameters of all processes.
+        owners: The owners.
+        sizes: Step sizes that are spread over processes, whole; `sized` finds them.
     """
 
     optimizer: Optimizer
@@ -48,6 +52,8 @@ class Step:
     gradients: Mapping[str, Tensor]
     groups: Mapping[str, Mapping[str, Any]]
     sharded: Mapping[str, Tensor] = field(default_factory=dict)
+    owners: Owners = field(default_factory=Owners)
+    sizes: Mapping[str, StepSize | Quotient] = field(default_factory=dict)
 
     def held(self, name: str) -> Tensor:
         """Return a parameter as the optimizer has it."""
@@ -62,13 +68,34 @@ class Step:
         """Return the step with the numbers that sharded parameters have now."""
         if not self.sharded:
             return self
-        found = {name: gathered(tensor.detach()) for name, tensor in self.sharded.items()}
+        found = self.owners.gathered(self.sharded)
         return replace(self, parameters={**self.parameters, **found})
 
     def spread(self) -> None:
-        """Give sharded parameters the numbers that they have here."""
-        for name, tensor in self.sharded.items():
-            write_(tensor, self.parameters[name])
+        """Give sharded parameters the numbers that they have at their owners."""
+        own = {n: {"whole": self.parameters[n]} for n in self.sharded if self.owners.has(n)}
+        for name, found in self.owners.handed_out("parameters", own):
+            write_(self.sharded[name], found["whole"])
+
+    def sized(self, rule: StepRule) -> Step:
+        """Return the step with the step sizes of sharded parameters, after it was taken."""
+        if not self.sharded:
+            return self
+        found = {n: self.size(n, rule) for n in self.sharded if n in self.groups}
+        scales = {n: s.scale if isinstance(s, Quotient) else s for n, s in found.items()}
+        whole = self.owners.gathered({n: s for n, s in scales.items() if isinstance(s, Tensor)})
+        sizes = {
+            name: size._replace(scale=whole[name]) if isinstance(size, Quotient) else whole[name]
+            for name, size in found.items()
+            if name in whole
+        }
+        return replace(self, sizes=sizes)
+
+    def size(self, name: str, rule: StepRule) -> StepSize | Quotient:
+        """Return the step size of a parameter, perhaps not divided yet, after the step."""
+        if name in self.sizes:
+            return self.sizes[name]
+        return rule.quotient(self.groups[name], self.state(name) if rule.rotated else {})
 
     def factor(self, name: str) -> Tensor | float:
         """Return what gradients of a parameter are multiplied with, for the optimizer to divide by.
@@ -188,6 +215,22 @@ class Update(ABC):
         """Give model and optimizer back what they had before a step that failed."""
         self.stand_ins.undo()
 
+    def give(self, step: Step, own: Mapping[str, Mapping[str, Tensor]]) -> set[str]:
+        """Give the optimizers of all processes other gradients, and perhaps other data.
+
+        Args:
+            step: The step.
+            own: `"gradient"`, and perhaps `"data"`, for the parameters that this process owns.
+
+        Returns:
+            The names of all parameters that have got any, in any process.
+        """
+        names = set()
+        for name, found in self.penalty.owners.handed_out("gradients", own):
+            self.stand_ins.put(step.held(name), found["gradient"], found.get("data"))
+            names.add(name)
+        return names
+
     def looks(self) -> bool:
         """Count a step, and return whether the strength is to be found, or bounded, in it."""
         bounds = self.has_rotated_gradients and self.penalty.bounds_strength
@@ -205,7 +248,9 @@ class Update(ABC):
         """Find the strength in what a step is about to do to every block, by label."""
         penalty = self.penalty
         later = penalty.bounds_strength
-        found = self.plasticity.look(seen, penalty.plasticity, penalty.strength, later=later)
+        found = self.plasticity.look(
+            seen, penalty.plasticity, penalty.strength, later=later, total=penalty.owners.total
+        )
         if found is not None:
             penalty.take_strength(found)
 

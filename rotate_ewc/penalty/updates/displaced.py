@@ -23,7 +23,7 @@ class DisplacedUpdate(Update):
         """Keep the rule for the size of the optimizer's steps."""
         super().__init__(penalty)
         self.rule = rule
-        self._stacks: tuple[Stack, ...] = ()
+        self._stacks: Sequence[Stack] = ()
         self._displacements: dict[Stack, Displacement] = {}
         # λ, and λ Λ, which stays the same for many steps.
         self._stiffnesses: dict[Stack, tuple[float, Tensor]] = {}

@@ -59,12 +59,13 @@ def add_gradients(update: Update, step: Step, gradients: Mapping[str, Tensor]) -
         step: The step.
         gradients: By the stacks' own names, `[1, *shape]`.
     """
+    own = {}
     for stack in update.penalty.stacks:
         for key, name, anchor in stack.members:
             if name in step.groups and fits(name, step.parameters, anchor[0]):
                 scale = update.penalty.scale * step.factor(name)
-                whole = _sum(step.gradients[name], gradients[key][0], scale)
-                update.stand_ins.put(step.held(name), whole)
+                own[name] = {"gradient": _sum(step.gradients[name], gradients[key][0], scale)}
+    update.give(step, own)
     for name in step.groups:
         update.stand_ins.restart(step.optimizer, step.held(name), 0)
 

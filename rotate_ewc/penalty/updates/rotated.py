@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from rotate_ewc._utils.messages import parameters_are
-from rotate_ewc.distributed.sharding import gathered
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.displacement import Displacement, without_rounding_errors_
 from rotate_ewc.penalty.plasticity import Progress
-from rotate_ewc.penalty.step_rules import Quotient, StepRule
+from rotate_ewc.penalty.step_rules import Quotient, StepRule, StepSize
 from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.base import Step, check_gradients, mark_basis, rotated_gradient
 from rotate_ewc.penalty.updates.displaced import DisplacedUpdate
@@ -43,7 +42,9 @@ class RotatedUpdate(DisplacedUpdate):
         super().__init__(penalty, rule)
         self._anchors: dict[Stack, Mapping[str, Tensor]] = {}
         self._moving: list[Displacement] = []
+        self._rotated: set[str] = set()
         # The gradients in the eigenbasis, in a step in which the strength is to be found.
+        self._looks = False
         self._looked_at: list[Tensor] = []
 
     def begin(self) -> None:
@@ -58,29 +59,31 @@ class RotatedUpdate(DisplacedUpdate):
         rotated = [_cleaned(d.stack, step) for d in moving]
         check_gradients([d.stack for d in moving], rotated)
         self.follow(moving, step)
-        self._looked_at = rotated if self.looks() else []
-        names = {name for d in moving for name in d.stack.names}
+        self._looks = self.looks()
+        self._looked_at = rotated if self._looks else []
+        own = {}
         for displacement, matrix in zip(moving, rotated, strict=True):
             gradients = displacement.split(matrix)
             seen = self._seen(displacement, step)
             for key, name, anchor in displacement.stack.members:
                 parameter, inner = step.parameters[name], tuple(map(slice, anchor.shape[1:]))
-                self.stand_ins.put(
-                    step.held(name),
-                    _replaced(step.gradients[name], inner, gradients[key], parameter),
-                    _replaced(parameter.detach(), inner, seen[key], parameter),
-                )
+                own[name] = {
+                    "gradient": _replaced(step.gradients[name], inner, gradients[key], parameter),
+                    "data": _replaced(parameter.detach(), inner, seen[key], parameter),
+                }
+        self._rotated = self.give(step, own)
         for name in step.groups:
-            tasks = self.penalty.num_tasks if name in names else 0
+            tasks = self.penalty.num_tasks if name in self._rotated else 0
             self.stand_ins.restart(step.optimizer, step.held(name), tasks)
         self._moving = moving
 
     def after(self, step: Step) -> None:
         """Take the proximal step, and bring the parameters back from the eigenbasis."""
-        if self._looked_at:
+        step = step.sized(self.rule)
+        if self._looks:
             pairs = zip(self._moving, self._looked_at, strict=True)
             self.find_strength({d.stack.block.label: self._progress(d, g, step) for d, g in pairs})
-            self._looked_at = []
+            self._looks, self._looked_at = False, []
         moved = [self._shrunk(displacement, step) for displacement in self._moving]
         whole = {n: step.parameters[n].data for d in self._moving for n in d.stack.names}
         self.stand_ins.take_back()
@@ -88,14 +91,15 @@ class RotatedUpdate(DisplacedUpdate):
             for _, name, anchor in displacement.stack.members:
                 if anchor.shape[1:] != whole[name].shape:
                     step.parameters[name].copy_(whole[name])  # the new rows, for the others follow
-                mark_basis(step.state(name), self.penalty.num_tasks)
             displacement.lead(step.parameters, coordinates)
+        for name in self._rotated:
+            mark_basis(step.state(name), self.penalty.num_tasks)
         self._moving = []
 
     def undo(self) -> None:
         """Give model and optimizer back what they had before a step that failed."""
         super().undo()
-        self._moving, self._looked_at = [], []
+        self._moving, self._looks, self._looked_at = [], False, []
 
     def _seen(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
         """Return what the optimizer is to see in place of the parameters: z, or Qᵀθ."""
@@ -124,26 +128,12 @@ class RotatedUpdate(DisplacedUpdate):
         for key, name, anchor in stack.members:
             inner = tuple(map(slice, anchor.shape[1:]))
             moved = step.parameters[name].detach()[inner] - seen[key]
-            state = step.state(name)
-            sizes[key] = self._sizes(step.groups[name], state, moved, inner).expand_as(moved)
+            size = step.size(name, self.rule)
+            sizes[key] = _divided(size, moved, inner).expand_as(moved)
             gains[key] = (moved.square() / sizes[key]).nan_to_num(0.0, 0.0)
         block = stack.block
         stiffnesses = block.gather(sizes) * block.spectrum * self.penalty.scale_of_one
         return Progress(block.gather(gains), stiffnesses, gradient.square(), block.spectrum)
-
-    def _sizes(
-        self,
-        group: Mapping[str, Any],
-        state: Mapping[str, Any],
-        like: Tensor,
-        inner: tuple[slice, ...],
-    ) -> Tensor:
-        """Return η for a slice of a parameter, in the dtype of a tensor if it is one number."""
-        size = self.rule.size(group, state)
-        if not isinstance(size, Tensor):
-            return like.new_tensor(size)
-        size = gathered(size)
-        return size[inner] if size.ndim else size
 
     def _shrinkage(
         self, displacement: Displacement, key: str, name: str, step: Step, rows: Tensor | None
@@ -159,21 +149,21 @@ class RotatedUpdate(DisplacedUpdate):
         """
         spectrum, anchor = displacement.stack.block.spectrum, displacement.coordinates[key]
         inner = tuple(map(slice, anchor.shape))
-        group, state = step.groups[name], step.state(name)
-        if rows is not None:
+        if rows is None:
+            size = step.size(name, self.rule)
+        else:
             like = step.parameters[name].shape
-            state = {n: _rows_of(value, rows, like) for n, value in state.items()}
-            inner = (slice(None),)
+            state = {n: _rows_of(value, rows, like) for n, value in step.state(name).items()}
+            size, inner = self.rule.quotient(step.groups[name], state), (slice(None),)
         factor = min(self.penalty.scale, torch.finfo(spectrum.dtype).max)
-        size = self.rule.quotient(group, state)
         if isinstance(size, Quotient) and isinstance(size.rate, float):
             eigenvalues = _rows_of(displacement.split(spectrum)[key], rows, anchor.shape)
             ratio = min(size.rate * factor, torch.finfo(spectrum.dtype).max)
-            scale = gathered(size.scale)[inner]
+            scale = size.scale[inner]
             return torch.addcdiv(spectrum.new_ones(()), eigenvalues, scale, value=ratio)
         whole = displacement.split(self.stiffness(displacement.stack))[key]
         stiffness: Tensor = _rows_of(whole, rows, anchor.shape)
-        return (stiffness * self._sizes(group, state, spectrum, inner)).add_(1.0)
+        return (stiffness * _divided(size, spectrum, inner)).add_(1.0)
 
     def _shrunk(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
         """Return the coordinates after the optimizer's step and the proximal one."""
@@ -198,6 +188,15 @@ class RotatedUpdate(DisplacedUpdate):
             else:
                 shrunk[key] = moved.index_copy_(0, rows, moved.index_select(0, rows) / shrinkage)
         return shrunk
+
+
+def _divided(size: StepSize | Quotient, like: Tensor, inner: tuple[slice, ...]) -> Tensor:
+    """Return η for a slice of a parameter, in the dtype of a tensor if it is one number."""
+    if isinstance(size, Quotient):
+        size = size.rate / size.scale
+    if not isinstance(size, Tensor):
+        return like.new_tensor(size)
+    return size[inner] if size.ndim else size
 
 
 def _cleaned(stack: Stack, step: Step) -> Tensor:

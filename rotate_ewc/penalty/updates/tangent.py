@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 from torch import Tensor
 
 from rotate_ewc._utils.parameters import protected_slice
-from rotate_ewc.distributed.sharding import gathered
 from rotate_ewc.io.snapshot import checked_tensor
 from rotate_ewc.linalg.quadratic import quadratic_gradient
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
-from rotate_ewc.penalty.step_rules import StepRule
+from rotate_ewc.penalty.step_rules import Quotient, StepRule
 from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.base import Step, Update, check_nothing_left
 from rotate_ewc.penalty.updates.gradient import add_gradients
@@ -44,7 +43,7 @@ class TangentUpdate(Update):
         self._steps = 0
         self._watch = Watch(self)
         self._stepped: frozenset[str] = frozenset()
-        self._stacks: tuple[Stack, ...] = ()
+        self._stacks: Sequence[Stack] = ()
         self._contact: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
 
@@ -75,6 +74,7 @@ class TangentUpdate(Update):
             self._renew(replace(step, groups=groups))
 
     def _renew(self, step: Step) -> None:
+        step = step.sized(self._rule)
         deltas = self.penalty.deltas(step.parameters)
         for stack in self._stacks:
             self._move(stack, step, deltas)
@@ -114,11 +114,13 @@ class TangentUpdate(Update):
 
     def _typical_size(self, name: str, step: Step, moved: Tensor) -> float:
         """Return the geometric mean of η over the entries that moved; 0 where none did."""
-        size = self._rule.size(step.groups[name], step.state(name) if self._rule.rotated else {})
+        size = step.size(name, self._rule)
+        if isinstance(size, Quotient):
+            size = size.rate / size.scale
         if not isinstance(size, Tensor) or not size.ndim:
             return self._steps * float(size)
         # An entry that never had a gradient does not move, and its size may be enormous.
-        inner = gathered(size)[tuple(map(slice, moved.shape))][moved != 0]
+        inner = size[tuple(map(slice, moved.shape))][moved != 0]
         return self._steps * float(inner.log().mean().exp()) if inner.numel() else 0.0
 
     def state_dict(self) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Watch:
         """
         self._update = update
         self._averages: dict[Stack, Averages] = {}
+        self._looks = False
         self._looked_at: list[tuple[Stack, Tensor]] = []
         self._before: dict[str, Tensor] = {}
 
@@ -48,7 +49,7 @@ class Watch:
             stacks: All stacks that may be stepped.
             step: The step.
         """
-        self._looked_at = []
+        self._looked_at, self._looks = [], False
         penalty = self._update.penalty
         if not penalty.finds_strength:
             self._averages = {}
@@ -56,11 +57,13 @@ class Watch:
         current = set(penalty.stacks)
         self._averages = {stack: a for stack, a in self._averages.items() if stack in current}
         gradients = [(stack, rotated_gradient(stack, step)) for stack in _moving(stacks, step)]
-        if not all(bool(torch.isfinite(gradient.sum())) for _, gradient in gradients):
+        endless = sum(not bool(torch.isfinite(gradient.sum())) for _, gradient in gradients)
+        if any(penalty.owners.total([endless])):
             return  # the averages would never recover
         for stack, gradient in gradients:
             self._averages.setdefault(stack, Averages(gradient)).add(gradient)
-        if self._update.looks():
+        self._looks = self._update.looks()
+        if self._looks:
             self._looked_at = gradients
             self._before = {
                 key: protected_slice(name, step.parameters, anchor[0]).detach().clone()
@@ -70,17 +73,17 @@ class Watch:
 
     def after(self, step: Step) -> None:
         """Find the strength, if the step is to be looked at."""
-        if not self._looked_at:
+        if not self._looks:
             return
-        length = _norm(
-            [
-                protected_slice(name, step.parameters, anchor[0]).detach() - self._before[key]
-                for stack, _ in self._looked_at
-                for key, name, anchor in stack.members
-            ]
-        )
+        moved = [
+            protected_slice(name, step.parameters, anchor[0]).detach() - self._before[key]
+            for stack, _ in self._looked_at
+            for key, name, anchor in stack.members
+        ]
         corrected = {stack: self._averages[stack].corrected() for stack, _ in self._looked_at}
-        rate = length / max(_norm([m / v for m, v in corrected.values()]), _EPS)
+        squares = _squares(moved), _squares([m / v for m, v in corrected.values()])
+        length, own_length = map(math.sqrt, self._update.penalty.owners.total(squares))
+        rate = length / max(own_length, _EPS)
         scale = self._update.penalty.scale_of_one
         seen = {}
         for stack, gradient in self._looked_at:
@@ -90,7 +93,7 @@ class Watch:
                 mean.square() * sizes, sizes * eigenvalues * scale, gradient.square(), eigenvalues
             )
             seen[stack.block.label] = progress
-        self._looked_at, self._before = [], {}
+        self._looked_at, self._before, self._looks = [], {}, False
         self._update.find_strength(seen)
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,5 +174,5 @@ def _moving(stacks: Sequence[Stack], step: Step) -> list[Stack]:
     ]
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors))
+def _squares(tensors: Sequence[Tensor]) -> float:
+    return sum(float(tensor.square().sum()) for tensor in tensors)
