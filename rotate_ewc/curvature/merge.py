@@ -97,7 +97,7 @@ def merge_together(
         raise ValueError(f"got {len(checked)} weights; expected {len(operators)}")
     checked = [as_non_negative_number(f"weights[{i}]", w) for i, w in enumerate(checked)]
     settings = None if rank is None else EstimationSettings(rank=rank)
-    zeros = _zeros(operators)
+    zeros = _zeros(operators, lambda block: owner_of is None or owner_of(block) == ranks.rank)
     if owner_of is not None:
         zeros = set().union(*ranks.gather("blocks of zeros", zeros))
     groups = matching_blocks(operators, checked, zeros)
@@ -114,13 +114,15 @@ def merge_together(
     return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
 
 
-def _zeros(operators: Sequence[EKFACLinearOperator]) -> set[tuple[int, str]]:
+def _zeros(
+    operators: Sequence[EKFACLinearOperator], is_kept: Callable[[Block], bool]
+) -> set[tuple[int, str]]:
     """Return which of this process's blocks are zero, by number of the operator and label."""
     return {
         (index, block.label)
         for index, operator in enumerate(operators)
         for block in operator.blocks
-        if not block.eigenvalues.is_meta and not bool(block.eigenvalues.any())
+        if is_kept(block) and not bool(block.eigenvalues.any())
     }
 
 

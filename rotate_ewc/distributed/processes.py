@@ -9,7 +9,6 @@ whether another one has failed.
 
 from __future__ import annotations
 
-import math
 import secrets
 import signal
 import threading
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from rotate_ewc._utils.validation import AUTO
 from rotate_ewc._utils.warnings import add_note
-from rotate_ewc.distributed.buckets import BUCKET_BYTES, Bucket, buckets
+from rotate_ewc.distributed.buckets import Bucket, Laid, buckets, portions
 from rotate_ewc.distributed.notes import default_store
 from rotate_ewc.errors import NotFiniteError
 
@@ -204,13 +203,13 @@ class Ranks:
             for key, tensors in own.items():
                 yield key, dict(tensors)
             return
-        kept = {key: {n: _Laid.of(t) for n, t in tensors.items()} for key, tensors in own.items()}
+        kept = {key: {n: Laid.of(t) for n, t in tensors.items()} for key, tensors in own.items()}
         for rank, described in enumerate(self._described(place, kept)):
-            for portion in _portions(described):
+            for portion in portions(described):
                 laids = {
                     key: kept[key]
                     if rank == self.rank
-                    else {name: _Laid.empty(one, device) for name, one in named.items()}
+                    else {name: Laid.empty(one, device) for name, one in named.items()}
                     for key, named in portion
                 }
                 wires = [(laid.wire, rank) for named in laids.values() for laid in named.values()]
@@ -232,12 +231,12 @@ class Ranks:
         found = {key: dict(tensors) for key, tensors in own.items()}
         if self.size == 1:
             return found
-        kept = {key: {n: _Laid.of(t) for n, t in tensors.items()} for key, tensors in own.items()}
+        kept = {key: {n: Laid.of(t) for n, t in tensors.items()} for key, tensors in own.items()}
         meta = torch.device("meta")
         for rank, described in enumerate(self._described(place, kept)):
             if rank != self.rank:
                 for key, named in described:
-                    found[key] = {n: _Laid.empty(one, meta).tensor for n, one in named.items()}
+                    found[key] = {n: Laid.empty(one, meta).tensor for n, one in named.items()}
         return found
 
     def total(self, place: str, numbers: Sequence[float]) -> list[float]:
@@ -254,7 +253,7 @@ class Ranks:
         return sums.tolist()
 
     def _described(
-        self, place: str, kept: Mapping[Key, Mapping[str, _Laid]]
+        self, place: str, kept: Mapping[Key, Mapping[str, Laid]]
     ) -> list[list[tuple[Key, dict[str, Any]]]]:
         """Return, by rank, the keys of all processes and what their tensors look like."""
         own = [(key, {n: laid.told for n, laid in laids.items()}) for key, laids in kept.items()]
@@ -353,54 +352,6 @@ class Ranks:
         if dist.get_backend(self._group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
-
-
-def _portions(
-    described: Sequence[tuple[Key, dict[str, Any]]],
-) -> Iterator[list[tuple[Key, dict[str, Any]]]]:
-    """Split what a process has told of its tensors into portions of one bucket each, or one key."""
-    portion: list[tuple[Key, dict[str, Any]]] = []
-    size = 0
-    for key, named in described:
-        num_bytes = sum(_Laid.num_bytes(told) for told in named.values())
-        if portion and size + num_bytes > BUCKET_BYTES:
-            yield portion
-            portion, size = [], 0
-        portion.append((key, named))
-        size += num_bytes
-    if portion:
-        yield portion
-
-
-class _Laid:
-    """A tensor, and the contiguous one with the same numbers in which it is sent.
-
-    Matrices whose columns lie together, as those of `eigh`, keep doing so: products with the same
-    numbers in another layout may differ in their last bits.
-    """
-
-    def __init__(self, wire: Tensor, columns: bool) -> None:
-        self.wire = wire
-        self.tensor = wire.mT if columns else wire
-        self.told = tuple(wire.shape), wire.dtype, columns
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Laid:
-        """Lay out a tensor of this process."""
-        columns = tensor.ndim > 1 and not tensor.is_contiguous() and tensor.mT.is_contiguous()
-        return cls(tensor.mT if columns else tensor.contiguous(), columns)
-
-    @classmethod
-    def empty(cls, told: tuple[Any, torch.dtype, bool], device: torch.device) -> _Laid:
-        """Make room for one of another process."""
-        shape, dtype, columns = told
-        return cls(torch.empty(shape, dtype=dtype, device=device), columns)
-
-    @staticmethod
-    def num_bytes(told: tuple[Any, torch.dtype, bool]) -> int:
-        """Return how large a tensor of another process is."""
-        shape, dtype, _ = told
-        return math.prod(shape) * dtype.itemsize
 
 
 @contextmanager

@@ -37,8 +37,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rotate_ewc._utils.messages import parameters_are, parameters_have
 from rotate_ewc._utils.parameters import named_parameters
-from rotate_ewc._utils.validation import AUTO, as_choice, check_positive_integer
-from rotate_ewc.distributed.processes import Ranks
+from rotate_ewc._utils.validation import as_choice, check_positive_integer
 from rotate_ewc.distributed.sharding import (
     check_one_axis,
     is_sharded,
@@ -96,7 +95,7 @@ class Attachment(Generic[Penalty]):
         check_positive_integer("every", every)
         penalty.check_merged()
         self._sharded_modules = check_model(model, self.optimizer)
-        self._share_penalty()
+        penalty.keep_share()
         rule = check_optimizer(self.optimizer, self.update)
         _check_not_attached(self.optimizer)
         check_cadence(every, self.update, rule, self.optimizer)
@@ -309,14 +308,6 @@ class Attachment(Generic[Penalty]):
         whole = owners.gathered({n: gradients[n] for n in sharded if n in gradients})
         step = Step(self.optimizer, parameters, {**gradients, **whole}, groups, sharded, owners)
         return step.collect()
-
-    def _share_penalty(self) -> None:
-        """Keep this process's share of a penalty that all processes have loaded whole."""
-        penalty = self.penalty
-        if penalty.sharded and penalty.num_tasks and not penalty.owners.are_several:
-            ranks = Ranks.of(AUTO)
-            if ranks.size > 1:
-                penalty.share_among(ranks)
 
     def _held(
         self, parameters: Mapping[str, Tensor]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc._utils.validation import (
+    AUTO,
     as_non_negative_number,
     as_part,
     as_positive_number,
@@ -19,7 +20,7 @@ from rotate_ewc._utils.validation import (
 from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.io.header import HEADER
 from rotate_ewc.options import Mode, Weighting
-from rotate_ewc.penalty.owners import Owners, on_meta_too
+from rotate_ewc.penalty.owners import Owners
 from rotate_ewc.penalty.plasticity import FoundStrength
 from rotate_ewc.penalty.protection import Protection
 from rotate_ewc.penalty.replicas import Replicas
@@ -92,7 +93,8 @@ class ConsolidatedTasks(nn.Module):
         self._terms: list[Term] = []
         # Another list after each consolidation, even where this process keeps nothing.
         self._stacks: list[Stack] = []
-        self._owners = Owners()
+        # The processes that share the penalty; this one alone, unless `sharded=True`.
+        self.owners = Owners()
         self._num_tasks = 0
         self._last_examples, self._last_loss_terms = 1, 1.0
         self._current_num_data: int | None = None
@@ -148,9 +150,9 @@ class ConsolidatedTasks(nn.Module):
 
         Gradient descent on the penalty diverges when the learning rate is more than two over this.
         """
-        with self._owners.together():
-            own = self._owners.ranks.gather("curvature", largest_curvature(self._stacks))
-        return self.scale * max(own)
+        with self.owners.together():
+            largest = self.owners.ranks.gather("curvature", largest_curvature(self._stacks))
+        return self.scale * float(max(largest))
 
     @property
     def num_tasks(self) -> int:
@@ -169,11 +171,6 @@ class ConsolidatedTasks(nn.Module):
     def stacks(self) -> Sequence[Stack]:
         """The blocks that this process keeps, of all terms; those of the same form in one."""
         return self._stacks
-
-    @property
-    def owners(self) -> Owners:
-        """The processes that share the penalty; this one alone, unless `sharded=True`."""
-        return self._owners
 
     @property
     def protected_names(self) -> list[str]:
@@ -255,10 +252,12 @@ class ConsolidatedTasks(nn.Module):
             self._replicas = None
         return self._protection.find(self._stacks, parameters, strict=self.strict)
 
-    def share_among(self, ranks: Ranks) -> None:
-        """Keep this process's share of what every one of several processes has now."""
-        counts = self._num_tasks, self._last_examples, self._last_loss_terms
-        self._replace_terms(self._terms, *counts, Owners(ranks))
+    def keep_share(self) -> None:
+        """Keep this process's share of what all processes of the default group have loaded."""
+        ranks = Ranks.of(AUTO)
+        if self.sharded and self._terms and ranks.size > 1 and not self.owners.are_several:
+            counts = self._num_tasks, self._last_examples, self._last_loss_terms
+            self._replace_terms(self._terms, *counts, Owners(ranks))
 
     def _replace_terms(
         self,
@@ -268,14 +267,14 @@ class ConsolidatedTasks(nn.Module):
         last_loss_terms: float,
         owners: Owners | None = None,
     ) -> None:
-        owners = self._owners if owners is None else owners
+        owners = self.owners if owners is None else owners
         owners = owners.including(block for term in terms for block in term.operator.blocks)
-        terms, stacks = stack_terms([owners.keep(term) for term in terms])
+        terms, stacks = stack_terms([owners.keep(term) for term in terms], owners.has)
         # In one step, so that not even an interrupt can leave a part of it.
         vars(self).update(
             _terms=terms,
             _stacks=stacks,
-            _owners=owners,
+            owners=owners,
             _num_tasks=num_tasks,
             _last_examples=last_examples,
             _last_loss_terms=last_loss_terms,
@@ -288,7 +287,7 @@ class ConsolidatedTasks(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConsolidatedTasks:
         """Move or cast the state, as `nn.Module.to` and its relatives ask for."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        terms = [term.map(on_meta_too(fn)) for term in self._terms]
+        terms = self.owners.map(fn, self._terms)
         self._replace_terms(terms, self._num_tasks, self._last_examples, self._last_loss_terms)
         return self
 
@@ -351,7 +350,7 @@ class ConsolidatedTasks(nn.Module):
     @property
     def _whole_state(self) -> PenaltyState:
         """The state with the blocks of all processes, to be asked for by all of them."""
-        return replace(self._state, terms=tuple(self._owners.completed(self._terms)))
+        return replace(self._state, terms=tuple(self.owners.completed(self._terms)))
 
     def _restore(self, state: PenaltyState) -> None:
         self._replace_terms(

@@ -115,7 +115,7 @@ def fold_in(
         kept = [Term(merged, {**kept[0].anchor, **task.anchor}, 1.0)]
     for term in kept:
         for block in term.operator.blocks:
-            if not block.eigenvalues.is_meta:
+            if owners.has(block.parameters[0]):
                 check_trace(block.trace * term.weight, block.label)
     return kept
 

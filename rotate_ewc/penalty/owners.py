@@ -160,6 +160,16 @@ class Owners:
         """
         return self.ranks.stream(place, own, self.device)
 
+    def map(self, function: Callable[[Tensor], Tensor], terms: Sequence[Term]) -> list[Term]:
+        """Return terms with their tensors moved or cast; of those of other processes, the dtype."""
+
+        def on_any(tensor: Tensor) -> Tensor:
+            if not (self.are_several and tensor.is_meta):
+                return function(tensor)
+            return tensor.to(function(torch.empty(0, dtype=tensor.dtype)).dtype)
+
+        return [term.map(on_any) for term in terms]
+
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Return the sums of numbers over all processes."""
         return self.ranks.total("sums", numbers)
@@ -180,17 +190,6 @@ class Owners:
                 "blocks. Expected penalty.save(path) or penalty.state_dict(), in all processes"
             )
         return Owners, ()
-
-
-def on_meta_too(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a function that moves or casts tensors, and of meta tensors changes the dtype."""
-
-    def on_any(tensor: Tensor) -> Tensor:
-        if not tensor.is_meta:
-            return function(tensor)
-        return tensor.to(function(torch.empty(0, dtype=tensor.dtype)).dtype)
-
-    return on_any
 
 
 def _connected(blocks: Iterable[Block]) -> list[tuple[list[str], int]]:

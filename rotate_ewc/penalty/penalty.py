@@ -297,9 +297,9 @@ class EKFACPenalty(ConsolidatedTasks):
     def _terms_among(self, ranks: Ranks) -> tuple[Sequence[Term], Owners]:
         """Return the terms as these processes are to keep them, and the owners of their blocks."""
         wanted = ranks if self.sharded else Ranks()
-        if self._owners.are_of(wanted):
-            return self._terms, self._owners
-        return self._owners.completed(self._terms), Owners(wanted)
+        if self.owners.are_of(wanted):
+            return self._terms, self.owners
+        return self.owners.completed(self._terms), Owners(wanted)
 
     def forward(self, model: nn.Module | Mapping[str, Tensor]) -> Tensor:
         """Return the penalty, a scalar tensor; zero before the first task.
@@ -316,7 +316,7 @@ class EKFACPenalty(ConsolidatedTasks):
         if not self._terms:
             like = next(iter(parameters.values()), torch.zeros(()))
             return like.new_zeros(())
-        if self._owners.are_several:
+        if self.owners.are_several:
             return 0.5 * self.scale * shared_quadratic_form(self, parameters)
         deltas = self.deltas(parameters)
         value = quadratic_form([stack.block for stack in self._stacks], deltas)
@@ -381,8 +381,8 @@ class EKFACPenalty(ConsolidatedTasks):
         """
         dtype = as_storage_dtype(storage_dtype, OF_FILES)
         state = self._whole_state.to_dict(dtype=dtype)
-        with self._owners.together():
-            if self._owners.ranks.rank == 0:
+        with self.owners.together():
+            if self.owners.ranks.rank == 0:
                 files.save(state, path)
 
     @classmethod

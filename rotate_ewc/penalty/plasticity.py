@@ -173,8 +173,8 @@ class Plasticity:
         endless = sum(not bool(torch.isfinite(part.sum())) for p in seen.values() for part in p)
         if any(total([endless])):
             return None
-        for label, progress in seen.items():
-            self._add(label, progress)
+        for label, one in seen.items():
+            self._add(label, one)
         share = _MORE_IN_LATER_TASKS if later else self._overlap(total) ** _POWER_OF_OVERLAP
         part = 1.0 - (1.0 - plasticity) * share
         progress = [(p.gains, p.stiffnesses) for p in seen.values()]

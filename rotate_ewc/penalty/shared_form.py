@@ -52,7 +52,7 @@ class _SharedForm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         factor = float(grad_output)
         found = (None if g is None else g * factor for g in ctx.gradients.values())
         return None, None, *found

@@ -70,14 +70,18 @@ class Stack:
         return zip(self.block.parameters, self.names, self.anchors, strict=True)
 
 
-def stack_terms(terms: Sequence[Term]) -> tuple[list[Term], list[Stack]]:
+def stack_terms(
+    terms: Sequence[Term], is_kept: Callable[[str], bool]
+) -> tuple[list[Term], list[Stack]]:
     """Put the blocks of terms that have the same form into stacks.
 
     Terms whose parameters have grown in between, or changed their dtype, or that keep other numbers
     of directions, are in different stacks.
 
-    Blocks without numbers, which another process keeps (`rotate_ewc.penalty.owners`), are in no
-    stack, but count in the numbering of stacks, which is the same in all processes.
+    Args:
+        terms: The terms.
+        is_kept: Whether this process keeps the block of a parameter, by name. The others are in no
+            stack, but they are numbered too, so that all processes have the same numbers.
 
     Returns:
         The terms, whose bases are now views of those of the stacks; and the stacks.
@@ -94,7 +98,7 @@ def stack_terms(terms: Sequence[Term]) -> tuple[list[Term], list[Stack]]:
     stacks: list[Stack] = []
     shared: dict[tuple[int, tuple[str, ...]], Block] = {}
     for number, members in enumerate(together.values()):
-        if members[0][1].eigenvalues.is_meta:
+        if not is_kept(members[0][1].parameters[0]):
             continue
         stack = _stack(number, [(terms[index], block) for index, block in members])
         stacks.append(stack)

@@ -480,7 +480,7 @@ def test_every_operator_has_a_weight() -> None:
     operators = [of_weight_and_bias(["plain"], seed) for seed in range(2)]
     for weights in ([1.0], [1.0, 1.0, 1.0]):
         with pytest.raises(ValueError, match="zip"):
-            matching_blocks(operators, weights)
+            matching_blocks(operators, weights, set())
 
 
 def test_only_zeros_fit_every_form() -> None:

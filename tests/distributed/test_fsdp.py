@@ -11,89 +11,32 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from rotate_ewc import EKFACPenalty
-from tests.helpers.penalties import CE, Batches
+from tests.helpers.penalties import CE
 from tests.helpers.processes import distributed_test, gather, here
-
-STEPS = 5
-
-
-class Net(nn.Module):
-    """Odd sizes, of which some processes have no row; a tied weight, a norm, a frozen bias."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.norm = nn.Linear(5, 7), nn.LayerNorm(7)
-        self.inner = nn.Sequential(nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 5))
-        self.last = nn.Linear(5, 1)
-        self.head = nn.Linear(1, 3)
-        self.to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.inner(self.norm(torch.tanh(self.first(x))))
-        outputs: Tensor = self.head(self.last(x))
-        return outputs
-
-
-def sharded(reshard: bool = True, mesh: Any = None, **options: Any) -> nn.Module:
-    model = here(Net(options.pop("dtype", torch.float64)))
-    for part in (model.inner, model):
-        fully_shard(part, mesh=mesh, reshard_after_forward=reshard, **options)
-    return model
-
-
-def batches(seed: int, dtype: torch.dtype = torch.float64) -> Batches:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(24, 5, dtype=torch.float64, generator=generator).to(dtype)
-    return [(x, torch.randint(3, (24,), generator=generator))]
-
-
-def own(data: Batches) -> Batches:
-    batch = part_of(data)
-    if dist.get_rank():
-        return batch
-    # Processes need not run the model equally often.
-    ((x, y),) = batch
-    return list(zip(x.split(1), y.split(1), strict=True))
-
-
-def whole(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in model.named_parameters()
-    }
-
-
-def assert_close(
-    found: Tensor, expected: Tensor, tolerance: float = 1e-9, label: object = ""
-) -> None:
-    error = float((found - expected).abs().max())
-    assert error <= tolerance * float(expected.abs().max()), f"{label}: {error}"
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, data: Batches) -> None:
-    optimizer.zero_grad()
-    ((x, y),) = data
-    CE(model(x), y).backward()
-    optimizer.step()
+from tests.helpers.sharded_models import (
+    STEPS,
+    Net,
+    assert_close,
+    batches,
+    of_first,
+    own,
+    part_of,
+    sharded,
+    step,
+    whole,
+)
 
 
 def penalty_of(**options: Any) -> EKFACPenalty:
     return EKFACPenalty(**{"strength": 3.0, "fisher_type": "type2", **options})
-
-
-def part_of(data: Batches) -> Batches:
-    part = slice(dist.get_rank(), None, dist.get_world_size())
-    ((x, y),) = data
-    return here([(x[part], y[part])])
 
 
 @distributed_test((2, 3))
@@ -259,10 +202,3 @@ def test_checkpoints() -> None:
     back.load_state_dict(target["penalty"])
     assert_close(back(model), value)
     assert Path(folder, "penalty.safetensors").exists()
-
-
-def of_first(make: Any) -> list[Any]:
-    """What the first process makes, in all."""
-    found = [make() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    return found

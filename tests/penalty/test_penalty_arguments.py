@@ -70,7 +70,7 @@ def test_defaults() -> None:
     assert penalty.current_num_data is None
     assert penalty.num_tasks == 0
     assert penalty.terms == ()
-    assert penalty.stacks == ()
+    assert not penalty.stacks
     assert penalty.nbytes == 0
     assert penalty.scale == 1.0
     assert penalty.settings == EstimationSettings()

@@ -28,6 +28,7 @@ OPTIONS: dict[str, Any] = {
     "include": ("*",),
     "exclude": ("*.bias",),
     "strict": False,
+    "sharded": True,
     "fisher_type": "mc",
     "mc_samples": 2,
     "kfac_approx": "reduce",
