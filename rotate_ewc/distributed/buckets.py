@@ -89,6 +89,7 @@ class Laid:
     """
 
     def __init__(self, wire: Tensor, columns: bool) -> None:
+        """Take what is sent, and whether its columns are to lie together."""
         self.wire = wire
         self.tensor = wire.mT if columns else wire
         self.told = tuple(wire.shape), wire.dtype, columns
