@@ -106,10 +106,13 @@ def coordinates(penalty: EKFACPenalty, model: nn.Module) -> Coordinates:
 
 
 def _without_turning_equals(basis: Tensor, values: NDArray[np.float64]) -> Tensor:
-    """Leave inputs as they are that have but one eigenvalue, if they are half of all or more."""
+    """Leave inputs as they are that have but one eigenvalue, if they are half of all or more.
+
+    A bias, which has one input, is always turned.
+    """
     d_out, d_in = values.shape
     equal = [i for i in range(d_in) if len(set(values[:, i].tolist())) == 1]
-    if 2 * len(equal) < d_in:
+    if d_in == 1 or 2 * len(equal) < d_in:
         return basis
     kept = basis.clone()
     places = torch.arange(d_out * d_in).reshape(d_out, d_in)[:, equal].flatten()
