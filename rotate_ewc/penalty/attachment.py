@@ -95,7 +95,6 @@ class Attachment(Generic[Penalty]):
         check_positive_integer("every", every)
         penalty.check_merged()
         self._sharded_modules = check_model(model, self.optimizer)
-        penalty.keep_share()
         rule = check_optimizer(self.optimizer, self.update)
         _check_not_attached(self.optimizer)
         check_cadence(every, self.update, rule, self.optimizer)
@@ -111,6 +110,7 @@ class Attachment(Generic[Penalty]):
                 )
             penalty.protected(view(model))
             self._update = ViewedUpdate(penalty, partial(view, model))
+        penalty.keep_share()
         self._step: Step | None = None
         # A compiled step runs them as they were written.
         disable: Callable[[Any], Any] = torch.compiler.disable
@@ -249,9 +249,11 @@ class Attachment(Generic[Penalty]):
         """Finish a step: the hook that runs after it."""
         if self._step is not None:
             with self.penalty.owners.together():
-                step = self._step.collect()
+                acts = self._update.acts_after()
+                step = self._step.collect() if acts else self._step
                 self._update.after(step)
-                step.spread()
+                if acts:
+                    step.spread()
             self._step = None
 
     def _undo(self) -> None:

@@ -207,6 +207,10 @@ class Update(ABC):
     def before(self, step: Step) -> None:
         """Change what the optimizer will see; whatever can be refused is, before any change."""
 
+    def acts_after(self) -> bool:
+        """Return whether `after` needs, or changes, the parameters that the step leaves."""
+        return True
+
     def after(self, step: Step) -> None:
         """Make of what the optimizer did what it is to be."""
         self.stand_ins.take_back()

@@ -34,6 +34,10 @@ class GradientUpdate(Update):
         self._watch.before(self.penalty.stacks, step)
         add_gradients(self, step, gradients)
 
+    def acts_after(self) -> bool:
+        """Return whether the step is one to find the strength from."""
+        return self._watch.looks
+
     def after(self, step: Step) -> None:
         """Take the gradient away."""
         super().after(step)

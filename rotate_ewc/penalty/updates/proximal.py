@@ -47,6 +47,10 @@ class ProximalUpdate(DisplacedUpdate):
         for name in step.groups:
             self.stand_ins.restart(step.optimizer, step.held(name), 0)
 
+    def acts_after(self) -> bool:
+        """Return whether the proximal step is due, or the strength to be found."""
+        return self._watch.looks or self._steps + 1 >= self._every
+
     def after(self, step: Step) -> None:
         """Count the step, and take the proximal one where it is time."""
         super().after(step)

@@ -56,6 +56,10 @@ class TangentUpdate(Update):
         self._watch.before(self._stacks, step)
         add_gradients(self, step, self._gradients)
 
+    def acts_after(self) -> bool:
+        """Return whether the next plane is due, or the strength to be found."""
+        return self._watch.looks or self._steps + 1 >= self._every
+
     def after(self, step: Step) -> None:
         """Count the step, and take the next plane where it is time."""
         super().after(step)

@@ -38,7 +38,7 @@ class Watch:
         """
         self._update = update
         self._averages: dict[Stack, Averages] = {}
-        self._looks = False
+        self.looks = False
         self._looked_at: list[tuple[Stack, Tensor]] = []
         self._before: dict[str, Tensor] = {}
 
@@ -49,7 +49,7 @@ class Watch:
             stacks: All stacks that may be stepped.
             step: The step.
         """
-        self._looked_at, self._looks = [], False
+        self._looked_at, self.looks = [], False
         penalty = self._update.penalty
         if not penalty.finds_strength:
             self._averages = {}
@@ -62,8 +62,8 @@ class Watch:
             return  # the averages would never recover
         for stack, gradient in gradients:
             self._averages.setdefault(stack, Averages(gradient)).add(gradient)
-        self._looks = self._update.looks()
-        if self._looks:
+        self.looks = self._update.looks()
+        if self.looks:
             self._looked_at = gradients
             self._before = {
                 key: protected_slice(name, step.parameters, anchor[0]).detach().clone()
@@ -73,7 +73,7 @@ class Watch:
 
     def after(self, step: Step) -> None:
         """Find the strength, if the step is to be looked at."""
-        if not self._looks:
+        if not self.looks:
             return
         moved = [
             protected_slice(name, step.parameters, anchor[0]).detach() - self._before[key]
@@ -93,7 +93,7 @@ class Watch:
                 mean.square() * sizes, sizes * eigenvalues * scale, gradient.square(), eigenvalues
             )
             seen[stack.block.label] = progress
-        self._looked_at, self._before, self._looks = [], {}, False
+        self._looked_at, self._before, self.looks = [], {}, False
         self._update.find_strength(seen)
 
     def state_dict(self) -> dict[str, Any]:
