@@ -32,6 +32,8 @@ MIB = 2**20
 # Labels are sampled anew where a process cannot tell which examples of all it has.
 TOLERANCE = 0.1
 COLLECTIVES = ("all_reduce", "reduce", "broadcast")
+STEPS = PLAIN, WHOLE, SHARED = ("plain", "whole everywhere", "a share each")
+CALLS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,10 @@ class Options:
     all do together. Tells how much faster they are, in the passes over the data and in the
     decompositions (of which each process has its own), and what a process sends. For more
     processes, seconds are planned: the passes divided by their number, the decompositions of the
-    busiest, and what is exchanged at a given bandwidth. Writes processes.json.
+    busiest, and what is exchanged at a given bandwidth.
+
+    Then a penalty is attached to Adam, once whole in every process and once with ``sharded=True``,
+    and steps with the same gradients everywhere are timed. Writes processes.json.
 
     Attributes:
         cases: Any of a, c and e, as the command speed has them.
@@ -95,12 +100,17 @@ class Case:
         together: Those of all processes in every round.
         activations: Bytes of the layers' inputs and of the gradients of their outputs, over all
             examples.
+        steps: Seconds of optimizer steps of the first process, in every round: plain ones, with a
+            penalty that is whole everywhere, and with one of which each process has its share.
+        kept: Bytes that the process with the most keeps, of these two penalties.
     """
 
     name: str
     alone: list[Share] = field(default_factory=list)
     together: list[list[Share]] = field(default_factory=list)
     activations: int = 0
+    steps: dict[str, list[float]] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
 
     def speedup(self) -> float:
         """How much faster all are than one: the median over rounds."""
@@ -157,6 +167,7 @@ def run(options: Options) -> int:
     print_table(title, ["case"], times, map(times_of, found))
     sizes = ("peak, alone", "peak of each", "exchanged", "activations")
     print_table("Bytes of a process [MiB]", ["case"], sizes, map(sizes_of, found))
+    print_table("Adam's steps, medians", ["case"], STEPS, map(steps_of, found))
     rows = ([one.name, *plans_of(one, options.bandwidth)] for one in found)
     title = f"Planned at {options.bandwidth:g} bytes a second: times as fast as one process"
     print_table(title, ["case"], [f"{number} processes" for number in PLANNED], rows)
@@ -178,6 +189,16 @@ def sizes_of(case: Case) -> list[str]:
     alone, each = case.alone[0].memory, max(share.memory for share in case.together[0])
     sizes = (alone, each, case.exchanged(), case.activations)
     return [case.name, *(f"{size / MIB:.0f}" for size in sizes)]
+
+
+def steps_of(case: Case) -> list[str]:
+    """What is told of attached steps."""
+    plain, *seconds = (1_000 * statistics.median(case.steps[kind]) for kind in STEPS)
+    kept = (
+        f"{one:.1f} ms, {case.kept[kind] / MIB:.1f} MiB"
+        for kind, one in zip(STEPS[1:], seconds, strict=True)
+    )
+    return [case.name, f"{plain:.1f} ms", *kept]
 
 
 def plans_of(case: Case, bandwidth: float) -> list[str]:
@@ -236,6 +257,7 @@ def _work(rank: int, folder: str, options: Options, sending: Any) -> None:
                 check_traces(name, alone, together)
                 case.alone.append(alone)
                 case.together.append(together)
+        time_steps(workload, part, case, options.rounds)
         found.append(case)
     if rank == 0:
         sending.send(found)
@@ -266,6 +288,42 @@ def share_of(workload: "Workload", batches: "list[Batch]", group: Any, seed: int
         share.seconds = perf_counter() - start
     share.trace = float(operator.trace)
     return share
+
+
+def time_steps(workload: "Workload", batches: "list[Batch]", case: Case, rounds: int) -> None:
+    """Time Adam's steps, plain and with a penalty attached, in turns."""
+    import torch
+    import torch.distributed as dist
+
+    from rotate_ewc import EKFACPenalty
+
+    parameters = [p for p in workload.model.parameters() if p.requires_grad]
+    penalties = {
+        kind: EKFACPenalty(1.0, sharded=kind == SHARED, check_deterministic=False)
+        for kind in (WHOLE, SHARED)
+    }
+    for kind, penalty in penalties.items():
+        penalty.consolidate(workload.model, workload.criterion, batches)
+        sizes: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(sizes, penalty.nbytes)
+        case.kept[kind] = max(sizes)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(rounds + 1):
+        for kind in STEPS:
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer = torch.optim.Adam(parameters)
+            if kind != PLAIN:
+                penalties[kind].attach(optimizer, workload.model)
+            optimizer.step()  # makes its state
+            dist.barrier()
+            start = perf_counter()
+            for _ in range(CALLS):
+                optimizer.step()
+            dist.barrier()
+            if number:
+                seconds = (perf_counter() - start) / CALLS
+                case.steps.setdefault(kind, []).append(seconds)
 
 
 def check_traces(name: str, alone: Share, together: Sequence[Share]) -> None:
