@@ -155,6 +155,7 @@ class PenaltyOptions(EstimationOptions, total=False):
     include: Sequence[str]
     exclude: Sequence[str]
     strict: bool
+    sharded: bool
     settings: EstimationSettings | None
 
 

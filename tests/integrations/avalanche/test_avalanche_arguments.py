@@ -39,7 +39,7 @@ def settings_of(plugin: RotatedEWCPlugin) -> dict[str, Any]:
     penalty = plugin.penalty
     found = {name: getattr(penalty.settings, name, None) for name in PLUGIN}
     of_penalty = ("mode", "plasticity", "weighting", "decay", "temperature", "damping")
-    for name in (*of_penalty, "include", "exclude", "strict"):
+    for name in (*of_penalty, "include", "exclude", "strict", "sharded"):
         found[name] = getattr(penalty, name)
     told = ("ewc_lambda", "update", "every", "num_samples", "estimation_mb_size", "group")
     for name in told:
@@ -62,6 +62,7 @@ OTHERS: dict[str, tuple[Any, Any]] = {
     "include": (["0.*"], ("0.*",)),
     "exclude": (["3.*"], ("3.*",)),
     "strict": (False, False),
+    "sharded": (True, True),
     "num_samples": (10, 10),
     "estimation_mb_size": (4, 4),
     "fisher_type": ("type2", FisherType.TYPE2),
