@@ -298,10 +298,7 @@ def time_steps(workload: "Workload", batches: "list[Batch]", case: Case, rounds:
     from rotate_ewc import EKFACPenalty
 
     parameters = [p for p in workload.model.parameters() if p.requires_grad]
-    penalties = {
-        kind: EKFACPenalty(1.0, sharded=kind == SHARED, check_deterministic=False)
-        for kind in (WHOLE, SHARED)
-    }
+    penalties = {kind: EKFACPenalty(1.0, sharded=kind == SHARED) for kind in (WHOLE, SHARED)}
     for kind, penalty in penalties.items():
         penalty.consolidate(workload.model, workload.criterion, batches)
         sizes: list[int] = [0] * dist.get_world_size()
