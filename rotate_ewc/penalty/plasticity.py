@@ -215,8 +215,8 @@ class Plasticity:
             whole = False
         if not whole:
             raise SnapshotError(
-                "the state of the handle has a damaged 'plasticity'; expected what its "
-                "state_dict() returned"
+                "the state of the handle has a damaged 'plasticity'; expected the value that the "
+                "handle's state_dict() returned: load an unchanged copy"
             )
         return new
 
