@@ -65,7 +65,7 @@ def fitting_temperature(
     Without predictions that can be softened, as in regression, it is 1.
 
     Raises:
-        ValueError: If a number is asked for and it is not known what the loss predicts.
+        ValueError: If a number is given, but the distribution that the loss predicts is unknown.
     """
     if likelihood.can_be_softened:
         if not isinstance(asked, str):
