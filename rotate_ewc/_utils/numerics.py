@@ -44,7 +44,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_finite(total: Tensor, what: str) -> None:
-    """Raise unless a sum is finite, as it is only if every number in it is.
+    """Raise unless a sum is finite, which requires that every number in it is.
 
     Args:
         total: The sum, a scalar tensor.
@@ -59,7 +59,7 @@ def check_finite(total: Tensor, what: str) -> None:
 
 
 def check_trace(trace: Tensor, label: str) -> None:
-    """Raise unless the sum of a block's eigenvalues is finite, as it is only if all of them are.
+    """Raise unless the sum of a block's eigenvalues is finite, so that each of them is.
 
     Args:
         trace: The sum, a scalar tensor.

@@ -96,7 +96,7 @@ def _with_plain_names(params: Mapping[str, Tensor], model: nn.Module | None) -> 
 def select_parameters(
     model: nn.Module, include: Sequence[str], exclude: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Return the parameters that require gradients, by name, as far as name patterns choose them.
+    """Return the parameters that require gradients and that name patterns choose, by name.
 
     Args:
         model: The model.

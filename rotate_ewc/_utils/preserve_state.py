@@ -44,7 +44,7 @@ class Setting:
 
 @dataclass(eq=False)
 class _Visit:
-    """One use of a setting, and the value that is to be restored after it."""
+    """One use of a setting, and the value to restore after it."""
 
     found: Any = None
 
@@ -95,9 +95,9 @@ def undisturbed(
 def kept(settings: Iterable[Setting]) -> Iterator[None]:
     """Change settings, and restore them, whatever happens in between.
 
-    The second visitor finds what the first has made of a setting. So whoever leaves before a later
-    visitor writes nothing, but hands on the value it found: the setting stays as the others need
-    it, and when all have left it is again what it was before the first came.
+    A second visitor finds the value that the first one has set. So a visitor that leaves before a
+    later one writes nothing, but hands on the value that it found: the setting stays as the others
+    need it, and when all have left, it has the value from before the first one came.
     """
     visits: list[tuple[Setting, _Visit]] = []
     try:

@@ -1,4 +1,4 @@
-"""The modules that a function can reach, which are to be in eval mode while it is used."""
+"""The modules that a function can reach, which must be in eval mode while it is used."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-# Objects inside objects, and items of a collection, that are looked at.
+# How deep objects inside objects are searched, and how many items of a collection.
 _MOST_STEPS: Final = 8
 _MOST_ITEMS: Final = 1000
 
-# Those of torch call only what is registered, or given to them.
+# Objects of these packages call only modules that are registered with or passed to them.
 _NOT_OPENED: Final = ("torch", "rotate_ewc", "builtins", "numpy")
 
 
@@ -46,7 +46,7 @@ def reached_modules(function: Callable[..., Any]) -> list[nn.Module]:
 
 
 def _inside(value: Any) -> Iterator[Any]:
-    """Yield what a value holds, as far as it may be called."""
+    """Yield the objects inside a value that may be called."""
     if isinstance(value, (str, bytes, int, float, type, Tensor)) or value is None:
         return
     if isinstance(value, FunctionType):
@@ -74,7 +74,7 @@ def _inside_object(value: Any) -> Iterator[Any]:
     with suppress(AttributeError):
         yield from list(object.__getattribute__(value, "__dict__").values())
     if callable(value):
-        # Weak proxies have the methods of what they stand for, and their class has none.
+        # Weak proxies show the methods of their target; only their class shows that they have none.
         name = "forward" if isinstance(value, nn.Module) else "__call__"
         yield inspect.getattr_static(kind, name, None)
 
@@ -85,7 +85,7 @@ def _inside_function(function: FunctionType) -> Iterator[Any]:
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
-        except ValueError:  # empty, as long as its variable has no value
+        except ValueError:  # empty until its variable has a value
             continue
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
@@ -97,7 +97,7 @@ def _inside_function(function: FunctionType) -> Iterator[Any]:
 
 @functools.lru_cache(maxsize=256)
 def _global_names(code: CodeType) -> frozenset[str]:
-    """Return the names of the globals that a code, or one inside it, reads."""
+    """Return the names of the globals that a code object, or one inside it, reads."""
     reading = ("LOAD_GLOBAL", "LOAD_NAME")
     names = {step.argval for step in dis.get_instructions(code) if step.opname in reading}
     for constant in code.co_consts:

@@ -1,4 +1,4 @@
-"""Checks of what a user gives, which say what was got and what was expected."""
+"""Checks of a user's arguments; their errors say what was got and what was expected."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def as_part(name: str, value: object) -> float:
 
 
 def unless_auto(check: Callable[[str, object], float], name: str, value: object) -> float | None:
-    """Return what a check makes of `value`, or None if it is `"auto"`, which errors offer."""
+    """Return the checked `value`, or None for `"auto"`, which errors mention as a choice."""
     if isinstance(value, str) and value == AUTO:
         return None
     try:

@@ -68,7 +68,10 @@ def check_list(
             )
         columns.add(extra)
     if len(columns) > 1:
-        raise ValueError(f"the tensors have different numbers of columns: {sorted(columns)}")
+        raise ValueError(
+            f"the tensors have different numbers of columns: {sorted(columns)}; expected the same "
+            f"number for all"
+        )
     return columns != {()}
 
 

@@ -34,7 +34,7 @@ Key = TypeVar("Key", bound=Hashable)
 Group = Any
 
 _SECONDS_BETWEEN_LOOKS: Final = 0.5
-# Errors that are raised in all processes as what they are in one; of others, RuntimeError is.
+# These errors are raised with the same type in all processes; others as a RuntimeError.
 _KINDS: Final = {kind.__name__: kind for kind in (ValueError, TypeError, MemoryError)}
 _KINDS[NotFiniteError.__name__] = NotFiniteError
 
@@ -103,7 +103,7 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """Succeed in all processes, or raise in all of them.
 
-        Inside of another one it does nothing. To be entered by all processes of the group.
+        Nested inside another one it does nothing. All processes of the group must enter it.
 
         Raises:
             Exception: What was raised inside; where that was in another process, an error of the
@@ -114,7 +114,7 @@ class Ranks:
             return
         self._inside, self._over = True, False
         try:
-            # So that what is left of earlier failures is not taken for one of this time.
+            # A new token, so that keys of earlier failures are not taken for a failure of this run.
             token = self._vote("begin", None, secrets.randbits(62))
             self._failure_key, self._looked = f"rotate_ewc/failed/{token}", time.monotonic()
             yield
@@ -183,7 +183,7 @@ class Ranks:
         Args:
             place: What is shared.
             own: Named tensors of this process by keys, which no other process has.
-            device: Where tensors of others are to be.
+            device: The device for the tensors of other processes.
         """
         return dict(self.stream(place, own, device))
 
@@ -260,7 +260,7 @@ class Ranks:
         return self.gather(f"{place}, shapes", own)
 
     def owners(self, costs: Sequence[float]) -> list[int]:
-        """Return which process is to do each of several tasks: the largest first, to the idlest."""
+        """Assign tasks to processes: the largest first, each to the one with the least work."""
         busy, owners = [0.0] * self.size, [0] * len(costs)
         for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
             owners[index] = busy.index(min(busy))
@@ -288,7 +288,7 @@ class Ranks:
 
     @contextmanager
     def _exchanging(self, place: str, bucket: Bucket) -> Iterator[None]:
-        """Vote, exchange a bucket, and put what came out into its tensors."""
+        """Vote, exchange a bucket, and copy the result into its tensors."""
         with uninterrupted():
             self._vote(place, None)
             yield
@@ -323,7 +323,7 @@ class Ranks:
         return token
 
     def _fail(self, error: BaseException) -> None:
-        """Tell all others of an error, unless they know; or raise theirs, if that is what it is."""
+        """Report an error to all other processes, or raise theirs if it comes from them."""
         if self._over:
             return
         self._over = True
@@ -356,7 +356,7 @@ class Ranks:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C wait, so that what several processes do together is not left half done by one."""
+    """Let Ctrl-C wait, so that no process leaves a joint operation half done."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or handler is None:
         yield
@@ -372,7 +372,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def _raised_elsewhere(told: Sequence[tuple[str, str] | None]) -> Exception:
-    """Return what to raise where another process has failed."""
+    """Return the error to raise when another process has failed."""
     rank, (name, message) = next((r, one) for r, one in enumerate(told) if one is not None)
     if name in _KINDS:
         return _KINDS[name](f"on rank {rank}: {message}")

@@ -105,7 +105,7 @@ class KroneckerFactors:
 
 
 class Side(NamedTuple):
-    """One factor that is to be decomposed.
+    """One factor to decompose.
 
     Attributes:
         place: Of which block, and which side of it.
@@ -119,7 +119,7 @@ class Side(NamedTuple):
 def sides_of(
     factors: Mapping[BlockKey, KroneckerFactors], leaders: Mapping[Place, Place]
 ) -> list[Side]:
-    """Return all factors that are to be decomposed, in order."""
+    """Return all factors to decompose, in order."""
     sides = [
         (Place(key, side), total.covariance(side))
         for side in (GRADIENT, ACTIVATION)

@@ -206,7 +206,7 @@ def microbatches(captured: CapturedBatch, plan: BlockPlan, max_bytes: int) -> It
 
 
 def in_halves(microbatch: Microbatch, add: Callable[[Microbatch], None]) -> None:
-    """Add what a microbatch contributes; where memory does not suffice, one half after the other.
+    """Add the contribution of a microbatch; if memory runs out, one half after the other.
 
     Sums of outer products are added to in place rather than returned and added: for a batch of 32
     and 784 inputs that takes half the time, and no memory of the size of the sum.

@@ -97,7 +97,7 @@ def estimate_in_rounds(
 def _put_off_together(
     first: FirstPass, waiting: frozenset[BlockKey], ranks: Ranks
 ) -> tuple[frozenset[BlockKey], frozenset[BlockKey]]:
-    """Have all processes put off what any of them has no room for.
+    """Let all processes put off the layers for which any of them has no room.
 
     Processes whose data use the layers in different orders may have room for different ones, and
     for none in common. Then the next round is for what the first of them has had room for, and if

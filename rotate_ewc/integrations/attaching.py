@@ -10,7 +10,7 @@ from rotate_ewc.penalty.updates import UpdateKind
 
 
 class AttachesPenalty:
-    """A penalty with how it is to be attached, and the handle while it is.
+    """A penalty, the options for attaching it, and its handle while it is attached.
 
     Attributes:
         penalty: The penalty.

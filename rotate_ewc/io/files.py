@@ -1,8 +1,8 @@
-"""Snapshots ⇄ safetensors files: written whole or not at all, read whole or refused.
+"""Snapshots in safetensors files: written whole or not at all, read whole or refused.
 
 A file holds tensors and text, no code: reading one cannot run anything. It also holds a digest of
-everything in it, so that damage is noticed wherever it is. A digest is no signature: whoever can
-write the file can make a new one.
+everything in it, so that any damage is noticed. A digest is not a signature: anyone who can write
+the file can also compute a new one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rotate_ewc.io.header import HEADER, header_text
 
 DIGEST: Final = "digest"
 
-# Names of files have up to 255 bytes; a character takes up to four.
+# File names have up to 255 bytes, and a character takes up to four.
 _MOST_CHARACTERS: Final = 50
 
 
@@ -42,15 +42,20 @@ def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        IsADirectoryError: If there is a folder of that name.
+        IsADirectoryError: If the path is a folder.
         OSError: If the file cannot be written, for example because the disk is full.
         TypeError: If `path` is not a path.
     """
     target = _as_path(path)
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {os.fspath(target.parent)!r} to save in")
+        raise FileNotFoundError(
+            f"there is no folder {os.fspath(target.parent)!r} to save in; expected a path in an "
+            f"existing folder: create it first"
+        )
     if target.is_dir():
-        raise IsADirectoryError(f"there is a folder {os.fspath(target)!r}; expected a file's name")
+        raise IsADirectoryError(
+            f"path {os.fspath(target)!r} is a folder; expected the name of a file"
+        )
     tensors = _separate({key: value for key, value in state.items() if key != HEADER})
     header = header_text(state)
     metadata = {HEADER: header, DIGEST: _digest(header, tensors)}
@@ -91,7 +96,9 @@ def loaded(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     source = _as_path(path)
     name = os.fspath(source)
     if not source.is_file():
-        raise FileNotFoundError(f"there is no snapshot file {name!r}")
+        raise FileNotFoundError(
+            f"there is no snapshot file {name!r}; expected the path of a file that save() wrote"
+        )
     try:
         yield _read_whole(source)
     except SnapshotError as error:
@@ -99,9 +106,9 @@ def loaded(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def _read_whole(path: Path) -> dict[str, Any]:
-    """Read a file, and read it again if another has replaced it meanwhile.
+    """Read a file, and read again if another file has replaced it meanwhile.
 
-    safetensors opens it by name more than once: first perhaps the old file, and then the new one.
+    safetensors opens it by name more than once, so it may see the old file first and then the new.
     """
     while True:
         before = _identity(path)
@@ -123,7 +130,7 @@ def _read(path: Path) -> dict[str, Any]:
             # Copies: the bits of products depend on alignment in memory, and the file may change.
             state: dict[str, Any] = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             metadata: dict[str, str] = file.metadata() or {}
-    # For dtypes that this version of torch lacks there is no SafetensorError.
+    # For dtypes that this version of torch lacks, the error is not a SafetensorError.
     except (
         SafetensorError,
         ValueError,
@@ -132,7 +139,9 @@ def _read(path: Path) -> dict[str, Any]:
         AttributeError,
         RuntimeError,
     ) as error:
-        raise SnapshotError(f"this is not a snapshot file: {error}") from None
+        raise SnapshotError(
+            f"this is not a snapshot file: {error}; expected a file that save() wrote"
+        ) from None
     header = metadata.pop(HEADER, None)
     if header is None:
         raise SnapshotError(
@@ -141,8 +150,8 @@ def _read(path: Path) -> dict[str, Any]:
         )
     if metadata.get(DIGEST) != _digest(header, state):
         raise SnapshotError(
-            f"the file is damaged: its digest is {metadata.get(DIGEST)!r:.99}; expected that of "
-            f"its contents: save it again, or use another copy"
+            f"the file is damaged: its digest is {metadata.get(DIGEST)!r:.99}; expected the digest "
+            f"of its contents: save it again, or use another copy"
         )
     return {HEADER: header, **state}
 
@@ -180,7 +189,7 @@ def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _mode(target: Path, temporary: Path) -> int:
-    """Return the permissions that a file has, or those that new files get."""
+    """Return the permissions of the target, or those of a new file if there is no target yet."""
     temporary.touch(exist_ok=False)
     return (target if target.exists() else temporary).stat().st_mode & 0o777
 

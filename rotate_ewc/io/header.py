@@ -35,7 +35,7 @@ PENALTY: Final = "rotate_ewc.penalty/1"
 BASES: Final = ("gradient_basis", "activation_basis")
 
 Size = Annotated[int, Meta(ge=0, lt=2**48)]
-# No tensor has more axes, and the product of a million sizes would take minutes.
+# No tensor has more axes. Without a limit, multiplying a million sizes would take minutes.
 Shape = Annotated[tuple[Size, ...], Meta(max_length=64)]
 
 
@@ -50,12 +50,12 @@ class BlockLayout(_Object, frozen=True, omit_defaults=True):
         parameters: Its parameter, or those of a weight and its bias.
         transposed: Whether the input side comes first in the (weight) parameter.
         shape: `(groups, d_out, d_in)`.
-        dtype: The dtype of its tensors, whatever the file has them in.
-        bases: The sides that have a basis, in the order of `BASES`.
+        dtype: The dtype of its tensors in memory, whichever dtype the file stores.
+        bases: The bases that it has, in the order of `BASES`.
         ranks: How many directions are kept of each side, `(k_out, k_in)`: d, or less if it is thin.
-        shared: The bases that are those of another block before this one, by the names of bases the
-            label of that block. Left out where there are none.
-        storage_dtype: The dtype of its bases in memory, where it is another one.
+        shared: For each basis that an earlier block stores, by the name of the basis, the label of
+            that block. Left out where there are none.
+        storage_dtype: The dtype of its bases in memory, if it differs from `dtype`.
     """
 
     parameters: Annotated[tuple[str, ...], Meta(min_length=1, max_length=2)]
@@ -68,7 +68,7 @@ class BlockLayout(_Object, frozen=True, omit_defaults=True):
     storage_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` if there are other bases, or of ranks that they cannot have."""
+        """Raise `ValueError` if bases, ranks or dtypes do not fit together."""
         if self.bases != tuple(name for name in BASES if name in self.bases):
             raise ValueError(f"'bases' is {list(self.bases)!r:.99}; expected some of {BASES}")
         if not self.shared.keys() <= set(self.bases):
@@ -81,7 +81,7 @@ class BlockLayout(_Object, frozen=True, omit_defaults=True):
         for name, size, rank in zip(BASES, self.shape[1:], self.ranks, strict=True):
             if rank != size and not (name in self.bases and 0 < rank < size):
                 raise ValueError(
-                    f"'ranks' is {list(self.ranks)}, for {size} entries of the side of {name!r}; "
+                    f"'ranks' is {list(self.ranks)}, but the side of {name!r} has {size} entries; "
                     f"expected from 1 to {size}, and {size} where there is no basis"
                 )
 
@@ -92,7 +92,7 @@ class BlockLayout(_Object, frozen=True, omit_defaults=True):
 
     @property
     def tensor_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """The shapes of its tensors, by attribute name, those of another block included."""
+        """The shapes of its tensors by attribute name, including bases that other blocks store."""
         groups, *sizes = self.shape
         sides = dict(zip(BASES, zip(sizes, self.ranks, strict=True), strict=True))
         # A thin side has one more row or column, for its complement.
@@ -105,7 +105,7 @@ class BlockLayout(_Object, frozen=True, omit_defaults=True):
         return self.storage_dtype or self.dtype if name in BASES else self.dtype
 
     def can_share(self, name: str, other: BlockLayout) -> bool:
-        """Tell whether the basis of this name may be the one that another block stores."""
+        """Tell whether the block can share the basis of this name that another block stores."""
         stored = name in other.bases and name not in other.shared
         same = self.dtype_of(name) == other.dtype_of(name)
         return stored and same and self.tensor_shapes[name] == other.tensor_shapes[name]
@@ -150,8 +150,8 @@ class OperatorLayout(_Object, frozen=True):
                 other = before.get(label)
                 if other is None or not block.can_share(name, other):
                     raise ValueError(
-                        f"block {block.label!r} has the {name!r} of {label!r:.99}; expected that "
-                        f"of a block before it, of the same shape and dtype"
+                        f"block {block.label!r} shares the {name!r} of {label!r:.99}; expected "
+                        f"an earlier block that stores one of the same shape and dtype"
                     )
             before[block.label] = block
             shapes = [self.parameters[name] for name in block.parameters]
@@ -189,7 +189,7 @@ _LARGEST_LOGARITHM: Final = 24.0  # of strengths, which are found from 1e-10 to 
 
 _Count = Annotated[int, Meta(ge=0, le=LARGEST_COUNT)]
 _Sum = Annotated[float, Meta(ge=-float(LARGEST_COUNT), le=float(LARGEST_COUNT))]
-# How often, the sum of the logarithms, and how many old tasks there were then.
+# How many measurements, the sum of their logarithms, and how many old tasks there were then.
 _Looks = tuple[_Count, _Sum, _Count]
 
 
@@ -204,8 +204,8 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
         num_tasks: Number of consolidated tasks.
         last_examples: Number of examples of the last one.
         last_loss_terms: Number of its loss terms.
-        found_strength: The looks in which the strength was found, where it was, and those in which
-            its bounds were, in a later task.
+        found_strength: The measurements from which the strength was found, and those from which its
+            bound was found in a later task; zeros where there were none.
         terms: Its terms.
     """
 
@@ -224,7 +224,7 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
         most = min(self.num_tasks, 1) if self.mode == "merged" else self.num_tasks
         if len(self.terms) > most:
             raise ValueError(
-                f"there are {len(self.terms)} terms, of {self.num_tasks} tasks in mode "
+                f"there are {len(self.terms)} terms for {self.num_tasks} tasks in mode "
                 f"{self.mode!r:.99}; expected at most {most}"
             )
         first, later = self.found_strength
@@ -235,9 +235,9 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
             or 0 < later[2] <= first[2]
         ):
             raise ValueError(
-                f"found_strength is {[list(first), list(later)]}, of {self.num_tasks} tasks; "
-                f"expected the number of looks, the sum of their logarithms, and the number of "
-                f"tasks at that time; and the same three of a later task"
+                f"found_strength is {[list(first), list(later)]}, for {self.num_tasks} tasks; "
+                f"expected the number of measurements, the sum of their logarithms, and the "
+                f"number of tasks at that time; then the same three for a later task"
             )
         reductions = sorted({term.operator.provenance.reduction for term in self.terms})
         if len(reductions) > 1:
@@ -257,7 +257,7 @@ def header_text(state: Mapping[str, Any]) -> str:
     """Return the JSON of a snapshot's header.
 
     Raises:
-        SnapshotError: If there is no header, or it is no text.
+        SnapshotError: If the header is missing or is not text.
     """
     value = state.get(HEADER)
     if isinstance(value, str):
@@ -268,12 +268,18 @@ def header_text(state: Mapping[str, Any]) -> str:
             f"bytes of a JSON text, as state_dict() writes it"
         )
     if value.is_meta or value.untyped_storage().nbytes() < value.nbytes:
-        raise SnapshotError(f"snapshot key {HEADER!r} has fewer bytes than its shape requires")
+        raise SnapshotError(
+            f"snapshot key {HEADER!r} has fewer bytes than its shape requires; expected a tensor "
+            f"that stores every byte, as state_dict() writes it"
+        )
     whole = value.detach().cpu()
     if whole.is_floating_point():
         whole = _averaged(whole)
     if whole.dtype is not torch.uint8:
-        raise SnapshotError(f"snapshot key {HEADER!r} is {value.dtype}; expected torch.uint8")
+        raise SnapshotError(
+            f"snapshot key {HEADER!r} is {value.dtype}; expected torch.uint8, as state_dict() "
+            f"writes it"
+        )
     try:
         return bytes(whole.contiguous().numpy()).decode()
     except UnicodeDecodeError as error:
@@ -281,10 +287,10 @@ def header_text(state: Mapping[str, Any]) -> str:
 
 
 def _averaged(values: Tensor) -> Tensor:
-    """Return the bytes of a header in floating point, as an average of equal states has them.
+    """Return the bytes of a header that has become floating point by averaging equal states.
 
     Raises:
-        SnapshotError: If they are not nearly whole, as those of an average of different states.
+        SnapshotError: If the numbers are not nearly whole, as after averaging different states.
     """
     nearest = values.double().round()
     if not bool(((values - nearest).abs() < _ROUNDING).all() & (nearest.abs() < 256).all()):
@@ -300,12 +306,15 @@ def read_header(state: Mapping[str, Any], kind: type[HeaderType]) -> HeaderType:
     """Read and check the header of a snapshot of one kind.
 
     Raises:
-        SnapshotError: If there is none, or it is not as the schema says, or of another kind.
+        SnapshotError: If it is missing, does not match the schema, or is of another kind.
     """
     header = read_any_header(state)
     if not isinstance(header, kind):
         got, expected = (each.__struct_config__.tag for each in (type(header), kind))
-        raise SnapshotError(f"snapshot format is {got!r}; expected {expected!r}")
+        raise SnapshotError(
+            f"snapshot format is {got!r}; expected {expected!r}: load it into an object of the "
+            f"class that wrote it"
+        )
     return header
 
 
@@ -313,10 +322,12 @@ def read_any_header(state: Mapping[str, Any]) -> AnyHeader:
     """Read and check the header of a snapshot of any kind.
 
     Raises:
-        SnapshotError: If there is none, or it is not as the schema says.
+        SnapshotError: If it is missing or does not match the schema.
     """
     if not isinstance(state, Mapping):
-        raise SnapshotError(f"snapshot is {type(state).__name__}; expected a dictionary")
+        raise SnapshotError(
+            f"snapshot is {type(state).__name__}; expected a dictionary, as state_dict() returns it"
+        )
     for key in state:
         if not isinstance(key, str):
             raise SnapshotError(f"snapshot has the key {key!r:.99}; expected all to be strings")
@@ -325,13 +336,13 @@ def read_any_header(state: Mapping[str, Any]) -> AnyHeader:
         return _DECODER.decode(text)
     except msgspec.ValidationError as error:
         raise SnapshotError(_explained(str(error), text)) from None
-    # Half of a character that takes two cannot be encoded.
+    # Text with half of a surrogate pair cannot be encoded: UnicodeError.
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise SnapshotError(f"snapshot key {HEADER!r} is not JSON: {error}") from None
 
 
 def _explained(message: str, text: str) -> str:
-    """Add to a message of msgspec's the value that it is about.
+    """Return a message of msgspec together with the value that it is about.
 
     Args:
         message: Such as ``Expected `int` >= 0 - at `$.parameters[...][1]` ``.
@@ -345,7 +356,7 @@ def _explained(message: str, text: str) -> str:
             f"written by a later version than {LIBRARY}"
         )
     if (choices := _CHOICES.get(path.rpartition(".")[2])) is not None and found.startswith('"'):
-        # msgspec does not say which there are.
+        # msgspec does not list the choices.
         reason = f"Expected one of {', '.join(choices)}"
     value = "" if found.startswith("{") else f" has {found:.99}"
     place = f" at {path!r}" if path else ""
@@ -370,7 +381,7 @@ def _located(path: str, text: str) -> tuple[str, str]:
                 step = next(n for n, m in members.items() if not _is_a(m, _MEMBERS[field]))
                 path = path.replace("...", f"{step!r:.99}")
             found, field = members[step], step
-    # Behind what is wrong there may be no JSON, or the same name again.
+    # After the wrong value the text may not be JSON, or may repeat a name.
     except (msgspec.DecodeError, ValueError, LookupError, RecursionError, StopIteration):
         return path, "something"
     return path, bytes(found).decode()
@@ -385,23 +396,23 @@ def _is_a(member: Raw, kind: Any) -> bool:
 
 
 def _dtype_name(value: object) -> str:
-    """Encode what JSON does not know."""
+    """Encode a dtype, which JSON does not know, by its name."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     raise NotImplementedError(f"headers cannot have {type(value).__name__}")
 
 
 def _dtype(_: type, value: object) -> torch.dtype:
-    """Decode what JSON does not know."""
+    """Decode a dtype from its name."""
     if isinstance(value, str) and value in DTYPES:
         return DTYPES[value]
     raise ValueError(f"Expected one of {', '.join(DTYPES)}")
 
 
-# How far an average of equal bytes may be from them.
+# How far the average of equal bytes may be from these bytes.
 _ROUNDING: Final = 1e-2
 
-# The types of what is in the dictionaries, by the names of these.
+# The types of the values in dictionaries, by the names of the dictionaries.
 _MEMBERS: Final[dict[str, Any]] = {"parameters": Shape, "settings": Setting, "options": Setting}
 
 _CHOICES: Final = {"reduction": Reduction, "fisher_type": FisherType}

@@ -82,11 +82,11 @@ def differences(
     expected: Mapping[str, torch.Size],
     expected_provenance: Provenance,
 ) -> list[str]:
-    """Say in what a snapshot is not of the same matrix as another one.
+    """Say how a snapshot's matrix differs from another one.
 
     Args:
-        got: The shapes of its parameters by name, in order.
-        provenance: Where it comes from.
+        got: The shapes of the snapshot's parameters by name, in order.
+        provenance: Where the snapshot comes from.
         expected: The shapes of the other one's parameters.
         expected_provenance: Where the other one comes from.
     """
@@ -114,7 +114,7 @@ def differences(
 def layout_of(
     blocks: Sequence[Block], shapes: Mapping[str, Sequence[int]], provenance: Provenance
 ) -> OperatorLayout:
-    """Return what a header says of an operator."""
+    """Return the part of a header that describes an operator."""
     return OperatorLayout(
         {name: tuple(shape) for name, shape in shapes.items()},
         tuple(
@@ -126,9 +126,9 @@ def layout_of(
 
 
 def shared_bases(blocks: Sequence[Block]) -> list[dict[str, str]]:
-    """Return for every block which bases it has of one before it, by name the label of that one.
+    """Return, for every block, the bases it shares with an earlier block, with that block's label.
 
-    Layers with the same input have one basis there, which is stored once.
+    Layers with the same input share one basis, which is stored once.
     """
     owners: dict[object, str] = {}
     found = []
@@ -170,7 +170,7 @@ def restore(layout: OperatorLayout, tensors: Mapping[str, Any], prefix: str = ""
     """Put the tensors of an operator back into blocks; none may be missing or left over.
 
     Args:
-        layout: What the header says of it.
+        layout: The operator's part of the header.
         tensors: By `"<block>/<attribute>"`, from a source that is not trusted.
         prefix: The beginning of the tensors' keys, for messages.
 
@@ -184,7 +184,10 @@ def restore(layout: OperatorLayout, tensors: Mapping[str, Any], prefix: str = ""
         if name not in block.shared
     }
     if left_over := sorted(set(tensors) - used):
-        raise SnapshotError(f"snapshot has the unexpected key {prefix + left_over[0]!r}")
+        raise SnapshotError(
+            f"snapshot has the unexpected key {prefix + left_over[0]!r}; expected only keys that "
+            f"its header names: load an unchanged copy"
+        )
     blocks: dict[str, Block] = {}
     for block in layout.blocks:
         shared = {name: getattr(blocks[label], name) for name, label in block.shared.items()}
@@ -199,21 +202,27 @@ def restore(layout: OperatorLayout, tensors: Mapping[str, Any], prefix: str = ""
 def _block(
     layout: BlockLayout, tensors: Mapping[str, Any], prefix: str, shared: Mapping[str, Tensor]
 ) -> Block:
-    """Return a block with its tensors, checked, and with those that it has of another block."""
+    """Return a block with its own tensors, checked, and the bases it shares with other blocks."""
     found = dict(shared)
     for name, shape in layout.tensor_shapes.items():
         if name in shared:
             continue
         key = f"{layout.label}/{name}"
         if key not in tensors:
-            raise SnapshotError(f"snapshot key {prefix + key!r} is missing")
+            raise SnapshotError(
+                f"snapshot key {prefix + key!r} is missing; expected every key that the header "
+                f"names: load a complete copy"
+            )
         own = layout.dtype_of(name)
         tensor = checked_tensor(prefix + key, tensors[key], shape, loadable_dtypes(own))
         if name in BASES:
             check_orthonormal(prefix + key, tensor)
             found[name] = restored_basis(tensor, own)
         elif bool((tensor < 0).any()):
-            raise SnapshotError(f"snapshot key {prefix + key!r} has negative values")
+            raise SnapshotError(
+                f"snapshot key {prefix + key!r} has negative values; expected eigenvalues of at "
+                f"least 0: load an undamaged copy"
+            )
         else:
             found[name] = tensor.to(layout.dtype)
     return Block(
@@ -228,16 +237,16 @@ def _block(
 def checked_tensor(
     key: str, value: Any, shape: Sequence[int], dtypes: Collection[torch.dtype]
 ) -> Tensor:
-    """Return a tensor of a snapshot if it is one, as it should be, and finite.
+    """Check and return a tensor of a snapshot: its type, dtype, shape, and that it is finite.
 
     Args:
         key: Its key, for messages.
-        value: What the snapshot has there.
-        shape: The shape that is expected.
-        dtypes: The dtypes that are expected.
+        value: The snapshot's value for that key.
+        shape: The expected shape.
+        dtypes: The allowed dtypes.
 
     Raises:
-        SnapshotError: If it is not.
+        SnapshotError: If any check fails.
     """
     if not isinstance(value, Tensor):
         raise SnapshotError(f"snapshot key {key!r} is {type(value).__name__}; expected a tensor")
@@ -253,7 +262,13 @@ def checked_tensor(
         )
     if value.untyped_storage().nbytes() < value.nbytes:
         # An expanded tensor: looking at it would take the memory that it claims to have.
-        raise SnapshotError(f"snapshot key {key!r} has fewer numbers than its shape requires")
+        raise SnapshotError(
+            f"snapshot key {key!r} has fewer numbers than its shape requires; expected a tensor "
+            f"that stores every entry, not one made by expand()"
+        )
     if not bool(torch.isfinite(value).all()):
-        raise SnapshotError(f"snapshot key {key!r} has values that are not finite")
+        raise SnapshotError(
+            f"snapshot key {key!r} has values that are not finite; expected finite numbers: load "
+            f"an undamaged copy"
+        )
     return value.detach()

@@ -1,4 +1,4 @@
-"""Snapshots in a smaller dtype: which ones there are, and whether a rounded basis is one."""
+"""Snapshots in a smaller dtype: the allowed dtypes, and a check of rounded bases."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def check_orthonormal(key: str, basis: Tensor) -> None:
         basis: `[groups, d, k]`.
 
     Raises:
-        SnapshotError: If they are not.
+        SnapshotError: If they are not orthonormal.
     """
     if not basis.numel():
-        # The number of groups may be any, if they are empty.
+        # An empty basis may have any number of groups.
         return
     groups, _, size = basis.shape
     generator = torch.Generator().manual_seed(size)
@@ -50,9 +50,9 @@ def check_orthonormal(key: str, basis: Tensor) -> None:
     vectors, q = probes.to(basis.device, computed), basis.to(computed)
     missed = torch.linalg.vector_norm(q.mT @ (q @ vectors) - vectors, dim=1)
     error = (missed / torch.linalg.vector_norm(vectors, dim=1)).max().item()
-    # Written so that NaN fails too.
+    # Negated so that NaN fails too.
     if not error <= _LARGEST_DEVIATION:
         raise SnapshotError(
             f"snapshot key {key!r} is not orthonormal: |QᵀQv - v| / |v| is {error:.2g}; expected "
-            f"at most {_LARGEST_DEVIATION}"
+            f"at most {_LARGEST_DEVIATION}: load an undamaged copy"
         )

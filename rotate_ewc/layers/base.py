@@ -206,5 +206,5 @@ IsParameter = Callable[[object], bool]
 """Whether a tensor comes from parameters alone."""
 
 Rule = Callable[..., LayerCall | None]
-"""From an `IsParameter` and the arguments of a torch function to what it is a call of; None if
-these arguments are not what the rule is for."""
+"""Makes a `LayerCall` from an `IsParameter` and the arguments of a torch function; None if the rule
+does not apply to these arguments."""

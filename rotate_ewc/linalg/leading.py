@@ -51,7 +51,7 @@ def sketch_width(size: int, most: int) -> int:
 
 
 def is_sketched(size: int, most: int) -> bool:
-    """Whether there is to be a sketch of a matrix, rather than the matrix."""
+    """Whether to make a sketch of a matrix rather than the matrix itself."""
     width = sketch_width(size, most)
     return width < size if size > LONGEST_SQUARE else width <= _SMALL_PART * size
 

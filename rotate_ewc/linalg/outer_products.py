@@ -28,7 +28,7 @@ from rotate_ewc.linalg.truncation import Truncation
 # three quarters.
 _FEW: Final = 0.5
 
-# Not more eigenvectors of a sketch than these, if only a part of the trace is asked for.
+# At most this many eigenvectors of a sketch, if only a part of the trace is wanted.
 _MOST_OF_A_SKETCH: Final = 512
 
 # Symmetric products are computed by panels, above the diagonal only: narrower ones save more, but
@@ -167,7 +167,7 @@ class OuterProducts:
         return rows * form.size * self._diagonal.element_size()
 
     def _begin_sum(self, form: Held) -> None:
-        """Have a sum, or a sketch of it, in place of the vectors."""
+        """Replace the vectors by their sum, or by a sketch of it."""
         (groups, size), dtype = self._diagonal.shape, self._diagonal.dtype
         if form.kind == "sketch":
             with naming_matrix("the sketch of a sum of outer products", size, dtype, form.size):

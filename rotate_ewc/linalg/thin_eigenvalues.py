@@ -256,11 +256,11 @@ def thinned(squares: Tensor, rank: int, thinner: int, size: int) -> Tensor:
     """Keep only the last of some kept directions, and add the others to the rest.
 
     Args:
-        squares: `[groups, K, *]`: sums of squares, of which the first `rank` rows are of one
-            direction each, and one more of all others, if there are any.
-        rank: How many directions are kept.
-        thinner: How many are to be kept, not more.
-        size: How many there are.
+        squares: `[groups, K, *]`: sums of squares. Each of the first `rank` rows is for one
+            direction; one more row is for all others, if there are any.
+        rank: How many directions are kept now.
+        thinner: How many to keep, at most `rank`.
+        size: How many directions there are in all.
     """
     if thinner == size:
         return squares

@@ -123,7 +123,7 @@ class Empirical(GradientsOnly, Structured):
 
     @property
     def observed(self) -> dict[str, Any]:
-        """The reduction, and what it rests on, as far as they are known."""
+        """The reduction and the evidence for it, where they are known."""
         found: dict[str, Any] = {}
         if self.measured.reduction is not None:
             found["reduction"] = self.measured.reduction

@@ -113,7 +113,7 @@ class OwnLosses(GradientsOnly):
 
     @property
     def observed(self) -> dict[str, Any]:
-        """The reduction, and whether it was one number, as far as they are known."""
+        """The reduction, and whether it was one number, where they are known."""
         found = {"reduction": self.progress.reduction, "several numbers": self.progress.several}
         return {name: value for name, value in found.items() if value is not None}
 
@@ -241,7 +241,7 @@ class OwnLosses(GradientsOnly):
 
 
 def _count(batch: Any, num_examples: Callable[[Any], int] | None) -> int:
-    """Return the number of examples of a batch that is to be cut."""
+    """Return the number of examples of a batch, to cut it."""
     if num_examples is not None:
         return num_examples(batch)
     sizes = {len(tensor) for tensor in tensors_of(batch) if tensor.ndim}
@@ -255,7 +255,7 @@ def _count(batch: Any, num_examples: Callable[[Any], int] | None) -> int:
 
 
 def _example(batch: Any, number: int, count: int) -> Any:
-    """Return a batch of one example; what has not a row for each is left as it is."""
+    """Return a batch of one example; values without a row for each example stay unchanged."""
 
     def cut(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) % count == 0 and len(leaf):

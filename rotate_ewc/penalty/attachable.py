@@ -33,8 +33,8 @@ def check_model(model: nn.Module, optimizer: Optimizer) -> list[Any]:
     given: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(id(parameter) in own for parameter in given):
         raise ValueError(
-            f"the optimizer has {len(given)} parameters, none of which is the model's; expected "
-            f"an optimizer of this model, made after the model was last moved or wrapped"
+            f"the optimizer has {len(given)} parameters, none of which belongs to the model; "
+            f"expected an optimizer of this model, made after the model was last moved or wrapped"
         )
     return modules
 
@@ -56,9 +56,9 @@ def check_optimizer(optimizer: Optimizer, update: UpdateKind) -> StepRule | None
     rule = rule_of(optimizer)
     if rule is None and update is not UpdateKind.GRADIENT:
         raise ValueError(
-            f"optimizer is {name}, whose step size is not known, for update={update.value!r}; "
-            f"expected one of {', '.join(known_optimizers())}, or update='gradient', or a rule for "
-            f"it: register_step_size({name}, rule)"
+            f"optimizer is {name}, whose step size is unknown, but update={update.value!r} "
+            f"needs it; expected one of {', '.join(known_optimizers())}; or use "
+            f"update='gradient', or add a rule: register_step_size({name}, rule)"
         )
     return rule
 

@@ -59,13 +59,13 @@ class Displacement:
         self._at = {key: tensor.clone() for key, tensor in found.items()}
 
     def lead(self, parameters: ByName, coordinates: ByName) -> None:
-        """Set z, and θ to where it is."""
+        """Set z, and move θ to match it."""
         self.restore(coordinates)
         for key, target in self._found(parameters).items():
             target.copy_(self._at[key])
 
     def restore(self, coordinates: ByName) -> None:
-        """Set z alone; it is used as it is if θ turns out to be where it leads."""
+        """Set z alone; it is used unchanged if θ turns out to match it."""
         block = self.stack.block
         self.coordinates = dict(coordinates)
         moved = block.unrotate(block.gather(self.coordinates), shapes_of(self._at))
@@ -89,10 +89,10 @@ class Displacement:
 def without_rounding_errors_(rotated: Tensor) -> Tensor:
     """Put zeros where a rotated matrix has nothing but rounding errors, in place.
 
-    A gradient that is exactly zero along a direction is not when rotated, and of what is left, tiny
-    as it is, optimizers such as Adam make full steps. An entry is known to a few units in the last
-    place of what was added up for it, which has the norm of its row, or of its column; and where
-    both of these are no more than that in comparison with the whole, nothing is known of it.
+    Rotation leaves a tiny number where a gradient is exactly zero along a direction, and optimizers
+    such as Adam make full steps of it. The error of an entry is a few units in the last place of
+    the norm of its row or column; where both norms are within rounding errors of the whole
+    matrix, the entry holds no information.
 
     Args:
         rotated: `[groups, d_out, d_in]`.

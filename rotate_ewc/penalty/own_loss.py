@@ -65,6 +65,6 @@ def own_loss_of(model: nn.Module, data: Iterable[Any]) -> OwnLoss:
         if package in _READERS:
             return _READERS[package](model, data)
     raise ValueError(
-        f"loss_func is None, and model is {type(model).__name__}, which has no loss of its own; "
+        f"loss_func is None, but model is {type(model).__name__}, which has no loss of its own; "
         f"expected a loss such as torch.nn.CrossEntropyLoss(), or a model of transformers"
     )

@@ -1,4 +1,4 @@
-"""How strong a penalty is to be, found while a new task is learned; no old data are needed.
+"""How strong a penalty should be, found while a new task is learned; no old data are needed.
 
 **What is kept of the progress.** In the eigenbasis an optimizer wants to move a coordinate by
 `s = η m`, with m its average of gradients and η its step size there. To first order that lowers the
@@ -157,18 +157,18 @@ class Plasticity:
         later: bool = False,
         total: Total = list,
     ) -> float | None:
-        """Return the strength that is right for a step.
+        """Return the strength that suits a step.
 
         Args:
             seen: What the step is about to do to every block, by label.
             plasticity: The part of its progress that a task like the old ones is to keep.
-            start: The strength that there is.
-            later: Whether it is a step of a later task than that in which λ is found: then the
-                largest strength that is right.
+            start: The current strength.
+            later: Whether the step is of a later task than the one in which λ is found; the result
+                is then an upper bound.
             total: Sums numbers over all processes, where each looks at blocks of its own.
 
         Returns:
-            λ; None if the step goes nowhere, in which case the next one is to be looked at.
+            λ; None if the step goes nowhere, in which case the caller should try the next step.
         """
         endless = sum(not bool(torch.isfinite(part.sum())) for p in seen.values() for part in p)
         if any(total([endless])):
@@ -229,8 +229,8 @@ class Plasticity:
             whole = False
         if not whole:
             raise SnapshotError(
-                "the state of the handle has a damaged 'plasticity'; expected what its "
-                "state_dict() returned"
+                "the state of the handle has a damaged 'plasticity'; expected the value that the "
+                "handle's state_dict() returned: load an unchanged copy"
             )
         return new
 

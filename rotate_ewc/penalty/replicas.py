@@ -1,4 +1,4 @@
-"""Penalties that processes have consolidated each for itself, and that should be the same."""
+"""Penalties that each process has consolidated by itself, and that should be equal."""
 
 from __future__ import annotations
 

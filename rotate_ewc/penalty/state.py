@@ -1,4 +1,4 @@
-"""What a penalty has learned ⇄ its snapshot, a flat dictionary of tensors."""
+"""Convert the state of a penalty to its snapshot, a flat dictionary of tensors, and back."""
 
 from __future__ import annotations
 
@@ -110,7 +110,10 @@ class PenaltyState:
             if key[:place] in tensors:
                 tensors[key[:place]][key[place:]] = value
             elif key != HEADER:
-                raise SnapshotError(f"snapshot has the unexpected key {key!r}")
+                raise SnapshotError(
+                    f"snapshot has the unexpected key {key!r}; expected only keys of the "
+                    f"{len(header.terms)} terms in its header: load an unchanged copy"
+                )
         return cls(
             header.options,
             header.mode,
@@ -126,24 +129,26 @@ class PenaltyState:
         )
 
     def check(self, *, mode: str, weighting: str) -> None:
-        """Raise `SnapshotError` if it is not of a penalty with these options."""
+        """Raise `SnapshotError` if the state is of a penalty with other options."""
         for option, expected in (("mode", mode), ("weighting", weighting)):
             got = getattr(self, option)
             if got != expected:
                 raise SnapshotError(
                     f"snapshot is of a penalty with {option} {got!r}; expected {expected!r}, the "
-                    f"{option} of this one"
+                    f"{option} of this one: load it into a penalty with {option}={got!r}, or "
+                    f"with EKFACPenalty.load without {option}"
                 )
 
     def check_continues(self, other: PenaltyState) -> None:
         """Raise `SnapshotError` if another state holds tasks of another model or kind of loss.
 
-        Parameters may be missing in one of the two, or be smaller, as those of models that grow.
+        Parameters may be missing or smaller in one of the two, since models can grow.
         """
         if not self.terms or not other.terms:
             return
         advice = (
-            "expected a snapshot of the same model (a new penalty, or EKFACPenalty.load, takes any)"
+            "expected a snapshot of the same model and kind of loss; to load any snapshot, use "
+            "EKFACPenalty.load or a new penalty"
         )
         got, expected = (s.terms[0].operator.provenance.reduction for s in (self, other))
         if got != expected:
@@ -158,11 +163,12 @@ class PenaltyState:
         shared = [name for name in anchors if name in own]
         if not shared:
             raise SnapshotError(
-                f"snapshot has parameters {list(anchors)}, but this penalty {list(own)}; {advice}"
+                f"snapshot has parameters {list(anchors)}, but this penalty has {list(own)}; "
+                f"{advice}"
             )
         misfits = [
-            f"parameter {name!r} with shape {list(anchors[name].shape)}, but this penalty with "
-            f"{list(own[name].shape)}, of which none contains the other"
+            f"parameter {name!r} with shape {list(anchors[name].shape)}, but this penalty has it "
+            f"with {list(own[name].shape)}, and neither shape contains the other"
             for name in shared
             if not (fits(name, own, anchors[name]) or fits(name, anchors, own[name]))
         ]
@@ -170,7 +176,7 @@ class PenaltyState:
             raise SnapshotError(f"snapshot has {'; '.join(misfits)}; {advice}")
 
     def stored_in(self, dtype: torch.dtype | None) -> PenaltyState:
-        """Return the state with all bases in a dtype; None leaves them as they are."""
+        """Return the state with all bases in this dtype; None keeps their dtypes."""
         if dtype is None:
             return self
         terms = (replace(t, operator=t.operator.to(storage_dtype=dtype)) for t in self.terms)
@@ -182,7 +188,7 @@ class PenaltyState:
 
 
 def _layout(term: Term) -> TermLayout:
-    """Return what a header says of a term."""
+    """Return the part of a header that describes a term."""
     operator = term.operator
     layout = layout_of(operator.blocks, operator.parameter_shapes, operator.provenance)
     return TermLayout(term.weight, layout)
@@ -198,10 +204,10 @@ def _tensors(term: Term, prefix: str, dtype: torch.dtype | None) -> dict[str, Te
 
 
 def _restored(layout: TermLayout, tensors: Mapping[str, Any], prefix: str) -> Term:
-    """Make a term of what a snapshot has for it.
+    """Make a term from its part of a snapshot.
 
     Args:
-        layout: What the header says of it.
+        layout: The term's part of the header.
         tensors: Its tensors, by keys without the prefix.
         prefix: The beginning of the tensors' keys, for messages.
 
@@ -211,18 +217,25 @@ def _restored(layout: TermLayout, tensors: Mapping[str, Any], prefix: str) -> Te
     own, found = _below(tensors, "operator/"), _below(tensors, "anchor/")
     if len(own) + len(found) < len(tensors):
         unexpected = min(k for k in tensors if not k.startswith(("operator/", "anchor/")))
-        raise SnapshotError(f"snapshot has the unexpected key {prefix + unexpected!r}")
+        raise SnapshotError(
+            f"snapshot has the unexpected key {prefix + unexpected!r}; expected keys that begin "
+            f"with '{prefix}operator/' or '{prefix}anchor/': load an unchanged copy"
+        )
     parts = restore(layout.operator, own, f"{prefix}operator/")
     operator = EKFACLinearOperator.from_blocks(*parts)
     for block in operator.blocks:
         if not bool(torch.isfinite(block.eigenvalues * layout.weight).all()):
             raise SnapshotError(
-                f"snapshot's term {prefix!r}: weight is {layout.weight}, with which "
-                f"eigenvalues of {block.label!r} overflow; expected less"
+                f"snapshot's term {prefix!r}: weight is {layout.weight}, which makes "
+                f"eigenvalues of {block.label!r} overflow; expected a smaller weight: "
+                f"load an undamaged copy"
             )
     for name in sorted(set(parts.parameter_shapes) ^ set(found)):
         key = f"{prefix}anchor/{name}"
-        raise SnapshotError(f"snapshot key {key!r} is missing or unexpected")
+        raise SnapshotError(
+            f"snapshot key {key!r} is missing or unexpected; expected one anchor for each "
+            f"parameter of the term's operator: load an unchanged copy"
+        )
     anchor = {
         name: checked_tensor(f"{prefix}anchor/{name}", found[name], shape, DTYPES.values())
         for name, shape in parts.parameter_shapes.items()

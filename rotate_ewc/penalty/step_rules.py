@@ -210,7 +210,7 @@ def _momentum(group: Options) -> float:
     momentum = float(group["momentum"])
     if momentum >= 1:
         raise ValueError(
-            f"the optimizer has momentum {momentum:g}, with which a gradient acts forever; "
+            f"the optimizer has momentum {momentum:g}, so that a gradient acts forever; "
             f"expected less than 1"
         )
     return 1.0 / (1.0 - momentum)

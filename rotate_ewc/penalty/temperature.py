@@ -65,7 +65,7 @@ def fitting_temperature(
     Without predictions that can be softened, as in regression, it is 1.
 
     Raises:
-        ValueError: If a number is asked for and it is not known what the loss predicts.
+        ValueError: If a number is given, but the distribution that the loss predicts is unknown.
     """
     if likelihood.can_be_softened:
         if not isinstance(asked, str):
@@ -73,7 +73,7 @@ def fitting_temperature(
         return softening_temperature(model, forward, likelihood, data, settings, ranks)
     if not likelihood.has_distribution and asked not in (AUTO, 1.0):
         raise ValueError(
-            f"temperature is {asked}, but only gradients of {likelihood.name} are known, so there "
+            f"temperature is {asked}, but {likelihood.name} gives only gradients, so there "
             f"are no predictions to soften; expected 1 or 'auto'"
         )
     return 1.0

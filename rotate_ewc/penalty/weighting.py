@@ -31,7 +31,7 @@ def kept_weight(
         weight: The task's own weight.
         num_loss_terms: M_t; zero only for a summed loss of which nothing counts.
         weighting: How tasks are weighted.
-        reduction: That of the loss.
+        reduction: The reduction of the loss.
     """
     counted = reduction is Reduction.SUM
     wanted = weighting is Weighting.EXAMPLES
@@ -45,13 +45,13 @@ def kept_weight(
 def scale_of_penalty(
     strength: float, current_num_loss_terms: float, weighting: Weighting, reduction: Reduction
 ) -> float:
-    """Return the factor from what a penalty keeps to the second derivatives of the penalty.
+    """Return the factor from a penalty's stored matrices to its second derivatives.
 
     Args:
         strength: λ.
         current_num_loss_terms: M_now.
         weighting: How tasks are weighted.
-        reduction: That of the loss.
+        reduction: The reduction of the loss.
     """
     if weighting is Weighting.EXAMPLES:
         return strength if reduction is Reduction.SUM else strength / current_num_loss_terms

@@ -83,10 +83,10 @@ def unsupported_parameters(
 def _hidden(
     used: Iterable[str], parameters: Mapping[str, Tensor], nodes: set[Any]
 ) -> frozenset[str]:
-    """Return the parameters that the outputs may depend on, but not as far as autograd knows.
+    """Return the parameters that the outputs may depend on without autograd knowing it.
 
     The forward pass of an `autograd.Function` runs without gradients, and its backward pass may
-    find those of parameters that are no arguments of it, as that of reentrant checkpoints does.
+    find gradients of parameters that are not its arguments, as reentrant checkpoints do.
     """
     if not any(isinstance(node, BackwardCFunction) for node in nodes):
         return frozenset()

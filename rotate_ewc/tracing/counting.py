@@ -25,9 +25,9 @@ class ExampleCounter:
     the two holds the examples: two of them change places, and so must their outputs.
 
     Attributes:
-        forward: From inputs to the model's outputs; None if there shall be no experiment.
+        forward: From inputs to the model's outputs; None for no experiment.
         batch_size_fn: From inputs to the number of examples, if the user knows better.
-        axis: The axis of the inputs that holds the examples, as far as earlier batches have shown.
+        axis: The axis of the inputs that holds the examples, if earlier batches have shown it.
     """
 
     forward: Callable[[Any], Tensor] | None = None

@@ -79,7 +79,7 @@ def is_composite(func: Callable[..., Any]) -> TypeGuard[FunctionType]:
 
 
 def opened(func: FunctionType) -> Callable[..., Any]:
-    """Return a function of torch that does not show itself as a whole, but what it is made of."""
+    """Return a copy of a torch function that shows its inner calls instead of itself."""
     unseen = dict.fromkeys(_DISPATCH_CHECKS, lambda *_: False)
     copy = FunctionType(
         func.__code__,

@@ -174,7 +174,7 @@ class ActivationCache:
         self._full = False
 
     def add(self, batch: Batch, captured: CapturedBatch) -> None:
-        """Keep what a batch shows (or a part of it), if all before it is kept and it fits."""
+        """Keep what a batch (or a part of it) has shown, if it fits and all earlier ones did."""
         if self._full:
             return
         if not self._cached or self._cached[-1].batch.number != batch.number:
@@ -194,18 +194,18 @@ class ActivationCache:
 
     @property
     def holds_all(self) -> bool:
-        """Whether every batch was kept, and is still what it was."""
+        """Whether every batch was kept and has not been modified since."""
         return not self._full and all(cached.unmodified for cached in self._cached)
 
     def take_all(self) -> Iterator[CachedBatch]:
-        """Give away all batches in order."""
+        """Yield all batches in order, and drop them."""
         while self._cached:
             yield self._cached.popleft()
 
     def take(self, batch: Batch) -> CachedBatch | None:
-        """Give away what a batch has shown; None if another one is given than was kept.
+        """Return and drop what a batch has shown; None if it is not the batch that was kept.
 
-        Batches must be asked for in order. After one for which there is nothing, nothing is kept.
+        Batches must be taken in order. After a batch that was not kept, all others are dropped.
         """
         found = self._cached.popleft() if self._cached else None
         if found is None or not found.unmodified or not same(found.batch[1:], batch[1:]):
@@ -248,7 +248,7 @@ def batches(
     One of several processes may have none.
 
     Raises:
-        ValueError: If a batch has not the form that is asked for, or if there are no batches.
+        ValueError: If a batch does not have the required form, or there are no batches.
         TypeError: If a batch's targets are not a tensor, where they must be one.
     """
     index = -1

@@ -1,4 +1,4 @@
-"""What a forward pass did, as far as it decides which rows of its tensors depend on which example.
+"""The parts of a forward pass that decide which rows of its tensors depend on which example.
 
 Two forward passes that call the same functions with the same arguments, on tensors of the same
 shapes, move rows in the same way, unless they index by data.

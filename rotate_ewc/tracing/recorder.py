@@ -193,7 +193,7 @@ class Recorder(TorchFunctionMode):
         return result
 
     def changed(self, use: Use) -> Iterable[str]:
-        """Return what a use's parameters were computed from, where they have changed since."""
+        """Return the sources of a use's computed parameters, if they have changed since."""
         used = [self.computed.get(name or "") for name in (use.weight, use.bias)]
         return {n for c in used if c and version_of(c.tensor) != c.version for n in c.sources}
 
@@ -206,7 +206,7 @@ class Recorder(TorchFunctionMode):
     def _call(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], fixed: bool
     ) -> LayerCall | None:
-        """Return what a rule tells of an operation; None if no rule knows what it is."""
+        """Return the layer call that a rule finds in an operation; None if no rule knows it."""
         rule, known = RULES.get(func), self._origins
         # What is written into a view gets a new history, in which the view's own is not.
         if rule is None or (is_in_place(func) and args[0]._base is not None):

@@ -153,7 +153,7 @@ def test_failure_after_the_renaming_is_told(
 
 def test_onto_a_folder(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
-    with pytest.raises(IsADirectoryError, match="target'; expected a file's name"):
+    with pytest.raises(IsADirectoryError, match="target' is a folder; expected the name of a file"):
         operator().save(tmp_path / "target")
     assert names_in(tmp_path) == ["target"]
     with pytest.raises(FileNotFoundError, match="there is no folder"):
@@ -217,7 +217,7 @@ def test_paths_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(TypeError, match="path is "):
             EKFACPenalty.load(path)
     for path in ("", ".", "/"):
-        with pytest.raises(IsADirectoryError, match="expected a file's name"):
+        with pytest.raises(IsADirectoryError, match="is a folder; expected the name"):
             operator().save(path)
         with pytest.raises(FileNotFoundError):
             EKFACLinearOperator.load(path)

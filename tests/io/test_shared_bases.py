@@ -60,10 +60,22 @@ def test_told_in_the_header_and_stored_with_the_first() -> None:
 @pytest.mark.parametrize(
     ("shared", "message"),
     [
-        ({"activation_basis": "c"}, "has the 'activation_basis' of 'c'; expected that of a block"),
-        ({"activation_basis": "b"}, "has the 'activation_basis' of 'b'; expected that of a block"),
-        ({"activation_basis": "d"}, "has the 'activation_basis' of 'd'; expected that of a block"),
-        ({"gradient_basis": "a"}, "has the 'gradient_basis' of 'a'; .* the same shape and dtype"),
+        (
+            {"activation_basis": "c"},
+            "shares the 'activation_basis' of 'c'; expected an earlier block",
+        ),
+        (
+            {"activation_basis": "b"},
+            "shares the 'activation_basis' of 'b'; expected an earlier block",
+        ),
+        (
+            {"activation_basis": "d"},
+            "shares the 'activation_basis' of 'd'; expected an earlier block",
+        ),
+        (
+            {"gradient_basis": "a"},
+            "shares the 'gradient_basis' of 'a'; .* the same shape and dtype",
+        ),
         ({"eigenvalues": "a"}, "'shared' has ..eigenvalues..; expected some of 'bases'"),
         ({"activation_basis": 3}, "Expected `str`, got `int`"),
         ([], "Expected `object`, got `array`"),

@@ -85,7 +85,7 @@ def of_another(model: nn.Module) -> Optimizer:
 
 
 REFUSED: list[tuple[Callable[[nn.Module], Any], dict[str, Any], type[Exception], str]] = [
-    (of_another, {}, ValueError, "has 4 parameters, none of which is the model's"),
+    (of_another, {}, ValueError, "has 4 parameters, none of which belongs to the model"),
     (lambda m: LBFGS(m.parameters()), {"update": "gradient"}, ValueError, "optimizer is LBFGS"),
     (lambda m: Rprop(m.parameters()), {}, ValueError, "Rprop, whose step size .*update='gradient'"),
     (

@@ -59,7 +59,7 @@ def outputs_for(strategy: Any, minibatch: Any) -> Any:
 
 
 def preserved(strategy: Any) -> AbstractContextManager[None]:
-    """Give a strategy back its attributes, such as the minibatch and its outputs, in the end."""
+    """Restore the attributes of a strategy, such as the minibatch and its outputs, on leaving."""
     attributes = vars(strategy)
 
     def restore(found: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ def preserved(strategy: Any) -> AbstractContextManager[None]:
 def check_steps(strategy: Any, minibatches: Minibatches, fisher_type: FisherType) -> None:
     """Raise if what a strategy does in its own way cannot be consolidated later.
 
-    Of minibatches one is looked at, and none where the strategy does all as Avalanche does.
+    It looks at one minibatch, or at none if the strategy does everything as Avalanche does.
 
     Raises:
         ValueError: If an option of the loss is not supported, or `criterion` does more than call

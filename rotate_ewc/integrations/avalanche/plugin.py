@@ -325,7 +325,7 @@ class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
             self._tell_loss_terms()
 
     def _tell_loss_terms(self) -> None:
-        """Tell the penalty how many loss terms the task has, as far as is known."""
+        """Tell the penalty how many loss terms the task has, if that is known."""
         mean = 0.0 if self._loss_terms is None else self._loss_terms.per_example()
         if mean > 0 and self.penalty.current_num_data is not None:
             self.penalty.current_num_loss_terms = self.penalty.current_num_data * mean

@@ -73,7 +73,7 @@ def save_both(attachment: Attachment[EKFACPenalty], folder: Path) -> None:
 
 
 def load_penalty(penalty: EKFACPenalty, folder: Path) -> None:
-    """Have a penalty go on from what is in a folder.
+    """Let a penalty continue from the files in a folder.
 
     Raises:
         SnapshotError: If it is damaged, or of other tasks, mode or weighting; the penalty is then
@@ -83,7 +83,7 @@ def load_penalty(penalty: EKFACPenalty, folder: Path) -> None:
 
 
 def load_attachment(attachment: Attachment[EKFACPenalty], folder: Path) -> None:
-    """Have a handle go on from what is in a folder; without it, warn that it cannot."""
+    """Let a handle continue from the file in a folder; warn if there is none."""
     path = folder / ATTACHMENT_FILE
     if not path.is_file():
         warn_user(

@@ -89,8 +89,8 @@ def own_loss(model: nn.Module, data: Iterable[Any], *, label_smoothing: float = 
 class LabelledBatches:
     """Batches as pairs of what the model takes and targets.
 
-    Every pass over them begins with the same random numbers, so that they come in the same order,
-    and with the same tokens masked, as far as these are drawn.
+    Every pass over them begins with the same random numbers, so that they come in the same order
+    and, if masks are drawn, with the same tokens masked.
 
     Attributes:
         data: The batches.
@@ -103,7 +103,7 @@ class LabelledBatches:
     form: LossForm
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Yield inputs and targets; who takes them gives back the state of random numbers."""
+        """Yield inputs and targets; the caller must restore the state of random numbers."""
         _seed_everything()
         for index, batch in enumerate(self.data):
             _check_batch(batch, index, self.form)
@@ -116,7 +116,7 @@ class LabelledBatches:
 
 
 def inputs_of(model: nn.Module, batch: Mapping[str, Any], form: LossForm) -> dict[str, Any]:
-    """Return what a model takes of a batch, without the labels."""
+    """Return the parts of a batch that a model takes, without the labels."""
     base = base_model(model)
     inputs = {key: value for key, value in batch.items() if key not in form.labels}
     if _has_decoder(base) and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):

@@ -164,7 +164,7 @@ def naive(make_optimizer: MakeOptimizer, plugin: Any, kind: type[Naive] = Naive)
     ("options", "make_optimizer", "error", "message"),
     [
         ({}, lbfgs, ValueError, r"optimizer is LBFGS, .*Avalanche plugin: update='loss'"),
-        ({}, rprop, ValueError, r"optimizer is Rprop, .* or update='gradient'"),
+        ({}, rprop, ValueError, r"optimizer is Rprop, .* or use update='gradient'"),
         ({"update": "tangent"}, rprop, ValueError, "optimizer is Rprop"),
         ({"every": 2}, adam, ValueError, "every is 2, but update='rotated' .*update='tangent'"),
         ({"update": "gradient", "every": 2}, sgd, ValueError, "every is 2, but update='gradient'"),
@@ -222,7 +222,7 @@ def test_optimizers_whose_gradients_act_for_ever() -> None:
     first, second = domain_benchmark(2).train_stream
     strategy.train(first)
     before = flat(strategy.model)
-    with pytest.raises(ValueError, match="momentum 1, with which a gradient acts forever"):
+    with pytest.raises(ValueError, match="momentum 1, so that a gradient acts forever"):
         strategy.train(second)
     assert torch.equal(flat(strategy.model), before)
 
