@@ -1,6 +1,5 @@
 """``study-processes``: what two processes, and by count more of them, save of an estimation."""
 
-import multiprocessing
 import os
 import signal
 import statistics
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from unittest import mock
 
 from benchmarks.command import CommandError, make_folder, print_table
-from benchmarks.option_types import Folder
+from benchmarks.option_types import Count, Folder, whole_number
 from benchmarks.speed import names
 from benchmarks.speed.options import some_of
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from benchmarks.speed.cases import Batch, Workload
 
-NAME = "processes"
+NAME, FOUND = "processes", "found.pt"
 FORMAT = "rotate_ewc.benchmarks.processes/1"
 CASES = (names.SMALL_MLP, names.CNN, names.TRANSFORMER)
 PLANNED = (8, 16, 32, 64)
@@ -54,8 +53,8 @@ class Options:
     """
 
     cases: Annotated[tuple[str, ...], some_of(CASES)] = CASES
-    processes: int = 2
-    rounds: int = 5
+    processes: Annotated[int, whole_number(2)] = 2
+    rounds: Count = 5
     fraction: float = 1.0
     bandwidth: float = 1.25e9
     output: Folder = Path("results")
@@ -146,10 +145,6 @@ def run(options: Options) -> int:
     """Measure all cases, and print a table of them."""
     from benchmarks.files import write_document
 
-    if options.processes < 2:
-        raise CommandError(f"--processes: got {options.processes}; expected at least 2")
-    if options.rounds < 1:
-        raise CommandError(f"--rounds: got {options.rounds}; expected at least 1")
     make_folder(options.output)
     found = measure(options)
     times = ("alone [s]", f"{options.processes} processes", "passes", "decompositions")
@@ -187,27 +182,19 @@ def plans_of(case: Case, bandwidth: float) -> list[str]:
 
 def measure(options: Options) -> list[Case]:
     """Start the processes, and return what the first of them found."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        receiving, sending = context.Pipe(duplex=False)
-        workers = [
-            context.Process(target=_work, args=(rank, folder, options, sending), daemon=True)
-            for rank in range(options.processes)
-        ]
-        for worker in workers:
-            worker.start()
-            stack.callback(worker.kill)
-        sending.close()
+    import torch
+    from torch.multiprocessing.spawn import ProcessException, spawn
+
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            found: list[Case] = receiving.recv()
-        except EOFError:
-            raise CommandError("a process has failed; what with is told above") from None
-        for worker in workers:
-            worker.join()
+            spawn(_work, (folder, options), options.processes, daemon=True)
+        except ProcessException as error:
+            raise CommandError(f"a process has failed: {error}") from error
+        found: list[Case] = torch.load(Path(folder) / FOUND, weights_only=False)
     return found
 
 
-def _work(rank: int, folder: str, options: Options, sending: Any) -> None:
+def _work(rank: int, folder: str, options: Options) -> None:
     """Take part in all cases, as one of the processes."""
     import torch
     import torch.distributed as dist
@@ -238,7 +225,7 @@ def _work(rank: int, folder: str, options: Options, sending: Any) -> None:
                 case.together.append(together)
         found.append(case)
     if rank == 0:
-        sending.send(found)
+        torch.save(found, Path(folder) / FOUND)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -130,5 +130,6 @@ def test_processes_share_an_estimation(tmp_path: Path, capsys: Any) -> None:
     sizes = [size for share in (first, second) for size, _ in share["decompositions"]]
     assert sorted(sizes) == sorted(size for size, _ in one["alone"][0]["decompositions"])
     assert "decompositions" in capsys.readouterr().out
-    assert main(["study-processes", "--processes", "1", "--output", str(tmp_path)]) == 1
-    assert "--processes: got 1; expected at least 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["study-processes", "--processes", "1", "--output", str(tmp_path)])
+    assert "expected a whole number ≥ 2, got '1'" in capsys.readouterr().err
