@@ -12,12 +12,10 @@ from typing import Annotated, Any
 from benchmarks.command import CommandError, keep, make_folder, print_table, use_threads
 from benchmarks.option_types import Folder, Threads
 from benchmarks.speed.options import some_of
-from benchmarks.studies.networks import PROBLEMS
 
 NAME = "rank"
 FORMAT = "rotate_ewc.benchmarks.rank/2"
-CASES = tuple(PROBLEMS)
-DEFAULT_CASES = ("few-examples", "vocabulary", "lora", "resnet18")
+CASES = ("few-examples", "vocabulary", "lora", "resnet18", "crepe", "gpt2", "decoder")
 MIB = 2**20
 # Of which nothing is gained by a first time that does not count.
 _SECONDS_OF_A_LARGE_ONE = 5.0
@@ -53,7 +51,7 @@ class Options:
         output: Folder for the results.
     """
 
-    cases: Annotated[tuple[str, ...], some_of(CASES)] = DEFAULT_CASES
+    cases: Annotated[tuple[str, ...], some_of(CASES)] = CASES[:4]
     rank: str = "auto"
     memory_budget: int = 2**30
     threads: Threads = None
@@ -138,6 +136,7 @@ def measure(
     import torch
     from torch import nn
 
+    from benchmarks.studies.networks import PROBLEMS
     from rotate_ewc import EKFACPenalty
 
     use_threads(threads)

@@ -11,20 +11,65 @@ from typing import TYPE_CHECKING, Annotated
 from benchmarks.command import make_folder, print_table, use_threads
 from benchmarks.option_types import Count, Folder, Threads
 from benchmarks.speed.options import some_of
-from benchmarks.studies.networks import EIGHT_BILLION, ONE_BILLION, Decoder
 
 if TYPE_CHECKING:
     from rotate_ewc.linalg.outer_products import OuterProducts
 
 NAME = "scale"
 FORMAT = "rotate_ewc.benchmarks.scale/1"
+GIB = 2**30
+FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A transformer as Llama 3, by its sizes.
+
+    Attributes:
+        width: Features of a token.
+        hidden: Features between the two halves of a feed-forward layer.
+        layers: Blocks.
+        heads: Heads of the queries.
+        shared_heads: Heads of keys and values.
+        vocabulary: Words.
+        tied: Whether the head's weight is the embedding.
+    """
+
+    width: int
+    hidden: int
+    layers: int
+    heads: int
+    shared_heads: int
+    vocabulary: int
+    tied: bool
+
+    def divided(self, factor: int) -> "Decoder":
+        """Return the same depth with every width, and the vocabulary, divided."""
+        return Decoder(
+            self.width // factor,
+            self.hidden // factor,
+            self.layers,
+            max(1, self.heads // factor),
+            max(1, self.shared_heads // factor),
+            self.vocabulary // factor,
+            self.tied,
+        )
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """`(d_out, d_in)` of the linear layers of one block."""
+        shared = self.width * self.shared_heads // self.heads
+        own = [self.width, shared, shared, self.width, self.hidden, self.hidden]
+        return [*((d_out, self.width) for d_out in own), (self.width, self.hidden)]
+
+
+ONE_BILLION = Decoder(2048, 8192, 16, 32, 8, 128256, tied=True)
+EIGHT_BILLION = Decoder(4096, 14336, 32, 32, 8, 128256, tied=False)
 PLANS = {
     "1b": ONE_BILLION,
     "1b-eighth": ONE_BILLION.divided(8),
     "8b": EIGHT_BILLION,
 }
-GIB = 2**30
-FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
