@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from benchmarks.command import make_console, use_threads
-from benchmarks.option_types import Count
+from benchmarks.option_types import Count, some_of
 from benchmarks.speed import names
-from benchmarks.speed.options import COUNTS, MeasuringOptions, some_of
+from benchmarks.speed.options import COUNTS, MeasuringOptions
 
 SEPARATE_TASKS, QUICK_TASKS = 10, 2
 

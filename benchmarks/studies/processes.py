@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from unittest import mock
 
 from benchmarks.command import CommandError, make_folder, print_table
-from benchmarks.option_types import Count, Folder, whole_number
+from benchmarks.option_types import Count, Folder, some_of, whole_number
 from benchmarks.speed import names
-from benchmarks.speed.options import some_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -152,7 +151,10 @@ def run(options: Options) -> int:
     print_table(title, ["case"], times, map(times_of, found))
     sizes = ("peak, alone", "peak of each", "exchanged", "activations")
     print_table("Bytes of a process [MiB]", ["case"], sizes, map(sizes_of, found))
-    rows = ([one.name, *plans_of(one, options.bandwidth)] for one in found)
+    rows = (
+        [one.name, *(f"× {one.planned(n, options.bandwidth):.1f}" for n in PLANNED)]
+        for one in found
+    )
     title = f"Planned at {options.bandwidth:g} bytes a second: times as fast as one process"
     print_table(title, ["case"], [f"{number} processes" for number in PLANNED], rows)
     results = options.output / f"{NAME}.json"
@@ -173,11 +175,6 @@ def sizes_of(case: Case) -> list[str]:
     alone, each = case.alone[0].memory, max(share.memory for share in case.together[0])
     sizes = (alone, each, case.exchanged(), case.activations)
     return [case.name, *(f"{size / MIB:.0f}" for size in sizes)]
-
-
-def plans_of(case: Case, bandwidth: float) -> list[str]:
-    """What is told of more processes."""
-    return [f"× {case.planned(number, bandwidth):.1f}" for number in PLANNED]
 
 
 def measure(options: Options) -> list[Case]:

@@ -1,6 +1,5 @@
 """``study-rank``: what thin bases take, and what is stored of wide layers."""
 
-import resource
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -10,8 +9,7 @@ from time import process_time
 from typing import Annotated, Any
 
 from benchmarks.command import CommandError, keep, make_folder, print_table, use_threads
-from benchmarks.option_types import Folder, Threads
-from benchmarks.speed.options import some_of
+from benchmarks.option_types import Folder, Threads, some_of
 
 NAME = "rank"
 FORMAT = "rotate_ewc.benchmarks.rank/2"
@@ -136,6 +134,7 @@ def measure(
     import torch
     from torch import nn
 
+    from benchmarks.speed.machine import peak_since_start
     from benchmarks.studies.networks import PROBLEMS
     from rotate_ewc import EKFACPenalty
 
@@ -143,7 +142,7 @@ def measure(
     torch.manual_seed(0)
     if case == "gpt2":
         import transformers  # noqa: F401
-    before = _peak_bytes()
+    before = peak_since_start()
     problem = PROBLEMS[case]()
     model, data, loss = problem.model, problem.data, nn.CrossEntropyLoss()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -164,7 +163,7 @@ def measure(
     if plain_seconds < _SECONDS_OF_A_LARGE_ONE:
         consolidated()
     penalty, seconds = _timed(consolidated)
-    peak = _peak_bytes() - before
+    peak = peak_since_start() - before
     penalty(model).backward()
     _, penalty_seconds = _timed(lambda: penalty(model).backward())
     with tempfile.TemporaryDirectory() as folder:
@@ -178,10 +177,6 @@ def measure(
         *(case, rank, memory_budget, weights, held, size),
         *(plain_seconds, seconds, penalty_seconds, peak),
     )
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

@@ -9,8 +9,7 @@ from time import process_time
 from typing import TYPE_CHECKING, Annotated
 
 from benchmarks.command import make_folder, print_table, use_threads
-from benchmarks.option_types import Count, Folder, Threads
-from benchmarks.speed.options import some_of
+from benchmarks.option_types import Count, Folder, Threads, some_of
 
 if TYPE_CHECKING:
     from rotate_ewc.linalg.outer_products import OuterProducts
@@ -272,7 +271,7 @@ def run(options: Options) -> int:
     use_threads(options.threads)
     rate = options.rate or measured_rate()
     found = [plan(name, PLANS[name], options) for name in options.plans]
-    rows = [[label, *map(form(rate), found)] for label, form in _ROWS.items()]
+    rows = [[label, *(form(one, rate) for one in found)] for label, form in _ROWS.items()]
     title = (
         f"rank {options.rank}, {options.sequences} sequences of {options.length} tokens, "
         f"{rate / 1e9:.0f} GFLOP/s"
@@ -285,38 +284,35 @@ def run(options: Options) -> int:
     return 0
 
 
-Form = Callable[[float], Callable[[Plan], str]]
+Form = Callable[[Plan, float], str]  # of a plan, and of the rate
 
 
 def _bytes(attribute: str) -> Form:
-    return lambda _: lambda plan: f"{getattr(plan, attribute) / GIB:.3g} GiB"
+    return lambda plan, _: f"{getattr(plan, attribute) / GIB:.3g} GiB"
 
 
 def _work(attribute: str) -> Form:
-    def form(rate: float) -> Callable[[Plan], str]:
-        def shown(plan: Plan) -> str:
-            work = getattr(plan, attribute)
-            return f"{work / 1e12:.3g} TFLOP, {work / rate:.3g} s"
+    def shown(plan: Plan, rate: float) -> str:
+        work = getattr(plan, attribute)
+        return f"{work / 1e12:.3g} TFLOP, {work / rate:.3g} s"
 
-        return shown
-
-    return form
+    return shown
 
 
 _ROWS: dict[str, Form] = {
-    "parameters": lambda _: lambda plan: f"{plan.parameters / 1e6:.0f} million",
+    "parameters": lambda plan, _: f"{plan.parameters / 1e6:.0f} million",
     "weights": _bytes("weight_bytes"),
     "bases and eigenvalues, full": _bytes("square_bytes"),
     "snapshot": _bytes("snapshot_bytes"),
     "factors": _bytes("factor_bytes"),
-    "rounds": lambda _: lambda plan: str(plan.rounds),
+    "rounds": lambda plan, _: str(plan.rounds),
     "plain pass": _work("plain"),
     "consolidation": _work("consolidation"),
     "  the model": _work("model"),
     "  factors": _work("factors"),
     "  decompositions": _work("decompositions"),
     "  eigenvalues": _work("eigenvalues"),
-    "  over the plain pass": lambda _: lambda plan: f"{plan.consolidation / plan.plain:.2f}",
+    "  over the plain pass": lambda plan, _: f"{plan.consolidation / plan.plain:.2f}",
     "penalty": _work("penalty"),
     "attached step": _work("step"),
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from benchmarks.command import print_table
-from benchmarks.option_types import Folder, OptionalFolder, one_of, several
+from benchmarks.option_types import Folder, OptionalFolder, one_of, some_of
 from benchmarks.text.protocol import TextOptions, tested
 from benchmarks.text.texts import SETS
 
@@ -44,10 +44,10 @@ class Options(TextOptions):
     """
 
     texts: OptionalFolder = None
-    sets: Annotated[tuple[str, ...], several(one_of(SETS))] = SETS
+    sets: Annotated[tuple[str, ...], some_of(SETS)] = SETS
     network: Annotated[str, one_of(("minilm", "tiny"))] = "minilm"
     lora: bool = False
-    methods: Annotated[tuple[str, ...], several(one_of(METHOD_NAMES))] = METHOD_NAMES
+    methods: Annotated[tuple[str, ...], some_of(METHOD_NAMES)] = METHOD_NAMES
     output: Folder = Path("results/text")
 
 

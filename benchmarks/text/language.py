@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from benchmarks.command import print_table
-from benchmarks.option_types import Count, Folder, Positive, one_of, several, whole_number
+from benchmarks.option_types import Count, Folder, Positive, some_of, whole_number
 from benchmarks.text.protocol import TextOptions, tested
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Options(TextOptions):
         length: Bytes of a sequence; other options count sequences where they say texts.
     """
 
-    methods: Annotated[tuple[str, ...], several(one_of(METHOD_NAMES))] = METHOD_NAMES
+    methods: Annotated[tuple[str, ...], some_of(METHOD_NAMES)] = METHOD_NAMES
     characters: Count = 1_200_000
     layers: Count = 2
     width: Annotated[int, whole_number(4)] = 128

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from benchmarks.command import print_table
-from benchmarks.option_types import Folder, OptionalFolder, one_of, several
+from benchmarks.option_types import Folder, OptionalFolder, one_of, some_of
 from benchmarks.text.protocol import TextOptions, tested
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Options(TextOptions):
 
     texts: OptionalFolder = None
     network: Annotated[str, one_of(("minilm", "tiny"))] = "minilm"
-    methods: Annotated[tuple[str, ...], several(one_of(METHOD_NAMES))] = METHOD_NAMES
+    methods: Annotated[tuple[str, ...], some_of(METHOD_NAMES)] = METHOD_NAMES
     output: Folder = Path("results/pretraining")
 
 
