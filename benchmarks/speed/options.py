@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.option_types import Count, Folder, Threads, several, whole_number
+from benchmarks.option_types import Count, Folder, Threads
 
 FEWEST_ROUNDS, QUICK_ROUNDS = 5, 2
 QUICK_WARNING = "A smoke test: a few examples, whose figures mean nothing."
-COUNTS = several(whole_number(1), repeated=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,14 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 from unittest import mock
 
-from benchmarks.command import CommandError, make_folder, print_table
+from benchmarks.command import CommandError, keep, make_folder, print_table
 from benchmarks.option_types import Count, Folder, some_of, whole_number
 from benchmarks.speed import names
 
@@ -142,10 +142,9 @@ class Case:
 
 def run(options: Options) -> int:
     """Measure all cases, and print a table of them."""
-    from benchmarks.files import write_document
-
     make_folder(options.output)
-    found = measure(options)
+    results = options.output / f"{NAME}.json"
+    found = keep(measure(options), results, {"format": FORMAT})
     times = ("alone [s]", f"{options.processes} processes", "passes", "decompositions")
     title = f"How many times as fast as one process, medians of {options.rounds} rounds"
     print_table(title, ["case"], times, map(times_of, found))
@@ -157,8 +156,6 @@ def run(options: Options) -> int:
     )
     title = f"Planned at {options.bandwidth:g} bytes a second: times as fast as one process"
     print_table(title, ["case"], [f"{number} processes" for number in PLANNED], rows)
-    results = options.output / f"{NAME}.json"
-    write_document(results, {"format": FORMAT, "records": [asdict(one) for one in found]})
     print(f"Wrote {results}.")
     return 0
 
@@ -184,7 +181,7 @@ def measure(options: Options) -> list[Case]:
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            spawn(_work, (folder, options), options.processes, daemon=True)
+            spawn(_work, (folder, options), options.processes, daemon=True)  # type: ignore[no-untyped-call]
         except ProcessException as error:
             raise CommandError(f"a process has failed: {error}") from error
         found: list[Case] = torch.load(Path(folder) / FOUND, weights_only=False)

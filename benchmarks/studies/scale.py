@@ -1,14 +1,14 @@
 """``study-scale``: what large decoders would take, by counted work and measured rates."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from pathlib import Path
 from time import process_time
 from typing import TYPE_CHECKING, Annotated
 
-from benchmarks.command import make_folder, print_table, use_threads
+from benchmarks.command import keep, make_folder, print_table, use_threads
 from benchmarks.option_types import Count, Folder, Threads, some_of
 
 if TYPE_CHECKING:
@@ -265,21 +265,18 @@ def _eigenvalue_work(matrix: Matrix, options: Options) -> float:
 
 def run(options: Options) -> int:
     """Measure the rate, and print a table of all plans."""
-    from benchmarks.files import write_document
-
     make_folder(options.output)
     use_threads(options.threads)
     rate = options.rate or measured_rate()
-    found = [plan(name, PLANS[name], options) for name in options.plans]
+    results = options.output / f"{NAME}.json"
+    plans = (plan(name, PLANS[name], options) for name in options.plans)
+    found = keep(plans, results, {"format": FORMAT, "rate": rate})
     rows = [[label, *(form(one, rate) for one in found)] for label, form in _ROWS.items()]
     title = (
         f"rank {options.rank}, {options.sequences} sequences of {options.length} tokens, "
         f"{rate / 1e9:.0f} GFLOP/s"
     )
     print_table(title, [""], [one.name for one in found], rows)
-    results = options.output / f"{NAME}.json"
-    records = [asdict(one) for one in found]
-    write_document(results, {"format": FORMAT, "rate": rate, "records": records})
     print(f"Wrote {results}.")
     return 0
 
