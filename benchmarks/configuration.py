@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import tyro
+
 from benchmarks.methods import DEFAULT_STRENGTH, DEFAULT_TEMPERATURE, METHODS, OPTIMIZERS
 from benchmarks.option_types import (
     Count,
@@ -20,10 +22,8 @@ from benchmarks.option_types import (
     StrengthOrAuto,
     Threads,
     default,
-    described,
     number,
     one_of,
-    renamed,
     several,
     whole_number,
 )
@@ -53,7 +53,9 @@ QUICK_DEFAULTS: dict[str, Any] = {
 QUICK_TASKS = {"permuted_mnist": 3, "rotated_mnist": 3}
 
 MethodNames = Annotated[
-    tuple[str, ...], several(one_of(METHODS, metavar="METHOD")), described("Any", METHODS)
+    tuple[str, ...],
+    several(one_of(METHODS, metavar="METHOD")),
+    tyro.conf.arg(help=f"Any of {', '.join(METHODS)}."),
 ]
 Widths = Annotated[tuple[int, ...] | None, several(whole_number(1, metavar="W"), repeated=True)]
 DataRoot = Annotated[Folder, default(f"the environment variable {DATA_ROOT_VARIABLE}, else data")]
@@ -98,7 +100,7 @@ class Training:
     batch_size: Annotated[
         OptionalCount, default("250; split MNIST: 128; split images and the digits: 32")
     ] = None
-    learning_rate: Annotated[Positive, renamed("lr")] = 1e-3
+    learning_rate: Annotated[Positive, tyro.conf.arg(name="lr")] = 1e-3
     optimizer: Annotated[str, one_of(OPTIMIZERS)] = "adam"
     schedule: Annotated[str, one_of(SCHEDULES)] = "constant"
     warm_up: Annotated[float, number(zero=True, largest=1.0)] = 0.0

@@ -95,6 +95,11 @@ def several(one: Spec, *, repeated: bool = False) -> Spec:
     )
 
 
+def some_of(names: Iterable[str]) -> Spec:
+    """An option of some of several names."""
+    return several(one_of(names))
+
+
 def _usable(device: str) -> bool:
     """Whether a tensor can be made on a device of PyTorch here."""
     import torch
@@ -109,16 +114,6 @@ def _usable(device: str) -> bool:
 def default(text: str) -> object:
     """What ``--help`` says about a default that is not one value."""
     return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
-
-
-def described(beginning: str, names: Iterable[str]) -> object:
-    """Help that lists what there is."""
-    return tyro.conf.arg(help=f"{beginning} of {', '.join(names)}.")
-
-
-def renamed(name: str) -> object:
-    """Another name on the command line than that of the field."""
-    return tyro.conf.arg(name=name)
 
 
 Count = Annotated[int, whole_number(1)]

@@ -8,9 +8,8 @@ from typing import Annotated
 
 from benchmarks.command import CommandError, make_console, make_folder
 from benchmarks.files import replace_file, write_document
-from benchmarks.option_types import Folder, default
+from benchmarks.option_types import Folder, default, some_of
 from benchmarks.peers.row import ROWS, SECTIONS
-from benchmarks.speed.options import some_of
 
 FORMAT = "rotate_ewc.benchmarks.peers/1"
 PACKAGES = ("rotate-ewc", "curvlinops-for-pytorch", "nngeometry", "kronfluence", "laplace-torch")

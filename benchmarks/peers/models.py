@@ -81,11 +81,6 @@ def self_attention(*, batch_first: bool = True) -> Apply:
     return first_output(nn.MultiheadAttention(4, 2, batch_first=batch_first), inputs=3)
 
 
-def time_first() -> Apply:
-    """The same on ``[T, N, d]``."""
-    return self_attention(batch_first=False)
-
-
 def cross_attention() -> Apply:
     """Attend from the first two positions to all, with keys and values of another width."""
     return Apply(
@@ -93,11 +88,6 @@ def cross_attention() -> Apply:
         query=nn.Linear(3, 4),
         attention=nn.MultiheadAttention(4, 2, kdim=3, vdim=3, batch_first=True),
     )
-
-
-def encoder() -> nn.Module:
-    """An encoder layer without dropout."""
-    return nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
 
 
 def decoder() -> Apply:

@@ -33,6 +33,8 @@ def tracked(*modules: str) -> dict[str, dict[str, list[str]]]:
 
 LINEAR, BATCH_NORM = partial(nn.Linear, 5, 4), partial(batch_norm, nn.BatchNorm1d, 4)
 SWAP, BAG = partial(swap, 0, 1), partial(nn.EmbeddingBag, 6, 4, mode="sum")
+TIME_FIRST = partial(models.self_attention, batch_first=False)
+ENCODER = partial(nn.TransformerEncoderLayer, 4, 2, 6, dropout=0.0, batch_first=True)
 AFTER_TOKEN = (models.token_before, models.mix, partial(nn.Linear, 4, 4))
 
 
@@ -150,11 +152,11 @@ LAYERS: dict[str, tuple[Problem, ...]] = {
     ),
     "attention": (
         tokens((3, 4), "batch first", models.self_attention, settings=tracked("2")),
-        tokens((3, 4), "time first", SWAP, models.time_first, SWAP, settings=tracked("4")),
+        tokens((3, 4), "time first", SWAP, TIME_FIRST, SWAP, settings=tracked("4")),
         tokens((3, 3), "cross", models.cross_attention, settings=tracked("0.query", "2")),
     ),
     "transformer": (
-        tokens((3, 4), "encoder", models.encoder, settings=tracked(*OF_ENCODER, "2")),
+        tokens((3, 4), "encoder", ENCODER, settings=tracked(*OF_ENCODER, "2")),
         tokens((3, 4), "decoder", models.decoder, settings=tracked(*OF_DECODER, "2")),
     ),
     "called-twice": (

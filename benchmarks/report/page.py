@@ -63,7 +63,7 @@ def _section(experiment: Experiment, figures: Figures) -> Iterator[str]:
     yield "\n".join(f"- {markdown_escape(line)}" for line in setting_lines(experiment))
     headings = ["method", *(column.heading for column in COLUMNS)]
     rule = ["---", *["---:"] * len(COLUMNS)]
-    rows = [list(map(_shown, row.cells)) for row in rows_of(experiment)]
+    rows = [list(map(_shown, row)) for row in rows_of(experiment)]
     lines = (list(map(markdown_escape, headings)), rule, *rows)
     yield "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     yield from map(markdown_escape, NOTES)

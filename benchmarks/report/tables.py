@@ -182,16 +182,8 @@ class Cell(NamedTuple):
     bold: bool
 
 
-class Row(NamedTuple):
-    """A row of the table of an experiment."""
-
-    own: bool  # one of this package's methods
-    jointly: bool  # the upper bound
-    cells: list[Cell]  # the method's name, and a cell for each column
-
-
-def rows_of(experiment: Experiment, columns: Sequence[Column] = COLUMNS) -> list[Row]:
-    """The rows of an experiment's table, methods in the experiment's order."""
+def rows_of(experiment: Experiment, columns: Sequence[Column] = COLUMNS) -> list[list[Cell]]:
+    """The rows of an experiment's table: the method's name, and a cell for each column."""
     accuracy = {
         result.label: mean_accuracy(result.tested)
         for result in experiment.results
@@ -200,20 +192,13 @@ def rows_of(experiment: Experiment, columns: Sequence[Column] = COLUMNS) -> list
     highest = max(accuracy.values(), default=0.0)
     best = {label for label, value in accuracy.items() if 0.0 < value == highest}
     return [
-        Row(
-            is_own(result.label),
-            result.jointly,
-            [
-                Cell(result.label, is_own(result.label)),
-                *(
-                    Cell(
-                        column.cell(result, experiment),
-                        column.cell is _accuracy and result.label in best,
-                    )
-                    for column in columns
-                ),
-            ],
-        )
+        [
+            Cell(result.label, is_own(result.label)),
+            *(
+                Cell(column.cell(result, experiment), column is ACCURACY and result.label in best)
+                for column in columns
+            ),
+        ]
         for result in experiment.results
     ]
 
@@ -261,7 +246,7 @@ def terminal_table(experiment: Experiment) -> Group:
 
 def _table(experiment: Experiment, columns: Sequence[Column], title: str | None) -> Table:
     rows = (
-        [Text(cell.text, style="bold" * cell.bold) for cell in row.cells]
+        [Text(cell.text, style="bold" * cell.bold) for cell in row]
         for row in rows_of(experiment, columns)
     )
     return make_table(title, ["method"], [column.heading for column in columns], rows)

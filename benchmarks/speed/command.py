@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from benchmarks.command import make_console
-from benchmarks.option_types import default, number
+from benchmarks.option_types import default, number, some_of
 from benchmarks.speed import names
-from benchmarks.speed.options import MeasuringOptions, some_of
+from benchmarks.speed.options import MeasuringOptions
 
 BY_CASE = default("both, but for e and f mc alone")
 

@@ -73,7 +73,7 @@ def peak_growth(work: Callable[[], Value]) -> tuple[Value, int]:
         CLEAR_FILE.write_text(RESET_PEAK)
         before, peak = _status("VmRSS"), partial(_status, "VmHWM")
     except (OSError, KeyError):
-        before, peak = _peak_since_start(), partial(_peak_since_start)
+        before, peak = peak_since_start(), partial(peak_since_start)
     value = work()
     return value, max(peak() - before, 0)
 
@@ -85,6 +85,7 @@ def _status(field: str) -> int:
     return int(values[field].split()[0]) * KIBIBYTE
 
 
-def _peak_since_start() -> int:
+def peak_since_start() -> int:
+    """The highest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * KIBIBYTE

@@ -1,19 +1,12 @@
 """What the options of several commands have in common; nothing here imports anything heavy."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.option_types import Count, Folder, Spec, Threads, one_of, several, whole_number
+from benchmarks.option_types import Count, Folder, Threads
 
 FEWEST_ROUNDS, QUICK_ROUNDS = 5, 2
 QUICK_WARNING = "A smoke test: a few examples, whose figures mean nothing."
-COUNTS = several(whole_number(1), repeated=True)
-
-
-def some_of(names: Iterable[str]) -> Spec:
-    """An option of some of several names."""
-    return several(one_of(names))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from benchmarks.command import make_console, use_threads
-from benchmarks.option_types import Count
+from benchmarks.option_types import Count, several, some_of, whole_number
 from benchmarks.speed import names
-from benchmarks.speed.options import COUNTS, MeasuringOptions, some_of
+from benchmarks.speed.options import MeasuringOptions
 
 SEPARATE_TASKS, QUICK_TASKS = 10, 2
 
@@ -44,7 +44,7 @@ class Options(MeasuringOptions):
     """
 
     cases: Annotated[tuple[str, ...], some_of(names.STEP_CASES)] = tuple(names.STEP_CASES)
-    tasks: Annotated[tuple[int, ...], COUNTS] = (1, 10, 50)
+    tasks: Annotated[tuple[int, ...], several(whole_number(1), repeated=True)] = (1, 10, 50)
     rounds: Count = 7
     quick: bool = False
 

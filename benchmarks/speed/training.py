@@ -1,26 +1,136 @@
-"""One case of training: steps, penalties and the peers' quadratic forms, within one process."""
+"""One case of training: steps, penalties and the peers' quadratic forms, within one process.
+
+Costs depend on shapes alone, so the data are noise, and training a task is a small random move.
+"""
 
 import copy
-import dataclasses
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.optim import Adam
+from tqdm import tqdm
 
-from benchmarks.speed import names, steps
+from benchmarks.speed import names
 from benchmarks.speed.cases import Workload, build_step
 from benchmarks.speed.contenders import BY_NAME
 from benchmarks.speed.penalty_command import Options
 from benchmarks.speed.results import MEASURED, MISSING, REFUSED, WRONG, Result, Training
 from benchmarks.speed.rounds import WARM_UPS, time_in_rounds
-from benchmarks.speed.steps import History, Work, live
 from benchmarks.versions import versions
+from rotate_ewc import EKFACPenalty
 
+Work = Callable[[], object]
+
+# So small that thousands of steps leave the network what it is: one that has learned the batch by
+# heart has vanishing gradients, and processors take longer for numbers that are almost zero.
+LEARNING_RATE = 1e-6
+FEWEST_EXAMPLES = 4
+MOVE = 0.01
 # Nngeometry takes weight and bias in one block, and has other sampled labels.
 LARGEST_FACTORS = {names.NNGEOMETRY: 10.0, names.CURVLINOPS: 1.01}
 # Steps of networks with many products are long enough to need few of them.
 REPETITIONS = {names.TINY_MLP: 20, names.SMALL_MLP: 20}
 FEW_REPETITIONS = 3
 STEPS_PER_CALL = {names.TANGENT: names.TANGENT_EVERY}
+
+
+@dataclass(frozen=True)
+class History:
+    """A model that has been through some tasks, and what remembers them."""
+
+    workload: Workload  # the model where it is now, and the batch to step on
+    first: Workload  # the model where the first task left it, and that task's data
+    known: EKFACPenalty  # of the layers that every contender knows, after the first task
+    merged: dict[int, EKFACPenalty]  # merged penalties by number of tasks
+    separate: dict[int, EKFACPenalty]  # penalties that keep tasks separate, by number of tasks
+
+
+def live(
+    workload: Workload, tasks: Collection[int], separate_tasks: Collection[int] = ()
+) -> History:
+    """Consolidate random tasks, one after the other, and move the model after each.
+
+    Args:
+        workload: The model, which is moved, and the batch to step on.
+        tasks: Numbers of tasks of the merged penalties.
+        separate_tasks: Numbers of tasks of the penalties that keep tasks separate.
+    """
+    model = workload.model
+    known = {id(parameter) for parameter in workload.known_parameters}
+    include = [name for name, one in model.named_parameters() if id(one) in known]
+    merged: dict[int, EKFACPenalty] = {}
+    separate: dict[int, EKFACPenalty] = {}
+    kept = (
+        (tasks, EKFACPenalty(), merged),
+        (separate_tasks, EKFACPenalty(mode="separate"), separate),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first = _task(workload)
+        of_known = _after(first, EKFACPenalty(include=include))
+        last = max([*tasks, *separate_tasks])
+        for done in tqdm(range(1, 1 + last), unit="task", disable=None):
+            task = first if done == 1 else _task(workload)
+            for numbers, penalty, copies in kept:
+                if done <= max(numbers, default=0):
+                    _after(task, penalty)
+                if done in numbers:
+                    copies[done] = copy.deepcopy(penalty)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(MOVE * torch.randn_like(parameter))
+    return History(workload, first, of_known, merged, separate)
+
+
+def _task(workload: Workload) -> Workload:
+    """A copy of the model, and few examples: enough to have a matrix of the same shape."""
+    examples = max(FEWEST_EXAMPLES, workload.batch_size // 4)
+    return replace(_copied(workload), batches=[workload.case.random_batch(examples)])
+
+
+def _after(task: Workload, penalty: EKFACPenalty) -> EKFACPenalty:
+    """The penalty after one task more."""
+    penalty.consolidate(task.model, task.criterion, task.batches)
+    return penalty
+
+
+def value_and_gradient(workload: Workload, penalty: EKFACPenalty) -> Work:
+    """A penalty, forward and backward for all that is not frozen."""
+    own = copy.deepcopy(workload.model)
+    parameters = [parameter for parameter in own.parameters() if parameter.requires_grad]
+    return lambda: torch.autograd.grad(penalty(own), parameters)
+
+
+def training_steps(
+    workload: Workload, penalty: EKFACPenalty | None = None, update: str = "loss", every: int = 1
+) -> Work:
+    """So many steps of Adam on a copy of a model.
+
+    Args:
+        workload: The model and the batch.
+        penalty: A penalty, if there is one.
+        update: `"loss"`, or how the penalty is attached to the optimizer.
+        every: How many steps, after which a tangent plane is renewed.
+    """
+    model = copy.deepcopy(workload.model)
+    optimizer = Adam(model.parameters(), lr=LEARNING_RATE)
+    inputs, targets = workload.batches[0]
+    in_loss = penalty if update == "loss" else None
+    if penalty is not None and in_loss is None:
+        penalty.attach(optimizer, model, update, every)
+
+    def work() -> None:
+        for _ in range(every):
+            optimizer.zero_grad()
+            loss = workload.criterion(model(inputs), targets)
+            if in_loss is not None:
+                loss = loss + in_loss(model)
+            loss.backward()
+            optimizer.step()
+
+    return work
 
 
 def measure(case: str, options: Options) -> Training:
@@ -63,34 +173,34 @@ def enter(case: str, history: History) -> tuple[dict[str, Work], dict[str, Resul
     last, given = merged[max(merged)], copy.deepcopy(merged[max(merged)])
     given.strength = 1.0
     works = {
-        names.STEP: steps.training_steps(workload),
-        names.ATTACHED: steps.training_steps(workload, given, "rotated"),
-        names.FINDING: steps.training_steps(workload, last, "rotated"),
-        names.GRADIENT: steps.training_steps(workload, given, "gradient"),
-        names.TANGENT: steps.training_steps(workload, given, "tangent", names.TANGENT_EVERY),
+        names.STEP: training_steps(workload),
+        names.ATTACHED: training_steps(workload, given, "rotated"),
+        names.FINDING: training_steps(workload, last, "rotated"),
+        names.GRADIENT: training_steps(workload, given, "gradient"),
+        names.TANGENT: training_steps(workload, given, "tangent", names.TANGENT_EVERY),
     }
     for tasks, penalty in merged.items():
         name = names.after(names.STEP_WITH_PENALTY, tasks)
-        works[name] = steps.training_steps(workload, penalty)
+        works[name] = training_steps(workload, penalty)
     for tasks, penalty in merged.items():
-        works[names.after(names.PENALTY, tasks)] = steps.value_and_gradient(workload, penalty)
+        works[names.after(names.PENALTY, tasks)] = value_and_gradient(workload, penalty)
     ours = names.ours_beside_peers(case)
     if ours not in works:
         known = _copied(workload)
         known.freeze_other_parameters()
-        works[ours] = steps.value_and_gradient(known, history.known)
+        works[ours] = value_and_gradient(known, history.known)
     own = float(history.known(workload.model).detach())
     results = {peer: _enter_peer(peer, own, history, works) for peer in names.PEERS}
     results[ours] = Result(ours, MEASURED, values=[own])
     for tasks, penalty in history.separate.items():
         name = names.after(names.SEPARATE, tasks)
-        works[name] = steps.value_and_gradient(workload, penalty)
+        works[name] = value_and_gradient(workload, penalty)
     return works, results
 
 
 def _copied(workload: Workload) -> Workload:
     """The same data, and a copy of the model."""
-    return dataclasses.replace(workload, model=copy.deepcopy(workload.model))
+    return replace(workload, model=copy.deepcopy(workload.model))
 
 
 def _enter_peer(peer: str, own: float, history: History, works: dict[str, Work]) -> Result:

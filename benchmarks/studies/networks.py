@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-    Data = list[tuple[Tensor, Tensor]]
-    Forward = Callable[[Tensor], Tensor]
+from benchmarks.studies.scale import ONE_BILLION, Decoder
+
+WITHOUT_BIAS = partial(nn.Linear, bias=False)
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,13 @@ class Problem:
         forward: From inputs to logits, where that is not the model itself.
     """
 
-    model: "nn.Module"
-    data: "Data"
-    forward: "Forward | None" = None
+    model: nn.Module
+    data: list[tuple[Tensor, Tensor]]
+    forward: Callable[[Tensor], Tensor] | None = None
 
 
 def linear(d_in: int, d_out: int, examples: int, batch_size: int) -> Problem:
     """One layer."""
-    import torch
-    from torch import nn
-
     x, y = torch.randn(examples, d_in), torch.randint(d_out, (examples,))
     batches = zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True)
     return Problem(nn.Linear(d_in, d_out), list(batches))
@@ -39,7 +38,6 @@ def linear(d_in: int, d_out: int, examples: int, batch_size: int) -> Problem:
 
 def resnet18() -> Problem:
     """torchvision's, 64 images of 64 x 64 pixels."""
-    import torch
     from torchvision.models import resnet18 as build
 
     x, y = torch.randn(64, 3, 64, 64), torch.randint(10, (64,))
@@ -48,9 +46,6 @@ def resnet18() -> Problem:
 
 def crepe_tiny() -> Problem:
     """The convolutions of torchcrepe's "tiny" (Kim et al. 2018), 256 frames of sound."""
-    import torch
-    from torch import nn
-
     channels = (1, 128, 16, 16, 16, 32, 64)
     layers: list[nn.Module] = [nn.Unflatten(1, (1, 1024, 1))]
     for index, (d_in, d_out) in enumerate(pairwise(channels)):
@@ -68,13 +63,12 @@ def crepe_tiny() -> Problem:
 
 def gpt2() -> Problem:
     """GPT-2 small: 124 million parameters, a head of 50,257 words tied to the embedding."""
-    import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config())
     model.train(False)
 
-    def logits(tokens: "Tensor") -> "Tensor":
+    def logits(tokens: Tensor) -> Tensor:
         found: Tensor = model(tokens).logits[:, :-1].transpose(1, 2)
         return found
 
@@ -82,159 +76,93 @@ def gpt2() -> Problem:
     return Problem(model, [(t, t[:, 1:].contiguous()) for t in torch.split(tokens, 4)], logits)
 
 
+class _ClassesSecond(nn.Module):
+    """`[n, tokens, classes]` as a cross-entropy wants them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+class _Adapted(nn.Module):
+    """A frozen layer with an adapter of rank 8."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(d_in, d_out, bias=False).requires_grad_(False)
+        self.down = nn.Linear(d_in, 8, bias=False)
+        self.up = nn.Linear(8, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapted: Tensor = self.frozen(x) + 2 * self.up(self.down(x))
+        return adapted
+
+
+class _Block(nn.Module):
+    """A block as in Llama, with causal attention and without rotary positions."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        heads: int,
+        shared_heads: int,
+        layer: Callable[[int, int], nn.Module] = WITHOUT_BIAS,
+    ) -> None:
+        super().__init__()
+        self.size = width // heads
+        self.query, self.output = layer(width, width), layer(width, width)
+        self.key, self.value = (layer(width, self.size * shared_heads) for _ in range(2))
+        self.gate, self.up = layer(width, hidden), layer(width, hidden)
+        self.down = layer(hidden, width)
+        self.before, self.after = nn.RMSNorm(width), nn.RMSNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normal = self.before(x)
+        layers = self.query, self.key, self.value
+        q, k, v = (one(normal).unflatten(2, (-1, self.size)).transpose(1, 2) for one in layers)
+        shared = k.shape[1] < q.shape[1]
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+        x = x + self.output(mixed.transpose(1, 2).flatten(2))
+        normal = self.after(x)
+        changed: Tensor = x + self.down(F.silu(self.gate(normal)) * self.up(normal))
+        return changed
+
+
 def lora() -> Problem:
     """Adapters of rank 8 on all linear layers of a block as in Llama; its own are frozen."""
-    import torch
-    from torch import nn
-
-    class Adapted(nn.Module):
-        def __init__(self, d_in: int, d_out: int) -> None:
-            super().__init__()
-            self.frozen = nn.Linear(d_in, d_out, bias=False).requires_grad_(False)
-            self.down = nn.Linear(d_in, 8, bias=False)
-            self.up = nn.Linear(8, d_out, bias=False)
-
-        def forward(self, x: "Tensor") -> "Tensor":
-            adapted: Tensor = self.frozen(x) + 2 * self.up(self.down(x))
-            return adapted
-
     width, classes = 1024, 10
-    block = _block(width, 2816, 16, 16, Adapted)
+    block = _Block(width, 2816, 16, 16, _Adapted)
     for norm in (block.before, block.after):
         norm.requires_grad_(False)
     head = nn.Linear(width, classes).requires_grad_(False)
-    model = nn.Sequential(block, head, _classes_second())
+    model = nn.Sequential(block, head, _ClassesSecond())
     x, y = torch.randn(16, 32, width), torch.randint(classes, (16, 32))
     return Problem(model, [(x[:8], y[:8]), (x[8:], y[8:])])
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """A transformer as Llama 3, by its sizes.
-
-    Attributes:
-        width: Features of a token.
-        hidden: Features between the two halves of a feed-forward layer.
-        layers: Blocks.
-        heads: Heads of the queries.
-        shared_heads: Heads of keys and values.
-        vocabulary: Words.
-        tied: Whether the head's weight is the embedding.
-    """
-
-    width: int
-    hidden: int
-    layers: int
-    heads: int
-    shared_heads: int
-    vocabulary: int
-    tied: bool
-
-    def divided(self, factor: int) -> "Decoder":
-        """Return the same depth with every width, and the vocabulary, divided."""
-        return Decoder(
-            self.width // factor,
-            self.hidden // factor,
-            self.layers,
-            max(1, self.heads // factor),
-            max(1, self.shared_heads // factor),
-            self.vocabulary // factor,
-            self.tied,
-        )
-
-    @property
-    def matrices(self) -> list[tuple[int, int]]:
-        """`(d_out, d_in)` of the linear layers of one block."""
-        shared = self.width * self.shared_heads // self.heads
-        own = [self.width, shared, shared, self.width, self.hidden, self.hidden]
-        return [*((d_out, self.width) for d_out in own), (self.width, self.hidden)]
-
-    def build(self, sequences: int, length: int, batch_size: int) -> Problem:
-        """Make the network, and data."""
-        import torch
-        from torch import nn
-
-        embedding = nn.Embedding(self.vocabulary, self.width)
-        blocks = [
-            _block(self.width, self.hidden, self.heads, self.shared_heads, _without_bias)
-            for _ in range(self.layers)
-        ]
-        head = nn.Linear(self.width, self.vocabulary, bias=False)
-        if self.tied:
-            embedding.weight = head.weight
-        norm = nn.RMSNorm(self.width)
-        model = nn.Sequential(embedding, *blocks, norm, head, _classes_second())
-        tokens = torch.randint(self.vocabulary, (sequences, length + 1))
-        return Problem(
-            model, [(t[:, :-1], t[:, 1:].contiguous()) for t in torch.split(tokens, batch_size)]
-        )
+def decoder(sizes: Decoder, sequences: int, length: int, batch_size: int) -> Problem:
+    """A transformer of these sizes, and random words."""
+    embedding = nn.Embedding(sizes.vocabulary, sizes.width)
+    blocks = [
+        _Block(sizes.width, sizes.hidden, sizes.heads, sizes.shared_heads)
+        for _ in range(sizes.layers)
+    ]
+    head = nn.Linear(sizes.width, sizes.vocabulary, bias=False)
+    if sizes.tied:
+        embedding.weight = head.weight
+    model = nn.Sequential(embedding, *blocks, nn.RMSNorm(sizes.width), head, _ClassesSecond())
+    tokens = torch.randint(sizes.vocabulary, (sequences, length + 1))
+    return Problem(
+        model, [(t[:, :-1], t[:, 1:].contiguous()) for t in torch.split(tokens, batch_size)]
+    )
 
 
-ONE_BILLION = Decoder(2048, 8192, 16, 32, 8, 128256, tied=True)
-EIGHT_BILLION = Decoder(4096, 14336, 32, 32, 8, 128256, tied=False)
-
-
-def _without_bias(d_in: int, d_out: int) -> "nn.Module":
-    from torch import nn
-
-    return nn.Linear(d_in, d_out, bias=False)
-
-
-def _classes_second() -> "nn.Module":
-    from torch import nn
-
-    class ClassesSecond(nn.Module):
-        """`[n, tokens, classes]` as a cross-entropy wants them."""
-
-        def forward(self, x: "Tensor") -> "Tensor":
-            return x.transpose(1, 2)
-
-    return ClassesSecond()
-
-
-def _block(
-    width: int,
-    hidden: int,
-    heads: int,
-    shared_heads: int,
-    layer: "Callable[[int, int], nn.Module]",
-) -> "nn.Module":
-    """A block as in Llama, with causal attention and without rotary positions."""
-    import torch.nn.functional as F
-    from torch import nn
-
-    size = width // heads
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.query, self.output = layer(width, width), layer(width, width)
-            self.key, self.value = (layer(width, size * shared_heads) for _ in range(2))
-            self.gate, self.up = layer(width, hidden), layer(width, hidden)
-            self.down = layer(hidden, width)
-            self.before, self.after = nn.RMSNorm(width), nn.RMSNorm(width)
-
-        def forward(self, x: "Tensor") -> "Tensor":
-            normal = self.before(x)
-            layers = self.query, self.key, self.value
-            q, k, v = (one(normal).unflatten(2, (-1, size)).transpose(1, 2) for one in layers)
-            mixed = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=shared_heads < heads
-            )
-            x = x + self.output(mixed.transpose(1, 2).flatten(2))
-            normal = self.after(x)
-            changed: Tensor = x + self.down(F.silu(self.gate(normal)) * self.up(normal))
-            return changed
-
-    return Block()
-
-
-PROBLEMS: "dict[str, Callable[[], Problem]]" = {
+PROBLEMS: dict[str, Callable[[], Problem]] = {
     "few-examples": lambda: linear(8, 1500, 4, 4),
     "vocabulary": lambda: linear(16, 32000, 256, 64),
     "lora": lora,
     "resnet18": resnet18,
     "crepe": crepe_tiny,
     "gpt2": gpt2,
-    "decoder": lambda: ONE_BILLION.divided(8).build(16, 64, 4),
+    "decoder": lambda: decoder(ONE_BILLION.divided(8), 16, 64, 4),
 }

@@ -1,30 +1,28 @@
 """``study-processes``: what two processes, and by count more of them, save of an estimation."""
 
-import multiprocessing
 import os
 import signal
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 from unittest import mock
 
-from benchmarks.command import CommandError, make_folder, print_table
-from benchmarks.option_types import Folder
+from benchmarks.command import CommandError, keep, make_folder, print_table
+from benchmarks.option_types import Count, Folder, some_of, whole_number
 from benchmarks.speed import names
-from benchmarks.speed.options import some_of
 
 if TYPE_CHECKING:
     from torch import nn
 
     from benchmarks.speed.cases import Batch, Workload
 
-NAME = "processes"
+NAME, FOUND = "processes", "found.pt"
 FORMAT = "rotate_ewc.benchmarks.processes/1"
 CASES = (names.SMALL_MLP, names.CNN, names.TRANSFORMER)
 PLANNED = (8, 16, 32, 64)
@@ -59,8 +57,8 @@ class Options:
     """
 
     cases: Annotated[tuple[str, ...], some_of(CASES)] = CASES
-    processes: int = 2
-    rounds: int = 5
+    processes: Annotated[int, whole_number(2)] = 2
+    rounds: Count = 5
     fraction: float = 1.0
     bandwidth: float = 1.25e9
     output: Folder = Path("results")
@@ -154,25 +152,21 @@ class Case:
 
 def run(options: Options) -> int:
     """Measure all cases, and print a table of them."""
-    from benchmarks.files import write_document
-
-    if options.processes < 2:
-        raise CommandError(f"--processes: got {options.processes}; expected at least 2")
-    if options.rounds < 1:
-        raise CommandError(f"--rounds: got {options.rounds}; expected at least 1")
     make_folder(options.output)
-    found = measure(options)
+    results = options.output / f"{NAME}.json"
+    found = keep(measure(options), results, {"format": FORMAT})
     times = ("alone [s]", f"{options.processes} processes", "passes", "decompositions")
     title = f"How many times as fast as one process, medians of {options.rounds} rounds"
     print_table(title, ["case"], times, map(times_of, found))
     sizes = ("peak, alone", "peak of each", "exchanged", "activations")
     print_table("Bytes of a process [MiB]", ["case"], sizes, map(sizes_of, found))
     print_table("Adam's steps, medians", ["case"], STEPS, map(steps_of, found))
-    rows = ([one.name, *plans_of(one, options.bandwidth)] for one in found)
+    rows = (
+        [one.name, *(f"× {one.planned(n, options.bandwidth):.1f}" for n in PLANNED)]
+        for one in found
+    )
     title = f"Planned at {options.bandwidth:g} bytes a second: times as fast as one process"
     print_table(title, ["case"], [f"{number} processes" for number in PLANNED], rows)
-    results = options.output / f"{NAME}.json"
-    write_document(results, {"format": FORMAT, "records": [asdict(one) for one in found]})
     print(f"Wrote {results}.")
     return 0
 
@@ -201,34 +195,21 @@ def steps_of(case: Case) -> list[str]:
     return [case.name, f"{plain:.1f} ms", *kept]
 
 
-def plans_of(case: Case, bandwidth: float) -> list[str]:
-    """What is told of more processes."""
-    return [f"× {case.planned(number, bandwidth):.1f}" for number in PLANNED]
-
-
 def measure(options: Options) -> list[Case]:
     """Start the processes, and return what the first of them found."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        receiving, sending = context.Pipe(duplex=False)
-        workers = [
-            context.Process(target=_work, args=(rank, folder, options, sending), daemon=True)
-            for rank in range(options.processes)
-        ]
-        for worker in workers:
-            worker.start()
-            stack.callback(worker.kill)
-        sending.close()
+    import torch
+    from torch.multiprocessing.spawn import ProcessException, spawn
+
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            found: list[Case] = receiving.recv()
-        except EOFError:
-            raise CommandError("a process has failed; what with is told above") from None
-        for worker in workers:
-            worker.join()
+            spawn(_work, (folder, options), options.processes, daemon=True)  # type: ignore[no-untyped-call]
+        except ProcessException as error:
+            raise CommandError(f"a process has failed: {error}") from error
+        found: list[Case] = torch.load(Path(folder) / FOUND, weights_only=False)
     return found
 
 
-def _work(rank: int, folder: str, options: Options, sending: Any) -> None:
+def _work(rank: int, folder: str, options: Options) -> None:
     """Take part in all cases, as one of the processes."""
     import torch
     import torch.distributed as dist
@@ -260,7 +241,7 @@ def _work(rank: int, folder: str, options: Options, sending: Any) -> None:
         time_steps(workload, part, case, options.rounds)
         found.append(case)
     if rank == 0:
-        sending.send(found)
+        torch.save(found, Path(folder) / FOUND)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,6 +1,5 @@
 """``study-rank``: what thin bases take, and what is stored of wide layers."""
 
-import resource
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -10,14 +9,11 @@ from time import process_time
 from typing import Annotated, Any
 
 from benchmarks.command import CommandError, keep, make_folder, print_table, use_threads
-from benchmarks.option_types import Folder, Threads
-from benchmarks.speed.options import some_of
-from benchmarks.studies.networks import PROBLEMS
+from benchmarks.option_types import Folder, Threads, some_of
 
 NAME = "rank"
 FORMAT = "rotate_ewc.benchmarks.rank/2"
-CASES = tuple(PROBLEMS)
-DEFAULT_CASES = ("few-examples", "vocabulary", "lora", "resnet18")
+CASES = ("few-examples", "vocabulary", "lora", "resnet18", "crepe", "gpt2", "decoder")
 MIB = 2**20
 # Of which nothing is gained by a first time that does not count.
 _SECONDS_OF_A_LARGE_ONE = 5.0
@@ -53,7 +49,7 @@ class Options:
         output: Folder for the results.
     """
 
-    cases: Annotated[tuple[str, ...], some_of(CASES)] = DEFAULT_CASES
+    cases: Annotated[tuple[str, ...], some_of(CASES)] = CASES[:4]
     rank: str = "auto"
     memory_budget: int = 2**30
     threads: Threads = None
@@ -138,13 +134,15 @@ def measure(
     import torch
     from torch import nn
 
+    from benchmarks.speed.machine import peak_since_start
+    from benchmarks.studies.networks import PROBLEMS
     from rotate_ewc import EKFACPenalty
 
     use_threads(threads)
     torch.manual_seed(0)
     if case == "gpt2":
         import transformers  # noqa: F401
-    before = _peak_bytes()
+    before = peak_since_start()
     problem = PROBLEMS[case]()
     model, data, loss = problem.model, problem.data, nn.CrossEntropyLoss()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -165,7 +163,7 @@ def measure(
     if plain_seconds < _SECONDS_OF_A_LARGE_ONE:
         consolidated()
     penalty, seconds = _timed(consolidated)
-    peak = _peak_bytes() - before
+    peak = peak_since_start() - before
     penalty(model).backward()
     _, penalty_seconds = _timed(lambda: penalty(model).backward())
     with tempfile.TemporaryDirectory() as folder:
@@ -179,10 +177,6 @@ def measure(
         *(case, rank, memory_budget, weights, held, size),
         *(plain_seconds, seconds, penalty_seconds, peak),
     )
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

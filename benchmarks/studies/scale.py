@@ -1,30 +1,74 @@
 """``study-scale``: what large decoders would take, by counted work and measured rates."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from pathlib import Path
 from time import process_time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from benchmarks.command import CommandError, make_folder, print_table, use_threads
-from benchmarks.option_types import Folder, Threads
-from benchmarks.speed.options import some_of
-from benchmarks.studies.networks import EIGHT_BILLION, ONE_BILLION, Decoder
+from benchmarks.command import keep, make_folder, print_table, use_threads
+from benchmarks.option_types import Count, Folder, Threads, some_of
+
+if TYPE_CHECKING:
+    from rotate_ewc.linalg.outer_products import OuterProducts
 
 NAME = "scale"
 FORMAT = "rotate_ewc.benchmarks.scale/1"
+GIB = 2**30
+FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A transformer as Llama 3, by its sizes.
+
+    Attributes:
+        width: Features of a token.
+        hidden: Features between the two halves of a feed-forward layer.
+        layers: Blocks.
+        heads: Heads of the queries.
+        shared_heads: Heads of keys and values.
+        vocabulary: Words.
+        tied: Whether the head's weight is the embedding.
+    """
+
+    width: int
+    hidden: int
+    layers: int
+    heads: int
+    shared_heads: int
+    vocabulary: int
+    tied: bool
+
+    def divided(self, factor: int) -> "Decoder":
+        """Return the same depth with every width, and the vocabulary, divided."""
+        return Decoder(
+            self.width // factor,
+            self.hidden // factor,
+            self.layers,
+            max(1, self.heads // factor),
+            max(1, self.shared_heads // factor),
+            self.vocabulary // factor,
+            self.tied,
+        )
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """`(d_out, d_in)` of the linear layers of one block."""
+        shared = self.width * self.shared_heads // self.heads
+        own = [self.width, shared, shared, self.width, self.hidden, self.hidden]
+        return [*((d_out, self.width) for d_out in own), (self.width, self.hidden)]
+
+
+ONE_BILLION = Decoder(2048, 8192, 16, 32, 8, 128256, tied=True)
+EIGHT_BILLION = Decoder(4096, 14336, 32, 32, 8, 128256, tied=False)
 PLANS = {
     "1b": ONE_BILLION,
     "1b-eighth": ONE_BILLION.divided(8),
     "8b": EIGHT_BILLION,
 }
-GIB = 2**30
-FLOAT = 4  # bytes
-# As the package has them: columns of a sketch, and which part of a side they may be; and of a whole
-# factor the smallest of which only a range is looked at, and which part of it that may be.
-FEWEST_COLUMNS, OVERSAMPLING, SMALL_PART = 96, 10, 0.125
-SMALLEST, LARGEST_PART = 256, 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +92,10 @@ class Options:
     """
 
     plans: Annotated[tuple[str, ...], some_of(tuple(PLANS))] = tuple(PLANS)
-    rank: int = 64
-    sequences: int = 128
-    length: int = 512
-    memory_budget: int = 2**30
+    rank: Count = 64
+    sequences: Count = 128
+    length: Count = 512
+    memory_budget: Count = 2**30
     rate: float = 0.0
     threads: Threads = None
     output: Folder = Path("results")
@@ -122,7 +166,7 @@ class Matrix:
         """Kept directions of both sides; none where there is no basis."""
         return min(rank, self.d_out), 0 if self.words else min(rank, self.d_in)
 
-    def sides(self, rank: int) -> Iterator[int]:
+    def sides(self) -> Iterator[int]:
         """Sizes of the sides that have a factor of their own."""
         yield self.d_out
         if not (self.words or self.shares_input):
@@ -148,7 +192,7 @@ def plan(name: str, decoder: Decoder, options: Options) -> Plan:
     tokens = options.sequences * options.length
     # Looking up takes nothing.
     multiplied = sum(m.d_out * m.d_in for m in every if m.tied or not m.words)
-    factor_bytes = FLOAT * sum(_factor_numbers(d, k) for m in every for d in m.sides(k))
+    factor_bytes = sum(_factor(d, k).most_bytes for m in every for d in m.sides())
     rounds = max(1, ceil(factor_bytes / options.memory_budget))
     stored = sum(_stored_numbers(m, k) for m in every)
     square = sum(_stored_numbers(m, max(m.d_out, m.d_in)) for m in every)
@@ -160,7 +204,7 @@ def plan(name: str, decoder: Decoder, options: Options) -> Plan:
         # Forward, and back to the layers' outputs; twice, if no batch is kept in between.
         model=2 * 4.0 * tokens * multiplied * rounds,
         factors=sum(_factor_work(m, options) for m in every),
-        decompositions=sum(_decomposition_work(d, k) for m in every for d in m.sides(k)),
+        decompositions=sum(_factor(d, k).decomposition_cost for m in every for d in m.sides()),
         eigenvalues=sum(_eigenvalue_work(m, options) for m in every),
         penalty=4.0 * thin,
         step=8.0 * thin,
@@ -172,15 +216,15 @@ def plan(name: str, decoder: Decoder, options: Options) -> Plan:
     )
 
 
-def _width(size: int, rank: int) -> int | None:
-    """Columns of a sketch; None where there is a square matrix."""
-    width = min(size, max(FEWEST_COLUMNS, 2 * rank + OVERSAMPLING))
-    return width if width <= SMALL_PART * size else None
+@lru_cache
+def _factor(size: int, rank: int) -> "OuterProducts":
+    """The factor of a side, or the sketch of it, as the package has it; without memory."""
+    import torch
 
+    from rotate_ewc.linalg.outer_products import OuterProducts
+    from rotate_ewc.linalg.truncation import Truncation
 
-def _factor_numbers(size: int, rank: int) -> int:
-    width = _width(size, rank)
-    return size * size if width is None else 2 * size * width
+    return OuterProducts(1, size, torch.empty(0, device="meta"), Truncation(rank))
 
 
 def _stored_numbers(matrix: Matrix, rank: int) -> int:
@@ -193,27 +237,15 @@ def _stored_numbers(matrix: Matrix, rank: int) -> int:
 
 
 def _factor_work(matrix: Matrix, options: Options) -> float:
-    tokens, k = options.sequences * options.length, options.rank
+    tokens = options.sequences * options.length
     found = 0.0
-    for size in matrix.sides(k):
-        width = _width(size, k)
-        found += tokens * (size**2 if width is None else 4.0 * size * width)
+    for size in matrix.sides():
+        form = _factor(size, options.rank).form_of_sum
+        found += tokens * (4.0 * size * form.size if form.kind == "sketch" else size**2)
     if matrix.tied:
         # Inner products of output gradients, in place of products with all words.
         found += 2.0 * tokens * options.length * matrix.d_in
     return found
-
-
-def _decomposition_work(size: int, rank: int) -> float:
-    """About 9 d³ for `eigh`; else products and QR decompositions, and `eigh` of what is left."""
-    width = _width(size, rank)
-    if width is not None:
-        return 8.0 * size * width**2 + 18.0 * width**3
-    # Of a large matrix only the range of the leading eigenvectors is looked at.
-    width = rank + rank // 8 + OVERSAMPLING
-    if size < SMALLEST or width > LARGEST_PART * size:
-        return 9.0 * size**3
-    return 6.0 * size**2 * width + 8.0 * size * width**2 + 9.0 * width**3
 
 
 def _eigenvalue_work(matrix: Matrix, options: Options) -> float:
@@ -233,59 +265,51 @@ def _eigenvalue_work(matrix: Matrix, options: Options) -> float:
 
 def run(options: Options) -> int:
     """Measure the rate, and print a table of all plans."""
-    from benchmarks.files import write_document
-
-    if options.rank < 1:
-        raise CommandError(f"--rank: got {options.rank}; expected at least 1")
     make_folder(options.output)
     use_threads(options.threads)
     rate = options.rate or measured_rate()
-    found = [plan(name, PLANS[name], options) for name in options.plans]
-    rows = [[label, *map(form(rate), found)] for label, form in _ROWS.items()]
+    results = options.output / f"{NAME}.json"
+    plans = (plan(name, PLANS[name], options) for name in options.plans)
+    found = keep(plans, results, {"format": FORMAT, "rate": rate})
+    rows = [[label, *(form(one, rate) for one in found)] for label, form in _ROWS.items()]
     title = (
         f"rank {options.rank}, {options.sequences} sequences of {options.length} tokens, "
         f"{rate / 1e9:.0f} GFLOP/s"
     )
     print_table(title, [""], [one.name for one in found], rows)
-    results = options.output / f"{NAME}.json"
-    records = [asdict(one) for one in found]
-    write_document(results, {"format": FORMAT, "rate": rate, "records": records})
     print(f"Wrote {results}.")
     return 0
 
 
-Form = Callable[[float], Callable[[Plan], str]]
+Form = Callable[[Plan, float], str]  # of a plan, and of the rate
 
 
 def _bytes(attribute: str) -> Form:
-    return lambda _: lambda plan: f"{getattr(plan, attribute) / GIB:.3g} GiB"
+    return lambda plan, _: f"{getattr(plan, attribute) / GIB:.3g} GiB"
 
 
 def _work(attribute: str) -> Form:
-    def form(rate: float) -> Callable[[Plan], str]:
-        def shown(plan: Plan) -> str:
-            work = getattr(plan, attribute)
-            return f"{work / 1e12:.3g} TFLOP, {work / rate:.3g} s"
+    def shown(plan: Plan, rate: float) -> str:
+        work = getattr(plan, attribute)
+        return f"{work / 1e12:.3g} TFLOP, {work / rate:.3g} s"
 
-        return shown
-
-    return form
+    return shown
 
 
 _ROWS: dict[str, Form] = {
-    "parameters": lambda _: lambda plan: f"{plan.parameters / 1e6:.0f} million",
+    "parameters": lambda plan, _: f"{plan.parameters / 1e6:.0f} million",
     "weights": _bytes("weight_bytes"),
     "bases and eigenvalues, full": _bytes("square_bytes"),
     "snapshot": _bytes("snapshot_bytes"),
     "factors": _bytes("factor_bytes"),
-    "rounds": lambda _: lambda plan: str(plan.rounds),
+    "rounds": lambda plan, _: str(plan.rounds),
     "plain pass": _work("plain"),
     "consolidation": _work("consolidation"),
     "  the model": _work("model"),
     "  factors": _work("factors"),
     "  decompositions": _work("decompositions"),
     "  eigenvalues": _work("eigenvalues"),
-    "  over the plain pass": lambda _: lambda plan: f"{plan.consolidation / plan.plain:.2f}",
+    "  over the plain pass": lambda plan, _: f"{plan.consolidation / plan.plain:.2f}",
     "penalty": _work("penalty"),
     "attached step": _work("step"),
 }

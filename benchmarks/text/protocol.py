@@ -1,35 +1,64 @@
 """What the commands on texts have in common: search on held-out texts, tests with all seeds."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 from benchmarks.command import CommandError, make_folder, use_threads
+from benchmarks.option_types import (
+    Count,
+    CountOrZero,
+    Folder,
+    Positive,
+    Seeds,
+    Threads,
+    whole_number,
+)
 from benchmarks.text.records import Record, Records
 
 # Options on which the outcome of a run does not depend.
 _OF_THE_CALL = ("methods", "search_values", "seeds", "output", "texts", "threads")
 
 
-class Work(Protocol):
-    """Does the run of a method."""
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Options of every command on texts.
 
-    def __call__(
-        self, options: Any, name: str, strength: float | None, seed: int, *, validate: bool
-    ) -> dict[str, Any]:
-        """Return what is to be recorded.
+    Attributes:
+        methods: Which methods.
+        steps: Steps for each task.
+        batch_size: Texts in a step.
+        learning_rate: Of Adam.
+        length: Tokens of a text at most.
+        fisher_samples: Texts of a task that a penalty looks at.
+        test_size: Texts of each task to test with, and as many to choose by.
+        search_values: Strengths to try for each method that has one; 0 for defaults alone.
+        seeds: Seeds of the runs; strengths are searched with the first.
+        threads: Threads of PyTorch.
+        output: Folder of the results.
+    """
 
-        Args:
-            options: Those of the command.
-            name: The method's.
-            strength: None for what the method finds, or where it has none.
-            seed: Of the run.
-            validate: Whether it is measured on held-out texts, and not on those of the test.
-        """
+    methods: tuple[str, ...] = ()
+    steps: Count = 150
+    batch_size: Count = 16
+    learning_rate: Positive = 5e-5
+    length: Annotated[int, whole_number(4, 512)] = 32
+    fisher_samples: Count = 256
+    test_size: Count = 500
+    search_values: CountOrZero = 3
+    seeds: Seeds = (0, 1, 2)
+    threads: Threads = None
+    output: Folder = Path("results")
+
+
+# What is to be recorded of a run: from the options of a command, a method, its strength (None for
+# what the method finds, or where it has none), a seed, and whether held-out texts are measured.
+Work = Callable[[Any, str, float | None, int, bool], dict[str, Any]]
 
 
 def tested(
-    options: Any,
+    options: TextOptions,
     name: str,
     work: Work,
     figures: Callable[[Record], dict[str, float]],
@@ -38,7 +67,7 @@ def tested(
     """Return the records of the tests: at a method's default, and at the best strength held out.
 
     Args:
-        options: Those of the command, a dataclass; the search has the first of the seeds.
+        options: Those of the command; the search has the first of the seeds.
         name: That of the file of records, NAME.jsonl in the folder of the results. Runs that are in
             it already are not done again.
         work: Does a run.
@@ -58,7 +87,7 @@ def tested(
 
 
 def _tested(
-    options: Any,
+    options: TextOptions,
     name: str,
     work: Work,
     figures: Callable[[Record], dict[str, float]],
@@ -75,7 +104,7 @@ def _tested(
         print(f"{method}, {found}, seed {seed}{', held out' * validate}: ", end="", flush=True)
         own = {"method": method, "strength": strength, "seed": seed, "validate": validate}
         record = records.get(
-            {**shared, **own}, lambda: work(options, method, strength, seed, validate=validate)
+            {**shared, **own}, lambda: work(options, method, strength, seed, validate)
         )
         values = figures(record).items()
         print(", ".join(f"{name} {value:.4f}" for name, value in values), flush=True)

@@ -6,10 +6,9 @@ from statistics import fmean, median, stdev
 
 from benchmarks.files import replace_file
 from benchmarks.report.style import image_of, line_looks, new_figure, styles_of, tidy
+from benchmarks.report.tables import MEBIBYTE
 from benchmarks.text.records import Record
 from benchmarks.text.stream import scores
-
-MEBIBYTE = 2**20
 
 
 def rows_of(records: Iterable[Record]) -> Iterator[tuple[str, ...]]:

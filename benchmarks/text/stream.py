@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,27 +14,10 @@ from torch.nn.functional import cross_entropy
 from benchmarks.metrics import backward_transfer
 from benchmarks.speed.machine import peak_growth
 from benchmarks.text.methods import METHODS, Method
+from benchmarks.text.protocol import TextOptions
 from benchmarks.text.tasks import Part, Task
 
 EVALUATION_BATCH = 50
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How every task is learned."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-
-    @classmethod
-    def of(cls, options: Any) -> "Training":
-        """Return what the options of a command say of it."""
-        return cls(
-            steps=options.steps,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-        )
 
 
 @dataclass
@@ -107,80 +91,58 @@ def learned(
         measure: What is measured of the network, on each task.
     """
     method = METHODS[name](strength, examples=options.fisher_samples, seed=seed)
-    training = Training.of(options)
     model, tasks = start(options, seed)
-    rest: Any = {"validate": validate, "measure": measure}
+
+    def measured(seen: Sequence[Task]) -> list[float]:
+        return [measure(model, task, validate) for task in seen]
+
     if method.at_once:
-        return learn_jointly(model, tasks, training, 1000 * seed, **rest)
+        _learn_jointly(model, tasks, options, 1000 * seed)
+        return Outcome(matrix=[measured(tasks)])
     model.load_state_dict(_after_first(start, options, seed))
-    return learn_others(model, tasks, method, training, 1000 * seed, **rest)
+    outcome = Outcome(matrix=[measured(tasks[:1])])
+    spent = ends = 0.0
+    for number, (before, task) in enumerate(pairwise(tasks), start=1):
+        began = time.process_time()
+        model.head = before.head
+        method.end(model, before.train)
+        ends += time.process_time() - began
+        work = partial(learn, model, task, method, options, 1000 * seed + number)
+        seconds, growth = peak_growth(work)
+        spent += seconds
+        outcome.peak_bytes = max(outcome.peak_bytes, growth)
+        outcome.matrix.append(measured(tasks[: number + 1]))
+    others = max(len(tasks) - 1, 1)
+    outcome.step_seconds = spent / (others * options.steps)
+    outcome.task_end_seconds = ends / others
+    outcome.strength = method.found_strength()
+    return outcome
 
 
 @lru_cache(maxsize=3)
 def _after_first(start: Start, options: Any, seed: int) -> dict[str, Any]:
     """The state of the network after the first task, for which all methods do the same."""
     model, tasks = start(options, seed)
-    method = Method(None, examples=1, seed=0)
-    learn(model, tasks[0], method, Training.of(options), 1000 * seed)
+    learn(model, tasks[0], Method(None, examples=1, seed=0), options, 1000 * seed)
     state: dict[str, Any] = model.state_dict()
     return state
 
 
-def learn_others(
-    model: Any,
-    tasks: Sequence[Task],
-    method: Method,
-    training: Training,
-    seed: int,
-    *,
-    validate: bool,
-    measure: Measure = accuracy,
-) -> Outcome:
-    """Learn all tasks but the first, which the model knows already."""
-    outcome = Outcome(matrix=[[measure(model, tasks[0], validate)]])
-    spent = ends = 0.0
-    for number, task in enumerate(tasks[1:], start=1):
-        start = time.process_time()
-        before = tasks[number - 1]
-        model.head = before.head
-        method.end(model, before.train)
-        ends += time.process_time() - start
-        work = partial(learn, model, task, method, training, seed + number)
-        seconds, growth = peak_growth(work)
-        spent += seconds
-        outcome.peak_bytes = max(outcome.peak_bytes, growth)
-        outcome.matrix.append([measure(model, t, validate) for t in tasks[: number + 1]])
-    others = max(len(tasks) - 1, 1)
-    outcome.step_seconds = spent / (others * training.steps)
-    outcome.task_end_seconds = ends / others
-    outcome.strength = method.found_strength()
-    return outcome
-
-
-def learn_jointly(
-    model: Any,
-    tasks: Sequence[Task],
-    training: Training,
-    seed: int,
-    *,
-    validate: bool,
-    measure: Measure = accuracy,
-) -> Outcome:
+def _learn_jointly(model: Any, tasks: Sequence[Task], options: TextOptions, seed: int) -> None:
     """Learn all tasks at once, with as many batches of each."""
-    orders = [_order(task.train, training, seed + n) for n, task in enumerate(tasks)]
-    optimizer = _optimizer(model, training)
-    for step in range(training.steps):
+    orders = [_order(task.train, options, seed + n) for n, task in enumerate(tasks)]
+    optimizer = _optimizer(model, options)
+    for step in range(options.steps):
         for task, order in zip(tasks, orders, strict=True):
             model.head = task.head
             _step(model, optimizer, Method(None, examples=1, seed=0), task.train.part(order[step]))
-    return Outcome(matrix=[[measure(model, task, validate) for task in tasks]])
 
 
-def learn(model: Any, task: Task, method: Method, training: Training, seed: int) -> float:
+def learn(model: Any, task: Task, method: Method, options: TextOptions, seed: int) -> float:
     """Learn one task; return the seconds of the processor."""
     model.head = task.head
-    optimizer = _optimizer(model, training)
-    order = _order(task.train, training, seed)
+    optimizer = _optimizer(model, options)
+    order = _order(task.train, options, seed)
     method.begin(model, optimizer)
     start = time.process_time()
     for chosen in order:
@@ -198,15 +160,15 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, method: Method, batch: P
     optimizer.step()
 
 
-def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, options: TextOptions) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.Adam(trained, training.learning_rate)
+    return torch.optim.Adam(trained, options.learning_rate)
 
 
-def _order(data: Part, training: Training, seed: int) -> list[Tensor]:
+def _order(data: Part, options: TextOptions, seed: int) -> list[Tensor]:
     """Batches of places, in as many random orders of the data as it takes."""
     generator = torch.Generator().manual_seed(seed)
-    wanted = training.steps * training.batch_size
+    wanted = options.steps * options.batch_size
     rounds = -(-wanted // len(data))
     orders = [torch.randperm(len(data), generator=generator) for _ in range(rounds)]
-    return list(torch.split(torch.cat(orders)[:wanted], training.batch_size))
+    return list(torch.split(torch.cat(orders)[:wanted], options.batch_size))

@@ -15,6 +15,7 @@ SETS = ("subj", "trec", "custrev", "rt-polarity")
 PACKAGE_PAIRS = (("numpy", "torch"), ("scipy", "matplotlib"), ("sklearn", "transformers"))
 FEWEST_WORDS = 6
 MOST_DOCSTRINGS = 3_000  # of a package
+WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")  # of a name such as max_pool or MaxPool
 
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
 
@@ -62,7 +63,8 @@ def docstrings(package: str) -> tuple[str, ...]:
     """Return the first paragraphs of a package's docstrings, each once, without its own name."""
     found: dict[str, None] = {}
     for source in sources(package):
-        for text in _docstrings_in(source):
+        for node in _documented(source):
+            text = ast.get_docstring(node) or ""
             words = text.split("\n\n")[0].replace(package, "this package").split()
             if len(words) >= FEWEST_WORDS:
                 found[" ".join(words)] = None
@@ -82,18 +84,13 @@ def named_docstrings(packages: Sequence[str], number: int, seed: int) -> list[tu
         for source in sources(package):
             for node in _documented(source):
                 if not isinstance(node, ast.Module):
-                    words = _words_of(node.name)
+                    words = WORDS.findall(node.name)
                     line = (ast.get_docstring(node) or "").split("\n")[0]
                     if len(words) > 1 and len(line.split()) >= FEWEST_WORDS:
                         found.setdefault(" ".join(words), line)
     if len(found) < number:
         raise ValueError(f"got {len(found)} docstrings of functions; expected at least {number}")
     return random.Random(seed).sample(sorted(found.items()), number)
-
-
-def _words_of(name: str) -> list[str]:
-    """Return the words of a name such as ``max_pool`` or ``MaxPool``."""
-    return re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+", name)
 
 
 def sources(package: str) -> Iterator[str]:
@@ -108,11 +105,6 @@ def sources(package: str) -> Iterator[str]:
     for path in sorted(Path(next(iter(spec.submodule_search_locations))).rglob("*.py")):
         if "tests" not in path.parts:
             yield path.read_text(encoding="utf-8", errors="replace")
-
-
-def _docstrings_in(source: str) -> Iterator[str]:
-    for node in _documented(source):
-        yield ast.get_docstring(node) or ""
 
 
 def _documented(source: str) -> Iterator[Documented]:

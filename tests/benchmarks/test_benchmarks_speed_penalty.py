@@ -17,8 +17,7 @@ from benchmarks.speed.outside import Duration
 from benchmarks.speed.penalty_command import Options, run
 from benchmarks.speed.report import Comparison, compare, comparisons_table, durations_table
 from benchmarks.speed.results import MEASURED, MISSING, WRONG, Result, Training
-from benchmarks.speed.steps import History, live
-from benchmarks.speed.training import enter
+from benchmarks.speed.training import History, enter, live
 from tests.benchmarks.helpers import refused
 
 ROUNDS = {

@@ -12,8 +12,10 @@ from benchmarks import data as data_sets
 from benchmarks.__main__ import main
 from benchmarks.data import ImageData
 from benchmarks.studies import scale
-from benchmarks.studies.networks import Decoder
+from benchmarks.studies.networks import PROBLEMS, decoder
 from benchmarks.studies.processes import Case, Share
+from benchmarks.studies.rank import CASES
+from benchmarks.studies.scale import Decoder
 from rotate_ewc import EKFACPenalty
 
 
@@ -50,6 +52,7 @@ def test_both_precisions_are_stored(images: ImageData, tmp_path: Path, capsys: A
 
 
 def test_wide_layers_are_consolidated(tmp_path: Path, capsys: Any) -> None:
+    assert tuple(PROBLEMS) == CASES
     (one,) = call("rank", "--cases few-examples --rank auto --threads 1", tmp_path)["records"]
     # The parameters themselves are the anchor, and four rows are not zero.
     assert one["parameter_bytes"] == 4 * (8 * 1500 + 1500)
@@ -65,7 +68,7 @@ def test_decoders_are_as_large_as_their_sizes_say(tied: bool) -> None:
     whole = Decoder(64, 192, 2, 4, 2, 80, tied)
     small = whole.divided(2)
     assert small == Decoder(32, 96, 2, 2, 1, 40, tied)
-    problem = small.build(sequences=3, length=5, batch_size=2)
+    problem = decoder(small, sequences=3, length=5, batch_size=2)
     shapes = [tuple(p.shape) for p in problem.model.parameters() if p.ndim == 2]
     assert sorted(shapes) == sorted([*small.matrices * 2, *[(40, 32)] * (1 if tied else 2)])
     (x, y), _ = problem.data
@@ -76,10 +79,10 @@ def test_decoders_are_as_large_as_their_sizes_say(tied: bool) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_plans_count_what_there_is(tied: bool) -> None:
     """Numbers of parameters, bytes of a penalty and operations of a plain pass of a small one."""
-    decoder = Decoder(64, 192, 2, 4, 2, 160, tied)
+    sizes = Decoder(64, 192, 2, 4, 2, 160, tied)
     options = scale.Options(rank=8, sequences=6, length=16)
-    expected = scale.plan("small", decoder, options)
-    problem = decoder.build(options.sequences, options.length, 3)
+    expected = scale.plan("small", sizes, options)
+    problem = decoder(sizes, options.sequences, options.length, 3)
     model, loss = problem.model, torch.nn.CrossEntropyLoss()
     assert expected.parameters == sum(p.numel() for p in model.parameters())
     with FlopCounterMode(display=False) as counter:
@@ -130,5 +133,6 @@ def test_processes_share_an_estimation(tmp_path: Path, capsys: Any) -> None:
     sizes = [size for share in (first, second) for size, _ in share["decompositions"]]
     assert sorted(sizes) == sorted(size for size, _ in one["alone"][0]["decompositions"])
     assert "decompositions" in capsys.readouterr().out
-    assert main(["study-processes", "--processes", "1", "--output", str(tmp_path)]) == 1
-    assert "--processes: got 1; expected at least 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["study-processes", "--processes", "1", "--output", str(tmp_path)])
+    assert "expected a whole number ≥ 2, got '1'" in capsys.readouterr().err
