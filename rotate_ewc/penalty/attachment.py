@@ -139,6 +139,9 @@ class Attachment(Generic[Penalty]):
         This first applies what `flush` would apply; otherwise parameters and gradients stay as they
         are. A second call does nothing.
         """
+        self._detach(flush=True)
+
+    def _detach(self, *, flush: bool) -> None:
         self._undo()
         if not self._hooks:
             return
@@ -151,7 +154,8 @@ class Attachment(Generic[Penalty]):
             if self._own_step is not None:
                 self.optimizer.step = self._own_step  # type: ignore[method-assign]
         restart_all(self.optimizer)
-        self.flush()
+        if flush:
+            self.flush()
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -219,7 +223,8 @@ class Attachment(Generic[Penalty]):
         traceback: TracebackType | None,
     ) -> None:
         """Detach."""
-        self.detach()
+        # After an error in one of several processes, the others are not there to exchange numbers.
+        self._detach(flush=kind is None or not self.penalty.owners.are_several)
 
     def __repr__(self) -> str:
         """Show how the penalty takes part, and in whose steps."""

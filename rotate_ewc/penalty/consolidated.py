@@ -23,7 +23,7 @@ from rotate_ewc.options import Mode, Weighting
 from rotate_ewc.penalty.owners import Owners
 from rotate_ewc.penalty.plasticity import FoundStrength
 from rotate_ewc.penalty.protection import Protection
-from rotate_ewc.penalty.replicas import Replicas
+from rotate_ewc.penalty.replicas import Replicas, digests_of
 from rotate_ewc.penalty.stability import largest_curvature
 from rotate_ewc.penalty.state import PenaltyState
 from rotate_ewc.penalty.terms import Stack, Term, stack_terms
@@ -253,9 +253,15 @@ class ConsolidatedTasks(nn.Module):
         return self._protection.find(self._stacks, parameters, strict=self.strict)
 
     def keep_share(self) -> None:
-        """Keep this process's share of what all processes of the default group have loaded."""
+        """Keep this process's share of what all processes of the default group have loaded.
+
+        Raises:
+            ValueError: If they do not have the same snapshots, naming a parameter.
+        """
         ranks = Ranks.of(AUTO)
         if self.sharded and self._terms and ranks.size > 1 and not self.owners.are_several:
+            with ranks.together():
+                ranks.check_same(digests_of(self._terms))
             counts = self._num_tasks, self._last_examples, self._last_loss_terms
             self._replace_terms(self._terms, *counts, Owners(ranks))
 
@@ -287,8 +293,9 @@ class ConsolidatedTasks(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConsolidatedTasks:
         """Move or cast the state, as `nn.Module.to` and its relatives ask for."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        terms = self.owners.map(fn, self._terms)
-        self._replace_terms(terms, self._num_tasks, self._last_examples, self._last_loss_terms)
+        terms, owners = self.owners.map(fn, self._terms), self.owners.moved(fn)
+        counts = self._num_tasks, self._last_examples, self._last_loss_terms
+        self._replace_terms(terms, *counts, owners)
         return self
 
     def _save_to_state_dict(

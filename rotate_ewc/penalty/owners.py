@@ -160,6 +160,13 @@ class Owners:
         """
         return self.ranks.stream(place, own, self.device)
 
+    def moved(self, function: Callable[[Tensor], Tensor]) -> Owners:
+        """Return the owners of what a function has moved to another device."""
+        if not self.are_several:
+            return self
+        device = function(torch.empty(0, device=self.device)).device
+        return Owners(self.ranks, self._owners, device)
+
     def map(self, function: Callable[[Tensor], Tensor], terms: Sequence[Term]) -> list[Term]:
         """Return terms with their tensors moved or cast; of those of other processes, the dtype."""
 

@@ -15,6 +15,7 @@ from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.distributed.notes import Notes
 from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.linalg.block import Block
+from rotate_ewc.penalty.terms import Term
 
 _NUMBERS: Final = count()
 
@@ -63,6 +64,17 @@ class Replicas:
 
     def _key(self, rank: int) -> str:
         return f"rotate_ewc/replicas/{self._number}/{rank}"
+
+
+def digests_of(terms: Iterable[Term]) -> dict[str, str]:
+    """Return, by names for messages, what tells the snapshots of a process from others."""
+    return {
+        f"the digest of {block.label!r} in term {number}": _digest(
+            {**block.tensors, **{name: term.anchor[name] for name in block.parameters}}
+        )
+        for number, term in enumerate(terms)
+        for block in term.operator.blocks
+    }
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

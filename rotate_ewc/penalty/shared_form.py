@@ -25,7 +25,8 @@ def shared_quadratic_form(penalty: ConsolidatedTasks, parameters: Mapping[str, T
         parameters: The model's, by name.
     """
     names = [name for name in penalty.protected_names if name in parameters]
-    value: Tensor = _SharedForm.apply(penalty, names, *(parameters[name] for name in names))
+    found = (parameters[name] for name in names)
+    value: Tensor = _SharedForm.apply(penalty, names, torch.is_grad_enabled(), *found)
     return value
 
 
@@ -34,7 +35,11 @@ class _SharedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, penalty: ConsolidatedTasks, names: list[str], *parameters: Tensor
+        ctx: Any,
+        penalty: ConsolidatedTasks,
+        names: list[str],
+        differentiable: bool,
+        *parameters: Tensor,
     ) -> Tensor:
         owners, by_name = penalty.owners, dict(zip(names, parameters, strict=True))
         with owners.together():
@@ -43,7 +48,7 @@ class _SharedForm(torch.autograd.Function):
             own = float(quadratic_form(blocks, deltas)) if blocks else 0.0
             (value,) = owners.ranks.total("value of the penalty", [own])
             ctx.gradients = dict.fromkeys(names)
-            if any(ctx.needs_input_grad):
+            if differentiable and any(ctx.needs_input_grad):
                 whole = _gradients(penalty, by_name, deltas)
                 for name, found in owners.handed_out("gradients of the penalty", whole):
                     ctx.gradients[name] = spread_like(found["gradient"], by_name[name])
@@ -55,7 +60,7 @@ class _SharedForm(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         factor = float(grad_output)
         found = (None if g is None else g * factor for g in ctx.gradients.values())
-        return None, None, *found
+        return None, None, None, *found
 
 
 def _gradients(

@@ -281,3 +281,27 @@ def test_alone() -> None:
         penalty.consolidate(model, CE, batches(0))
     assert shared.nbytes == usual.nbytes
     assert_same_state(shared.state_dict(), usual.state_dict())
+
+
+@distributed_test((2,))
+def test_snapshots_that_differ_are_not_mixed() -> None:
+    """As those that each process has consolidated with its own data."""
+    model, shared = replicas(), penalty_of()
+    shared.consolidate(model, CE, here(batches(dist.get_rank())), group=None)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with pytest.raises(ValueError, match=r"digest of 'first.* expected the same on all ranks"):
+        shared.attach(optimizer, model)
+
+
+@distributed_test((2,))
+def test_an_error_in_one_process_is_what_the_user_sees() -> None:
+    """Leaving the `with` block waits for nobody."""
+    model, shared = replicas(), penalty_of()
+    shared.consolidate(model, CE, own(batches(0)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    if dist.get_rank() == 0:
+        with pytest.raises(ZeroDivisionError), shared.attach(optimizer, model):
+            raise ZeroDivisionError
+    else:
+        shared.attach(optimizer, model)
+    dist.barrier()
