@@ -208,10 +208,10 @@ class NamedBlocks:
 
     def __repr__(self) -> str:
         """Show size, provenance and blocks."""
-        size = sum(t.nbytes for block in self._blocks for t in block.tensors.values())
+        tensors = [t for block in self._blocks for t in block.tensors.values()]
+        size = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
         lines = [
-            f"  {block.label}: {' × '.join(map(str, block.shape))}, {_kept(block)}"
-            f"trace {block.trace.item():.4g}"
+            f"  {block.label}: {' × '.join(map(str, block.shape))}, {_kept(block)}{_trace(block)}"
             for block in self._blocks
         ]
         head = f"{type(self).__name__} {self.shape[0]} × {self.shape[1]}, {size / 2**20:.1f} MiB, "
@@ -219,6 +219,11 @@ class NamedBlocks:
 
     def _with(self, blocks: Iterable[Block]) -> Self:
         return self.from_blocks(blocks, self._shapes, self._provenance)
+
+
+def _trace(block: Block) -> str:
+    """Say what the trace of a block is; another process may keep its numbers."""
+    return "without numbers" if block.eigenvalues.is_meta else f"trace {block.trace.item():.4g}"
 
 
 def _kept(block: Block) -> str:

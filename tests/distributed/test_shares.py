@@ -173,6 +173,8 @@ def test_more_processes_than_blocks() -> None:
     shared = penalty_of(strength="auto")
     shared.consolidate(model, CE, own(batches(0)))
     assert sorted(gather(shared.nbytes))[:1] == [0]
+    shown = "".join(gather(repr(shared.terms[0].operator)))
+    assert (shown.count("trace"), shown.count("without numbers")) == (2, 4)
     for update in ("rotated", "tangent", "gradient"):
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         with shared.attach(optimizer, model, update, 2 if update == "tangent" else 1):
