@@ -106,7 +106,8 @@ class Watch:
         if not isinstance(state, Mapping) or not set(state) <= set(stacks):
             raise SnapshotError(
                 "the state of the handle has averages of other blocks; expected those of its "
-                "penalty: load the penalty's own state first"
+                "penalty: load the penalty's own state first (and with sharded=True the state that "
+                "this process has saved)"
             )
         return {
             stacks[label]: Averages.from_state_dict(stacks[label], label, value)
