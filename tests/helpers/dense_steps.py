@@ -93,25 +93,26 @@ def coordinates(penalty: EKFACPenalty, model: nn.Module) -> Coordinates:
             groups = len(block.eigenvalues)
             entries = block_indices(inner, block.parameters, groups, block.transposed)
             sides = zip(completed(block, 0), completed(block, 1), strict=True)
+            spectra = [spread(block, group) for group in range(groups)]
             for group, (left, right) in enumerate(sides):
                 index = where[entries[group]].flatten()
-                values = spread(block, group)
+                values = spectra[group]
                 turned = torch.from_numpy(np.kron(left, right))
                 if block.activation_basis is None and block.gradient_basis is not None:
-                    turned = _without_turning_equals(turned, values)
+                    turned = _without_turning_equals(turned, spectra)
                 basis[index[:, None], index] = turned
                 eigenvalues[index] = torch.from_numpy(values.flatten())
         anchor[where] = torch.cat([term.anchor[name].flatten() for name in inner]).double()
     return Coordinates(basis, eigenvalues, anchor)
 
 
-def _without_turning_equals(basis: Tensor, values: NDArray[np.float64]) -> Tensor:
-    """Leave inputs as they are that have but one eigenvalue, if they are half of all or more.
+def _without_turning_equals(basis: Tensor, spectra: Sequence[NDArray[np.float64]]) -> Tensor:
+    """Leave inputs as they are that have but one eigenvalue in each group, if half of all or more.
 
     A bias, which has one input, is always turned.
     """
-    d_out, d_in = values.shape
-    equal = [i for i in range(d_in) if len(set(values[:, i].tolist())) == 1]
+    d_out, d_in = spectra[0].shape
+    equal = [i for i in range(d_in) if all(len(set(s[:, i].tolist())) == 1 for s in spectra)]
     if d_in == 1 or 2 * len(equal) < d_in:
         return basis
     kept = basis.clone()
