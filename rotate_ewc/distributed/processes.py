@@ -13,9 +13,9 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 from zlib import crc32
 
 import torch
@@ -24,11 +24,10 @@ from torch import Tensor
 
 from rotate_ewc._utils.validation import AUTO
 from rotate_ewc._utils.warnings import add_note
-from rotate_ewc.distributed.buckets import Bucket, Laid, buckets, portions
+from rotate_ewc.distributed.buckets import Bucket, Key, Laid, buckets, portions
 from rotate_ewc.distributed.notes import default_store
 from rotate_ewc.errors import NotFiniteError
 
-Key = TypeVar("Key", bound=Hashable)
 # "auto", a ProcessGroup, a DeviceMesh of one dimension, or None. The classes of the last two are
 # not there in every build of PyTorch.
 Group = Any
@@ -259,9 +258,15 @@ class Ranks:
         own = [(key, {n: laid.told for n, laid in laids.items()}) for key, laids in kept.items()]
         return self.gather(f"{place}, shapes", own)
 
-    def owners(self, costs: Sequence[float]) -> list[int]:
-        """Assign tasks to processes: the largest first, each to the one with the least work."""
-        busy, owners = [0.0] * self.size, [0] * len(costs)
+    def owners(self, costs: Sequence[float], busy: Sequence[float] | None = None) -> list[int]:
+        """Assign tasks to processes: the largest first, each to the one with the least work.
+
+        Args:
+            costs: Those of the tasks.
+            busy: What each process has to do already; None is nothing.
+        """
+        busy = [0.0] * self.size if busy is None else list(busy)
+        owners = [0] * len(costs)
         for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
             owners[index] = busy.index(min(busy))
             busy[owners[index]] += costs[index]

@@ -68,7 +68,7 @@ class Owners:
             return self
         blocks = list(blocks)
         owners, new = dict(self._owners), []
-        kept = [0] * self.ranks.size
+        kept = [0.0] * self.ranks.size
         for names, num_bytes in _connected(blocks):
             known = next((owners[name] for name in names if name in owners), None)
             if known is None:
@@ -76,10 +76,9 @@ class Owners:
             else:
                 owners.update({name: owners.get(name, known) for name in names})
                 kept[known] += num_bytes
-        for num_bytes, names in sorted(new, key=lambda one: -one[0]):
-            idlest = kept.index(min(kept))
-            owners.update(dict.fromkeys(names, idlest))
-            kept[idlest] += num_bytes
+        assigned = self.ranks.owners([num_bytes for num_bytes, _ in new], kept)
+        for (_, names), owner in zip(new, assigned, strict=True):
+            owners.update(dict.fromkeys(names, owner))
         devices = (b.eigenvalues.device for b in blocks if not b.eigenvalues.is_meta)
         return Owners(self.ranks, owners, next(devices, self.device))
 

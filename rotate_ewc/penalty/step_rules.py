@@ -58,6 +58,11 @@ class Quotient(NamedTuple):
     scale: Tensor
 
 
+def divided(size: StepSize | Quotient) -> StepSize:
+    """Return a step size that may not have been divided yet."""
+    return size.rate / size.scale if isinstance(size, Quotient) else size
+
+
 class StepRule(NamedTuple):
     """What is known of a class of optimizers.
 
@@ -75,8 +80,7 @@ class StepRule(NamedTuple):
 
     def size(self, group: Options, state: State) -> StepSize:
         """Return η, a tensor of the parameter's shape or one number."""
-        found = self.quotient(group, state)
-        return found.rate / found.scale if isinstance(found, Quotient) else found
+        return divided(self.quotient(group, state))
 
 
 def register_step_size(

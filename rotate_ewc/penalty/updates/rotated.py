@@ -12,7 +12,7 @@ from rotate_ewc._utils.messages import parameters_are
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.displacement import Displacement, without_rounding_errors_
 from rotate_ewc.penalty.plasticity import Progress
-from rotate_ewc.penalty.step_rules import Quotient, StepRule, StepSize
+from rotate_ewc.penalty.step_rules import Quotient, StepRule, StepSize, divided
 from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.base import Step, check_gradients, mark_basis, rotated_gradient
 from rotate_ewc.penalty.updates.displaced import DisplacedUpdate
@@ -129,7 +129,7 @@ class RotatedUpdate(DisplacedUpdate):
             inner = tuple(map(slice, anchor.shape[1:]))
             moved = step.parameters[name].detach()[inner] - seen[key]
             size = step.size(name, self.rule)
-            sizes[key] = _divided(size, moved, inner).expand_as(moved)
+            sizes[key] = _sliced(size, moved, inner).expand_as(moved)
             gains[key] = (moved.square() / sizes[key]).nan_to_num(0.0, 0.0)
         block = stack.block
         stiffnesses = block.gather(sizes) * block.spectrum * self.penalty.scale_of_one
@@ -163,7 +163,7 @@ class RotatedUpdate(DisplacedUpdate):
             return torch.addcdiv(spectrum.new_ones(()), eigenvalues, scale, value=ratio)
         whole = displacement.split(self.stiffness(displacement.stack))[key]
         stiffness: Tensor = _rows_of(whole, rows, anchor.shape)
-        return (stiffness * _divided(size, spectrum, inner)).add_(1.0)
+        return (stiffness * _sliced(size, spectrum, inner)).add_(1.0)
 
     def _shrunk(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
         """Return the coordinates after the optimizer's step and the proximal one."""
@@ -190,10 +190,9 @@ class RotatedUpdate(DisplacedUpdate):
         return shrunk
 
 
-def _divided(size: StepSize | Quotient, like: Tensor, inner: tuple[slice, ...]) -> Tensor:
+def _sliced(size: StepSize | Quotient, like: Tensor, inner: tuple[slice, ...]) -> Tensor:
     """Return η for a slice of a parameter, in the dtype of a tensor if it is one number."""
-    if isinstance(size, Quotient):
-        size = size.rate / size.scale
+    size = divided(size)
     if not isinstance(size, Tensor):
         return like.new_tensor(size)
     return size[inner] if size.ndim else size

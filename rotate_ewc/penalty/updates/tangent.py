@@ -12,7 +12,7 @@ from rotate_ewc._utils.parameters import protected_slice
 from rotate_ewc.io.snapshot import checked_tensor
 from rotate_ewc.linalg.quadratic import quadratic_gradient
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
-from rotate_ewc.penalty.step_rules import Quotient, StepRule
+from rotate_ewc.penalty.step_rules import StepRule, divided
 from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.base import Step, Update, check_nothing_left
 from rotate_ewc.penalty.updates.gradient import add_gradients
@@ -118,9 +118,7 @@ class TangentUpdate(Update):
 
     def _typical_size(self, name: str, step: Step, moved: Tensor) -> float:
         """Return the geometric mean of η over the entries that moved; 0 where none did."""
-        size = step.size(name, self._rule)
-        if isinstance(size, Quotient):
-            size = size.rate / size.scale
+        size = divided(step.size(name, self._rule))
         if not isinstance(size, Tensor) or not size.ndim:
             return self._steps * float(size)
         # An entry that never had a gradient does not move, and its size may be enormous.
