@@ -163,6 +163,13 @@ class RotatedImages(TransformedImages):
         generator = torch.Generator().manual_seed(seed)
         self.angles: list[float] = (180 * torch.rand(tasks, generator=generator)).tolist()
         self._background = data.train_inputs.min().item()
+        self._tests: dict[int, Tensor] = {}
+
+    def test_set(self, task: int) -> tuple[Tensor, Tensor]:
+        """Rotated inputs ``[M, D]``, kept because rotating takes longer than testing; classes."""
+        if task not in self._tests:
+            self._tests[task] = self.transform(self._data.test_inputs, task)
+        return self._tests[task], self._data.test_labels
 
     def transform(self, inputs: Tensor, task: int) -> Tensor:
         """Images ``[M, D]`` rotated by the angle of a task, between pixels by bilinear weights."""
