@@ -11,10 +11,9 @@ from benchmarks.speed.cases import build
 from benchmarks.speed.command import Options
 from benchmarks.speed.contenders import BY_NAME, Contender, Kind
 from benchmarks.speed.floor import necessary
-from benchmarks.speed.machine import eigh_times, product_rates
+from benchmarks.speed.measuring import eigh_times, median_ratio, product_rates, turns
 from benchmarks.speed.names import Combination
 from benchmarks.speed.results import MEASURED, MISSING, REFUSED, WRONG, Estimation, Result
-from benchmarks.speed.rounds import median_ratio, turns
 from benchmarks.speed.worker import Entry, estimate, new_process, start
 from benchmarks.versions import versions
 

@@ -6,12 +6,21 @@ can tell apart, and each has a row with its name.
 
 from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 
-from benchmarks.report.style import FONT_POINTS, OWN_WIDTH, name_rows, new_figure, tidy
+from benchmarks.report.style import (
+    FONT_POINTS,
+    OWN_WIDTH,
+    Style,
+    line_looks,
+    name_rows,
+    new_figure,
+    tidy,
+)
 from benchmarks.speed import names
 from benchmarks.speed.results import WRONG, Record, Result
 
@@ -75,7 +84,11 @@ def _draw_panel(axes: Axes, record: Record, left: float) -> None:
     """Draw one panel, whose rows are contenders."""
     labels = [SHORTER.get(one.name, one.name) for one in record.shown]
     for place, one in enumerate(record.shown):
-        end, text = _draw_row(axes, place, one, record.scale) or (left, one.status)
+        end, text = left, one.status
+        if (times := one.range_over(record.scale)) is not None:
+            middle, low, end = times
+            text = f"{middle:.3g}" + (f" ({one.message})" if one.status == WRONG else "")
+            axes.plot([low, middle, end], [place] * 3, markevery=[1], **_looks(one))
         axes.annotate(
             text,
             (end, place),
@@ -88,35 +101,22 @@ def _draw_panel(axes: Axes, record: Record, left: float) -> None:
     axes.axvline(1, color="black", linewidth=0.8, zorder=1)
     name_rows(axes, labels, [label == names.OURS for label in labels])
     axes.set_title(record.heading, fontsize=FONT_POINTS, loc="left")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", labelsize=FONT_POINTS)
     tidy(axes)
 
 
-def _draw_row(
-    axes: Axes, place: int, result: Result, scale: Sequence[float]
-) -> tuple[float, str] | None:
-    """Draw one contender's times, if any: where their line ends, and what to write there."""
-    times = result.range_over(scale)
-    if times is None:
-        return None
-    middle, low, high = times
-    colour, marker = _looks(result.name)
-    hollow = result.name in HOLLOW or "step" in result.name
-    width, size = (OWN_WIDTH, 5) if colour == OWN_COLOUR else (1.1, 4)
-    wrong = result.status == WRONG
-    axes.plot([low, high], [place, place], color=colour, linewidth=width, zorder=2)
-    face, marker = "white" if hollow else colour, "x" if wrong else marker
-    axes.plot(
-        middle, place, marker, color=colour, markersize=size, markerfacecolor=face, zorder=2.5
+def _looks(result: Result) -> dict[str, Any]:
+    """How a contender's line looks, for Matplotlib."""
+    others = PENALTY_LOOKS if result.name.startswith(names.PENALTY) else SEPARATE_LOOKS
+    is_step = "step" in result.name
+    colour, marker = STEP_LOOKS if is_step else LOOKS.get(result.name, others)
+    style = Style(
+        colour,
+        "-",
+        "x" if result.status == WRONG else marker,
+        filled=not is_step and result.name not in HOLLOW,
+        width=OWN_WIDTH if colour == OWN_COLOUR else 1.1,
     )
-    return high, f"{middle:.3g}" + (f" ({result.message})" if wrong else "")
-
-
-def _looks(name: str) -> tuple[str, str]:
-    """Colour and marker of a contender."""
-    if "step" in name:
-        return STEP_LOOKS
-    others = PENALTY_LOOKS if name.startswith(names.PENALTY) else SEPARATE_LOOKS
-    return LOOKS.get(name, others)
+    return line_looks(style)

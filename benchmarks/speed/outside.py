@@ -1,6 +1,5 @@
 """What takes time outside training: loading a snapshot, and importing the package."""
 
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -11,7 +10,7 @@ import torch
 
 from benchmarks.speed import names
 from benchmarks.speed.cases import build
-from benchmarks.speed.rounds import time_in_rounds
+from benchmarks.speed.measuring import time_in_rounds
 from rotate_ewc import EKFACLinearOperator
 
 EXAMPLES = 64
@@ -35,11 +34,6 @@ class Duration:
     seconds: list[float]
     other_label: str
     other_seconds: list[float]
-
-    @property
-    def medians(self) -> tuple[float, float]:
-        """Median time of the one and of the other."""
-        return statistics.median(self.seconds), statistics.median(self.other_seconds)
 
 
 def time_loading(rounds: int, *, quick: bool = False) -> Duration:

@@ -7,7 +7,7 @@ from itertools import cycle
 from typing import Any, ClassVar
 
 from benchmarks.speed import names
-from benchmarks.speed.rounds import median_ratio
+from benchmarks.speed.measuring import median_ratio
 
 MEASURED, WRONG, REFUSED, MISSING = "measured", "wrong", "refused", "not installed"
 

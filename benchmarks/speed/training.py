@@ -15,9 +15,9 @@ from tqdm import tqdm
 from benchmarks.speed import names
 from benchmarks.speed.cases import Workload, build_step
 from benchmarks.speed.contenders import BY_NAME
+from benchmarks.speed.measuring import WARM_UPS, time_in_rounds
 from benchmarks.speed.penalty_command import Options
 from benchmarks.speed.results import MEASURED, MISSING, REFUSED, WRONG, Result, Training
-from benchmarks.speed.rounds import WARM_UPS, time_in_rounds
 from benchmarks.versions import versions
 from rotate_ewc import EKFACPenalty
 
@@ -69,13 +69,14 @@ def live(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         first = _task(workload)
-        of_known = _after(first, EKFACPenalty(include=include))
+        of_known = EKFACPenalty(include=include)
+        of_known.consolidate(first.model, first.criterion, first.batches)
         last = max([*tasks, *separate_tasks])
         for done in tqdm(range(1, 1 + last), unit="task", disable=None):
             task = first if done == 1 else _task(workload)
             for numbers, penalty, copies in kept:
                 if done <= max(numbers, default=0):
-                    _after(task, penalty)
+                    penalty.consolidate(task.model, task.criterion, task.batches)
                 if done in numbers:
                     copies[done] = copy.deepcopy(penalty)
             with torch.no_grad():
@@ -88,12 +89,6 @@ def _task(workload: Workload) -> Workload:
     """A copy of the model, and few examples: enough to have a matrix of the same shape."""
     examples = max(FEWEST_EXAMPLES, workload.batch_size // 4)
     return replace(_copied(workload), batches=[workload.case.random_batch(examples)])
-
-
-def _after(task: Workload, penalty: EKFACPenalty) -> EKFACPenalty:
-    """The penalty after one task more."""
-    penalty.consolidate(task.model, task.criterion, task.batches)
-    return penalty
 
 
 def value_and_gradient(workload: Workload, penalty: EKFACPenalty) -> Work:

@@ -3,7 +3,6 @@
 Only one works at any time, since whoever asks waits for the answer.
 """
 
-import functools
 import gc
 import math
 import multiprocessing
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.speed.cases import Estimate, build
 from benchmarks.speed.contenders import BY_NAME, Contender
-from benchmarks.speed.machine import peak_growth
+from benchmarks.speed.measuring import peak_growth
 from benchmarks.speed.names import Combination
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -67,7 +66,7 @@ class Entry:
         if self.problem is not None:
             return
         try:
-            self.replies.append(self.process.submit(function, *arguments).result())
+            self.replies.append(self.process.submit(answer, function, *arguments).result())
         except BrokenProcessPool as error:
             self.replies.append(Reply(problem=in_one_line(error)))
         if self.problem is not None:
@@ -78,20 +77,14 @@ class Entry:
 _estimation: Estimate
 
 
-def _answering(work: Callable[..., Reply]) -> Callable[..., Reply]:
+def answer(work: Callable[..., Reply], *arguments: Any) -> Reply:
     """Do some work; whatever a package raises is its answer."""
-
-    @functools.wraps(work)
-    def answer(*arguments: Any) -> Reply:
-        try:
-            return work(*arguments)
-        except Exception as error:
-            return Reply(problem=in_one_line(error))
-
-    return answer
+    try:
+        return work(*arguments)
+    except Exception as error:
+        return Reply(problem=in_one_line(error))
 
 
-@_answering
 def start(name: str, combination: Combination, fraction: float, quick: bool) -> Reply:
     """In the contender's process: prepare, and measure the memory of an estimation."""
     global _estimation
@@ -102,7 +95,6 @@ def start(name: str, combination: Combination, fraction: float, quick: bool) -> 
     return Reply(trace=finite(trace), memory=memory)
 
 
-@_answering
 def estimate(seed: int) -> Reply:
     """In the contender's process: measure the time of an estimation."""
     gc.collect()

@@ -248,7 +248,7 @@ def _work(rank: int, folder: str, options: Options) -> None:
 
 def share_of(workload: "Workload", batches: "list[Batch]", group: Any, seed: int) -> Share:
     """Estimate a matrix, and tell what this process did for it."""
-    from benchmarks.speed.machine import peak_growth
+    from benchmarks.speed.measuring import peak_growth
     from rotate_ewc import EKFACLinearOperator
 
     share = Share()

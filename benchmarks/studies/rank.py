@@ -134,7 +134,7 @@ def measure(
     import torch
     from torch import nn
 
-    from benchmarks.speed.machine import peak_since_start
+    from benchmarks.speed.measuring import peak_since_start
     from benchmarks.studies.networks import PROBLEMS
     from rotate_ewc import EKFACPenalty
 

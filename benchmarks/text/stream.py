@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.metrics import backward_transfer
-from benchmarks.speed.machine import peak_growth
+from benchmarks.speed.measuring import peak_growth
 from benchmarks.text.methods import METHODS, Method
 from benchmarks.text.protocol import TextOptions
 from benchmarks.text.tasks import Part, Task

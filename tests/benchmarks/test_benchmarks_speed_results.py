@@ -17,7 +17,7 @@ from benchmarks.speed.cases import Estimate, Workload
 from benchmarks.speed.contenders import BY_NAME, Contender, Kind
 from benchmarks.speed.estimation import QUICK_TOLERANCES, TOLERANCES, compare, result_of
 from benchmarks.speed.figure import draw
-from benchmarks.speed.machine import peak_growth
+from benchmarks.speed.measuring import peak_growth
 from benchmarks.speed.names import Combination
 from benchmarks.speed.report import estimation_table, floor_line
 from benchmarks.speed.results import (
@@ -203,7 +203,7 @@ def served(monkeypatch: pytest.MonkeyPatch, estimate: Estimate) -> Reply:
         return estimate
 
     monkeypatch.setattr(Contender, "prepare", prepare)
-    return worker.start(names.OURS, Combination("a", "mc"), 0.05, True)
+    return worker.answer(worker.start, names.OURS, Combination("a", "mc"), 0.05, True)
 
 
 def test_an_estimation_is_done_once_for_memory_and_then_for_every_seed(
