@@ -1,13 +1,12 @@
 """``text``: a stream of texts, learned by a pretrained network."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from benchmarks.command import print_table
 from benchmarks.option_types import Folder, OptionalFolder, one_of, some_of
-from benchmarks.text.protocol import TextOptions, tested
+from benchmarks.text.protocol import Record, TextOptions, print_results, tested
 from benchmarks.text.texts import SETS
 
 if TYPE_CHECKING:
@@ -53,15 +52,25 @@ class Options(TextOptions):
 
 def run(options: Options) -> int:
     """Search strengths, run all methods with all seeds, and present the results."""
-    from benchmarks.text.report import draw, rows_of
+    from benchmarks.text.figure import draw
     from benchmarks.text.stream import scores
     from benchmarks.text.texts import PACKAGE_PAIRS
 
+    def figures(record: Record) -> dict[str, float]:
+        return scores(record["matrix"])
+
     sets = list(options.sets) if options.texts else "docstrings"
-    found = tested(options, "text", _work, lambda record: scores(record["matrix"]), sets=sets)
+    found = tested(options, "text", _work, figures, sets=sets)
     names = options.sets if options.texts else [" or ".join(pair) for pair in PACKAGE_PAIRS]
-    headings = ("accuracy [%]", "forgetting", "new tasks [%]", "step [s]", "end [s]", "peak [MiB]")
-    print_table(", then ".join(names), ["method", "λ"], headings, rows_of(found))
+    columns = {
+        "accuracy [%]": ("accuracy", 100, 1),
+        "forgetting": ("forgetting", 100, 1),
+        "new tasks [%]": ("new", 100, 1),
+        "step [s]": ("step_seconds", 1, 3),
+        "end [s]": ("task_end_seconds", 1, 1),
+        "peak [MiB]": ("peak_bytes", 2**-20, 0),
+    }
+    print_results(", then ".join(names), found, figures, columns, ["accuracy"])
     path = draw(found, options.output / "text.png")
     print(f"Wrote {options.output / 'text.jsonl'} and {path}.")
     return 0
@@ -71,14 +80,11 @@ def _work(
     options: Options, name: str, strength: float | None, seed: int, validate: bool
 ) -> dict[str, Any]:
     """Do one run."""
-    import torch
-
     from benchmarks.text.stream import learned
     from benchmarks.versions import version_of
 
     outcome = learned(_start, options, name, strength, seed, validate=validate)
-    software = {"torch": torch.__version__, "transformers": version_of("transformers")}
-    return {**asdict(outcome), **software}
+    return {**outcome, "transformers": version_of("transformers")}
 
 
 def _start(options: Options, seed: int) -> "tuple[Classifier, Sequence[Task]]":

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
@@ -22,21 +22,16 @@ EVALUATION_BATCH = 50
 
 @dataclass
 class Outcome:
-    """What a run reached; times are of the processor, not of the clock.
+    """What a run reached; times are of the processor, not of the clock."""
 
-    Attributes:
-        matrix: Accuracies, or losses: after each task, on all tasks so far.
-        step_seconds: Mean over the steps of all tasks but the first.
-        task_end_seconds: Mean for looking at a task when it is learned.
-        peak_bytes: By how much resident memory grew, at most, while tasks after the first were
-            learned; with the optimizer's averages.
-    """
-
-    matrix: list[list[float]] = field(default_factory=list)
+    matrix: list[list[float]]  # accuracies, or losses: after each task, on all tasks so far
     strength: float | None = None
-    step_seconds: float = 0.0
-    task_end_seconds: float = 0.0
+    step_seconds: float = 0.0  # mean over the steps of all tasks but the first
+    task_end_seconds: float = 0.0  # mean for looking at a task when it is learned
+    # By how much resident memory grew, at most, while tasks after the first were learned; with the
+    # optimizer's averages.
     peak_bytes: int = 0
+    torch: str = torch.__version__
 
 
 # Of a model, a task, and whether on its held-out part: what a matrix has.
@@ -78,8 +73,8 @@ def learned(
     *,
     validate: bool,
     measure: Measure = accuracy,
-) -> Outcome:
-    """Learn a stream of tasks with a method, and return what it reached.
+) -> dict[str, Any]:
+    """Learn a stream of tasks with a method, and return what it reached: an :class:`Outcome`.
 
     Args:
         start: Makes the network and the tasks.
@@ -98,9 +93,9 @@ def learned(
 
     if method.at_once:
         _learn_jointly(model, tasks, options, 1000 * seed)
-        return Outcome(matrix=[measured(tasks)])
+        return asdict(Outcome([measured(tasks)]))
     model.load_state_dict(_after_first(start, options, seed))
-    outcome = Outcome(matrix=[measured(tasks[:1])])
+    outcome = Outcome([measured(tasks[:1])])
     spent = ends = 0.0
     for number, (before, task) in enumerate(pairwise(tasks), start=1):
         began = time.process_time()
@@ -116,7 +111,7 @@ def learned(
     outcome.step_seconds = spent / (others * options.steps)
     outcome.task_end_seconds = ends / others
     outcome.strength = method.found_strength()
-    return outcome
+    return asdict(outcome)
 
 
 @lru_cache(maxsize=3)
