@@ -1,6 +1,8 @@
-"""What several commands do before and after their work."""
+"""What several commands do before and after their work; results are never written by halves."""
 
 import dataclasses
+import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -70,14 +72,32 @@ def use_threads(threads: int | None) -> None:
 
 def keep(results: Iterable[Result], path: Path, document: Mapping[str, Any]) -> list[Result]:
     """Collect dataclass instances, and write all to a file after each: interruptions lose none."""
-    from benchmarks.files import write_document
-
     found: list[Result] = []
     for result in results:
         found.append(result)
         plain = [dataclasses.asdict(one) for one in found]  # type: ignore[call-overload]
         write_document(path, {**document, "records": plain})
     return found
+
+
+def replace_file(path: Path, content: bytes | str) -> Path:
+    """Write bytes or UTF-8 to a file that is, at every moment, the old one or the new one."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A rename is atomic only within one file system, hence the temporary file next to the target.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_document(path: Path, document: Mapping[str, Any]) -> None:
+    """Write JSON, as :func:`replace_file` does; ``ValueError`` if a number is not finite."""
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    replace_file(path, f"{text}\n")
 
 
 def print_table(

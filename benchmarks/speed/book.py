@@ -16,8 +16,7 @@ from typing import Any
 import msgspec
 import torch
 
-from benchmarks.command import CommandError, make_folder
-from benchmarks.files import replace_file, write_document
+from benchmarks.command import CommandError, make_folder, replace_file, write_document
 from benchmarks.report.style import image_of
 from benchmarks.speed.figure import draw
 from benchmarks.speed.results import Record

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from benchmarks.files import replace_file
+from benchmarks.command import replace_file
 from benchmarks.report.style import image_of, line_looks, new_figure, styles_of, tidy
 from benchmarks.text.protocol import Record, groups_of
 from benchmarks.text.stream import scores
