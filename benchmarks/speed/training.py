@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Adam
 from tqdm import tqdm
 
+from benchmarks.peers.verdict import in_one_line
 from benchmarks.speed import names
 from benchmarks.speed.cases import Workload, build_step
 from benchmarks.speed.contenders import BY_NAME
@@ -218,7 +219,7 @@ def _enter_peer(peer: str, own: float, history: History, works: dict[str, Work])
         gradients = torch.autograd.grad(theirs, parameters)
     # Packages refuse what they do not know in ways of their own.
     except Exception as error:
-        result.status, result.message = REFUSED, f"{type(error).__name__}: {error}"
+        result.status, result.message = REFUSED, in_one_line(error)
         return result
     works[peer] = lambda: torch.autograd.grad(value(), parameters)
     result.status, result.values = MEASURED, [float(theirs.detach())]

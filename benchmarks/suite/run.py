@@ -72,8 +72,6 @@ class Options(Training):
         search_values: Powers of ten to try as strength of each method before the best is refined,
             an odd number; 0 for the default strength alone.
         search_seeds: Every strength is tried with each.
-        no_refinement: Leave out the second stage of the search, half a power of ten around the
-            best.
         quick: A small version of everything, in minutes: few images, few tasks, a coarse search;
             fails where the methods are not in the expected order.
         replay: Give every method a replay buffer of so many examples besides.
@@ -93,7 +91,6 @@ class Options(Training):
     methods: MethodNames = tuple(METHODS)
     search_values: Annotated[int | None, whole_number(0), default("5; with --quick: 3")] = None
     search_seeds: Seeds = (0,)
-    no_refinement: bool = False
     quick: bool = False
     replay: CountOrZero = 0
     training_images: Annotated[int | None, whole_number(0), default("0; with --quick: 6000")] = None
@@ -167,13 +164,12 @@ def _run_one(options: Options, scenario: str, increment: str, pool: "Pool") -> "
     values = options.search_values
     if values is None:
         values = QUICK_SEARCH_VALUES if options.quick else Search.values
-    refine = not (options.quick or options.no_refinement)
     name = make_scenario(configuration, data, seed=0).name
     sweep = Sweep(
         configuration,
         options.methods,
         options.seeds or ((0,) if options.quick else (0, 1, 2)),
-        Search(values, refine, options.search_seeds),
+        Search(values, not options.quick, options.search_seeds),
         name,
         data.source,
     )

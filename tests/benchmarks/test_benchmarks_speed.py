@@ -17,7 +17,7 @@ from benchmarks.speed.command import Options, run
 from benchmarks.speed.contenders import BY_NAME
 from benchmarks.speed.floor import describe_layers, necessary
 from benchmarks.speed.measuring import WARM_UPS, median_ratio, time_in_rounds, turns
-from benchmarks.speed.names import Combination, combinations, contenders_of
+from benchmarks.speed.names import combinations, contenders_of
 from benchmarks.speed.results import Estimation
 from rotate_ewc.linalg.truncation import truncation_of
 from tests.benchmarks.helpers import refused
@@ -150,7 +150,7 @@ def test_a_vocabulary_head_is_run_and_not_estimated() -> None:
 def test_what_is_measured_by_default() -> None:
     everything = combinations(Options().cases, None)
     assert len(everything) == 2 * len(names.CASES) - 2
-    assert not {Combination("e", "type2"), Combination("f", "type2")} & set(everything)
+    assert not {("e", "type2"), ("f", "type2")} & set(everything)
     assert combinations(("e", "a"), ("type2",)) == [("e", "type2"), ("a", "type2")]
     small = contenders_of("a", Options().contenders)
     assert names.CURVLINOPS in small
