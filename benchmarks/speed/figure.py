@@ -6,7 +6,6 @@ can tell apart, and each has a row with its name.
 
 from collections.abc import Sequence
 from math import ceil
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,25 +28,22 @@ ROW_INCHES, PANEL_INCHES, TITLE_INCHES = 0.17, 0.62, 0.8  # of a panel, besides 
 ROOM = 1.8  # on both sides of what is drawn, as a factor
 ROOM_FOR_NUMBERS = 0.4  # on the right, as a part of the decades that are drawn
 
-# Colours of Okabe and Ito, and of Tol's muted scheme, with a marker; hollow for those in HOLLOW.
-OWN_COLOUR = "#D55E00"
+OWN = Style("#D55E00", "-", "o", width=OWN_WIDTH)
+OWN_HOLLOW = OWN._replace(filled=False)
+# Colours of Okabe and Ito, and of Tol's muted scheme.
 LOOKS = {
-    names.OURS: (OWN_COLOUR, "o"),
-    names.LEAN: (OWN_COLOUR, "d"),
-    names.DEFAULT_RANK: (OWN_COLOUR, "*"),
-    names.THIN: (OWN_COLOUR, "v"),
-    names.EVERYTHING: (OWN_COLOUR, "o"),
-    names.CURVLINOPS: ("#0072B2", "s"),
-    names.NNGEOMETRY: ("#009E73", "^"),
-    names.LAPLACE: ("#56B4E9", "v"),
-    names.AVALANCHE: ("#882255", "p"),
-    names.PLAIN: ("#777777", "h"),
+    names.OURS: OWN,
+    names.LEAN: OWN_HOLLOW._replace(marker="d"),
+    names.DEFAULT_RANK: OWN_HOLLOW._replace(marker="*"),
+    names.THIN: OWN_HOLLOW._replace(marker="v"),
+    names.EVERYTHING: OWN_HOLLOW,
+    names.CURVLINOPS: Style("#0072B2", "-", "s"),
+    names.NNGEOMETRY: Style("#009E73", "-", "^"),
+    names.LAPLACE: Style("#56B4E9", "-", "v", filled=False),
+    names.AVALANCHE: Style("#882255", "-", "p", filled=False),
+    names.PLAIN: Style("#777777", "-", "h", filled=False),
 }
-HOLLOW = (
-    *(names.LEAN, names.DEFAULT_RANK, names.THIN, names.EVERYTHING),
-    *(names.LAPLACE, names.AVALANCHE, names.PLAIN),
-)
-PENALTY_LOOKS, SEPARATE_LOOKS, STEP_LOOKS = (OWN_COLOUR, "o"), ("#CC79A7", "P"), ("#555555", "D")
+STEP, SEPARATE = Style("#555555", "-", "D", filled=False), Style("#CC79A7", "-", "P")
 SHORTER = {
     names.LEAN: "64 MiB budget",
     names.DEFAULT_RANK: "default rank",
@@ -88,7 +84,7 @@ def _draw_panel(axes: Axes, record: Record, left: float) -> None:
         if (times := one.range_over(record.scale)) is not None:
             middle, low, end = times
             text = f"{middle:.3g}" + (f" ({one.message})" if one.status == WRONG else "")
-            axes.plot([low, middle, end], [place] * 3, markevery=[1], **_looks(one))
+            axes.plot([low, middle, end], [place] * 3, markevery=[1], **line_looks(_style(one)))
         axes.annotate(
             text,
             (end, place),
@@ -107,16 +103,11 @@ def _draw_panel(axes: Axes, record: Record, left: float) -> None:
     tidy(axes)
 
 
-def _looks(result: Result) -> dict[str, Any]:
-    """How a contender's line looks, for Matplotlib."""
-    others = PENALTY_LOOKS if result.name.startswith(names.PENALTY) else SEPARATE_LOOKS
-    is_step = "step" in result.name
-    colour, marker = STEP_LOOKS if is_step else LOOKS.get(result.name, others)
-    style = Style(
-        colour,
-        "-",
-        "x" if result.status == WRONG else marker,
-        filled=not is_step and result.name not in HOLLOW,
-        width=OWN_WIDTH if colour == OWN_COLOUR else 1.1,
-    )
-    return line_looks(style)
+def _style(result: Result) -> Style:
+    """How a contender's line looks."""
+    if "step" in result.name:
+        style = STEP
+    else:
+        is_penalty = result.name.startswith(names.PENALTY)
+        style = LOOKS.get(result.name, OWN if is_penalty else SEPARATE)
+    return style._replace(marker="x") if result.status == WRONG else style

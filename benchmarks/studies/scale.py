@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from pathlib import Path
-from time import process_time
 from typing import TYPE_CHECKING, Annotated
 
 from benchmarks.command import keep, make_folder, print_table, use_threads
-from benchmarks.option_types import Count, Folder, Threads, some_of
+from benchmarks.option_types import Count, Folder, some_of
 
 if TYPE_CHECKING:
     from rotate_ewc.linalg.outer_products import OuterProducts
@@ -59,8 +58,8 @@ class Options:
     """Count bytes and operations of large decoders with thin bases, and tell the seconds.
 
     A plan is made of the sizes alone. Seconds are operations over the rate that a product of two
-    large matrices has on this machine, which is measured first (of one processor second); so they
-    are a floor, for one processor, without what goes through memory. Writes scale.json.
+    large matrices has on one processor of this machine, which is measured first; so they are a
+    floor, for one processor, without what goes through memory. Writes scale.json.
 
     Attributes:
         plans: Any of 1b (as Llama 3.2 with one billion parameters), 1b-eighth (the same at an
@@ -70,7 +69,6 @@ class Options:
         length: Tokens of each.
         memory_budget: Bytes, as consolidate takes them.
         rate: Operations a second; 0 measures.
-        threads: CPU threads of PyTorch.
         output: Folder for the results.
     """
 
@@ -80,7 +78,6 @@ class Options:
     length: Count = 512
     memory_budget: Count = 2**30
     rate: float = 0.0
-    threads: Threads = None
     output: Folder = Path("results")
 
 
@@ -222,9 +219,11 @@ def _eigenvalue_work(matrix: Matrix, options: Options) -> float:
 
 def run(options: Options) -> int:
     """Measure the rate, and print a table of all plans."""
+    from benchmarks.speed.measuring import product_rates
+
     make_folder(options.output)
-    use_threads(options.threads)
-    rate = options.rate or measured_rate()
+    use_threads(1)
+    rate = options.rate or 1e9 * max(product_rates(quick=False).values())
     results = options.output / f"{NAME}.json"
     plans = (plan(name, PLANS[name], options) for name in options.plans)
     found = keep(plans, results, {"format": FORMAT, "rate": rate})
@@ -270,17 +269,3 @@ _ROWS: dict[str, Form] = {
     "penalty": _work("penalty"),
     "attached step": _work("step"),
 }
-
-
-def measured_rate() -> float:
-    """Return operations a second of processor time, in products as those of a decoder."""
-    import torch
-
-    left, right = torch.randn(1024, 2048), torch.randn(2048, 1024)
-    best = 0.0
-    for _ in range(3):
-        start = process_time()
-        for _ in range(4):
-            left @ right
-        best = max(best, 4 * 2.0 * 1024 * 2048 * 1024 / (process_time() - start))
-    return best

@@ -148,7 +148,9 @@ def run(options: Options) -> int:
     comparisons = orderings(found) if options.quick else {}
     for line in comparisons:
         print(line, flush=True)
-    _print_failures(pool)
+    for trace in dict.fromkeys(pool.failures.values()):  # many runs fail for the same reason
+        jobs = [job for job, other in pool.failures.items() if other == trace]
+        print(f"\nFailed: {'; '.join(jobs)}\n{trace}", file=sys.stderr)
     return 0 if all(comparisons.values()) and not pool.failures else 1
 
 
@@ -193,9 +195,3 @@ def orderings(found: "Sequence[Experiment]") -> dict[str, bool]:
             values = f"{better} {accuracy[better]:.2%} > {worse} {accuracy[worse]:.2%}"
             lines[f"{experiment.scenario}: {values}{'' if holds else ': NOT SO'}"] = holds
     return lines
-
-
-def _print_failures(pool: "Pool") -> None:
-    for trace in dict.fromkeys(pool.failures.values()):  # many runs fail for the same reason
-        jobs = [job for job, other in pool.failures.items() if other == trace]
-        print(f"\nFailed: {'; '.join(jobs)}\n{trace}", file=sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from benchmarks.option_types import Folder, OptionalFolder, one_of, some_of
-from benchmarks.text.protocol import Record, TextOptions, print_results, tested
+from benchmarks.text.protocol import Record, TextOptions, present
 from benchmarks.text.texts import SETS
 
 if TYPE_CHECKING:
@@ -60,7 +60,6 @@ def run(options: Options) -> int:
         return scores(record["matrix"])
 
     sets = list(options.sets) if options.texts else "docstrings"
-    found = tested(options, "text", _work, figures, sets=sets)
     names = options.sets if options.texts else [" or ".join(pair) for pair in PACKAGE_PAIRS]
     columns = {
         "accuracy [%]": ("accuracy", 100, 1),
@@ -70,9 +69,11 @@ def run(options: Options) -> int:
         "end [s]": ("task_end_seconds", 1, 1),
         "peak [MiB]": ("peak_bytes", 2**-20, 0),
     }
-    print_results(", then ".join(names), found, figures, columns, ["accuracy"])
-    path = draw(found, options.output / "text.png")
-    print(f"Wrote {options.output / 'text.jsonl'} and {path}.")
+    title = ", then ".join(names)
+    found = present(
+        options, "text", _work, figures, columns, title=title, of_joint=["accuracy"], sets=sets
+    )
+    print(f"Wrote {draw(found, options.output / 'text.png')}.")
     return 0
 
 

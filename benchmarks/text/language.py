@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from benchmarks.option_types import Count, Folder, Positive, some_of, whole_number
-from benchmarks.text.protocol import Record, TextOptions, print_results, tested
+from benchmarks.text.protocol import Record, TextOptions, present
 
 if TYPE_CHECKING:
     from benchmarks.text.networks import LanguageModel
@@ -48,7 +48,6 @@ def run(options: Options) -> int:
         merit = -(prose + code) / 2
         return {"merit": merit, "prose": prose, "code": code, "before": matrix[0][0]}
 
-    found = tested(options, "language", _work, figures)
     columns = {
         "prose before": ("before", 1, 3),
         "prose": ("prose", 1, 3),
@@ -56,8 +55,8 @@ def run(options: Options) -> int:
         "step [s]": ("step_seconds", 1, 3),
         "end [s]": ("task_end_seconds", 1, 1),
     }
-    print_results("Prose, then code", found, figures, columns, ["prose", "code"])
-    print(f"Wrote {options.output / 'language.jsonl'}.")
+    title, of_joint = "Prose, then code", ("prose", "code")
+    present(options, "language", _work, figures, columns, title=title, of_joint=of_joint)
     return 0
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from benchmarks.option_types import Folder, OptionalFolder, one_of, some_of
-from benchmarks.text.protocol import Record, TextOptions, print_results, tested
+from benchmarks.text.protocol import Record, TextOptions, present
 
 if TYPE_CHECKING:
     from benchmarks.text.tasks import Task
@@ -47,15 +47,14 @@ def run(options: Options) -> int:
         return {"merit": kept + new, "names": kept, "new": new, "correlation": correlation}
 
     task = "trec" if options.texts else "docstrings"
-    found = tested(options, "pretraining", _work, figures, task=task)
     columns = {
         "rank correlation": ("correlation", 1, 3),
         "names found [%]": ("names", 100, 1),
         "before [%]": ("names_before", 100, 1),
         "new task [%]": ("new", 100, 1),
     }
-    print_results("Similarities after fine-tuning", found, figures, columns)
-    print(f"Wrote {options.output / 'pretraining.jsonl'}.")
+    title = "Similarities after fine-tuning"
+    present(options, "pretraining", _work, figures, columns, title=title, task=task)
     return 0
 
 

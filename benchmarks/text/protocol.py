@@ -64,14 +64,18 @@ class TextOptions:
 Work = Callable[[Any, str, float | None, int, bool], dict[str, Any]]
 
 
-def tested(
+def present(
     options: TextOptions,
     name: str,
     work: Work,
     figures: Figures,
+    columns: Mapping[str, tuple[str, float, int]],
+    *,
+    title: str,
+    of_joint: Collection[str] = (),
     **told: Any,
 ) -> list[Record]:
-    """Return the records of the tests: at a method's default, and at the best strength held out.
+    """Do the tests, at a method's default and at the best strength held out, and print a table.
 
     Args:
         options: Those of the command; the search has the first of the seeds.
@@ -80,29 +84,42 @@ def tested(
         work: Does a run.
         figures: What to print of a record; the first is what strengths are chosen by, larger is
             better.
+        columns: By heading the name of a figure or of what a record has, its unit, and decimals.
+        title: Of the table, which has means and deviations over the seeds.
+        of_joint: Names of what learning all tasks at once has too.
         told: What a run depends on besides the options, or in place of one.
+
+    Returns:
+        The records of the tests.
 
     Raises:
         CommandError: If there is no folder for the results, or an option is refused in a run.
     """
     make_folder(options.output)
     use_threads(options.threads)
+    records = Records(options.output / f"{name}.jsonl")
     try:
-        return list(_tested(options, name, work, figures, told))
+        found = list(_tested(options, records, work, figures, told))
     except ValueError as error:
         raise CommandError(str(error)) from error
+    rows = (
+        [method, strength_of(group), *_cells(method, group, figures, columns, of_joint)]
+        for (method, _), group in groups_of(found).items()
+    )
+    print_table(title, ["method", "λ"], list(columns), rows)
+    print(f"Wrote {records.path}.")
+    return found
 
 
 def _tested(
     options: TextOptions,
-    name: str,
+    records: "Records",
     work: Work,
     figures: Figures,
     told: Mapping[str, Any],
 ) -> Iterator[Record]:
     from benchmarks.text.methods import METHODS
 
-    records = Records(options.output / f"{name}.jsonl")
     shared = {key: value for key, value in asdict(options).items() if key not in _OF_THE_CALL}
     shared |= told
 
@@ -160,35 +177,20 @@ def _name(run: Mapping[str, Any]) -> str:
     return json.dumps(run, sort_keys=True)
 
 
-def print_results(
-    title: str,
-    records: Iterable[Record],
+def _cells(
+    method: str,
+    group: Sequence[Record],
     figures: Figures,
     columns: Mapping[str, tuple[str, float, int]],
-    of_joint: Collection[str] = (),
-) -> None:
-    """Print a row for each method and strength, with means and deviations over the seeds.
-
-    Args:
-        title: Of the table.
-        records: Those of the tests.
-        figures: Numbers of a record.
-        columns: By heading the name of a figure or of what a record has, its unit, and decimals.
-        of_joint: Names of what learning all tasks at once has too.
-    """
+    of_joint: Collection[str],
+) -> Iterator[str]:
     from benchmarks.report.tables import ABSENT, mean, percent
 
-    def row(name: str, group: Sequence[Record]) -> Iterator[str]:
-        yield name
-        yield strength_of(group)
-        for key, unit, decimals in columns.values():
-            values = [{**record, **figures(record)}[key] for record in group]
-            show = mean if key.endswith(("_seconds", "_bytes")) else percent
-            absent = name == "joint" and key not in of_joint
-            yield ABSENT if absent else show(values, decimals, unit)
-
-    rows = ([*row(name, group)] for (name, _), group in groups_of(records).items())
-    print_table(title, ["method", "λ"], list(columns), rows)
+    for key, unit, decimals in columns.values():
+        values = [{**record, **figures(record)}[key] for record in group]
+        show = mean if key.endswith(("_seconds", "_bytes")) else percent
+        absent = method == "joint" and key not in of_joint
+        yield ABSENT if absent else show(values, decimals, unit)
 
 
 def groups_of(records: Iterable[Record]) -> dict[tuple[str, float | None], list[Record]]:
