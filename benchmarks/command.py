@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -114,3 +116,25 @@ def make_console() -> "Console":
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+
+
+def versions() -> dict[str, Any]:
+    """Versions of the software, and the processor: what results depend on besides options."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "avalanche": version_of("avalanche-lib") or "unknown",
+        "rotate_ewc": version_of("rotate-ewc") or "unknown",
+        "processor": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def version_of(distribution: str) -> str | None:
+    """Version of a distribution; None where it is not installed, or run from its sources."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

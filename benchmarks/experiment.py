@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.avalanche_names import ReplayPlugin, SupervisedPlugin, avalanche_forward
+from benchmarks.command import versions
 from benchmarks.configuration import Configuration
 from benchmarks.methods import Variant, make_optimizer, make_plugin, make_strategy
 from benchmarks.metrics import average_accuracy, backward_transfer, forgetting
 from benchmarks.models import make_model
 from benchmarks.results import Record
 from benchmarks.scenarios import Scenario, training_experiences
-from benchmarks.versions import versions
 from rotate_ewc.errors import NotFiniteError
 
 EVALUATION_BATCH_SIZE = 2_000

@@ -66,7 +66,7 @@ def _published(name: str) -> MakePlugin:
     return make
 
 
-def _rotated_ewc(update: str, mode: str) -> MakePlugin:
+def _rotated_ewc(update: str, mode: str = "merged") -> MakePlugin:
     """Elastic weight consolidation in the rotated basis, in one of its updates and modes."""
 
     def make(settings: PluginSettings) -> Any:
@@ -103,11 +103,6 @@ class Method:
     by_default: bool = False  # whether ``permuted-mnist`` runs it when no methods are named
 
 
-def _attached(update: str, *, by_default: bool = False) -> Method:
-    make = _rotated_ewc(update, "merged")
-    return Method(make, DEFAULT_STRENGTH, attached=True, by_default=by_default)
-
-
 METHODS: dict[str, Method] = {
     "naive": Method(_no_plugin, None, by_default=True),
     "ewc": Method(
@@ -123,10 +118,12 @@ METHODS: dict[str, Method] = {
     "kronecker-laplace": Method(_published("KroneckerLaplace")),
     "diagonal-ewc": Method(_published("DiagonalFisherEWC"), centre=10.0),
     "ncl": Method(_published("NaturalContinualLearning"), needs_sgd=True),
-    "rotated-ewc": _attached("rotated", by_default=True),
-    "rotated-ewc-tangent": _attached("tangent"),
-    "rotated-ewc-gradient": _attached("gradient"),
-    "rotated-ewc-loss": Method(_rotated_ewc("loss", "merged"), by_default=True),
+    "rotated-ewc": Method(
+        _rotated_ewc("rotated"), DEFAULT_STRENGTH, attached=True, by_default=True
+    ),
+    "rotated-ewc-tangent": Method(_rotated_ewc("tangent"), DEFAULT_STRENGTH, attached=True),
+    "rotated-ewc-gradient": Method(_rotated_ewc("gradient"), DEFAULT_STRENGTH, attached=True),
+    "rotated-ewc-loss": Method(_rotated_ewc("loss"), by_default=True),
     "rotated-ewc-separate": Method(_rotated_ewc("loss", "separate")),
     "joint": Method(_no_plugin, None, trained_jointly=True, by_default=True),
 }

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
+from benchmarks.command import versions
 from benchmarks.peers.verdict import in_one_line
 from benchmarks.speed import names
 from benchmarks.speed.cases import Estimate, build
@@ -27,7 +28,6 @@ from benchmarks.speed.floor import necessary
 from benchmarks.speed.measuring import eigh_times, median_ratio, peak_growth, product_rates, turns
 from benchmarks.speed.names import Combination
 from benchmarks.speed.results import MEASURED, MISSING, REFUSED, WRONG, Estimation, Result
-from benchmarks.versions import versions
 
 if TYPE_CHECKING:  # no process needs what reads options
     from benchmarks.speed.command import Options

@@ -63,10 +63,9 @@ def run(options: Options) -> int:
     import torch
 
     from benchmarks.speed.book import Book
-    from benchmarks.speed.outside import time_imports, time_loading
     from benchmarks.speed.report import comparisons_table, durations_table, training_table
     from benchmarks.speed.results import Training
-    from benchmarks.speed.training import measure
+    from benchmarks.speed.training import measure, time_imports, time_loading
 
     use_threads(options.threads)
     threads, console = torch.get_num_threads(), make_console()

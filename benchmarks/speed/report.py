@@ -8,8 +8,14 @@ from rich.table import Table
 from benchmarks.report.tables import ABSENT, MEBIBYTE, make_table
 from benchmarks.speed import names
 from benchmarks.speed.contenders import Kind
-from benchmarks.speed.outside import Duration
-from benchmarks.speed.results import MEASURED, REFUSED, Estimation, Result, Training
+from benchmarks.speed.results import (
+    MEASURED,
+    REFUSED,
+    Duration,
+    Estimation,
+    Result,
+    Training,
+)
 
 WIDEST_MESSAGE = 100
 

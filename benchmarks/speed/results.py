@@ -140,4 +140,14 @@ class Training(_Case):
         return median_ratio(times[numerator], times[denominator])
 
 
+@dataclass(frozen=True)
+class Duration:
+    """The times of something outside training, and of something else, in all rounds."""
+
+    label: str
+    seconds: list[float]
+    other_label: str
+    other_seconds: list[float]
+
+
 Record = Estimation | Training

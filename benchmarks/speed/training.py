@@ -1,26 +1,39 @@
 """One case of training: steps, penalties and the peers' quadratic forms, within one process.
 
 Costs depend on shapes alone, so the data are noise, and training a task is a small random move.
+Besides, what takes time outside training: loading a snapshot, and importing the package.
 """
 
 import copy
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.optim import Adam
 from tqdm import tqdm
 
+from benchmarks.command import versions
 from benchmarks.peers.verdict import in_one_line
 from benchmarks.speed import names
-from benchmarks.speed.cases import Workload, build_step
+from benchmarks.speed.cases import Workload, build, build_step
 from benchmarks.speed.contenders import BY_NAME
 from benchmarks.speed.measuring import WARM_UPS, time_in_rounds
 from benchmarks.speed.penalty_command import Options
-from benchmarks.speed.results import MEASURED, MISSING, REFUSED, WRONG, Result, Training
-from benchmarks.versions import versions
-from rotate_ewc import EKFACPenalty
+from benchmarks.speed.results import (
+    MEASURED,
+    MISSING,
+    REFUSED,
+    WRONG,
+    Duration,
+    Result,
+    Training,
+)
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty
 
 Work = Callable[[], object]
 
@@ -35,6 +48,16 @@ LARGEST_FACTORS = {names.NNGEOMETRY: 10.0, names.CURVLINOPS: 1.01}
 REPETITIONS = {names.TINY_MLP: 20, names.SMALL_MLP: 20}
 FEW_REPETITIONS = 3
 STEPS_PER_CALL = {names.TANGENT: names.TANGENT_EVERY}
+SNAPSHOT_EXAMPLES = 64
+PROCESSES = 5  # that import the package
+IMPORTS = """\
+from time import perf_counter
+start = perf_counter()
+import torch
+middle = perf_counter()
+import rotate_ewc
+print(middle - start, perf_counter() - middle)
+"""
 
 
 @dataclass(frozen=True)
@@ -229,3 +252,37 @@ def _enter_peer(peer: str, own: float, history: History, works: dict[str, Work])
     elif not 1 / largest <= factor <= largest:
         result.status, result.message = WRONG, f"wrong ×{factor:.4g}"
     return result
+
+
+def time_loading(rounds: int, *, quick: bool = False) -> Duration:
+    """Load a snapshot, and decompose its largest factor: loading never does that."""
+    workload = build(names.LARGE_MLP, quick=quick).beginning(SNAPSHOT_EXAMPLES)
+    operator = EKFACLinearOperator(
+        workload.model,
+        workload.criterion,
+        workload.trained_parameters,
+        workload.batches,
+        check_deterministic=False,
+    )
+    size = max(max(block.eigenvalues.shape) for block in operator.blocks)
+    noise = torch.randn(2 * size, size).relu()
+    factor = noise.T @ noise / len(noise)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "snapshot.safetensors"
+        operator.save(path)
+        works = (lambda: EKFACLinearOperator.load(path), lambda: torch.linalg.eigh(factor))
+        repetitions = 1 if quick else FEW_REPETITIONS
+        seconds = time_in_rounds(dict(enumerate(works)), rounds=rounds, repetitions=repetitions)
+    label = f"loading a snapshot of {names.CASES[names.LARGE_MLP]}"
+    return Duration(label, seconds[0], f"one eigh of {size} × {size}", seconds[1])
+
+
+def time_imports(*, quick: bool = False) -> Duration:
+    """Import PyTorch and then this package, in fresh processes; only once if that is quick."""
+    command = [sys.executable, "-c", IMPORTS]
+    pairs = []
+    for _ in range(1 if quick else PROCESSES):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        pairs.append([float(word) for word in done.stdout.split()])
+    others, ours = map(list, zip(*pairs, strict=True))
+    return Duration("importing rotate_ewc", ours, "importing torch before", others)

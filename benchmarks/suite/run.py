@@ -37,7 +37,7 @@ from benchmarks.option_types import (
 
 if TYPE_CHECKING:
     from benchmarks.suite.outcome import Experiment
-    from benchmarks.suite.pool import Pool
+    from benchmarks.suite.sweep import Pool
 
 ALL = "all"
 QUICK_SEARCH_VALUES = 3
@@ -131,7 +131,7 @@ class Options(Training):
 def run(options: Options) -> int:
     """Run all experiments, print their tables, and say what failed."""
     from benchmarks.report.tables import terminal_notes, terminal_table
-    from benchmarks.suite.pool import Pool
+    from benchmarks.suite.sweep import Pool
 
     make_folder(options.output)
     found: list[Experiment] = []

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Annotated, Any
 
+from benchmarks.command import replace_file
 from benchmarks.option_types import Folder, OptionalFolder, one_of, some_of
-from benchmarks.text.protocol import Record, TextOptions, present
+from benchmarks.text.protocol import Record, TextOptions, groups_of, present
 from benchmarks.text.texts import SETS
 
 if TYPE_CHECKING:
@@ -52,7 +54,6 @@ class Options(TextOptions):
 
 def run(options: Options) -> int:
     """Search strengths, run all methods with all seeds, and present the results."""
-    from benchmarks.text.figure import draw
     from benchmarks.text.stream import scores
     from benchmarks.text.texts import PACKAGE_PAIRS
 
@@ -73,16 +74,48 @@ def run(options: Options) -> int:
     found = present(
         options, "text", _work, figures, columns, title=title, of_joint=["accuracy"], sets=sets
     )
-    print(f"Wrote {draw(found, options.output / 'text.png')}.")
+    print(f"Wrote {_draw(found, options.output / 'text.png')}.")
     return 0
+
+
+def _draw(records: Sequence[Record], path: Path) -> Path:
+    """Draw accuracy on new tasks against forgetting; the best corner is the upper left."""
+    from benchmarks.report.style import image_of, line_looks, new_figure, styles_of, tidy
+    from benchmarks.text.stream import scores
+
+    groups = {key: group for key, group in groups_of(records).items() if key[0] != "joint"}
+    labels = {key: key[0] + (f", λ = {key[1]:g}" if key[1] is not None else "") for key in groups}
+    styles = styles_of(labels.values())
+    figure = new_figure(3.2)
+    axes = figure.subplots()
+    for key, group in groups.items():
+        reached = [scores(record["matrix"]) for record in group]
+        x = [100 * one["forgetting"] for one in reached]
+        y = [100 * one["new"] for one in reached]
+        looks = {**line_looks(styles[labels[key]]), "linestyle": "none"}
+        errors = [stdev(values) if len(values) > 1 else 0.0 for values in (x, y)]
+        axes.errorbar(
+            fmean(x),
+            fmean(y),
+            xerr=errors[0],
+            yerr=errors[1],
+            elinewidth=0.6,
+            label=labels[key],
+            **looks,
+        )
+    axes.set_xlabel("forgetting [points]")
+    axes.set_ylabel("new tasks [%]")
+    axes.legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    tidy(axes)
+    return replace_file(path, image_of(figure))
 
 
 def _work(
     options: Options, name: str, strength: float | None, seed: int, validate: bool
 ) -> dict[str, Any]:
     """Do one run."""
+    from benchmarks.command import version_of
     from benchmarks.text.stream import learned
-    from benchmarks.versions import version_of
 
     outcome = learned(_start, options, name, strength, seed, validate=validate)
     return {**outcome, "transformers": version_of("transformers")}

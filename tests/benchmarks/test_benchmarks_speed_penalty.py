@@ -13,10 +13,9 @@ from benchmarks.speed import names
 from benchmarks.speed.cases import Form, Workload, build_step
 from benchmarks.speed.contenders import BY_NAME
 from benchmarks.speed.figure import draw
-from benchmarks.speed.outside import Duration
 from benchmarks.speed.penalty_command import Options, run
 from benchmarks.speed.report import compare, comparisons_table, durations_table
-from benchmarks.speed.results import MEASURED, MISSING, WRONG, Result, Training
+from benchmarks.speed.results import MEASURED, MISSING, WRONG, Duration, Result, Training
 from benchmarks.speed.training import History, enter, live
 from tests.benchmarks.helpers import refused
 
