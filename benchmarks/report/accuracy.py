@@ -104,18 +104,13 @@ def _draw_curves(axes: Axes, groups: Groups) -> None:
     for label, group in groups.items():
         style, curves = styles[label], _curves(group)
         tasks = curves.shape[1]
-        mean = curves.mean(axis=0)
-        deviation = curves.std(axis=0, ddof=1) if len(curves) > 1 else None
+        places = np.arange(1.0, tasks + 1)
         if group[0].trained_jointly:
-            looks: dict[str, Any] = {"color": style.colour, "linestyle": style.line}
-            axes.axhline(mean[0], linewidth=style.width, label=label, **looks)
-            if deviation is not None:
-                ends = mean[0] - deviation[0], mean[0] + deviation[0]
-                axes.axhspan(*ends, **band_looks(style))
-            continue
-        places = np.arange(1, tasks + 1)
+            places, curves = np.array([0.5, tasks + 0.5]), curves[:, [0, -1]]
+        mean = curves.mean(axis=0)
         axes.plot(places, mean, label=label, **line_looks(style))
-        if deviation is not None:
+        if len(curves) > 1:
+            deviation = curves.std(axis=0, ddof=1)
             axes.fill_between(places, mean - deviation, mean + deviation, **band_looks(style))
     axes.set_xlabel("number of tasks learned")
     axes.set_ylabel("average accuracy on tasks seen")

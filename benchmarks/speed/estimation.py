@@ -40,7 +40,7 @@ TOLERANCES = {names.MC: 1e-2, names.TYPE2: 1e-4}
 QUICK_TOLERANCES = {names.MC: 0.5, names.TYPE2: 1e-4}
 # Thin bases have the same labels, and the exact trace.
 THIN_TOLERANCE = 1e-4
-COMPARED = {kind.value for kind in (Kind.SAME, Kind.THIN)}
+COMPARED = (Kind.SAME, Kind.THIN)
 Times = dict[str, list[float]]
 
 
@@ -116,12 +116,11 @@ def _take_turns(
 
 def result_of(contender: Contender, entry: "Entry | None") -> Result:
     """What was measured of a contender, not compared with anything yet."""
-    kind = contender.kind
+    kind, version = contender.kind, contender.adapter.version()
     if entry is None:
-        return Result(contender.name, MISSING, kind=kind.value)
-    version = contender.adapter.version()
+        return Result(contender.name, MISSING, kind=kind)
     if entry.problem is not None:
-        return Result(contender.name, REFUSED, entry.problem, version=version, kind=kind.value)
+        return Result(contender.name, REFUSED, entry.problem, version=version, kind=kind)
     traces = [reply.trace for reply in entry.replies if reply.trace is not None]
     return Result(
         contender.name,
@@ -130,7 +129,7 @@ def result_of(contender: Contender, entry: "Entry | None") -> Result:
         seconds=[reply.seconds for reply in entry.replies[1:]],
         values=traces if kind in (Kind.SAME, Kind.THIN, Kind.MORE) else [],
         version=version,
-        kind=kind.value,
+        kind=kind,
         memory=entry.replies[0].memory,
     )
 
@@ -146,7 +145,7 @@ def compare(results: list[Result], tolerance: float) -> list[Result]:
     for one in measured.values():
         if ours is None or one.kind not in COMPARED:
             continue
-        allowed = THIN_TOLERANCE if one.kind == Kind.THIN.value else tolerance
+        allowed = THIN_TOLERANCE if one.kind == Kind.THIN else tolerance
         factor = one.value / ours.value if one.value is not None and ours.value else None
         if factor is None:
             one.status, one.message = WRONG, "wrong: no trace"

@@ -37,7 +37,7 @@ def estimation_table(record: Estimation, threads: int) -> Table:
     rows = []
     for one in record.results:
         # The floor is one for what this package computes.
-        reaches = one.median is not None and one.kind in (Kind.SAME.value, Kind.MORE.value)
+        reaches = one.median is not None and one.kind in (Kind.SAME, Kind.MORE)
         rows.append(
             (
                 one.name,
@@ -125,7 +125,7 @@ def _leanest(record: Estimation) -> str | None:
     found = {
         one.name: one.memory
         for one in record.results
-        if one.memory is not None and one.kind == Kind.SAME.value and one.status == MEASURED
+        if one.memory is not None and one.kind == Kind.SAME and one.status == MEASURED
     }
     return min(found, key=lambda name: found[name]) if len(found) > 1 else None
 

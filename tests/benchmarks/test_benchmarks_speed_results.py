@@ -40,7 +40,7 @@ from benchmarks.speed.results import (
 
 
 def result(name: str, seconds: list[float], *traces: float, memory: int = 2**20) -> Result:
-    kind = BY_NAME[name].kind.value
+    kind = BY_NAME[name].kind
     return Result(name, MEASURED, "", seconds, list(traces), "1", kind, memory)
 
 
@@ -51,8 +51,8 @@ def record() -> Estimation:
         result(names.EVERYTHING, [2.0, 2.0, 2.0], 12.0),
         result(names.CURVLINOPS, [2.0, 6.0, 4.0], 10.05, memory=2**19),
         result(names.NNGEOMETRY, [0.1, 0.1, 0.1], 5.0, memory=1),
-        Result(names.LAPLACE, REFUSED, "TypeError: no [such] thing", kind=Kind.OTHER.value),
-        Result(names.AVALANCHE, MISSING, kind=Kind.OTHER.value),
+        Result(names.LAPLACE, REFUSED, "TypeError: no [such] thing", kind=Kind.OTHER),
+        Result(names.AVALANCHE, MISSING, kind=Kind.OTHER),
         result(names.PLAIN, [0.5, 0.5, 0.5]),
     ]
     return Estimation(
