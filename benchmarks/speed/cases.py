@@ -173,10 +173,7 @@ CASES = {
 def build(name: str, *, fraction: float = 1.0, quick: bool = False) -> Workload:
     """Make the workload of an estimation, its model in evaluation mode; always the same.
 
-    Args:
-        name: One of the cases.
-        fraction: The part of the examples to take, in whole batches and at least one.
-        quick: Whether to take only a few examples.
+    A fraction of the examples is in whole batches, at least one; few examples are quick.
     """
     case = CASES[name]
     with torch.random.fork_rng(devices=[]):

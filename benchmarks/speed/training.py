@@ -76,10 +76,7 @@ def live(
 ) -> History:
     """Consolidate random tasks, one after the other, and move the model after each.
 
-    Args:
-        workload: The model, which is moved, and the batch to step on.
-        tasks: Numbers of tasks of the merged penalties.
-        separate_tasks: Numbers of tasks of the penalties that keep tasks separate.
+    Penalties are kept after these numbers of tasks: merged ones, and ones with separate tasks.
     """
     model = workload.model
     known = {id(parameter) for parameter in workload.known_parameters}

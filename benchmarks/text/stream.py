@@ -76,14 +76,8 @@ def learned(
 ) -> dict[str, Any]:
     """Learn a stream of tasks with a method, and return what it reached: an :class:`Outcome`.
 
-    Args:
-        start: Makes the network and the tasks.
-        options: Those of the command, which can be hashed.
-        name: The method's.
-        strength: None for what the method finds, or where it has none.
-        seed: Of the run.
-        validate: Whether it is measured on held-out texts, and not on those of the test.
-        measure: What is measured of the network, on each task.
+    Without a strength, the method finds it or has none. With ``validate``, the network is measured
+    on held-out texts, and not on those of the test. Options must be hashable.
     """
     method = METHODS[name](strength, examples=options.fisher_samples, seed=seed)
     model, tasks = start(options, seed)
