@@ -115,7 +115,7 @@ def _draw_curves(axes: Axes, groups: Groups) -> None:
     axes.set_xlabel("number of tasks learned")
     axes.set_ylabel("average accuracy on tasks seen")
     axes.set_xlim(0.5, tasks + 0.5)
-    axes.set_xticks(task_ticks(tasks, most=20))
+    task_ticks(axes.xaxis, most=20)
     axes.yaxis.set_major_formatter(percent_tick)
     tidy(axes)
 
@@ -211,9 +211,8 @@ def _draw_heat_map(
         fontweight="bold" if is_own(label) else "normal",
     )
     axes.tick_params(labelsize="small")
-    ticks = task_ticks(tasks, most=5)
-    axes.set_xticks(ticks)
-    axes.set_yticks(ticks)
+    for axis in (axes.xaxis, axes.yaxis):
+        task_ticks(axis, most=5)
     return image
 
 

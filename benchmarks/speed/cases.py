@@ -173,7 +173,8 @@ CASES = {
 def build(name: str, *, fraction: float = 1.0, quick: bool = False) -> Workload:
     """Make the workload of an estimation, its model in evaluation mode; always the same.
 
-    A fraction of the examples is in whole batches, at least one; few examples are quick.
+    ``fraction`` takes a part of the examples, in whole batches and at least one; ``quick`` takes
+    only a few examples.
     """
     case = CASES[name]
     with torch.random.fork_rng(devices=[]):
