@@ -29,7 +29,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "permuted-mnist": Command("permuted_mnist", "a few methods on permuted MNIST, with given λ"),
     "run": Command("suite.run", "search λ of every method, and test them"),
-    "report": Command("suite.show", "tables and figures of what runs reached"),
+    "report": Command("report.page", "tables and figures of what runs reached"),
     "speed": Command("speed.command", "time and memory of snapshots"),
     "speed-penalty": Command("speed.penalty_command", "what a penalty adds to a training step"),
     "peers": Command("peers.command", "exactness, compared with other libraries"),

@@ -1,8 +1,12 @@
-"""What several commands do before and after their work."""
+"""What several commands do before and after their work; results are never written by halves."""
 
 import dataclasses
+import json
+import os
+import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -70,14 +74,32 @@ def use_threads(threads: int | None) -> None:
 
 def keep(results: Iterable[Result], path: Path, document: Mapping[str, Any]) -> list[Result]:
     """Collect dataclass instances, and write all to a file after each: interruptions lose none."""
-    from benchmarks.files import write_document
-
     found: list[Result] = []
     for result in results:
         found.append(result)
         plain = [dataclasses.asdict(one) for one in found]  # type: ignore[call-overload]
         write_document(path, {**document, "records": plain})
     return found
+
+
+def replace_file(path: Path, content: bytes | str) -> Path:
+    """Write bytes or UTF-8 to a file that is, at every moment, the old one or the new one."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A rename is atomic only within one file system, hence the temporary file next to the target.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_document(path: Path, document: Mapping[str, Any]) -> None:
+    """Write JSON, as :func:`replace_file` does; ``ValueError`` if a number is not finite."""
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    replace_file(path, f"{text}\n")
 
 
 def print_table(
@@ -94,3 +116,25 @@ def make_console() -> "Console":
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+
+
+def versions() -> dict[str, Any]:
+    """Versions of the software, and the processor: what results depend on besides options."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "avalanche": version_of("avalanche-lib") or "unknown",
+        "rotate_ewc": version_of("rotate-ewc") or "unknown",
+        "processor": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def version_of(distribution: str) -> str | None:
+    """Version of a distribution; None where it is not installed, or run from its sources."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,5 +1,7 @@
 """One run: a method learns all tasks of a scenario at one seed, and becomes a record."""
 
+import functools
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
@@ -11,14 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.avalanche_names import ReplayPlugin, SupervisedPlugin, avalanche_forward
+from benchmarks.command import versions
 from benchmarks.configuration import Configuration
 from benchmarks.methods import Variant, make_optimizer, make_plugin, make_strategy
 from benchmarks.metrics import average_accuracy, backward_transfer, forgetting
 from benchmarks.models import make_model
 from benchmarks.results import Record
 from benchmarks.scenarios import Scenario, training_experiences
-from benchmarks.timing import Stopwatch, time_callback
-from benchmarks.versions import versions
 from rotate_ewc.errors import NotFiniteError
 
 EVALUATION_BATCH_SIZE = 2_000
@@ -86,7 +87,7 @@ def _train(
     strategy: Any,
     experiences: Sequence[Any],
     scenario: Scenario,
-    stopwatch: Stopwatch,
+    stopwatch: "Stopwatch",
     title: str,
 ) -> tuple[list[list[float]], bool]:
     """Train on each experience; return accuracies ``[T][T]``, and if a snapshot was refused."""
@@ -215,3 +216,43 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         parts = list(getattr(value, "__dict__", {}).values())
     for part in parts:
         yield from _tensors(part, seen)
+
+
+class Stopwatch:
+    """Adds up the wall time of ``with`` blocks, work queued on an accelerator included."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start at zero; the queued work of the device counts."""
+        self.seconds = 0.0
+        self._device = device
+        self._start = 0.0
+
+    def __enter__(self) -> "Stopwatch":
+        """Start."""
+        self._synchronise()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop."""
+        self._synchronise()
+        self.seconds += time.perf_counter() - self._start
+
+    def _synchronise(self) -> None:
+        """Wait for what has been queued; the CPU queues nothing."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        elif self._device.type == "mps":
+            torch.mps.synchronize()
+
+
+def time_callback(plugin: Any, callback: str, stopwatch: Stopwatch) -> None:
+    """Have a stopwatch run whenever a callback of this one Avalanche plugin is called."""
+    original = getattr(plugin, callback)
+
+    @functools.wraps(original)
+    def timed(*arguments: Any, **keywords: Any) -> Any:
+        with stopwatch:
+            return original(*arguments, **keywords)
+
+    setattr(plugin, callback, timed)

@@ -66,7 +66,7 @@ def _published(name: str) -> MakePlugin:
     return make
 
 
-def _rotated_ewc(update: str, mode: str) -> MakePlugin:
+def _rotated_ewc(update: str, mode: str = "merged") -> MakePlugin:
     """Elastic weight consolidation in the rotated basis, in one of its updates and modes."""
 
     def make(settings: PluginSettings) -> Any:
@@ -91,33 +91,16 @@ def _rotated_ewc(update: str, mode: str) -> MakePlugin:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to learn one task after another, or all at once.
+    """A way to learn one task after another, or all at once."""
 
-    Attributes:
-        make_plugin: Makes the plugin that sets the method apart, or None for plain training.
-        default_strength: λ by default: that of the plugin's own signature, else 1; None where there
-            is no λ.
-        attached: Whether the penalty takes part in the optimizer's steps, in which the package can
-            find λ.
-        centre: Middle of the range of λ that is searched, a power of ten; see
-            :mod:`benchmarks.suite.sweep`.
-        trained_jointly: Whether all tasks are learned at once.
-        needs_sgd: Whether the optimizer is SGD with momentum, whatever ``--optimizer`` says.
-        by_default: Whether ``permuted-mnist`` runs it when no methods are named.
-    """
-
-    make_plugin: MakePlugin
+    make_plugin: MakePlugin  # makes what sets the method apart, or None for plain training
+    # λ by default: that of the plugin's own signature, else 1; None where there is no λ.
     default_strength: float | str | None = 1.0
-    attached: bool = False
-    centre: float = 1.0
-    trained_jointly: bool = False
-    needs_sgd: bool = False
-    by_default: bool = False
-
-
-def _attached(update: str, *, by_default: bool = False) -> Method:
-    make = _rotated_ewc(update, "merged")
-    return Method(make, DEFAULT_STRENGTH, attached=True, by_default=by_default)
+    attached: bool = False  # whether the penalty takes part in steps, in which λ can be found
+    centre: float = 1.0  # middle of the range of λ that is searched, a power of ten
+    trained_jointly: bool = False  # whether all tasks are learned at once
+    needs_sgd: bool = False  # whether it has SGD with momentum, whatever ``--optimizer`` says
+    by_default: bool = False  # whether ``permuted-mnist`` runs it when no methods are named
 
 
 METHODS: dict[str, Method] = {
@@ -135,10 +118,12 @@ METHODS: dict[str, Method] = {
     "kronecker-laplace": Method(_published("KroneckerLaplace")),
     "diagonal-ewc": Method(_published("DiagonalFisherEWC"), centre=10.0),
     "ncl": Method(_published("NaturalContinualLearning"), needs_sgd=True),
-    "rotated-ewc": _attached("rotated", by_default=True),
-    "rotated-ewc-tangent": _attached("tangent"),
-    "rotated-ewc-gradient": _attached("gradient"),
-    "rotated-ewc-loss": Method(_rotated_ewc("loss", "merged"), by_default=True),
+    "rotated-ewc": Method(
+        _rotated_ewc("rotated"), DEFAULT_STRENGTH, attached=True, by_default=True
+    ),
+    "rotated-ewc-tangent": Method(_rotated_ewc("tangent"), DEFAULT_STRENGTH, attached=True),
+    "rotated-ewc-gradient": Method(_rotated_ewc("gradient"), DEFAULT_STRENGTH, attached=True),
+    "rotated-ewc-loss": Method(_rotated_ewc("loss"), by_default=True),
     "rotated-ewc-separate": Method(_rotated_ewc("loss", "separate")),
     "joint": Method(_no_plugin, None, trained_jointly=True, by_default=True),
 }

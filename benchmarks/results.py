@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import write_document
 from benchmarks.configuration import Configuration
-from benchmarks.files import write_document
 from benchmarks.methods import Variant
 
 FORMAT = "rotate_ewc.benchmarks/3"

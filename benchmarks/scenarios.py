@@ -60,13 +60,10 @@ class Scenario(ABC):
         self.classes = data.classes
         self._data = data
 
-    def training_sets(self) -> list[Examples]:
-        """The training set of every task, in the order of the tasks."""
-        return [self._training_set([task]) for task in range(self.tasks)]
-
-    def joint_training_set(self) -> Examples:
-        """The training sets of all tasks in one, task after task."""
-        return self._training_set(range(self.tasks))
+    def training_sets(self, *, jointly: bool = False) -> list[Examples]:
+        """The training set of every task, in the order of the tasks, or all in one."""
+        tasks = range(self.tasks)
+        return [self._training_set(one) for one in ([tasks] if jointly else [[t] for t in tasks])]
 
     @abstractmethod
     def test_set(self, task: int) -> tuple[Tensor, Tensor]:
@@ -270,7 +267,7 @@ def training_experiences(scenario: Scenario, *, jointly: bool) -> list[Any]:
         with_task_labels,
     )
 
-    datasets = [scenario.joint_training_set()] if jointly else scenario.training_sets()
+    datasets = scenario.training_sets(jointly=jointly)
     benchmark = benchmark_from_datasets(train=[_for_avalanche(dataset) for dataset in datasets])
     if scenario.multi_headed:
         benchmark = with_classes_timeline(with_task_labels(benchmark))

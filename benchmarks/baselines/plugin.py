@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,12 +60,8 @@ class QuadraticPlugin(EstimatingPlugin, supports_distributed=True):  # type: ign
         """Return the penalty, a scalar with a gradient."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Examples without their classes: all methods take those from the model."""
-
-    inputs: Tensor  # ``[n, ...]``
-    task_labels: Tensor | None  # ``[n]``, or None where the data have none
+# Inputs ``[n, ...]``, and task labels ``[n]`` if the data have any; classes are the model's.
+Batch = tuple[Tensor, Tensor | None]
 
 
 class Examples:
@@ -100,7 +95,7 @@ class Examples:
         )
         for batch in loader:
             labels = batch[-1].to(self._device) if len(batch) > 2 else None
-            yield Batch(batch[0].to(self._device), labels)
+            yield batch[0].to(self._device), labels
 
 
 def make_generator(seed: int, task: int, stream: int) -> torch.Generator:
@@ -110,7 +105,7 @@ def make_generator(seed: int, task: int, stream: int) -> torch.Generator:
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
     """Return a model's outputs ``[n, C]``; ``ValueError`` if they are not finite."""
-    outputs: Tensor = avalanche_forward(model, batch.inputs, batch.task_labels)
+    outputs: Tensor = avalanche_forward(model, *batch)
     if not outputs.isfinite().all():
         raise ValueError(
             "the model's outputs are not finite: training has diverged, which a smaller strength "

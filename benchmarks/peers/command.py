@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from benchmarks.command import CommandError, make_console, make_folder
-from benchmarks.files import replace_file, write_document
+from benchmarks.command import CommandError, make_console, make_folder, replace_file, write_document
 from benchmarks.option_types import Folder, default, some_of
 from benchmarks.peers.row import ROWS, SECTIONS
 

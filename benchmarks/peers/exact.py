@@ -3,7 +3,6 @@
 No closed form of a layer or loss is used, and nothing of any package that is measured.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +40,7 @@ def exact_matrix(problem: Problem, fisher: Fisher) -> DenseMatrix:
     shapes = {name: model.get_parameter(name).shape for name in problem.names(model)}
     size = sum(shape.numel() for shape in shapes.values())
     matrix = torch.zeros(size, size, dtype=parameters[0].dtype)
-    summed = with_reduction(problem.loss_for(fisher), "sum")
+    summed = problem.loss("sum")
     for x, y in problem.seen():
         output = model(x)
         if fisher == "empirical":
@@ -53,13 +52,6 @@ def exact_matrix(problem: Problem, fisher: Fisher) -> DenseMatrix:
     if fisher == "type2" and problem.reduction == "mean":
         matrix /= mean_divisor(problem)
     return DenseMatrix(matrix, shapes)
-
-
-def with_reduction(loss: Any, reduction: str) -> Any:
-    """A copy of a loss with another reduction and the same options."""
-    changed = copy.copy(loss)
-    changed.reduction = reduction
-    return changed
 
 
 def mean_divisor(problem: Problem) -> float:

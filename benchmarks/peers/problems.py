@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from benchmarks.peers import models
-from benchmarks.peers.models import Layers, batch_norm, mean_over, swap
+from benchmarks.peers.models import LINEAR, Layers, Module, batch_norm, mean_over, twice
 from benchmarks.peers.problem import DTYPE, Problem, Targets
-
-Module = Callable[[], nn.Module]
 
 # --------------------------------------------------------------------------- layers
 
@@ -31,11 +30,15 @@ def tracked(*modules: str) -> dict[str, dict[str, list[str]]]:
     return {"kronfluence": {"modules": list(modules)}}
 
 
-LINEAR, BATCH_NORM = partial(nn.Linear, 5, 4), partial(batch_norm, nn.BatchNorm1d, 4)
-SWAP, BAG = partial(swap, 0, 1), partial(nn.EmbeddingBag, 6, 4, mode="sum")
-TIME_FIRST = partial(models.self_attention, batch_first=False)
+BATCH_NORM = partial(batch_norm, nn.BatchNorm1d, 4)
+TWICE_LINEAR = twice(partial(nn.Linear, 4, 4), partial(nn.Linear, 4, 3))
+TWICE_CONVOLUTION = twice(
+    partial(nn.Conv2d, 2, 2, 3, padding=1), mean_over(2, 3), partial(nn.Linear, 2, 3)
+)
+TIME_FIRST = models.ATTENTION_TIME_FIRST
+SWAP, BAG = models.SWAP_FIRST, partial(nn.EmbeddingBag, 6, 4, mode="sum")
 ENCODER = partial(nn.TransformerEncoderLayer, 4, 2, 6, dropout=0.0, batch_first=True)
-AFTER_TOKEN = (models.token_before, models.mix, partial(nn.Linear, 4, 4))
+AFTER_TOKEN = (models.TOKEN_BEFORE, models.MIX, partial(nn.Linear, 4, 4))
 
 
 def with_head(
@@ -45,7 +48,7 @@ def with_head(
     return lambda act: [
         *(module() for module in modules),
         *([act()] if activate else []),
-        *([mean_over(*axes)] if axes else []),
+        *([mean_over(*axes)()] if axes else []),
         nn.Linear(width, 3),
     ]
 
@@ -93,7 +96,7 @@ def tokens(shape: tuple[int, int], label: str, *modules: Module, **options: Any)
     return stack(shape, *modules, axes=(1,), activate=False, label=label, **options)
 
 
-ragged = partial(stack, (4, 5), models.summed_rows, separable=True)
+ragged = partial(stack, (4, 5), models.SUMMED_ROWS, separable=True)
 LAYERS: dict[str, tuple[Problem, ...]] = {
     "linear": (stack((5,), LINEAR, separable=True),),
     "linear-leading-axes": tuple(
@@ -133,7 +136,7 @@ LAYERS: dict[str, tuple[Problem, ...]] = {
     ),
     "embedding": (stack((3,), partial(nn.Embedding, 6, 4), axes=(1,), vocabulary=6),),
     "embedding-tied": (Problem(models.tied_embedding, (3,), vocabulary=5, output_shape=(5,)),),
-    "embedding-positions": (stack((3, 4), models.positional, axes=(1,)),),
+    "embedding-positions": (stack((3, 4), models.POSITIONAL, axes=(1,)),),
     **{
         name: (
             normed(partial(norm, 4), "[N, d]"),
@@ -151,33 +154,33 @@ LAYERS: dict[str, tuple[Problem, ...]] = {
         normed_images(partial(batch_norm, nn.BatchNorm2d, 4), "2d"),
     ),
     "attention": (
-        tokens((3, 4), "batch first", models.self_attention, settings=tracked("2")),
+        tokens((3, 4), "batch first", models.ATTENTION, settings=tracked("2")),
         tokens((3, 4), "time first", SWAP, TIME_FIRST, SWAP, settings=tracked("4")),
-        tokens((3, 3), "cross", models.cross_attention, settings=tracked("0.query", "2")),
+        tokens((3, 3), "cross", models.CROSS_ATTENTION, settings=tracked("0.query", "2")),
     ),
     "transformer": (
         tokens((3, 4), "encoder", ENCODER, settings=tracked(*OF_ENCODER, "2")),
-        tokens((3, 4), "decoder", models.decoder, settings=tracked(*OF_DECODER, "2")),
+        tokens((3, 4), "decoder", models.DECODER, settings=tracked(*OF_DECODER, "2")),
     ),
     "called-twice": (
-        Problem(models.twice_linear, (4,), "`Linear`", shared=True),
-        Problem(models.twice_convolution, (2, 3, 3), "`Conv2d`", shared=True),
+        Problem(TWICE_LINEAR, (4,), "`Linear`", shared=True),
+        Problem(TWICE_CONVOLUTION, (2, 3, 3), "`Conv2d`", shared=True),
     ),
     "tied": (Problem(models.tied_linears, (4,)),),
     "in-place": (
         stack((5,), LINEAR, partial(nn.ReLU, inplace=True), activate=False, separable=True),
     ),
-    "parametrized": (stack((5,), models.weight_normed),),
+    "parametrized": (stack((5,), lambda: weight_norm(nn.Linear(5, 4))),),
     "functional": (
-        stack((5,), models.functional_linear, label="`F.linear`", separable=True),
-        stack((5,), models.product, label="`@`", separable=True),
+        stack((5,), models.FUNCTIONAL_LINEAR, label="`F.linear`", separable=True),
+        stack((5,), models.PRODUCT, label="`@`", separable=True),
     ),
-    "elementwise": (normed(models.scale_shift),),
+    "elementwise": (normed(models.SCALE_SHIFT),),
     "concatenated": (
         stack((3, 4), *AFTER_TOKEN, axes=(1,), label="class token"),
         stack((3, 4), *AFTER_TOKEN, axes=(1,), label="prompt, the rest frozen", left_out=FROZEN),
     ),
-    "indexed": (stack((3, 5), LINEAR, models.relative_bias, axes=(1,)),),
+    "indexed": (stack((3, 5), LINEAR, models.RELATIVE_BIAS, axes=(1,)),),
     "ragged": (
         ragged(label="padding removed"),
         ragged(label="graphs", form=models.as_graphs, settings=OF_GRAPHS),
@@ -187,16 +190,16 @@ LAYERS: dict[str, tuple[Problem, ...]] = {
         stack((4, 4), models.experts, axes=(1,), label="[N, T, d]"),
     ),
     "sorted": (
-        stack((5,), models.sorted_rows, label="[N, d]", separable=True),
-        stack((4, 5), models.sorted_rows, axes=(1,), label="[N, T, d]", separable=True),
+        stack((5,), models.SORTED_ROWS, label="[N, d]", separable=True),
+        stack((4, 5), models.SORTED_ROWS, axes=(1,), label="[N, T, d]", separable=True),
     ),
     "sparse": (
-        stack((5,), LINEAR, models.neighbours, label="features"),
-        stack((4, 5), LINEAR, models.neighbours, axes=(1,), label="nodes"),
+        stack((5,), LINEAR, models.NEIGHBOURS, label="features"),
+        stack((4, 5), LINEAR, models.NEIGHBOURS, axes=(1,), label="nodes"),
         stack((5,), LINEAR, form=Tensor.to_sparse, label="inputs", separable=True),
     ),
     "unknown": (
-        tokens((3, 3), "`LSTM`", models.lstm, settings=FALL_BACK),
+        tokens((3, 3), "`LSTM`", models.LSTM, settings=FALL_BACK),
         stack((3,), BAG, vocabulary=6, label="`EmbeddingBag`", settings=FALL_BACK),
     ),
 }
@@ -238,7 +241,7 @@ def on_tokens(
     """A loss on outputs ``[N, T, C]`` of four tokens that have seen each other, and the last."""
 
     def layers(act: Module) -> list[nn.Module]:
-        first = [nn.Linear(4, 5), models.mix(), act(), nn.Linear(5, 3)]
+        first = [nn.Linear(4, 5), models.MIX(), act(), nn.Linear(5, 3)]
         return [*first, *(module() for module in last)]
 
     return Problem(layers, (4, 4), label, output_shape=output_shape, **options)
@@ -259,7 +262,7 @@ LOSSES: dict[str, tuple[Problem, ...]] = {
     "options-together": (on_mlp(CE, "some ignored", weight=WEIGHTS, label_smoothing=0.2),),
     "pos-weight": (on_mlp(BCE, "bits", pos_weight=WEIGHTS),),
     "bce-weight": (on_mlp(BCE, "bits", weight=WEIGHTS),),
-    "tokens": (on_tokens((3, 4), partial(swap, 1, 2)),),
+    "tokens": (on_tokens((3, 4), models.SWAP_LAST),),
     "tokens-flattened": (on_tokens((3,), partial(nn.Flatten, 0, 1), rows=4),),
     "tokens-regression": (
         on_tokens((4, 3), label="squared error", targets="numbers", loss=loss(MSE)),

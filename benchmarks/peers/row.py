@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 Question = Literal["matrix", "pickle", "weights", "as found", "reduction"]
 
 
@@ -46,20 +48,14 @@ class Section:
 
 
 def _read() -> tuple[Section, ...]:
-    """Read the data file."""
+    """Read the data file, in which rows have the names of notes."""
     text = Path(__file__).with_name("rows.json").read_text(encoding="utf-8")
     document: dict[str, Any] = json.loads(text)
-    notes = {name: Note(**fields) for name, fields in document["notes"].items()}
-
-    def row(fields: dict[str, Any]) -> Row:
-        own = {package: notes[name] for package, name in fields.get("notes", {}).items()}
-        tests = {file: tuple(names) for file, names in fields["tests"].items()}
-        return Row(**{**fields, "tests": tests, "notes": own})
-
-    return tuple(
-        Section(section["title"], tuple(map(row, section["rows"])))
-        for section in document["sections"]
-    )
+    for section in document["sections"]:
+        for row in section["rows"]:
+            own = row.get("notes", {}).items()
+            row["notes"] = {package: document["notes"][name] for package, name in own}
+    return msgspec.convert(document["sections"], tuple[Section, ...])
 
 
 SECTIONS = _read()

@@ -130,10 +130,14 @@ def name_exception(error: Exception, packages: Sequence[str]) -> Outcome:
     """
     if isinstance(error, NotOffered):
         return Outcome(Status.NOT_OFFERED, message=str(error))
-    lines = str(error).strip().splitlines()
-    message = f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
     status = Status.REFUSED if _raised_by(error, packages) else Status.FAILS
-    return Outcome(status, message=message)
+    return Outcome(status, message=in_one_line(error))
+
+
+def in_one_line(error: BaseException) -> str:
+    """The name of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _raised_by(error: Exception, packages: Sequence[str]) -> bool:

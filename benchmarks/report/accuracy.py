@@ -51,7 +51,7 @@ def draw(records: Sequence[Record], title: str = "") -> Figure:
             "expected at least one record and the same number of tasks in all"
         )
     groups = group_by_label(records)
-    heights = [CURVES_INCHES, _heat_maps_inches(len(groups))]
+    heights = [CURVES_INCHES, _grid(len(groups))[2]]
     figure = new_figure(sum(heights))
     figure.suptitle(title)
     curves, maps = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -84,12 +84,10 @@ def accuracy_curves(experiment: Experiment) -> Figure | None:
     bottom, top = _accuracy_range(groups)
     axes.set_ylim(bottom, top)
     legend = figure.legend(loc="outside right center", frameon=False, handlelength=4, fontsize=7)
-    for text, (label, end) in zip(
-        legend.get_texts(), ((one, ends[one]) for one in groups), strict=True
-    ):
+    for text, label in zip(legend.get_texts(), groups, strict=True):
         text.set_fontweight("bold" if is_own(label) else "normal")
-        if end < bottom:
-            text.set_text(f"{label} ({100 * end:.1f}%) ↓")
+        if ends[label] < bottom:
+            text.set_text(f"{label} ({100 * ends[label]:.1f}%) ↓")
     return figure
 
 
@@ -106,23 +104,18 @@ def _draw_curves(axes: Axes, groups: Groups) -> None:
     for label, group in groups.items():
         style, curves = styles[label], _curves(group)
         tasks = curves.shape[1]
-        mean = curves.mean(axis=0)
-        deviation = curves.std(axis=0, ddof=1) if len(curves) > 1 else None
+        places = np.arange(1.0, tasks + 1)
         if group[0].trained_jointly:
-            looks: dict[str, Any] = {"color": style.colour, "linestyle": style.line}
-            axes.axhline(mean[0], linewidth=style.width, label=label, **looks)
-            if deviation is not None:
-                ends = mean[0] - deviation[0], mean[0] + deviation[0]
-                axes.axhspan(*ends, **band_looks(style))
-            continue
-        places = np.arange(1, tasks + 1)
+            places, curves = np.array([0.5, tasks + 0.5]), curves[:, [0, -1]]
+        mean = curves.mean(axis=0)
         axes.plot(places, mean, label=label, **line_looks(style))
-        if deviation is not None:
+        if len(curves) > 1:
+            deviation = curves.std(axis=0, ddof=1)
             axes.fill_between(places, mean - deviation, mean + deviation, **band_looks(style))
     axes.set_xlabel("number of tasks learned")
     axes.set_ylabel("average accuracy on tasks seen")
     axes.set_xlim(0.5, tasks + 0.5)
-    axes.set_xticks(task_ticks(tasks, most=20))
+    task_ticks(axes.xaxis, most=20)
     axes.yaxis.set_major_formatter(percent_tick)
     tidy(axes)
 
@@ -145,19 +138,17 @@ def heat_maps(experiment: Experiment) -> Figure | None:
     """Draw each method's accuracies on all tasks after each task; None if nothing was tested."""
     if not experiment.tested:
         return None
-    figure = new_figure(_heat_maps_inches(len(experiment.tested)) + COLUMN_LABEL_INCHES)
+    figure = new_figure(_grid(len(experiment.tested))[2] + COLUMN_LABEL_INCHES)
     _draw_heat_maps(figure, experiment.tested)
     return figure
 
 
-def _rows_of_maps(methods: int) -> int:
-    return ceil(methods / (LARGE_PER_ROW if methods <= 2 * LARGE_PER_ROW else SMALL_PER_ROW))
-
-
-def _heat_maps_inches(methods: int) -> float:
-    """Height of a panel with the heat maps of so many methods."""
+def _grid(methods: int) -> tuple[int, int, float]:
+    """Rows and columns of so many heat maps, and the height of all."""
     large = methods <= 2 * LARGE_PER_ROW
-    return _rows_of_maps(methods) * (LARGE_INCHES if large else SMALL_INCHES)
+    rows = ceil(methods / (LARGE_PER_ROW if large else SMALL_PER_ROW))
+    columns = LARGE_PER_ROW if rows == 1 else ceil(methods / rows)
+    return rows, columns, rows * (LARGE_INCHES if large else SMALL_INCHES)
 
 
 def _draw_heat_maps(panel: Figure | SubFigure, groups: Groups) -> None:
@@ -169,8 +160,7 @@ def _draw_heat_maps(panel: Figure | SubFigure, groups: Groups) -> None:
     seen = {label: _seen(group[0]) for label, group in groups.items()}
     worst = min(float(matrix[seen[label]].min()) for label, matrix in matrices.items())
     lowest = floor(10 * min(worst, 0.99)) / 10
-    rows = _rows_of_maps(len(groups))
-    columns = LARGE_PER_ROW if rows == 1 else ceil(len(groups) / rows)
+    rows, columns, _ = _grid(len(groups))
     grid = panel.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     cells = list(grid.flatten())
     images = [
@@ -221,9 +211,8 @@ def _draw_heat_map(
         fontweight="bold" if is_own(label) else "normal",
     )
     axes.tick_params(labelsize="small")
-    ticks = task_ticks(tasks, most=5)
-    axes.set_xticks(ticks)
-    axes.set_yticks(ticks)
+    for axis in (axes.xaxis, axes.yaxis):
+        task_ticks(axis, most=5)
     return image
 
 

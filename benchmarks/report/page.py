@@ -1,17 +1,29 @@
-"""The report of one or more experiments: Markdown with figures next to it."""
+"""``report``: what runs have reached, as tables, and as Markdown with figures next to it."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.files import replace_file
+from benchmarks.command import CommandError, make_console, make_folder, replace_file
+from benchmarks.option_types import Folder
 from benchmarks.report.figures import DRAWINGS, Drawing
 from benchmarks.report.style import image_of
-from benchmarks.report.tables import COLUMNS, NOTES, Cell, rows_of, setting_lines
-from benchmarks.suite.outcome import Experiment
+from benchmarks.report.tables import (
+    COLUMNS,
+    NOTES,
+    Cell,
+    rows_of,
+    setting_lines,
+    terminal_notes,
+    terminal_table,
+)
+from benchmarks.results import load_all
+from benchmarks.suite.outcome import Experiment, experiments
 
 TITLE = "Continual learning with elastic weight consolidation in a rotated basis"
 ABOUT = (
@@ -22,11 +34,39 @@ ABOUT = (
 Figures = Mapping[str, tuple[Drawing, Figure]]
 
 
-def write_report(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
+@dataclass(frozen=True)
+class Options:
+    """Print tables of what the runs in some folders have reached, and draw it.
+
+    Writes one page with all tables and figures, as Markdown with PNG files.
+
+    Attributes:
+        folders: Folders of results, with all folders in them.
+        output: Where to write.
+    """
+
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("results"),)
+    output: Folder = Path("report")
+
+
+def run(options: Options) -> int:
+    """Present the results."""
+    try:
+        found = experiments(load_all(options.folders or (Path("results"),)))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    make_folder(options.output)
+    make_console().print(*map(terminal_table, found), terminal_notes())
+    for path in write_report(found, options.output):
+        print(f"Wrote {path}")
+    return 0
+
+
+def write_report(found: Sequence[Experiment], folder: Path) -> list[Path]:
     """Write ``report.md``, and all figures that there are records for."""
     paragraphs, images = [f"# {TITLE}", ABOUT], {}
-    names = unique_names([experiment.scenario for experiment in experiments])
-    for name, experiment in zip(names, experiments, strict=True):
+    names = unique_names([experiment.scenario for experiment in found])
+    for name, experiment in zip(names, found, strict=True):
         figures = {
             f"{name}-{drawing.name}.png": (drawing, figure)
             for drawing in DRAWINGS

@@ -6,11 +6,13 @@ apart.
 
 from collections.abc import Iterable, Sequence
 from io import BytesIO
-from itertools import count, cycle
+from itertools import cycle
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 WIDTH_INCHES = 7.0
 DOTS_PER_INCH = 200
@@ -122,11 +124,9 @@ def name_rows(axes: Axes, labels: Sequence[str], own: Iterable[bool]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def task_ticks(tasks: int, most: int) -> list[int]:
-    """Multiples of the smallest of 1, 2, 5, 10, 20, ... of which there are few enough."""
-    steps = (factor * 10**power for power in count() for factor in (1, 2, 5))
-    step = next(step for step in steps if tasks // step <= most)
-    return list(range(step, tasks + 1, step))
+def task_ticks(axis: Axis, most: int) -> None:
+    """Put few ticks on an axis of tasks, at round numbers."""
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def percent_tick(fraction: float, position: float = 0) -> str:

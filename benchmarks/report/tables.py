@@ -92,11 +92,11 @@ def mean(values: Iterable[float | None], decimals: int = 2, factor: float = 1.0)
     return f"{statistics.fmean(known):.{decimals}f}"
 
 
-def percent(fractions: Iterable[float | None], decimals: int = 2) -> str:
-    """Mean, and the sample standard deviation of two or more, in percent."""
+def percent(fractions: Iterable[float | None], decimals: int = 2, factor: float = 100.0) -> str:
+    """Mean, and the sample standard deviation of two or more; in percent by default."""
     values = list(fractions)
-    text = mean(values, decimals, 100)
-    known = [100 * value for value in values if value is not None]
+    text = mean(values, decimals, factor)
+    known = [factor * value for value in values if value is not None]
     if text == ABSENT or len(known) == 1:
         return text
     return f"{text} ± {statistics.stdev(known):.{decimals}f}"

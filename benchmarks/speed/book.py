@@ -13,14 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
-from benchmarks.command import CommandError, make_folder
-from benchmarks.files import replace_file, write_document
+from benchmarks.command import CommandError, make_folder, replace_file, write_document
 from benchmarks.report.style import image_of
 from benchmarks.speed.figure import draw
-from benchmarks.speed.options import QUICK_WARNING
-from benchmarks.speed.results import Record, Result
+from benchmarks.speed.results import Record
+
+QUICK_WARNING = "A smoke test: a few examples, whose figures mean nothing."
 
 
 class Book:
@@ -79,7 +80,4 @@ def read(path: Path, kind: type[Record], configuration: Mapping[str, Any]) -> li
             f"{path} was measured with {document['configuration']}, which cannot be combined with "
             f"{configuration}; move it away or choose another folder"
         )
-    return [
-        kind(**{**fields, "results": [Result(**plain) for plain in fields["results"]]})
-        for fields in document["records"]
-    ]
+    return [msgspec.convert(fields, kind) for fields in document["records"]]

@@ -173,24 +173,10 @@ CASES = {
 def build(name: str, *, fraction: float = 1.0, quick: bool = False) -> Workload:
     """Make the workload of an estimation, its model in evaluation mode; always the same.
 
-    Args:
-        name: One of the cases.
-        fraction: The part of the examples to take, in whole batches and at least one.
-        quick: Whether to take only a few examples.
+    ``fraction`` takes a part of the examples, in whole batches and at least one; ``quick`` takes
+    only a few examples.
     """
-    return build_case(CASES[name], fraction=fraction, quick=quick)
-
-
-def build_step(name: str, *, quick: bool = False) -> Workload:
-    """Make the workload of a training step: one batch, and the model in training mode."""
-    batch = min(STEP_BATCH, CASES[name].batch)
-    workload = build_case(replace(CASES[name], examples=batch, batch=batch), quick=quick)
-    workload.model.train()
-    return workload
-
-
-def build_case(case: Case, *, fraction: float = 1.0, quick: bool = False) -> Workload:
-    """Make a workload of a case that need not be one of :data:`CASES`; see :func:`build`."""
+    case = CASES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = case.network().eval()
@@ -198,3 +184,10 @@ def build_case(case: Case, *, fraction: float = 1.0, quick: bool = False) -> Wor
         count = 1 if quick else max(1, round(fraction * case.examples / case.batch))
         batches = [case.random_batch(batch) for _ in range(count)]
     return Workload(case, model, nn.CrossEntropyLoss(), batches)
+
+
+def build_step(name: str, *, quick: bool = False) -> Workload:
+    """Make the workload of a training step: one batch, and the model in training mode."""
+    workload = build(name, fraction=0.0, quick=quick).beginning(STEP_BATCH)
+    workload.model.train()
+    return workload

@@ -1,14 +1,41 @@
 """``speed``: how long the estimation of Fisher matrices takes, here and in other packages."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from benchmarks.command import make_console
-from benchmarks.option_types import default, number, some_of
+from benchmarks.option_types import Count, Folder, Threads, default, number, some_of
 from benchmarks.speed import names
-from benchmarks.speed.options import MeasuringOptions
 
+FEWEST_ROUNDS, QUICK_ROUNDS = 5, 2
 BY_CASE = default("both, but for e and f mc alone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuringOptions:
+    """Options of both commands.
+
+    Attributes:
+        rounds: Number of rounds, at least 5 without --quick.
+        quick: A smoke test with a few examples and at most 2 rounds, whose figures mean nothing.
+        threads: CPU threads of PyTorch.
+        output: Folder of the results.
+    """
+
+    rounds: Count = FEWEST_ROUNDS
+    quick: bool = False
+    threads: Threads = None
+    output: Folder = Path("results")
+
+    def __post_init__(self) -> None:
+        """Refuse few rounds, of which a smoke test takes no more than two."""
+        if self.quick:
+            object.__setattr__(self, "rounds", min(self.rounds, QUICK_ROUNDS))
+        elif self.rounds < FEWEST_ROUNDS:
+            raise ValueError(
+                f"--rounds: expected a whole number ≥ {FEWEST_ROUNDS}, got {self.rounds}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +75,13 @@ class Options(MeasuringOptions):
         fisher: mc, type2 or both. The exact matrix of e takes a backward pass for each of 64
             classes of each of 128 tokens, that of f for each of 50,257.
         contenders: Who is measured; names with blanks are written in quotes.
-        rounds: Number of rounds, at least 5 without --quick.
         fraction: Part of every case's examples, in whole batches and at least one.
-        quick: A smoke test with a few examples and at most 2 rounds, whose figures mean nothing.
     """
 
     cases: Annotated[tuple[str, ...], some_of(names.CASES)] = tuple(names.CASES)
     fisher: Annotated[tuple[str, ...] | None, some_of(names.FISHERS), BY_CASE] = None
     contenders: Annotated[tuple[str, ...], some_of(names.CONTENDERS)] = names.CONTENDERS
     fraction: Annotated[float, number(zero=False, largest=1)] = 1.0
-    quick: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the number of rounds."""
-        self.settle_rounds(quick=self.quick)
 
 
 def run(options: Options) -> int:
@@ -78,8 +98,7 @@ def run(options: Options) -> int:
     for combination in names.combinations(options.cases, options.fisher):
         record = measure(combination, options, threads)
         book.add(record)
-        console.print()
-        console.print(estimation_table(record, threads))
+        console.print("", estimation_table(record, threads))
         print(floor_line(record), flush=True)
     book.close()
     return 0

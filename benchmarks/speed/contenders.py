@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from benchmarks.speed.cases import Estimate, InMemory, Workload
 SMALL_BUDGET = 2**26
 
 
-class Kind(str, Enum):
+class Kind:
     """What a contender's time can be compared with."""
 
     SAME = "the same quantity"  # it computes what this package computes, and is compared with it
@@ -69,7 +68,7 @@ class Contender:
 
     name: str
     adapter: adapters.Adapter
-    kind: Kind = Kind.SAME
+    kind: str = Kind.SAME
     remark: str = ""  # what it computes, for the table; empty for the same quantity
     options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the adapter
 

@@ -1,33 +1,50 @@
-"""One case with one Fisher type: all contenders take turns, each in a process of its own."""
+"""One case with one Fisher type: all contenders take turns, each in a process of its own.
 
-from collections.abc import Sequence
+A process works when it is asked, and times itself. Only one works at any time, since whoever asks
+waits for the answer.
+"""
+
+import gc
+import math
+import multiprocessing
+import os
+import signal
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
+from benchmarks.command import versions
+from benchmarks.peers.verdict import in_one_line
 from benchmarks.speed import names
-from benchmarks.speed.cases import build
-from benchmarks.speed.command import Options
+from benchmarks.speed.cases import Estimate, build
 from benchmarks.speed.contenders import BY_NAME, Contender, Kind
 from benchmarks.speed.floor import necessary
-from benchmarks.speed.machine import eigh_times, product_rates
+from benchmarks.speed.measuring import eigh_times, median_ratio, peak_growth, product_rates, turns
 from benchmarks.speed.names import Combination
 from benchmarks.speed.results import MEASURED, MISSING, REFUSED, WRONG, Estimation, Result
-from benchmarks.speed.rounds import median_ratio, turns
-from benchmarks.speed.worker import Entry, estimate, new_process, start
-from benchmarks.versions import versions
 
+if TYPE_CHECKING:  # no process needs what reads options
+    from benchmarks.speed.command import Options
+
+SPAWN = multiprocessing.get_context("spawn")
+TINY = 2  # examples of the first batch, which brings libraries into memory
+EXIT_INTERRUPTED = 130
 TOLERANCES = {names.MC: 1e-2, names.TYPE2: 1e-4}
 # Few sampled labels have traces that differ much.
 QUICK_TOLERANCES = {names.MC: 0.5, names.TYPE2: 1e-4}
 # Thin bases have the same labels, and the exact trace.
 THIN_TOLERANCE = 1e-4
-COMPARED = {kind.value for kind in (Kind.SAME, Kind.THIN)}
+COMPARED = (Kind.SAME, Kind.THIN)
 Times = dict[str, list[float]]
 
 
-def measure(combination: Combination, options: Options, threads: int) -> Estimation:
+def measure(combination: Combination, options: "Options", threads: int) -> Estimation:
     """Measure everybody in one case."""
     case, fisher = combination
     workload = build(case, fraction=options.fraction, quick=options.quick)
@@ -62,11 +79,11 @@ def measure(combination: Combination, options: Options, threads: int) -> Estimat
 
 
 def _take_turns(
-    entries: Sequence[Entry],
+    entries: Sequence["Entry"],
     machine: ProcessPoolExecutor,
     combination: Combination,
     sizes: Sequence[int],
-    options: Options,
+    options: "Options",
 ) -> tuple[Times, Times]:
     """Run all rounds; returns rates of products by shape, and seconds of ``eigh`` by size."""
     rates: Times = {}
@@ -97,14 +114,13 @@ def _take_turns(
     return rates, eigh
 
 
-def result_of(contender: Contender, entry: Entry | None) -> Result:
+def result_of(contender: Contender, entry: "Entry | None") -> Result:
     """What was measured of a contender, not compared with anything yet."""
-    kind = contender.kind
+    kind, version = contender.kind, contender.adapter.version()
     if entry is None:
-        return Result(contender.name, MISSING, kind=kind.value)
-    version = contender.adapter.version()
+        return Result(contender.name, MISSING, kind=kind)
     if entry.problem is not None:
-        return Result(contender.name, REFUSED, entry.problem, version=version, kind=kind.value)
+        return Result(contender.name, REFUSED, entry.problem, version=version, kind=kind)
     traces = [reply.trace for reply in entry.replies if reply.trace is not None]
     return Result(
         contender.name,
@@ -113,7 +129,7 @@ def result_of(contender: Contender, entry: Entry | None) -> Result:
         seconds=[reply.seconds for reply in entry.replies[1:]],
         values=traces if kind in (Kind.SAME, Kind.THIN, Kind.MORE) else [],
         version=version,
-        kind=kind.value,
+        kind=kind,
         memory=entry.replies[0].memory,
     )
 
@@ -129,7 +145,7 @@ def compare(results: list[Result], tolerance: float) -> list[Result]:
     for one in measured.values():
         if ours is None or one.kind not in COMPARED:
             continue
-        allowed = THIN_TOLERANCE if one.kind == Kind.THIN.value else tolerance
+        allowed = THIN_TOLERANCE if one.kind == Kind.THIN else tolerance
         factor = one.value / ours.value if one.value is not None and ours.value else None
         if factor is None:
             one.status, one.message = WRONG, "wrong: no trace"
@@ -138,3 +154,89 @@ def compare(results: list[Result], tolerance: float) -> list[Result]:
         else:
             one.ratio = median_ratio(one.seconds, ours.seconds)
     return results
+
+
+class Reply(NamedTuple):
+    """What a process says of one estimation."""
+
+    seconds: float = 0.0  # 0 for the first, which does not count
+    trace: float | None = None  # trace of the Fisher matrix, if there is one
+    memory: int | None = None  # bytes by which the first raised the peak
+    problem: str | None = None  # why it was not done; None if it was
+
+
+def new_process(threads: int) -> ProcessPoolExecutor:
+    """A process that starts with the first call, with so many threads of PyTorch."""
+    return ProcessPoolExecutor(1, SPAWN, initializer=_settle, initargs=(threads,))
+
+
+def _settle(threads: int) -> None:
+    """Set up a process, which ends without a word when the user interrupts."""
+    import torch
+
+    signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+
+
+class Entry:
+    """A contender in the running, with the replies of its process."""
+
+    def __init__(self, contender: Contender, process: ProcessPoolExecutor) -> None:
+        """Nothing is asked yet."""
+        self.contender, self.process = contender, process
+        self.replies: list[Reply] = []
+
+    @property
+    def problem(self) -> str | None:
+        """Why it is out; None while it is in."""
+        return self.replies[-1].problem if self.replies else None
+
+    def ask(self, function: Callable[..., Reply], *arguments: Any) -> None:
+        """Have the process call a function; whoever has failed is out, and not asked again."""
+        if self.problem is not None:
+            return
+        try:
+            self.replies.append(self.process.submit(answer, function, *arguments).result())
+        except BrokenProcessPool as error:
+            self.replies.append(Reply(problem=in_one_line(error)))
+        if self.problem is not None:
+            self.process.shutdown()
+
+
+# What this process was started for.
+_estimation: Estimate
+
+
+def answer(work: Callable[..., Reply], *arguments: Any) -> Reply:
+    """Do some work; whatever a package raises is its answer."""
+    try:
+        return work(*arguments)
+    except Exception as error:
+        return Reply(problem=in_one_line(error))
+
+
+def start(name: str, combination: Combination, fraction: float, quick: bool) -> Reply:
+    """In the contender's process: prepare, and measure the memory of an estimation."""
+    global _estimation
+    contender, (case, fisher) = BY_NAME[name], combination
+    contender.prepare(build(case, quick=True).beginning(TINY), fisher)(0)
+    _estimation = contender.prepare(build(case, fraction=fraction, quick=quick), fisher)
+    trace, memory = peak_growth(lambda: _estimation(0))
+    return Reply(trace=finite(trace), memory=memory)
+
+
+def estimate(seed: int) -> Reply:
+    """In the contender's process: measure the time of an estimation."""
+    gc.collect()
+    start = perf_counter()
+    trace = _estimation(seed)
+    seconds = perf_counter() - start
+    return Reply(seconds, finite(trace))
+
+
+def finite(trace: float | None) -> float | None:
+    """A trace that can be compared; ValueError if it is infinite or no number."""
+    if trace is not None and not math.isfinite(trace):
+        raise ValueError(f"the trace is {trace}")
+    return trace

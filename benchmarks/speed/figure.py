@@ -9,9 +9,17 @@ from math import ceil
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 
-from benchmarks.report.style import FONT_POINTS, OWN_WIDTH, name_rows, new_figure, tidy
+from benchmarks.report.style import (
+    FONT_POINTS,
+    OWN_WIDTH,
+    Style,
+    line_looks,
+    name_rows,
+    new_figure,
+    tidy,
+)
 from benchmarks.speed import names
 from benchmarks.speed.results import WRONG, Record, Result
 
@@ -20,25 +28,22 @@ ROW_INCHES, PANEL_INCHES, TITLE_INCHES = 0.17, 0.62, 0.8  # of a panel, besides 
 ROOM = 1.8  # on both sides of what is drawn, as a factor
 ROOM_FOR_NUMBERS = 0.4  # on the right, as a part of the decades that are drawn
 
-# Colours of Okabe and Ito, and of Tol's muted scheme, with a marker; hollow for those in HOLLOW.
-OWN_COLOUR = "#D55E00"
+OWN = Style("#D55E00", "-", "o", width=OWN_WIDTH)
+OWN_HOLLOW = OWN._replace(filled=False)
+# Colours of Okabe and Ito, and of Tol's muted scheme.
 LOOKS = {
-    names.OURS: (OWN_COLOUR, "o"),
-    names.LEAN: (OWN_COLOUR, "d"),
-    names.DEFAULT_RANK: (OWN_COLOUR, "*"),
-    names.THIN: (OWN_COLOUR, "v"),
-    names.EVERYTHING: (OWN_COLOUR, "o"),
-    names.CURVLINOPS: ("#0072B2", "s"),
-    names.NNGEOMETRY: ("#009E73", "^"),
-    names.LAPLACE: ("#56B4E9", "v"),
-    names.AVALANCHE: ("#882255", "p"),
-    names.PLAIN: ("#777777", "h"),
+    names.OURS: OWN,
+    names.LEAN: OWN_HOLLOW._replace(marker="d"),
+    names.DEFAULT_RANK: OWN_HOLLOW._replace(marker="*"),
+    names.THIN: OWN_HOLLOW._replace(marker="v"),
+    names.EVERYTHING: OWN_HOLLOW,
+    names.CURVLINOPS: Style("#0072B2", "-", "s"),
+    names.NNGEOMETRY: Style("#009E73", "-", "^"),
+    names.LAPLACE: Style("#56B4E9", "-", "v", filled=False),
+    names.AVALANCHE: Style("#882255", "-", "p", filled=False),
+    names.PLAIN: Style("#777777", "-", "h", filled=False),
 }
-HOLLOW = (
-    *(names.LEAN, names.DEFAULT_RANK, names.THIN, names.EVERYTHING),
-    *(names.LAPLACE, names.AVALANCHE, names.PLAIN),
-)
-PENALTY_LOOKS, SEPARATE_LOOKS, STEP_LOOKS = (OWN_COLOUR, "o"), ("#CC79A7", "P"), ("#555555", "D")
+STEP, SEPARATE = Style("#555555", "-", "D", filled=False), Style("#CC79A7", "-", "P")
 SHORTER = {
     names.LEAN: "64 MiB budget",
     names.DEFAULT_RANK: "default rank",
@@ -75,7 +80,11 @@ def _draw_panel(axes: Axes, record: Record, left: float) -> None:
     """Draw one panel, whose rows are contenders."""
     labels = [SHORTER.get(one.name, one.name) for one in record.shown]
     for place, one in enumerate(record.shown):
-        end, text = _draw_row(axes, place, one, record.scale) or (left, one.status)
+        end, text = left, one.status
+        if (times := one.range_over(record.scale)) is not None:
+            middle, low, end = times
+            text = f"{middle:.3g}" + (f" ({one.message})" if one.status == WRONG else "")
+            axes.plot([low, middle, end], [place] * 3, markevery=[1], **line_looks(_style(one)))
         axes.annotate(
             text,
             (end, place),
@@ -88,35 +97,17 @@ def _draw_panel(axes: Axes, record: Record, left: float) -> None:
     axes.axvline(1, color="black", linewidth=0.8, zorder=1)
     name_rows(axes, labels, [label == names.OURS for label in labels])
     axes.set_title(record.heading, fontsize=FONT_POINTS, loc="left")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", labelsize=FONT_POINTS)
     tidy(axes)
 
 
-def _draw_row(
-    axes: Axes, place: int, result: Result, scale: Sequence[float]
-) -> tuple[float, str] | None:
-    """Draw one contender's times, if any: where their line ends, and what to write there."""
-    times = result.range_over(scale)
-    if times is None:
-        return None
-    middle, low, high = times
-    colour, marker = _looks(result.name)
-    hollow = result.name in HOLLOW or "step" in result.name
-    width, size = (OWN_WIDTH, 5) if colour == OWN_COLOUR else (1.1, 4)
-    wrong = result.status == WRONG
-    axes.plot([low, high], [place, place], color=colour, linewidth=width, zorder=2)
-    face, marker = "white" if hollow else colour, "x" if wrong else marker
-    axes.plot(
-        middle, place, marker, color=colour, markersize=size, markerfacecolor=face, zorder=2.5
-    )
-    return high, f"{middle:.3g}" + (f" ({result.message})" if wrong else "")
-
-
-def _looks(name: str) -> tuple[str, str]:
-    """Colour and marker of a contender."""
-    if "step" in name:
-        return STEP_LOOKS
-    others = PENALTY_LOOKS if name.startswith(names.PENALTY) else SEPARATE_LOOKS
-    return LOOKS.get(name, others)
+def _style(result: Result) -> Style:
+    """How a contender's line looks."""
+    if "step" in result.name:
+        style = STEP
+    else:
+        is_penalty = result.name.startswith(names.PENALTY)
+        style = LOOKS.get(result.name, OWN if is_penalty else SEPARATE)
+    return style._replace(marker="x") if result.status == WRONG else style

@@ -1,7 +1,5 @@
 """Cases and contenders by name: known before anything heavy is imported."""
 
-from typing import NamedTuple
-
 MC, TYPE2 = "mc", "type2"
 FISHERS = (MC, TYPE2)
 
@@ -36,20 +34,16 @@ CASES = {
 WITH_MORE_PARAMETERS = (GROUP_NORM, BATCH_NORM, TRANSFORMER, LANGUAGE_MODEL)
 
 
-class Combination(NamedTuple):
-    """A case with a Fisher type."""
-
-    case: str
-    fisher: str
+Combination = tuple[str, str]  # a case and a Fisher type
 
 
 def combinations(cases: tuple[str, ...], fishers: tuple[str, ...] | None) -> list[Combination]:
     """Choose what is measured; None for the Fisher types that each case has by default."""
     if fishers is not None:
-        return [Combination(case, fisher) for case in cases for fisher in fishers]
+        return [(case, fisher) for case in cases for fisher in fishers]
     # The exact Fisher matrix of token-level cross-entropy takes as many backward passes as there
     # are pairs of a token and a class, here 128 × 64 and 128 × 50,257.
-    too_many = [Combination(case, TYPE2) for case in (TRANSFORMER, LANGUAGE_MODEL)]
+    too_many = [(case, TYPE2) for case in (TRANSFORMER, LANGUAGE_MODEL)]
     return [one for one in combinations(cases, FISHERS) if one not in too_many]
 
 

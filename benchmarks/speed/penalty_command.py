@@ -6,7 +6,7 @@ from typing import Annotated
 from benchmarks.command import make_console, use_threads
 from benchmarks.option_types import Count, several, some_of, whole_number
 from benchmarks.speed import names
-from benchmarks.speed.options import MeasuringOptions
+from benchmarks.speed.command import MeasuringOptions
 
 SEPARATE_TASKS, QUICK_TASKS = 10, 2
 
@@ -38,7 +38,6 @@ class Options(MeasuringOptions):
     Attributes:
         cases: Any of small, a, c, e.
         tasks: Numbers of tasks of the merged penalties; 1 is always among them, for the peers.
-        rounds: Number of rounds, at least 5 without --quick.
         quick: A smoke test with a few examples, and at most 2 rounds and tasks, whose figures mean
             nothing.
     """
@@ -46,11 +45,10 @@ class Options(MeasuringOptions):
     cases: Annotated[tuple[str, ...], some_of(names.STEP_CASES)] = tuple(names.STEP_CASES)
     tasks: Annotated[tuple[int, ...], several(whole_number(1), repeated=True)] = (1, 10, 50)
     rounds: Count = 7
-    quick: bool = False
 
     def __post_init__(self) -> None:
         """Check the number of rounds, and put the numbers of tasks in order."""
-        self.settle_rounds(quick=self.quick)
+        super().__post_init__()
         most = QUICK_TASKS if self.quick else max(self.tasks)
         object.__setattr__(self, "tasks", tuple(sorted({1, *(min(t, most) for t in self.tasks)})))
 
@@ -65,10 +63,9 @@ def run(options: Options) -> int:
     import torch
 
     from benchmarks.speed.book import Book
-    from benchmarks.speed.outside import time_imports, time_loading
     from benchmarks.speed.report import comparisons_table, durations_table, training_table
     from benchmarks.speed.results import Training
-    from benchmarks.speed.training import measure
+    from benchmarks.speed.training import measure, time_imports, time_loading
 
     use_threads(options.threads)
     threads, console = torch.get_num_threads(), make_console()
@@ -77,16 +74,12 @@ def run(options: Options) -> int:
     for case in options.cases:
         record = measure(case, options)
         book.add(record)
-        console.print()
-        console.print(training_table(record, threads))
-        console.print()
-        console.print(comparisons_table(record))
+        console.print("", training_table(record, threads), "", comparisons_table(record))
     durations = [
         time_loading(options.rounds, quick=options.quick),
         time_imports(quick=options.quick),
     ]
     book.write(durations=durations)
-    console.print()
-    console.print(durations_table(durations))
+    console.print("", durations_table(durations))
     book.close()
     return 0

@@ -1,15 +1,21 @@
 """The tables on the terminal, for ``rich``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from statistics import median
 
 from rich.table import Table
 
 from benchmarks.report.tables import ABSENT, MEBIBYTE, make_table
 from benchmarks.speed import names
 from benchmarks.speed.contenders import Kind
-from benchmarks.speed.outside import Duration
-from benchmarks.speed.results import MEASURED, REFUSED, Estimation, Result, Training
+from benchmarks.speed.results import (
+    MEASURED,
+    REFUSED,
+    Duration,
+    Estimation,
+    Result,
+    Training,
+)
 
 WIDEST_MESSAGE = 100
 
@@ -31,7 +37,7 @@ def estimation_table(record: Estimation, threads: int) -> Table:
     rows = []
     for one in record.results:
         # The floor is one for what this package computes.
-        reaches = one.median is not None and one.kind in (Kind.SAME.value, Kind.MORE.value)
+        reaches = one.median is not None and one.kind in (Kind.SAME, Kind.MORE)
         rows.append(
             (
                 one.name,
@@ -66,26 +72,12 @@ def training_table(record: Training, threads: int) -> Table:
     return make_table(title, ["contender"], ["median [ms]", "× plain step"], rows, ["remarks"])
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One number that says what something costs."""
-
-    label: str
-    value: float | None  # median over rounds of the ratio within a round; None if one is absent
-    overhead: bool = False  # whether it is what the ratio is above 1, in percent
-
-
-def compare(record: Training) -> list[Comparison]:
-    """Compare penalties and steps with plain steps, peers and each other."""
-    found = []
+def compare(record: Training) -> dict[str, str]:
+    """Ratios of penalties and steps to plain steps, peers and each other; overheads of steps."""
+    found: dict[str, str] = {}
 
     def quotient(one: str, other: str, label: str = "") -> None:
-        found.append(Comparison(label or f"{one} / {other}", record.ratio(one, other)))
-
-    def overhead(name: str) -> None:
-        ratio = record.ratio(name, names.STEP)
-        percent = ratio and 100 * (ratio - 1)
-        found.append(Comparison(f"{name}: overhead", percent, overhead=True))
+        found[label or f"{one} / {other}"] = number(record.ratio(one, other), ".2f")
 
     penalties = {tasks: names.after(names.PENALTY, tasks) for tasks in record.tasks}
     for penalty in penalties.values():
@@ -102,26 +94,23 @@ def compare(record: Training) -> list[Comparison]:
     for attached in (names.FINDING, names.GRADIENT, names.TANGENT):
         quotient(attached, names.STEP)
     for tasks in record.tasks:
-        overhead(names.after(names.STEP_WITH_PENALTY, tasks))
+        name = names.after(names.STEP_WITH_PENALTY, tasks)
+        ratio = record.ratio(name, names.STEP)
+        found[f"{name}: overhead"] = ABSENT if ratio is None else f"{100 * (ratio - 1):.1f} %"
     return found
 
 
 def comparisons_table(record: Training) -> Table:
     """A row for each ratio and overhead of a case."""
-    rows = []
-    for one in compare(record):
-        form, unit = (".1f", " %") if one.overhead else (".2f", "")
-        value = ABSENT if one.value is None else f"{one.value:{form}}{unit}"
-        rows.append((one.label, value))
     title = f"{record.case}: ratios within a round, medians over rounds"
-    return make_table(title, ["comparison"], ["value"], rows)
+    return make_table(title, ["comparison"], ["value"], compare(record).items())
 
 
 def durations_table(durations: Sequence[Duration]) -> Table:
     """A row for each thing outside training."""
     rows = []
     for one in durations:
-        own, other = one.medians
+        own, other = median(one.seconds), median(one.other_seconds)
         rows.append((one.label, f"{own:.4f}", f"{one.other_label}: {other:.4f}"))
     return make_table("Outside training: medians", ["what"], ["seconds", "compared with"], rows)
 
@@ -136,7 +125,7 @@ def _leanest(record: Estimation) -> str | None:
     found = {
         one.name: one.memory
         for one in record.results
-        if one.memory is not None and one.kind == Kind.SAME.value and one.status == MEASURED
+        if one.memory is not None and one.kind == Kind.SAME and one.status == MEASURED
     }
     return min(found, key=lambda name: found[name]) if len(found) > 1 else None
 

@@ -7,7 +7,7 @@ from itertools import cycle
 from typing import Any, ClassVar
 
 from benchmarks.speed import names
-from benchmarks.speed.rounds import median_ratio
+from benchmarks.speed.measuring import median_ratio
 
 MEASURED, WRONG, REFUSED, MISSING = "measured", "wrong", "refused", "not installed"
 
@@ -138,6 +138,16 @@ class Training(_Case):
         if numerator not in times or denominator not in times:
             return None
         return median_ratio(times[numerator], times[denominator])
+
+
+@dataclass(frozen=True)
+class Duration:
+    """The times of something outside training, and of something else, in all rounds."""
+
+    label: str
+    seconds: list[float]
+    other_label: str
+    other_seconds: list[float]
 
 
 Record = Estimation | Training

@@ -1,25 +1,39 @@
 """One case of training: steps, penalties and the peers' quadratic forms, within one process.
 
 Costs depend on shapes alone, so the data are noise, and training a task is a small random move.
+Besides, what takes time outside training: loading a snapshot, and importing the package.
 """
 
 import copy
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.optim import Adam
 from tqdm import tqdm
 
+from benchmarks.command import versions
+from benchmarks.peers.verdict import in_one_line
 from benchmarks.speed import names
-from benchmarks.speed.cases import Workload, build_step
+from benchmarks.speed.cases import Workload, build, build_step
 from benchmarks.speed.contenders import BY_NAME
+from benchmarks.speed.measuring import WARM_UPS, time_in_rounds
 from benchmarks.speed.penalty_command import Options
-from benchmarks.speed.results import MEASURED, MISSING, REFUSED, WRONG, Result, Training
-from benchmarks.speed.rounds import WARM_UPS, time_in_rounds
-from benchmarks.versions import versions
-from rotate_ewc import EKFACPenalty
+from benchmarks.speed.results import (
+    MEASURED,
+    MISSING,
+    REFUSED,
+    WRONG,
+    Duration,
+    Result,
+    Training,
+)
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty
 
 Work = Callable[[], object]
 
@@ -34,6 +48,16 @@ LARGEST_FACTORS = {names.NNGEOMETRY: 10.0, names.CURVLINOPS: 1.01}
 REPETITIONS = {names.TINY_MLP: 20, names.SMALL_MLP: 20}
 FEW_REPETITIONS = 3
 STEPS_PER_CALL = {names.TANGENT: names.TANGENT_EVERY}
+SNAPSHOT_EXAMPLES = 64
+PROCESSES = 5  # that import the package
+IMPORTS = """\
+from time import perf_counter
+start = perf_counter()
+import torch
+middle = perf_counter()
+import rotate_ewc
+print(middle - start, perf_counter() - middle)
+"""
 
 
 @dataclass(frozen=True)
@@ -52,10 +76,7 @@ def live(
 ) -> History:
     """Consolidate random tasks, one after the other, and move the model after each.
 
-    Args:
-        workload: The model, which is moved, and the batch to step on.
-        tasks: Numbers of tasks of the merged penalties.
-        separate_tasks: Numbers of tasks of the penalties that keep tasks separate.
+    Penalties are kept after these numbers of tasks: merged ones, and ones with separate tasks.
     """
     model = workload.model
     known = {id(parameter) for parameter in workload.known_parameters}
@@ -69,13 +90,14 @@ def live(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         first = _task(workload)
-        of_known = _after(first, EKFACPenalty(include=include))
+        of_known = EKFACPenalty(include=include)
+        of_known.consolidate(first.model, first.criterion, first.batches)
         last = max([*tasks, *separate_tasks])
         for done in tqdm(range(1, 1 + last), unit="task", disable=None):
             task = first if done == 1 else _task(workload)
             for numbers, penalty, copies in kept:
                 if done <= max(numbers, default=0):
-                    _after(task, penalty)
+                    penalty.consolidate(task.model, task.criterion, task.batches)
                 if done in numbers:
                     copies[done] = copy.deepcopy(penalty)
             with torch.no_grad():
@@ -88,12 +110,6 @@ def _task(workload: Workload) -> Workload:
     """A copy of the model, and few examples: enough to have a matrix of the same shape."""
     examples = max(FEWEST_EXAMPLES, workload.batch_size // 4)
     return replace(_copied(workload), batches=[workload.case.random_batch(examples)])
-
-
-def _after(task: Workload, penalty: EKFACPenalty) -> EKFACPenalty:
-    """The penalty after one task more."""
-    penalty.consolidate(task.model, task.criterion, task.batches)
-    return penalty
 
 
 def value_and_gradient(workload: Workload, penalty: EKFACPenalty) -> Work:
@@ -223,7 +239,7 @@ def _enter_peer(peer: str, own: float, history: History, works: dict[str, Work])
         gradients = torch.autograd.grad(theirs, parameters)
     # Packages refuse what they do not know in ways of their own.
     except Exception as error:
-        result.status, result.message = REFUSED, f"{type(error).__name__}: {error}"
+        result.status, result.message = REFUSED, in_one_line(error)
         return result
     works[peer] = lambda: torch.autograd.grad(value(), parameters)
     result.status, result.values = MEASURED, [float(theirs.detach())]
@@ -233,3 +249,37 @@ def _enter_peer(peer: str, own: float, history: History, works: dict[str, Work])
     elif not 1 / largest <= factor <= largest:
         result.status, result.message = WRONG, f"wrong ×{factor:.4g}"
     return result
+
+
+def time_loading(rounds: int, *, quick: bool = False) -> Duration:
+    """Load a snapshot, and decompose its largest factor: loading never does that."""
+    workload = build(names.LARGE_MLP, quick=quick).beginning(SNAPSHOT_EXAMPLES)
+    operator = EKFACLinearOperator(
+        workload.model,
+        workload.criterion,
+        workload.trained_parameters,
+        workload.batches,
+        check_deterministic=False,
+    )
+    size = max(max(block.eigenvalues.shape) for block in operator.blocks)
+    noise = torch.randn(2 * size, size).relu()
+    factor = noise.T @ noise / len(noise)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "snapshot.safetensors"
+        operator.save(path)
+        works = (lambda: EKFACLinearOperator.load(path), lambda: torch.linalg.eigh(factor))
+        repetitions = 1 if quick else FEW_REPETITIONS
+        seconds = time_in_rounds(dict(enumerate(works)), rounds=rounds, repetitions=repetitions)
+    label = f"loading a snapshot of {names.CASES[names.LARGE_MLP]}"
+    return Duration(label, seconds[0], f"one eigh of {size} × {size}", seconds[1])
+
+
+def time_imports(*, quick: bool = False) -> Duration:
+    """Import PyTorch and then this package, in fresh processes; only once if that is quick."""
+    command = [sys.executable, "-c", IMPORTS]
+    pairs = []
+    for _ in range(1 if quick else PROCESSES):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        pairs.append([float(word) for word in done.stdout.split()])
+    others, ours = map(list, zip(*pairs, strict=True))
+    return Duration("importing rotate_ewc", ours, "importing torch before", others)

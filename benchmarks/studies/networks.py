@@ -16,24 +16,21 @@ WITHOUT_BIAS = partial(nn.Linear, bias=False)
 
 @dataclass(frozen=True)
 class Problem:
-    """A network and what it is shown, for a cross-entropy.
+    """A network and what it is shown, for a cross-entropy."""
 
-    Attributes:
-        model: The network, whose parameters without gradients are no part of it.
-        data: Batches of inputs and targets.
-        forward: From inputs to logits, where that is not the model itself.
-    """
-
-    model: nn.Module
-    data: list[tuple[Tensor, Tensor]]
-    forward: Callable[[Tensor], Tensor] | None = None
+    model: nn.Module  # whose parameters without gradients are no part of it
+    data: list[tuple[Tensor, Tensor]]  # batches of inputs and targets
+    forward: Callable[[Tensor], Tensor] | None = None  # to logits, if not the model itself
 
 
 def linear(d_in: int, d_out: int, examples: int, batch_size: int) -> Problem:
     """One layer."""
     x, y = torch.randn(examples, d_in), torch.randint(d_out, (examples,))
-    batches = zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True)
-    return Problem(nn.Linear(d_in, d_out), list(batches))
+    return Problem(nn.Linear(d_in, d_out), _batches(x, y, batch_size))
+
+
+def _batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(torch.split(x, size), torch.split(y, size), strict=True))
 
 
 def resnet18() -> Problem:
@@ -55,10 +52,7 @@ def crepe_tiny() -> Problem:
         layers += [nn.BatchNorm2d(d_out, eps=0.001), nn.MaxPool2d((2, 1))]
     layers += [nn.Flatten(), nn.Linear(256, 360)]
     x, y = torch.randn(256, 1024), torch.randint(360, (256,))
-    return Problem(
-        nn.Sequential(*layers).eval(),
-        list(zip(torch.split(x, 32), torch.split(y, 32), strict=True)),
-    )
+    return Problem(nn.Sequential(*layers).eval(), _batches(x, y, 32))
 
 
 def gpt2() -> Problem:
@@ -137,7 +131,7 @@ def lora() -> Problem:
     head = nn.Linear(width, classes).requires_grad_(False)
     model = nn.Sequential(block, head, _ClassesSecond())
     x, y = torch.randn(16, 32, width), torch.randint(classes, (16, 32))
-    return Problem(model, [(x[:8], y[:8]), (x[8:], y[8:])])
+    return Problem(model, _batches(x, y, 8))
 
 
 def decoder(sizes: Decoder, sequences: int, length: int, batch_size: int) -> Problem:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,21 +66,13 @@ class Options:
 
 @dataclass
 class Share:
-    """What one process did in one estimation.
+    """What one process did in one estimation."""
 
-    Attributes:
-        seconds: From when all were ready until all were done.
-        decompositions: Size and seconds of every ``eigh``.
-        exchanged: Bytes of the tensors that it sent.
-        memory: Bytes by which the peak of resident memory was above what was there before.
-        trace: Trace of the matrix.
-    """
-
-    seconds: float = 0.0
-    decompositions: list[tuple[int, float]] = field(default_factory=list)
-    exchanged: int = 0
-    memory: int = 0
-    trace: float = 0.0
+    seconds: float = 0.0  # from when all were ready until all were done
+    decompositions: list[tuple[int, float]] = field(default_factory=list)  # size, seconds of eigh
+    exchanged: int = 0  # bytes of the tensors that it sent
+    memory: int = 0  # bytes by which the peak of resident memory was above what was there before
+    trace: float = 0.0  # of the matrix
 
     @property
     def decomposing(self) -> float:
@@ -90,44 +82,31 @@ class Share:
 
 @dataclass
 class Case:
-    """What was measured of one case.
-
-    Attributes:
-        name: Which.
-        alone: One process's share in every round.
-        together: Those of all processes in every round.
-        activations: Bytes of the layers' inputs and of the gradients of their outputs, over all
-            examples.
-        steps: Seconds of optimizer steps of the first process, in every round: plain ones, with a
-            penalty that is whole everywhere, and with one of which each process has its share.
-        kept: Bytes that the process with the most keeps, of these two penalties.
-    """
+    """What was measured of one case, in every round."""
 
     name: str
-    alone: list[Share] = field(default_factory=list)
-    together: list[list[Share]] = field(default_factory=list)
+    alone: list[Share] = field(default_factory=list)  # of one process
+    together: list[list[Share]] = field(default_factory=list)  # of all processes
+    # Bytes of the layers' inputs and of the gradients of their outputs, over all examples.
     activations: int = 0
+    # Seconds of the first process's optimizer steps: plain ones, with a penalty that is whole
+    # everywhere, and with one of which each process has its share.
     steps: dict[str, list[float]] = field(default_factory=dict)
+    # Bytes of these two penalties, in the process that keeps most.
     kept: dict[str, int] = field(default_factory=dict)
 
-    def speedup(self) -> float:
-        """How much faster all are than one: the median over rounds."""
-        return self._median(lambda one, all_: one.seconds / all_[0].seconds)
+    def speedups(self) -> tuple[float, float, float]:
+        """How much faster all are than one: as a whole, in the passes, in the decompositions.
 
-    def speedup_of_passes(self) -> float:
-        """The same without the decompositions, of which the busiest process's count."""
-        return self._median(
-            lambda one, all_: (
-                (one.seconds - one.decomposing)
-                / (all_[0].seconds - max(share.decomposing for share in all_))
-            )
-        )
-
-    def speedup_of_decompositions(self) -> float:
-        """That of the decompositions."""
-        return self._median(
-            lambda one, all_: one.decomposing / max(share.decomposing for share in all_)
-        )
+        Medians over rounds; of decompositions, the busiest process's count.
+        """
+        ratios = []
+        for one, all_ in zip(self.alone, self.together, strict=True):
+            busiest = max(share.decomposing for share in all_)
+            passes = (one.seconds - one.decomposing) / (all_[0].seconds - busiest)
+            ratios.append((one.seconds / all_[0].seconds, passes, one.decomposing / busiest))
+        whole, of_passes, of_decompositions = map(statistics.median, zip(*ratios, strict=True))
+        return whole, of_passes, of_decompositions
 
     def exchanged(self) -> int:
         """Bytes that the busiest process sends."""
@@ -145,9 +124,6 @@ class Case:
             busy[busy.index(min(busy))] += seconds
         passes = (alone.seconds - alone.decomposing) / processes
         return alone.seconds / (passes + max(busy) + self.exchanged() / bandwidth)
-
-    def _median(self, ratio: Callable[[Share, list[Share]], float]) -> float:
-        return statistics.median(map(ratio, self.alone, self.together))
 
 
 def run(options: Options) -> int:
@@ -174,8 +150,7 @@ def run(options: Options) -> int:
 def times_of(case: Case) -> list[str]:
     """What is told of a case's times."""
     alone = statistics.median(one.seconds for one in case.alone)
-    ratios = (case.speedup(), case.speedup_of_passes(), case.speedup_of_decompositions())
-    return [case.name, f"{alone:.2f}", *(f"× {ratio:.2f}" for ratio in ratios)]
+    return [case.name, f"{alone:.2f}", *(f"× {ratio:.2f}" for ratio in case.speedups())]
 
 
 def sizes_of(case: Case) -> list[str]:
@@ -248,11 +223,11 @@ def _work(rank: int, folder: str, options: Options) -> None:
 
 def share_of(workload: "Workload", batches: "list[Batch]", group: Any, seed: int) -> Share:
     """Estimate a matrix, and tell what this process did for it."""
-    from benchmarks.speed.machine import peak_growth
+    from benchmarks.speed.measuring import peak_growth
     from rotate_ewc import EKFACLinearOperator
 
     share = Share()
-    with decompositions_in(share), exchanges_in(share):
+    with watched(share):
         start = perf_counter()
         operator, share.memory = peak_growth(
             lambda: EKFACLinearOperator(
@@ -315,42 +290,28 @@ def check_traces(name: str, alone: Share, together: Sequence[Share]) -> None:
 
 
 @contextmanager
-def decompositions_in(share: Share) -> Iterator[None]:
-    """Note every ``torch.linalg.eigh``."""
+def watched(share: Share) -> Iterator[None]:
+    """Note every ``torch.linalg.eigh``, and the bytes of all tensors that this process sends."""
     import torch
+    import torch.distributed as dist
 
-    eigh = torch.linalg.eigh
-
-    @wraps(eigh)
-    def timed(matrix: Any, *args: Any, **kwargs: Any) -> Any:
+    def timed(eigh: Callable[..., Any], matrix: Any, *args: Any, **kwargs: Any) -> Any:
         start = perf_counter()
         try:
             return eigh(matrix, *args, **kwargs)
         finally:
             share.decompositions.append((matrix.shape[-1], perf_counter() - start))
 
-    with mock.patch.object(torch.linalg, "eigh", timed):
-        yield
+    def counted(collective: Callable[..., Any], tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        receives = collective.__name__ == "broadcast" and args[0] != dist.get_rank()
+        share.exchanged += 0 if receives else tensor.nbytes
+        return collective(tensor, *args, **kwargs)
 
-
-@contextmanager
-def exchanges_in(share: Share) -> Iterator[None]:
-    """Count the bytes of all tensors that this process sends."""
-    import torch.distributed as dist
-
-    def counted(collective: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(collective)
-        def counting(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            receives = collective is broadcast and args[0] != dist.get_rank()
-            share.exchanged += 0 if receives else tensor.nbytes
-            return collective(tensor, *args, **kwargs)
-
-        return counting
-
-    broadcast = dist.broadcast
     with ExitStack() as stack:
-        for name in COLLECTIVES:
-            stack.enter_context(mock.patch.object(dist, name, counted(getattr(dist, name))))
+        patches = [(torch.linalg, "eigh", timed), *((dist, name, counted) for name in COLLECTIVES)]
+        for module, name, instead in patches:
+            watching = partial(instead, getattr(module, name))
+            stack.enter_context(mock.patch.object(module, name, watching))
         yield
 
 

@@ -50,20 +50,10 @@ class Options:
     """
 
     cases: Annotated[tuple[str, ...], some_of(CASES)] = CASES[:4]
-    rank: str = "auto"
+    rank: int | float | str = "auto"
     memory_budget: int = 2**30
     threads: Threads = None
     output: Folder = Path("results")
-
-    @property
-    def rank_as_value(self) -> int | float | str:
-        """The rank as the package takes it."""
-        for kind in (int, float):
-            try:
-                return kind(self.rank)
-            except ValueError:
-                continue
-        return self.rank
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ def run(options: Options) -> int:
     from rotate_ewc import EstimationSettings
 
     try:
-        EstimationSettings(rank=options.rank_as_value)
+        EstimationSettings(rank=options.rank)
     except ValueError as error:
         raise CommandError(f"--rank: {error}") from error
     make_folder(options.output)
@@ -121,24 +111,22 @@ def run(options: Options) -> int:
 def _each_alone(options: Options) -> Iterator[Measured]:
     for case in options.cases:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            arguments = case, options.rank_as_value, options.memory_budget, options.threads
-            yield pool.submit(measure, *arguments).result()
+            yield pool.submit(measure, case, options).result()
 
 
-def measure(
-    case: str, rank: int | float | str, memory_budget: int, threads: int | None = None
-) -> Measured:
+def measure(case: str, options: Options) -> Measured:
     """Consolidate the model of one case, small ones a second time, and look at the penalty."""
     import tempfile
 
     import torch
     from torch import nn
 
-    from benchmarks.speed.machine import peak_since_start
+    from benchmarks.speed.measuring import peak_since_start
     from benchmarks.studies.networks import PROBLEMS
     from rotate_ewc import EKFACPenalty
 
-    use_threads(threads)
+    use_threads(options.threads)
+    rank, memory_budget = options.rank, options.memory_budget
     torch.manual_seed(0)
     if case == "gpt2":
         import transformers  # noqa: F401

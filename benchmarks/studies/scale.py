@@ -1,15 +1,14 @@
 """``study-scale``: what large decoders would take, by counted work and measured rates."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from pathlib import Path
-from time import process_time
 from typing import TYPE_CHECKING, Annotated
 
 from benchmarks.command import keep, make_folder, print_table, use_threads
-from benchmarks.option_types import Count, Folder, Threads, some_of
+from benchmarks.option_types import Count, Folder, some_of
 
 if TYPE_CHECKING:
     from rotate_ewc.linalg.outer_products import OuterProducts
@@ -22,37 +21,20 @@ FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Decoder:
-    """A transformer as Llama 3, by its sizes.
+    """A transformer as Llama 3, by its sizes."""
 
-    Attributes:
-        width: Features of a token.
-        hidden: Features between the two halves of a feed-forward layer.
-        layers: Blocks.
-        heads: Heads of the queries.
-        shared_heads: Heads of keys and values.
-        vocabulary: Words.
-        tied: Whether the head's weight is the embedding.
-    """
-
-    width: int
-    hidden: int
-    layers: int
-    heads: int
-    shared_heads: int
+    width: int  # features of a token
+    hidden: int  # features between the two halves of a feed-forward layer
+    layers: int  # blocks
+    heads: int  # of the queries
+    shared_heads: int  # of keys and values
     vocabulary: int
-    tied: bool
+    tied: bool  # whether the head's weight is the embedding
 
     def divided(self, factor: int) -> "Decoder":
         """Return the same depth with every width, and the vocabulary, divided."""
-        return Decoder(
-            self.width // factor,
-            self.hidden // factor,
-            self.layers,
-            max(1, self.heads // factor),
-            max(1, self.shared_heads // factor),
-            self.vocabulary // factor,
-            self.tied,
-        )
+        sizes = ("width", "hidden", "heads", "shared_heads", "vocabulary")
+        return replace(self, **{name: max(1, getattr(self, name) // factor) for name in sizes})
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
@@ -76,8 +58,8 @@ class Options:
     """Count bytes and operations of large decoders with thin bases, and tell the seconds.
 
     A plan is made of the sizes alone. Seconds are operations over the rate that a product of two
-    large matrices has on this machine, which is measured first (of one processor second); so they
-    are a floor, for one processor, without what goes through memory. Writes scale.json.
+    large matrices has on one processor of this machine, which is measured first; so they are a
+    floor, for one processor, without what goes through memory. Writes scale.json.
 
     Attributes:
         plans: Any of 1b (as Llama 3.2 with one billion parameters), 1b-eighth (the same at an
@@ -87,7 +69,6 @@ class Options:
         length: Tokens of each.
         memory_budget: Bytes, as consolidate takes them.
         rate: Operations a second; 0 measures.
-        threads: CPU threads of PyTorch.
         output: Folder for the results.
     """
 
@@ -97,45 +78,27 @@ class Options:
     length: Count = 512
     memory_budget: Count = 2**30
     rate: float = 0.0
-    threads: Threads = None
     output: Folder = Path("results")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one decoder would take.
-
-    Attributes:
-        name: Which.
-        parameters: How many.
-        plain: Operations of a forward and backward pass over the data.
-        model: Those of the model's passes while a matrix is estimated.
-        factors: Those of sketches and Kronecker factors.
-        decompositions: Those of their decompositions.
-        eigenvalues: Those of the eigenvalues.
-        penalty: Those of the penalty's value and gradient.
-        step: Those of the rotations in an attached step.
-        weight_bytes: Bytes of the parameters, and of the anchors.
-        snapshot_bytes: Bytes of a snapshot: anchors, bases, eigenvalues.
-        square_bytes: What bases and eigenvalues would be without a rank.
-        factor_bytes: Bytes of all sketches and factors together.
-        rounds: How often two passes go over the data so that the factors fit.
-    """
+    """What one decoder would take: numbers of operations, and of bytes."""
 
     name: str
-    parameters: int
-    plain: float
-    model: float
-    factors: float
-    decompositions: float
+    parameters: int  # their number
+    plain: float  # a forward and backward pass over the data
+    model: float  # the model's passes while a matrix is estimated
+    factors: float  # sketches and Kronecker factors
+    decompositions: float  # those of sketches and factors
     eigenvalues: float
-    penalty: float
-    step: float
-    weight_bytes: int
-    snapshot_bytes: int
-    square_bytes: int
-    factor_bytes: int
-    rounds: int
+    penalty: float  # the penalty's value and gradient
+    step: float  # the rotations in an attached step
+    weight_bytes: int  # parameters, or anchors
+    snapshot_bytes: int  # anchors, bases, eigenvalues
+    square_bytes: int  # what bases and eigenvalues would be without a rank
+    factor_bytes: int  # all sketches and factors together
+    rounds: int  # how often two passes go over the data so that the factors fit
 
     @property
     def consolidation(self) -> float:
@@ -145,22 +108,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight: its sides, how many kept directions they have, and how it is used.
-
-    Attributes:
-        d_out: Size of the output side.
-        d_in: Size of the input side.
-        shares_input: Whether the basis of its inputs is that of a layer before it.
-        words: Whether the input side is words that are looked up, which have no basis; of a tied
-            embedding, too.
-        tied: Whether it is also the head's weight.
-    """
+    """One weight: its sides, how many kept directions they have, and how it is used."""
 
     d_out: int
     d_in: int
-    shares_input: bool = False
-    words: bool = False
-    tied: bool = False
+    shares_input: bool = False  # whether the basis of its inputs is that of a layer before it
+    words: bool = False  # whether the input side is words, which are looked up and have no basis
+    tied: bool = False  # whether it is also the head's weight
 
     def ranks(self, rank: int) -> tuple[int, int]:
         """Kept directions of both sides; none where there is no basis."""
@@ -265,9 +219,11 @@ def _eigenvalue_work(matrix: Matrix, options: Options) -> float:
 
 def run(options: Options) -> int:
     """Measure the rate, and print a table of all plans."""
+    from benchmarks.speed.measuring import product_rates
+
     make_folder(options.output)
-    use_threads(options.threads)
-    rate = options.rate or measured_rate()
+    use_threads(1)
+    rate = options.rate or 1e9 * max(product_rates(quick=False).values())
     results = options.output / f"{NAME}.json"
     plans = (plan(name, PLANS[name], options) for name in options.plans)
     found = keep(plans, results, {"format": FORMAT, "rate": rate})
@@ -313,17 +269,3 @@ _ROWS: dict[str, Form] = {
     "penalty": _work("penalty"),
     "attached step": _work("step"),
 }
-
-
-def measured_rate() -> float:
-    """Return operations a second of processor time, in products as those of a decoder."""
-    import torch
-
-    left, right = torch.randn(1024, 2048), torch.randn(2048, 1024)
-    best = 0.0
-    for _ in range(3):
-        start = process_time()
-        for _ in range(4):
-            left @ right
-        best = max(best, 4 * 2.0 * 1024 * 2048 * 1024 / (process_time() - start))
-    return best

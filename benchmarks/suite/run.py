@@ -37,7 +37,7 @@ from benchmarks.option_types import (
 
 if TYPE_CHECKING:
     from benchmarks.suite.outcome import Experiment
-    from benchmarks.suite.pool import Pool
+    from benchmarks.suite.sweep import Pool
 
 ALL = "all"
 QUICK_SEARCH_VALUES = 3
@@ -72,8 +72,6 @@ class Options(Training):
         search_values: Powers of ten to try as strength of each method before the best is refined,
             an odd number; 0 for the default strength alone.
         search_seeds: Every strength is tried with each.
-        no_refinement: Leave out the second stage of the search, half a power of ten around the
-            best.
         quick: A small version of everything, in minutes: few images, few tasks, a coarse search;
             fails where the methods are not in the expected order.
         replay: Give every method a replay buffer of so many examples besides.
@@ -93,7 +91,6 @@ class Options(Training):
     methods: MethodNames = tuple(METHODS)
     search_values: Annotated[int | None, whole_number(0), default("5; with --quick: 3")] = None
     search_seeds: Seeds = (0,)
-    no_refinement: bool = False
     quick: bool = False
     replay: CountOrZero = 0
     training_images: Annotated[int | None, whole_number(0), default("0; with --quick: 6000")] = None
@@ -134,7 +131,7 @@ class Options(Training):
 def run(options: Options) -> int:
     """Run all experiments, print their tables, and say what failed."""
     from benchmarks.report.tables import terminal_notes, terminal_table
-    from benchmarks.suite.pool import Pool
+    from benchmarks.suite.sweep import Pool
 
     make_folder(options.output)
     found: list[Experiment] = []
@@ -151,7 +148,9 @@ def run(options: Options) -> int:
     comparisons = orderings(found) if options.quick else {}
     for line in comparisons:
         print(line, flush=True)
-    _print_failures(pool)
+    for trace in dict.fromkeys(pool.failures.values()):  # many runs fail for the same reason
+        jobs = [job for job, other in pool.failures.items() if other == trace]
+        print(f"\nFailed: {'; '.join(jobs)}\n{trace}", file=sys.stderr)
     return 0 if all(comparisons.values()) and not pool.failures else 1
 
 
@@ -167,13 +166,12 @@ def _run_one(options: Options, scenario: str, increment: str, pool: "Pool") -> "
     values = options.search_values
     if values is None:
         values = QUICK_SEARCH_VALUES if options.quick else Search.values
-    refine = not (options.quick or options.no_refinement)
     name = make_scenario(configuration, data, seed=0).name
     sweep = Sweep(
         configuration,
         options.methods,
         options.seeds or ((0,) if options.quick else (0, 1, 2)),
-        Search(values, refine, options.search_seeds),
+        Search(values, not options.quick, options.search_seeds),
         name,
         data.source,
     )
@@ -197,9 +195,3 @@ def orderings(found: "Sequence[Experiment]") -> dict[str, bool]:
             values = f"{better} {accuracy[better]:.2%} > {worse} {accuracy[worse]:.2%}"
             lines[f"{experiment.scenario}: {values}{'' if holds else ': NOT SO'}"] = holds
     return lines
-
-
-def _print_failures(pool: "Pool") -> None:
-    for trace in dict.fromkeys(pool.failures.values()):  # many runs fail for the same reason
-        jobs = [job for job, other in pool.failures.items() if other == trace]
-        print(f"\nFailed: {'; '.join(jobs)}\n{trace}", file=sys.stderr)

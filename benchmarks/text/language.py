@@ -1,17 +1,14 @@
 """``text-language``: a small language model learns prose, and then code."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from benchmarks.command import print_table
 from benchmarks.option_types import Count, Folder, Positive, some_of, whole_number
-from benchmarks.text.protocol import TextOptions, tested
+from benchmarks.text.protocol import Record, TextOptions, present
 
 if TYPE_CHECKING:
     from benchmarks.text.networks import LanguageModel
-    from benchmarks.text.records import Record
     from benchmarks.text.tasks import Task
 
 METHOD_NAMES = ("naive", "l2", "ewc", "rotated-ewc", "joint")
@@ -45,46 +42,31 @@ class Options(TextOptions):
 def run(options: Options) -> int:
     """Search strengths, run all methods with all seeds, and present the results."""
 
-    def figures(record: "Record") -> dict[str, float]:
-        prose, code = record["matrix"][-1]
-        return {"merit": -(prose + code) / 2, "prose": prose, "code": code}
+    def figures(record: Record) -> dict[str, float]:
+        matrix = record["matrix"]
+        prose, code = matrix[-1]
+        merit = -(prose + code) / 2
+        return {"merit": merit, "prose": prose, "code": code, "before": matrix[0][0]}
 
-    found = tested(options, "language", _work, figures)
-    headings = ("prose before", "prose", "code", "step [s]", "end [s]")
-    print_table("Prose, then code", ["method", "λ"], headings, _rows(found))
-    print(f"Wrote {options.output / 'language.jsonl'}.")
+    columns = {
+        "prose before": ("before", 1, 3),
+        "prose": ("prose", 1, 3),
+        "code": ("code", 1, 3),
+        "step [s]": ("step_seconds", 1, 3),
+        "end [s]": ("task_end_seconds", 1, 1),
+    }
+    title, of_joint = "Prose, then code", ("prose", "code")
+    present(options, "language", _work, figures, columns, title=title, of_joint=of_joint)
     return 0
-
-
-def _rows(records: "Iterable[Record]") -> Iterator[tuple[str, ...]]:
-    from statistics import fmean
-
-    from benchmarks.text.report import groups_of, spread, strength_of
-
-    for (name, _), group in groups_of(records).items():
-        last = [record["matrix"][-1] for record in group]
-        joint = name == "joint"
-        yield (
-            name,
-            strength_of(group),
-            "–" if joint else spread((r["matrix"][0][0] for r in group), 1, 3),
-            spread((prose for prose, _ in last), 1, 3),
-            spread((code for _, code in last), 1, 3),
-            "–" if joint else f"{fmean(r['step_seconds'] for r in group):.3f}",
-            "–" if joint else f"{fmean(r['task_end_seconds'] for r in group):.1f}",
-        )
 
 
 def _work(
     options: Options, name: str, strength: float | None, seed: int, validate: bool
 ) -> dict[str, Any]:
     """Do one run."""
-    import torch
-
     from benchmarks.text.stream import learned
 
-    outcome = learned(_start, options, name, strength, seed, validate=validate, measure=_loss)
-    return {**asdict(outcome), "torch": torch.__version__}
+    return learned(_start, options, name, strength, seed, validate=validate, measure=_loss)
 
 
 def _loss(model: Any, task: "Task", validate: bool) -> float:

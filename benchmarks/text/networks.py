@@ -1,4 +1,4 @@
-"""Networks that turn texts into features, and a classifier with heads on top of one."""
+"""Networks that turn texts into features ``[n, width]``, and what is made of features."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -161,3 +161,25 @@ class Similarities(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return logits ``[n, texts]``."""
         return SHARPNESS * normalize(features, dim=1) @ self.directions.T
+
+
+def kept_order(before: Tensor, after: Tensor) -> float:
+    """Rank correlation of the similarities of all pairs of texts, before and after.
+
+    Spearman's, for similarities that all differ.
+    """
+    above = torch.ones(len(before), len(before)).triu(1).bool()
+    ranks = [
+        _cosines(features, features)[above].argsort().argsort() for features in (before, after)
+    ]
+    return float(torch.corrcoef(torch.stack(ranks).double())[0, 1])
+
+
+def names_found(names: Tensor, texts: Tensor) -> float:
+    """How often the nearest of all names is a text's own, which is the one of its number."""
+    nearest = _cosines(texts, names).argmax(1)
+    return float((nearest == torch.arange(len(texts))).float().mean())
+
+
+def _cosines(left: Tensor, right: Tensor) -> Tensor:
+    return normalize(left, dim=1) @ normalize(right, dim=1).T

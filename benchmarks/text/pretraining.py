@@ -1,16 +1,13 @@
 """``text-pretraining``: what fine-tuning takes from how a pretrained network compares texts."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from benchmarks.command import print_table
 from benchmarks.option_types import Folder, OptionalFolder, one_of, some_of
-from benchmarks.text.protocol import TextOptions, tested
+from benchmarks.text.protocol import Record, TextOptions, present
 
 if TYPE_CHECKING:
-    from benchmarks.text.records import Record
     from benchmarks.text.tasks import Task
 
 METHOD_NAMES = ("naive", "l2", "rotated-ewc-lean", "rotated-ewc")
@@ -45,30 +42,20 @@ class Options(TextOptions):
 def run(options: Options) -> int:
     """Search strengths, run all methods with all seeds, and present the results."""
 
-    def figures(record: "Record") -> dict[str, float]:
+    def figures(record: Record) -> dict[str, float]:
         kept, new, correlation = record["names"], record["new"], record["correlation"]
         return {"merit": kept + new, "names": kept, "new": new, "correlation": correlation}
 
     task = "trec" if options.texts else "docstrings"
-    found = tested(options, "pretraining", _work, figures, task=task)
-    headings = ("rank correlation", "names found [%]", "before [%]", "new task [%]")
-    print_table("Similarities after fine-tuning", ["method", "λ"], headings, _rows(found))
-    print(f"Wrote {options.output / 'pretraining.jsonl'}.")
+    columns = {
+        "rank correlation": ("correlation", 1, 3),
+        "names found [%]": ("names", 100, 1),
+        "before [%]": ("names_before", 100, 1),
+        "new task [%]": ("new", 100, 1),
+    }
+    title = "Similarities after fine-tuning"
+    present(options, "pretraining", _work, figures, columns, title=title, task=task)
     return 0
-
-
-def _rows(records: "Iterable[Record]") -> Iterator[tuple[str, ...]]:
-    from benchmarks.text.report import groups_of, spread, strength_of
-
-    for (name, _), group in groups_of(records).items():
-        yield (
-            name,
-            strength_of(group),
-            spread((record["correlation"] for record in group), 1, 3),
-            spread(record["names"] for record in group),
-            spread(record["names_before"] for record in group),
-            spread(record["new"] for record in group),
-        )
 
 
 def _work(
@@ -78,8 +65,14 @@ def _work(
     import torch
 
     from benchmarks.text.methods import METHODS
-    from benchmarks.text.networks import Classifier, Similarities, load_encoder, mean_of_tokens
-    from benchmarks.text.similarity import kept_order, names_found
+    from benchmarks.text.networks import (
+        Classifier,
+        Similarities,
+        kept_order,
+        load_encoder,
+        mean_of_tokens,
+        names_found,
+    )
     from benchmarks.text.stream import accuracy, learn
     from benchmarks.text.tasks import Part
     from benchmarks.text.texts import named_docstrings
@@ -121,8 +114,6 @@ def _work(
 
 def _new_task(options: Options, encode: Any, seed: int) -> "Task":
     """What is learned, with the second head."""
-    from dataclasses import replace
-
     from benchmarks.text.tasks import docstring_tasks, sentence_tasks
 
     sizes = {"test_size": options.test_size, "seed": seed}

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.metrics import backward_transfer
-from benchmarks.speed.machine import peak_growth
+from benchmarks.speed.measuring import peak_growth
 from benchmarks.text.methods import METHODS, Method
 from benchmarks.text.protocol import TextOptions
 from benchmarks.text.tasks import Part, Task
@@ -22,21 +22,16 @@ EVALUATION_BATCH = 50
 
 @dataclass
 class Outcome:
-    """What a run reached; times are of the processor, not of the clock.
+    """What a run reached; times are of the processor, not of the clock."""
 
-    Attributes:
-        matrix: Accuracies, or losses: after each task, on all tasks so far.
-        step_seconds: Mean over the steps of all tasks but the first.
-        task_end_seconds: Mean for looking at a task when it is learned.
-        peak_bytes: By how much resident memory grew, at most, while tasks after the first were
-            learned; with the optimizer's averages.
-    """
-
-    matrix: list[list[float]] = field(default_factory=list)
+    matrix: list[list[float]]  # accuracies, or losses: after each task, on all tasks so far
     strength: float | None = None
-    step_seconds: float = 0.0
-    task_end_seconds: float = 0.0
+    step_seconds: float = 0.0  # mean over the steps of all tasks but the first
+    task_end_seconds: float = 0.0  # mean for looking at a task when it is learned
+    # By how much resident memory grew, at most, while tasks after the first were learned; with the
+    # optimizer's averages.
     peak_bytes: int = 0
+    torch: str = torch.__version__
 
 
 # Of a model, a task, and whether on its held-out part: what a matrix has.
@@ -78,17 +73,11 @@ def learned(
     *,
     validate: bool,
     measure: Measure = accuracy,
-) -> Outcome:
-    """Learn a stream of tasks with a method, and return what it reached.
+) -> dict[str, Any]:
+    """Learn a stream of tasks with a method, and return what it reached: an :class:`Outcome`.
 
-    Args:
-        start: Makes the network and the tasks.
-        options: Those of the command, which can be hashed.
-        name: The method's.
-        strength: None for what the method finds, or where it has none.
-        seed: Of the run.
-        validate: Whether it is measured on held-out texts, and not on those of the test.
-        measure: What is measured of the network, on each task.
+    Without a strength, the method finds it or has none. With ``validate``, the network is measured
+    on held-out texts, and not on those of the test. Options must be hashable.
     """
     method = METHODS[name](strength, examples=options.fisher_samples, seed=seed)
     model, tasks = start(options, seed)
@@ -98,9 +87,9 @@ def learned(
 
     if method.at_once:
         _learn_jointly(model, tasks, options, 1000 * seed)
-        return Outcome(matrix=[measured(tasks)])
+        return asdict(Outcome([measured(tasks)]))
     model.load_state_dict(_after_first(start, options, seed))
-    outcome = Outcome(matrix=[measured(tasks[:1])])
+    outcome = Outcome([measured(tasks[:1])])
     spent = ends = 0.0
     for number, (before, task) in enumerate(pairwise(tasks), start=1):
         began = time.process_time()
@@ -116,7 +105,7 @@ def learned(
     outcome.step_seconds = spent / (others * options.steps)
     outcome.task_end_seconds = ends / others
     outcome.strength = method.found_strength()
-    return outcome
+    return asdict(outcome)
 
 
 @lru_cache(maxsize=3)

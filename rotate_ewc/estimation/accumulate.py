@@ -1,8 +1,8 @@
-"""Sum what captured batches show, block by block: Kronecker factors first, eigenvalues later.
+"""Sum over captured batches, block by block: first Kronecker factors, then eigenvalues.
 
-The examples of a block are worked on in microbatches that fit in memory. So that nothing counts
-twice where one is taken again in halves, whatever adds to a sum allocates all it takes before it
-changes the sum.
+The examples of a block are processed in microbatches that fit in memory. If memory runs out, a
+microbatch is repeated in two halves. Nothing counts twice then, because every addition allocates
+all its memory before it changes a sum.
 """
 
 from __future__ import annotations
@@ -37,20 +37,21 @@ class FirstPass:
 
     Attributes:
         reduce: Whether shared positions are summed before they enter (`KFACType.REDUCE`).
-        max_bytes: What the work on one microbatch may take.
-        rank_of: How many directions are kept, by the name of a parameter.
-        most: Bytes that the factors may take; None is no limit. Blocks for which there is no room
-            are put off, but for the first one.
-        finished: The blocks of earlier rounds, and those that wait for later ones anyway.
-        put_off: Those of later ones.
-        sizes: Those of this one, and the bytes that their factors may take.
-        num_examples: Examples seen.
+        max_bytes: Bytes that the work on one microbatch may take.
+        rank_of: From the name of a parameter to how many directions are kept.
+        most: Bytes that the factors may take; None is no limit. Blocks that do not fit are put off,
+            except for the first one.
+        finished: Blocks of earlier rounds, and blocks that have to wait for later rounds.
+        put_off: Blocks that this round has put off to later ones.
+        sizes: Blocks of this round, with the bytes that their factors may take.
+        num_examples: Number of examples seen.
         normalizer: What the reduction `mean` divides by.
         factors: The Kronecker factors of every block.
-        leaders: Sides whose factor has so far been that of another block, and is not computed, and
-            where that is: a bias has the gradients of its weight, and layers may share an input.
-        reached: The blocks that obviously get a gradient that is not zero.
-        squares: Squared per-example gradients of the parameters for whose uses there is no rule.
+        leaders: Sides whose factor has so far been equal to that of another block, and is therefore
+            not computed, and where that factor is. A bias has the gradients of its weight, and
+            layers may share an input.
+        reached: Blocks that certainly get a gradient other than zero.
+        squares: Squared per-example gradients of parameters with uses for which there is no rule.
     """
 
     reduce: bool
@@ -68,11 +69,11 @@ class FirstPass:
     squares: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, captured: CapturedBatch) -> None:
-        """Add what a batch shows.
+        """Add a batch.
 
         Raises:
             ValueError: If a number is not finite, or a layer is not used as in earlier batches.
-            MemoryError: If the work on a single example takes more memory than there is.
+            MemoryError: If the work on a single example needs more memory than there is.
         """
         if captured.first:
             self.num_examples += captured.num_examples
@@ -85,7 +86,7 @@ class FirstPass:
         self._check_forms(plans)
         self._settle_leaders(plans, followed)
         for plan in plans:
-            # Looked at until it is so, which for most blocks is in the first batch.
+            # Checked until it is true, which for most blocks is in the first batch.
             if plan.key not in self.reached and captured.reaches(plan):
                 self.reached.add(plan.key)
             self._add_block(captured, plan)
@@ -124,7 +125,7 @@ class FirstPass:
     def _plans_of_round(
         self, plans: Sequence[BlockPlan], followed: Mapping[Place, Place]
     ) -> list[BlockPlan]:
-        """Return the plans of the blocks that have room here, and put the others off."""
+        """Return the plans of the blocks that fit in this round, and put the others off."""
         if self.most is None:
             return list(plans)
         for plan in plans:
@@ -148,7 +149,7 @@ class FirstPass:
         return [plan for plan in plans if plan.key in self.sizes]
 
     def _followed(self, captured: CapturedBatch) -> dict[Place, Place]:
-        """Return the sides whose factor is in this batch that of another block, and where it is."""
+        """Return the sides whose factor equals another one in this batch, and where that is."""
         found: dict[Place, Place] = {}
         first: dict[object, BlockKey] = {}
         for plan in captured.plans:
@@ -177,7 +178,7 @@ class FirstPass:
             )
 
     def _factors(self, plan: BlockPlan) -> KroneckerFactors:
-        """Return the factors of a block so far, which begin with its first batch."""
+        """Return the factors of a block so far; they are created at its first batch."""
         if plan.key not in self.factors:
             self.factors[plan.key] = self._begun(plan)
         return self.factors[plan.key]
@@ -186,7 +187,7 @@ class FirstPass:
         return KroneckerFactors.of(plan, self.rank_of(plan.key.weight))
 
     def unfollow(self, place: Place, leader: Place) -> None:
-        """Let one side of a block go on from a copy of the factor of another block."""
+        """Give one side of a block a factor of its own: at first, a copy of another block's."""
         del self.leaders[place]
         covariance, own = self.factors[leader.key].covariance(leader.side), self.factors[place.key]
         if covariance is not None:
@@ -194,7 +195,7 @@ class FirstPass:
         own.replace_covariance(place.side, covariance)
 
     def drop(self, keys: Collection[BlockKey]) -> None:
-        """Forget blocks, which another process has put off."""
+        """Forget blocks that another process has put off."""
         for place, leader in list(self.leaders.items()):
             if place.key in keys:
                 del self.leaders[place]
@@ -204,7 +205,7 @@ class FirstPass:
             self.factors.pop(key, None)
 
     def _settle_leaders(self, plans: Sequence[BlockPlan], followed: Mapping[Place, Place]) -> None:
-        """Let sides go on from a copy as soon as their factor is no longer that of another."""
+        """Give sides a copy as soon as their factor no longer equals that of another block."""
         for place, leader in list(self.leaders.items()):
             if followed.get(place) != leader:
                 self.unfollow(place, leader)
@@ -224,9 +225,9 @@ class SecondPass:
     """The sums of the second pass over the data: the eigenvalues, in the bases of the first.
 
     Attributes:
-        blocks: The blocks, whose eigenvalues are summed.
+        blocks: The blocks whose eigenvalues are summed.
         leaders: As in the first pass.
-        max_bytes: What the work on one microbatch may take.
+        max_bytes: Bytes that the work on one microbatch may take.
         elsewhere: The blocks of other rounds.
     """
 
@@ -240,7 +241,7 @@ class SecondPass:
 
         Raises:
             ValueError: If a number is not finite, or a parameter was not used in the first pass.
-            MemoryError: If the work on a single example takes more memory than there is.
+            MemoryError: If the work on a single example needs more memory than there is.
         """
         plans = [plan for plan in captured.plans if plan.key not in self.elsewhere]
         new = [plan.key.label for plan in plans if plan.key not in self.blocks]
@@ -274,7 +275,7 @@ class SecondPass:
 
 
 def _place_of_inputs(captured: CapturedBatch, plan: BlockPlan) -> object:
-    """Return where in memory a linear layer's inputs are, and how; None where that says nothing."""
+    """Return the place and layout in memory of a linear layer's inputs; None if unknown."""
     if len(plan.uses) != 1 or plan.form.factors is not Factors.OUTER_PRODUCTS:
         return None
     (use,) = plan.uses
@@ -301,7 +302,7 @@ def _add_gradients(microbatch: Microbatch, total: OuterProducts, reduce: bool) -
 
 
 def _add_rows_and_columns(microbatch: Microbatch, total: KroneckerFactors) -> None:
-    """Add `Σ G Gᵀ` and `Σ Gᵀ G`, of which the vectors are the columns and the rows of G."""
+    """Add `Σ G Gᵀ` and `Σ Gᵀ G`, sums over the columns and over the rows of G."""
     (gradients,) = microbatch.per_example_gradients()
     sides = (
         (total.gradient_covariance, gradients.mT),
@@ -338,7 +339,7 @@ def _add_lookups(microbatch: Microbatch, block: Block) -> None:
 
 
 def _add_squares(microbatch: Microbatch, block: Block) -> None:
-    """Add to the eigenvalues of a block that knows only whole per-example gradients."""
+    """Add to the eigenvalues of a block that has only whole per-example gradients."""
     (gradients,) = microbatch.per_example_gradients()
     squared = thin_eigenvalues.summed_entries if block.is_thin else eigenvalues.squared_entries
     squares = squared(gradients, block.gradient_basis, block.activation_basis)
@@ -351,7 +352,7 @@ _OF_FORMS: Final[Mapping[Factors, Callable[..., None]]] = {
     Factors.TIED: _add_tied,
     Factors.NONE: _add_squares,
 }
-"""How a microbatch adds to the eigenvalues of a block that is not of outer products alone."""
+"""How a microbatch adds to the eigenvalues of a block whose form is not outer products."""
 
 
 def _add_outer_products(microbatch: Microbatch, block: Block, follower: Block | None) -> None:

@@ -4,8 +4,8 @@ The first pass sums the Kronecker factors, whose eigenvectors become the bases. 
 these bases, the exact mean squares of the per-example gradients.
 
 Everything is summed in a fixed order: on a CPU the same seed, the same batches and the same number
-of threads give the same bits, in every process. Another number of threads rounds differently, by
-which the bases of equal eigenvalues may turn.
+of threads give the same bits, in every process. Another number of threads rounds differently, which
+may rotate the basis of equal eigenvalues.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from rotate_ewc.tracing.passes import (
     noting_batch,
 )
 
-# The settings that matter to what is found.
+# The settings that affect the result.
 _TOLD: Final = (
     *("mc_samples", "kfac_approx", "rank", "diagonal", "separate_weight_and_bias", "seed"),
     *("unsupported", "storage_dtype"),
@@ -53,12 +53,12 @@ class Estimate:
 
     Attributes:
         blocks: One for every parameter, or pair of weight and bias.
-        num_examples: Examples seen.
-        num_loss_terms: Terms of their loss, which the reduction `mean` divides by.
+        num_examples: Number of examples seen.
+        num_loss_terms: Number of terms in their loss, by which the reduction `mean` divides.
         used: The blocks of the parameters on which an output depended.
-        underflowed: Those that get gradients whose squares are too small for their dtype.
+        underflowed: Blocks that get gradients whose squares are too small for their dtype.
         unused: Names of the parameters on which no output depended.
-        unsupported: Names of the parameters for whose uses there is no rule.
+        unsupported: Names of the parameters with uses for which there is no rule.
     """
 
     blocks: tuple[Block, ...]
@@ -84,18 +84,19 @@ def fit_blocks(
 ) -> tuple[tuple[Block, ...], dict[str, torch.Size], Provenance]:
     """Estimate the blocks of an operator, leaving the model and the random states as they were.
 
-    To be called inside of `ranks.together()`.
+    Call it inside `ranks.together()`.
 
     Args:
         forward: From a batch's inputs to the model's outputs, packed by the likelihood.
         likelihood: The distribution behind the loss.
-        parameters: What the matrix is over, by name.
+        parameters: The parameters of the matrix, by name.
         data: Re-iterable batches (inputs, targets).
         settings: How to estimate.
         model: The model; None if it is not known. It is put into eval mode, and so are the modules
             that can be reached from `forward`.
         ranks: The processes, each with data of its own, that estimate one matrix.
-        num_data: Examples that all the data stand for, where they are a sample of a larger set.
+        num_data: Number of examples that all the data represent, if they are a sample of a larger
+            set.
         check_deterministic: Whether to estimate twice and raise if the results differ.
 
     Returns:
@@ -166,7 +167,7 @@ def _check_same(
     num_data: int | None,
     ranks: Ranks,
 ) -> None:
-    """Raise unless all processes are about to estimate the same of the same model."""
+    """Raise unless all processes are about to estimate the same matrix of the same model."""
     own = {"memory_budget", "progressbar"}
     ranks.check_same(
         {
@@ -203,17 +204,18 @@ def estimate(
 
     Half of the memory budget is for batches kept for the second pass, a quarter for the gradients
     of a batch's output vectors, and a quarter for the work on a block. Kronecker factors may take
-    as much again; where they would take more, there are several rounds of two passes, each for some
-    of the blocks.
+    as much again. If they need more, there are several rounds of two passes, each for some of the
+    blocks.
 
     Args:
         forward: From a batch's inputs to the model's outputs.
         likelihood: The distribution behind the loss.
-        parameters: What the matrix is over, by name; all must require gradients.
+        parameters: The parameters of the matrix, by name; all must require gradients.
         data: Re-iterable batches (inputs, targets).
         settings: How to estimate.
         constants: The model's tensors that do not depend on the data.
-        num_data: Examples that all the data stand for, where they are a sample of a larger set.
+        num_data: Number of examples that all the data represent, if they are a sample of a larger
+            set.
         ranks: The processes that estimate together; None is this one alone.
 
     Returns:
@@ -224,7 +226,7 @@ def estimate(
     Raises:
         ValueError: If the data, outputs or a layer cannot be handled; the message names which.
         TypeError: If the outputs, or a batch's parts, have the wrong type.
-        MemoryError: If a single example, or a decomposition, takes more memory than there is.
+        MemoryError: If a single example, or a decomposition, needs more memory than there is.
     """
     ranks = ranks or Ranks()
     check_reiterable(data)
@@ -259,9 +261,9 @@ def estimate(
 
 
 def _counted(capturer: BatchCapturer, data: Iterable[Any], ranks: Ranks) -> Likelihood:
-    """Return the likelihood with what it must know of all data, by a pass without gradients.
+    """Return the likelihood with its counts over all data, from a pass without gradients.
 
-    There is none unless the loss has counts, as sums of means do.
+    A loss without counts needs no such pass. Sums of means have counts.
     """
     likelihood, settings = capturer.likelihood, capturer.settings
     if not likelihood.has_counts:
@@ -290,7 +292,7 @@ def _counted(capturer: BatchCapturer, data: Iterable[Any], ranks: Ranks) -> Like
 
 
 def _scale(found: Sums, likelihood: Likelihood, num_data: int | None) -> float:
-    """Return the factor from sums over the examples seen to the loss's own reduction."""
+    """Return the factor that turns sums over the examples seen into the loss's reduction."""
     if likelihood.final_reduction == "mean":
         if found.normalizer <= 0:
             raise ValueError(
@@ -311,7 +313,7 @@ def _diagonal(name: str, values: Tensor) -> Block:
 def _without_complex(
     parameters: Mapping[str, Tensor], unsupported: Unsupported
 ) -> dict[str, Tensor]:
-    """Return the real parameters, and raise if others are not to be left out.
+    """Return the real parameters; raise if there are complex ones that may not be left out.
 
     The Fisher matrix over a complex parameter has two rows for each entry, of its real and its
     imaginary part, and no diagonal of the parameter's own shape.
@@ -338,12 +340,12 @@ def _nothing_left(names: Sequence[str]) -> str:
 
 
 def _warn_of_vanished(used: Sequence[Block], vanished: Sequence[Block], num_examples: int) -> None:
-    """Warn, once, if the Fisher matrix or a part of it is zero only for want of a wider range.
+    """Warn once if the Fisher matrix, or a part of it, is zero only because of underflow.
 
     Args:
         used: The blocks of all parameters that the outputs depend on.
-        vanished: Those of them that do get gradients, whose squares are too small though.
-        num_examples: Examples seen.
+        vanished: The blocks among them that get gradients, but with squares that are too small.
+        num_examples: Number of examples seen.
     """
     if used and all(underflowed(block.eigenvalues) for block in used):
         dtype = used[0].eigenvalues.dtype
@@ -368,7 +370,7 @@ def _warn_of_vanished(used: Sequence[Block], vanished: Sequence[Block], num_exam
 
 
 def _warn_of_unsupported(names: Sequence[str], settings: EstimationSettings) -> None:
-    """Say which parameters have no rule, and what became of them."""
+    """Warn of the parameters that have no rule, and say how they were treated."""
     treated = {
         Unsupported.DIAGONAL: "their Fisher matrix is an exact diagonal, without a rotated basis",
         Unsupported.SKIP: "they are left out, and not protected",

@@ -1,4 +1,4 @@
-"""Make one of what several processes have summed in their first passes over the data."""
+"""Combine the sums of several processes after their first passes over the data."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from rotate_ewc.tracing.block_plan import BlockKey, BlockPlan
 
 @dataclass(frozen=True)
 class _Told:
-    """What a process tells the others of its first pass: numbers and names alone.
+    """What a process tells the others about its first pass: only numbers and names.
 
     Attributes:
-        num_examples: Examples seen.
+        num_examples: Number of examples seen.
         normalizer: What the reduction `mean` divides by.
-        forms: How every block is made.
-        leaders: Sides of blocks whose factor is that of another one.
-        reached: Blocks that obviously get a gradient.
-        unsupported: Parameters for whose uses there is no rule.
-        squares: Those whose squared gradients were summed.
+        forms: The form of every block.
+        leaders: Sides of blocks that use the factor of another block, and where that is.
+        reached: Blocks that certainly get a gradient.
+        unsupported: Parameters with uses for which there is no rule.
+        squares: Parameters whose squared gradients were summed.
     """
 
     num_examples: int
@@ -55,18 +55,18 @@ def unite(
     parameters: Mapping[str, Tensor],
     ranks: Ranks,
 ) -> frozenset[str]:
-    """Have a first pass hold the sums over all processes: factors at their owners.
+    """Replace the sums of a first pass by those over all processes, each factor at its owner.
 
-    A process that has seen less than others, or nothing, takes over the plan of the others.
+    A process that has seen fewer blocks than others, or none, takes over their plan.
 
     Args:
         first: The first pass of this process, which is changed.
-        unsupported: Names of the parameters for whose uses it has found no rule.
+        unsupported: Names of the parameters with uses for which it has found no rule.
         parameters: All parameters by name.
         ranks: The processes.
 
     Returns:
-        The names of the parameters for whose uses any process has found no rule.
+        The names of the parameters with uses for which any process has found no rule.
 
     Raises:
         ValueError: If processes have used a parameter in different ways, naming process and block;
@@ -101,7 +101,7 @@ def unite(
 
 
 def _check(told: Sequence[_Told]) -> None:
-    """Raise unless the plans of all processes can be one."""
+    """Raise unless the plans of all processes agree."""
     if not any(one.num_examples for one in told):
         raise ValueError("data is empty on all ranks; expected at least one batch on one of them")
     known: dict[BlockKey, tuple[int, Form]] = {}
@@ -152,7 +152,7 @@ def _take_over_plan(
 
 
 def _sum_factors(first: FirstPass, ranks: Ranks) -> None:
-    """Sum all factors at their owners; elsewhere nothing but diagonals is left of them."""
+    """Sum each factor at its owner; the other processes keep only its diagonal."""
     sides = sides_of(first.factors, first.leaders)
     sums = [side.total for side in sides]
     held = list(zip(*ranks.gather("factors held", [total.held for total in sums]), strict=True))
@@ -171,7 +171,7 @@ def _sum_factors(first: FirstPass, ranks: Ranks) -> None:
 
 
 def _check_held(sides: Sequence[Side], held: Sequence[Sequence[Held]]) -> None:
-    """Raise unless what processes hold of each factor can be summed."""
+    """Raise unless all processes hold each factor in forms that can be summed."""
     differing = [
         side.place.key
         for side, every in zip(sides, held, strict=True)

@@ -26,7 +26,7 @@ overlap  tr(P_A P_B) / k of the projections on the k leading eigenvectors: 1 for
 
 
 def heading(file: SnapshotFile) -> Text:
-    """Say what a file is."""
+    """Describe a file."""
     lines = [
         f"{file.path}: {_size(file.file_bytes)}, format {file.format}, written by {file.library}"
     ]
@@ -38,11 +38,11 @@ def heading(file: SnapshotFile) -> Text:
 
 
 def operator_heading(operator: EKFACLinearOperator, number: int | None) -> Text:
-    """Say what an operator is.
+    """Describe an operator.
 
     Args:
         operator: The operator.
-        number: The number of the penalty's term that it belongs to, if there are several.
+        number: The number of its term in the penalty, if there are several terms.
     """
     named = "" if number is None else f"term {number}: "
     lines = [
@@ -79,7 +79,7 @@ def summary_table(rows: Sequence[BlockSummary]) -> Table:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Make a table of two operators' blocks."""
+    """Make a table that compares the blocks of two operators."""
     table = Table(box=box.SIMPLE)
     table.add_column("block", overflow="fold")
     for title in ("kept A", "kept B", "trace B / A", "cosine", "k", "overlap"):
@@ -109,7 +109,7 @@ def _listed(title: str, items: Iterable[tuple[str, object]]) -> list[str]:
 
 
 def _kept(ranks: Sequence[int], form: Sequence[int]) -> str:
-    """Say how many directions of each side are kept, and of how many where not all are."""
+    """Format how many directions of each side are kept, as `kept/all` unless all are."""
     sides = zip(ranks, form[-2:], strict=True)
     return " × ".join(f"{rank}" if rank == size else f"{rank}/{size}" for rank, size in sides)
 

@@ -139,7 +139,9 @@ class OperatorLayout(_Object, frozen=True):
         held = Counter(name for block in self.blocks for name in block.parameters)
         for name in sorted({*held, *self.parameters}):
             if name not in self.parameters:
-                raise ValueError(f"{name!r} is in a block, but not among the parameters")
+                raise ValueError(
+                    f"{name!r} is in a block, but not among the parameters; expected it in both"
+                )
             if held[name] != 1:
                 raise ValueError(f"parameter {name!r} is in {held[name]} blocks; expected one")
         if len({block.label for block in self.blocks}) < len(self.blocks):
@@ -158,7 +160,7 @@ class OperatorLayout(_Object, frozen=True):
             if not block.fits(shapes):
                 raise ValueError(
                     f"block {block.label!r} has shape {block.shape}, which does not fit parameters "
-                    f"of shapes {shapes}"
+                    f"of shapes {shapes}; expected as many entries in both"
                 )
 
 
@@ -283,7 +285,7 @@ def header_text(state: Mapping[str, Any]) -> str:
     try:
         return bytes(whole.contiguous().numpy()).decode()
     except UnicodeDecodeError as error:
-        raise SnapshotError(f"snapshot key {HEADER!r} is not JSON: {error}") from None
+        raise SnapshotError(_not_json(error)) from None
 
 
 def _averaged(values: Tensor) -> Tensor:
@@ -330,7 +332,9 @@ def read_any_header(state: Mapping[str, Any]) -> AnyHeader:
         )
     for key in state:
         if not isinstance(key, str):
-            raise SnapshotError(f"snapshot has the key {key!r:.99}; expected all to be strings")
+            raise SnapshotError(
+                f"snapshot has the key {key!r:.99}; expected all to be strings: {_REMEDY}"
+            )
     text = header_text(state)
     try:
         return _DECODER.decode(text)
@@ -338,7 +342,11 @@ def read_any_header(state: Mapping[str, Any]) -> AnyHeader:
         raise SnapshotError(_explained(str(error), text)) from None
     # Text with half of a surrogate pair cannot be encoded: UnicodeError.
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise SnapshotError(f"snapshot key {HEADER!r} is not JSON: {error}") from None
+        raise SnapshotError(_not_json(error)) from None
+
+
+def _not_json(error: Exception) -> str:
+    return f"snapshot key {HEADER!r} is not JSON: {error}; expected JSON text: {_REMEDY}"
 
 
 def _explained(message: str, text: str) -> str:
@@ -360,7 +368,7 @@ def _explained(message: str, text: str) -> str:
         reason = f"Expected one of {', '.join(choices)}"
     value = "" if found.startswith("{") else f" has {found:.99}"
     place = f" at {path!r}" if path else ""
-    return f"snapshot key {HEADER!r}{value}{place}: {reason}"
+    return f"snapshot key {HEADER!r}{value}{place}: {reason}: {_REMEDY}"
 
 
 def _located(path: str, text: str) -> tuple[str, str]:
@@ -408,6 +416,8 @@ def _dtype(_: type, value: object) -> torch.dtype:
         return DTYPES[value]
     raise ValueError(f"Expected one of {', '.join(DTYPES)}")
 
+
+_REMEDY: Final = "load an unchanged copy, or save the snapshot again"
 
 # How far the average of equal bytes may be from these bytes.
 _ROUNDING: Final = 1e-2

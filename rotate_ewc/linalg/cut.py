@@ -1,4 +1,4 @@
-"""Keeping fewer directions of a block, with the exact means over what is not kept."""
+"""Keep fewer directions of a block, with the exact means over the others."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rotate_ewc.linalg.truncation import truncation_of
 
 
 def ranks_of_sum(rank: Rank, block: Block) -> tuple[int | None, int | None]:
-    """Return how many directions to keep of each side of a sum; None is all that it has.
+    """Return how many directions of each side of a sum to keep; None keeps all.
 
     Args:
-        rank: What a user has said of its parameter.
-        block: The sum, with all directions that any of the summands keeps.
+        rank: The user's setting for its parameter.
+        block: The sum, with every direction that one of the summands keeps.
     """
     (_, d_out, d_in), traces = block.shape, block.partial_traces
     return (
@@ -30,18 +30,19 @@ def ranks_of_sum(rank: Rank, block: Block) -> tuple[int | None, int | None]:
 def cut(block: Block, gradient_rank: int | None, activation_rank: int | None) -> Block:
     """Keep the directions of each side that have the largest partial traces.
 
-    The eigenvalues of the others become their mean, together with those of the complement, if there
-    is one. Trace, and partial traces in all directions that are kept, stay what they are.
+    The eigenvalues of the other directions, and of the complement if there is one, are replaced by
+    their mean. The trace, and the partial traces of all kept directions, do not change.
 
     Args:
         block: The block.
-        gradient_rank: How many directions to keep of the side of the output gradients, at least 1;
-            None is all. A side without a basis (the identity) is left as it is, and one that has no
-            more than these anyway.
-        activation_rank: Likewise of the side of the inputs.
+        gradient_rank: How many directions to keep on the side of the output gradients, at least 1;
+            None keeps all. A side that has no basis (the identity), or no more directions than
+            this, does not change.
+        activation_rank: The same for the side of the inputs.
 
     Returns:
-        The block in thinner bases, whose columns keep their order; itself if nothing is cut.
+        The block in thinner bases, with the columns in the same order; if nothing is cut, the same
+        object.
 
     Raises:
         ValueError: If a rank is less than 1.
@@ -69,7 +70,7 @@ def cut(block: Block, gradient_rank: int | None, activation_rank: int | None) ->
 
 
 def _kept(basis: Basis, partial_traces: Tensor, rank: int | None) -> tuple[Basis, Tensor | None]:
-    """Return a thinner basis and the numbers of its columns, `[groups, rank]`; None if all stay."""
+    """Return a thinner basis and its columns' indices, `[groups, rank]`; None if all are kept."""
     if basis is None or rank is None or rank >= basis.shape[2]:
         return basis, None
     kept = partial_traces[:, : basis.shape[2]].topk(rank, dim=1).indices.sort(dim=1).values
@@ -78,23 +79,23 @@ def _kept(basis: Basis, partial_traces: Tensor, rank: int | None) -> tuple[Basis
 
 
 def _averaged(eigenvalues: Tensor, kept: Tensor, rank: int, size: int) -> Tensor:
-    """Return the kept rows, and the mean over all other directions of their side.
+    """Return the kept rows, and after them the mean over all other directions of the side.
 
     Args:
-        eigenvalues: `[groups, K, *]`, of which `rank` rows are of one direction each, and the last
-            of all others, if there are any.
+        eigenvalues: `[groups, K, *]`: `rank` rows for one direction each, and then one row for all
+            others, if there are any.
         kept: Which rows to keep, `[groups, fewer than rank]`.
-        rank: How many directions were kept.
-        size: How many there are.
+        rank: How many directions have a row of their own.
+        size: How many directions there are.
     """
     others = torch.ones_like(eigenvalues[:, :, 0])
     others[:, rank:] = size - rank
     others.scatter_(1, kept, 0.0)
-    # Added up as what they are, at least 0, and not as a difference, which could be less.
+    # A sum of numbers that are at least 0; a difference could be negative by rounding.
     sums = (others[:, :, None] * eigenvalues).sum(dim=1, keepdim=True)
     least = eigenvalues.masked_fill(others[:, :, None] == 0, torch.inf).amin(dim=1, keepdim=True)
     most = eigenvalues.masked_fill(others[:, :, None] == 0, 0.0).amax(dim=1, keepdim=True)
-    # Of equal numbers the mean is that number, to the bit.
+    # The mean of equal numbers is exactly that number.
     mean = (sums / (size - kept.shape[1])).clamp(least, most)
     rows = kept[:, :, None].expand(-1, -1, eigenvalues.shape[2])
     return torch.cat([eigenvalues.gather(1, rows), mean], dim=1)
@@ -106,7 +107,7 @@ def _rank_of_side(rank: Rank, size: int, other: int, kept: int, traces: Tensor) 
         return None
     if truncation.part is None or truncation.part >= 1.0:
         return truncation.most
-    # What does not stand out from the rest is no loss: all eigenvalues may have been damped.
+    # Only what exceeds the rest counts as lost, because all eigenvalues may have been damped.
     rest = traces[:, -1:] if kept < size else traces.amin(dim=1, keepdim=True)
     total = traces[:, :kept].sum(dim=1, keepdim=True) + (size - kept) * rest
     excess = (traces[:, :kept] - rest).clamp(min=0.0).sort(dim=1, descending=True).values

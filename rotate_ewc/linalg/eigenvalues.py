@@ -1,11 +1,11 @@
-"""The eigenvalues: squared entries of per-example gradients in a basis, by the cheapest way.
+"""Eigenvalues: squared entries of per-example gradients in a basis, in the cheapest way.
 
     Λ_ij = Σ_n Σ_v ((Q_gᵀ G_nv Q_a)_ij)²,    G_nv = Σ_s g_nvs a_nsᵀ
 
 for examples n, output vectors v and shared positions s (George et al. 2018, "Fast Approximate
 Natural Gradient Descent in a Kronecker-factored Eigenbasis"; here with per-example gradients that
-sum over shared positions). Rotating G is the same as rotating what it is made of, so there are many
-ways to the same numbers, and which is cheapest depends on the shapes: see `cheapest_route`.
+sum over shared positions). Rotating G gives the same as rotating its factors g and a, so there are
+several ways to compute these numbers. The shapes decide which is cheapest: see `cheapest_route`.
 
 Data are `[groups, batch, shared, features]`, as in `rotate_ewc.linalg.kronecker`. All functions
 compute in the dtypes of their arguments: call them outside of `torch.autocast`.
@@ -30,7 +30,7 @@ from rotate_ewc.linalg.kronecker import Basis
 # (2 to 16 positions, 64 × 288 to 512 × 512 entries, two cores), and a near tie in the others.
 OPERATIONS_PER_ELEMENT: Final = 20.0
 
-# On a CPU, what leaves the cache is slow, and a large tensor that is freed goes back to the
+# On a CPU, data outside the cache are slow, and a large tensor that is freed goes back to the
 # operating system, whose fresh pages cost several times what filling them does (a CNN took 3.7,
 # 3.3, 3.1, 3.1, 3.2 s with 2, 4, 8, 16, 32 MiB). Accelerators want more work at a time.
 _CHUNK_BYTES_CPU: Final = 2**23
@@ -38,12 +38,12 @@ _CHUNK_BYTES_OTHER: Final = 2**26
 
 
 def chunk_bytes(device: torch.device) -> int:
-    """Return what one intermediate tensor may take, for the sake of speed."""
+    """Return how many bytes one intermediate tensor may take without loss of speed."""
     return _CHUNK_BYTES_CPU if device.type == "cpu" else _CHUNK_BYTES_OTHER
 
 
 class Kernel(Enum):
-    """Three equivalent ways from g and a to squared entries."""
+    """Three equivalent ways to compute squared entries from g and a."""
 
     SINGLE = "one position: products of squares"
     PAIRS = "few positions: products over pairs of positions"
@@ -52,12 +52,12 @@ class Kernel(Enum):
 
 @dataclass(frozen=True)
 class Route:
-    """One way to the eigenvalues.
+    """One way to compute the eigenvalues.
 
     Attributes:
-        kernel: How squares are made.
-        rotate_activations: Whether a is rotated; else it is the per-example gradients that are.
-        rotate_gradients: Whether g is, likewise.
+        kernel: How squares are computed.
+        rotate_activations: Whether a is rotated; if not, the per-example gradients are.
+        rotate_gradients: Whether g is rotated; if not, the per-example gradients are.
     """
 
     kernel: Kernel
@@ -66,12 +66,12 @@ class Route:
 
 
 def cheapest_route(shared: int, d_out: int, d_in: int, num_vectors: int) -> Route:
-    """Choose by counted cost, for one example and `num_vectors` output vectors.
+    """Choose the route with the lowest cost for one example and `num_vectors` output vectors.
 
-    Rotating a costs `2 S d_in²` once for all output vectors, rotating g `2 S d_out²` for each; in
-    their place the per-example gradient can be rotated, at `2 d_out d_in²` and `2 d_out² d_in` for
-    each. The gradient itself costs `2 S d_out d_in`, the square written out over pairs of positions
-    `S (S + 1) d_out d_in`. Elements that go through memory are counted too.
+    Rotating a costs `2 S d_in²` once for all output vectors, and rotating g `2 S d_out²` for each.
+    Rotating the per-example gradient instead costs `2 d_out d_in²` and `2 d_out² d_in` for each.
+    Computing this gradient costs `2 S d_out d_in`, and expanding the square over pairs of positions
+    `S (S + 1) d_out d_in`. Memory traffic is counted too.
 
     Args:
         shared: S, the number of shared positions.
@@ -104,7 +104,7 @@ def rotate(vectors: Tensor, basis: Basis) -> Tensor:
     if basis is None:
         return vectors
     if vectors.stride(3) != 1 and vectors.shape[2] > 1:
-        # Positions lie together (as pixels do), and stay so: copying them costs more.
+        # Positions are adjacent in memory, as pixels are, and stay so: copying would cost more.
         return (basis.mT[:, None] @ vectors.mT).mT
     rotated = vectors.flatten(1, 2) @ basis
     return rotated.view(*vectors.shape[:3], basis.shape[2])
@@ -121,14 +121,14 @@ def squared_projections(
     """Sum the squared entries of rotated per-example gradients over examples and output vectors.
 
     Args:
-        gradients: For every output vector the output gradients, `[groups, batch, shared, d_out]`;
+        gradients: The output gradients of every output vector, `[groups, batch, shared, d_out]`;
             there is at least one.
         activations: Layer inputs, `[groups, batch, shared, d_in]`.
         gradient_basis: Q_g, `[groups, d_out, d_out]`; None is the identity.
-        activation_basis: Q_a, `[groups, d_in, d_in]`; None likewise.
-        route: The way.
-        max_bytes: What the work on one chunk of examples may take (or on one example, if that
-            takes more); no more than `chunk_bytes` in any case.
+        activation_basis: Q_a, `[groups, d_in, d_in]`; None is the identity.
+        route: How to compute it.
+        max_bytes: Bytes that the work on one chunk of examples may take (or on one example, if that
+            needs more); never more than `chunk_bytes`.
 
     Returns:
         `[groups, d_out, d_in]`.
@@ -177,7 +177,7 @@ def single_position_product(gradient_squares: Tensor, activation_squares: Tensor
 
 
 def pair_products(gradients: Tensor, activations: Tensor, max_bytes: int | None = None) -> Tensor:
-    """Write the square out, `Σ_{s,t} (g_si g_ti) (a_sj a_tj)`: one product over pairs s ≤ t."""
+    """Expand the square, `Σ_{s,t} (g_si g_ti) (a_sj a_tj)`: one product over pairs s ≤ t."""
     shared = gradients.shape[2]
     first, second = torch.triu_indices(shared, shared, device=gradients.device)
     multiplicity = (2.0 - (first == second).to(gradients.dtype))[:, None]
@@ -189,7 +189,7 @@ def pair_products(gradients: Tensor, activations: Tensor, max_bytes: int | None 
         return vectors[:, :, first].mul_(vectors[:, :, second])
 
     for g, a in _chunks(gradients, activations, size):
-        # Without names, so that they are freed before those of the next chunk are made.
+        # Without names, so that they are freed before the next chunk needs memory.
         total.baddbmm_(of_pairs(g).mul_(multiplicity).flatten(1, 2).mT, of_pairs(a).flatten(1, 2))
     return total
 
@@ -201,9 +201,9 @@ def example_products(
     activation_basis: Basis = None,
     max_bytes: int | None = None,
 ) -> Tensor:
-    """Make per-example gradients, rotate them by what has not been rotated yet, and square them.
+    """Compute per-example gradients, rotate the sides that still need it, and square them.
 
-    All chunks are worked on in the same memory, since fresh memory would cost more than the work.
+    All chunks use the same memory, because allocating it again would cost more than the work.
     """
     groups, d_out, d_in = gradients.shape[0], gradients.shape[3], activations.shape[3]
     rotated = gradient_basis is not None or activation_basis is not None
@@ -250,14 +250,14 @@ def squared_entries(gradients: Tensor, gradient_basis: Basis, activation_basis: 
 
 
 def squared_lookups(gradients: Tensor, indices: Tensor, vocabulary: int) -> Tensor:
-    """Sum over examples the squared entries of gradients of rows looked up.
+    """Sum over examples the squared entries of the gradients of looked-up rows.
 
-    `Λ_vj = Σ_n (Σ_{s: k_ns = v} g_nsj)²`: what one example adds to a row is summed before it is
-    squared, without a vocabulary-sized tensor for each example.
+    `Λ_vj = Σ_n (Σ_{s: k_ns = v} g_nsj)²`: all that one example adds to a row is summed before it is
+    squared. No example needs a tensor of the size of the vocabulary.
 
     Args:
         gradients: `[n, shared, d]`.
-        indices: k, `[n, shared]`; negative ones count nothing.
+        indices: k, `[n, shared]`; negative ones are ignored.
         vocabulary: Number of rows.
 
     Returns:
@@ -269,15 +269,16 @@ def squared_lookups(gradients: Tensor, indices: Tensor, vocabulary: int) -> Tens
 
 
 def summed_by_row(gradients: Tensor, indices: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Sum what each example adds to each of the rows that it looks up.
+    """Sum the gradients that each example adds to each row that it looks up.
 
     Args:
         gradients: `[n, shared, d]`.
-        indices: `[n, shared]`; negative ones count nothing.
+        indices: `[n, shared]`; negative ones are ignored.
         vocabulary: Number of rows.
 
     Returns:
-        The sums, one for each example and row that it looks up, `[m, d]`, and these rows, `[m]`.
+        A sum for each pair of an example and a row that it looks up, `[m, d]`, and these rows,
+        `[m]`.
     """
     kept = (indices >= 0).flatten()
     example = torch.arange(len(indices), device=indices.device)[:, None]
@@ -289,12 +290,12 @@ def summed_by_row(gradients: Tensor, indices: Tensor, vocabulary: int) -> tuple[
 
 
 def examples_at_once(like: Tensor, elements_per_example: int, max_bytes: int | None) -> int:
-    """Return how many examples may be worked on at a time, at least one.
+    """Return how many examples to process at a time, at least one.
 
     Args:
-        like: A tensor of the dtype and on the device of the work.
-        elements_per_example: What the work on one takes.
-        max_bytes: What it may take, besides the limit for the sake of speed.
+        like: A tensor with the dtype and the device of the work.
+        elements_per_example: Number of elements that one example needs.
+        max_bytes: Bytes that may be used; None is no limit. `chunk_bytes` limits them too.
     """
     most = chunk_bytes(like.device)
     most = most if max_bytes is None else min(most, max_bytes)
@@ -302,7 +303,7 @@ def examples_at_once(like: Tensor, elements_per_example: int, max_bytes: int | N
 
 
 def _chunks(gradients: Tensor, activations: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut both along the batch."""
+    """Split both along the batch."""
     yield from zip(
         torch.split(gradients, size, dim=1), torch.split(activations, size, dim=1), strict=True
     )

@@ -1,4 +1,4 @@
-"""Eigenvectors of symmetric matrices, with fallbacks if `eigh` fails, and of several at a time.
+"""Eigenvectors of one or several symmetric matrices, with fallbacks if `eigh` fails.
 
 Matrices are `[groups, d, d]`, as in `rotate_ewc.linalg.kronecker`.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 from rotate_ewc._utils.out_of_memory import naming_matrix
 from rotate_ewc._utils.warnings import warn_user
 
-# What is added to a diagonal, relative to its mean, where nothing else makes `eigh` converge. The
-# eigenvectors are then a little off; the eigenvalues are exact in whatever basis comes out.
+# Added to a diagonal, relative to its mean, if `eigh` converges in no other way. The eigenvectors
+# are then slightly wrong, but eigenvalues are exact in any basis.
 _JITTER: Final = 1e-6
 
 # Below this, starting a thread costs more than it gains.
@@ -36,26 +36,26 @@ def eigenbasis(covariance: Tensor, label: str = "factor") -> Tensor:
     """Return the eigenvectors of symmetric matrices, in ascending order of eigenvalue.
 
     Args:
-        covariance: `[groups, d, d]`; only its upper triangle is looked at.
-        label: What to call it in messages.
+        covariance: `[groups, d, d]`; only its upper triangle is read.
+        label: Its name in messages.
 
     Returns:
-        Orthonormal columns `[groups, d, d]`. Where `eigh` fails to converge, it is tried again in
-        float64, and then with the diagonal slightly changed; a warning says so.
+        Orthonormal columns `[groups, d, d]`. If `eigh` does not converge, it is repeated in
+        float64, and then with a slightly changed diagonal; a warning says so.
 
     Raises:
-        ValueError: If nothing helps, naming the matrix.
-        MemoryError: If there is not enough memory, likewise.
+        ValueError: If it does not converge then either. The message names the matrix.
+        MemoryError: If there is not enough memory. The message names the matrix.
     """
     return eigenbases([covariance], [label])[0]
 
 
 def decomposed(covariance: Tensor, label: str) -> tuple[Eigenpairs, str]:
-    """Return eigenvectors as `eigenbasis` does, and what there is to warn of, without a warning.
+    """Decompose a matrix as `eigenbasis` does, but return the text of the warning with the result.
 
-    Rows that are zero, such as those of inputs that are never on, have unit vectors of their own.
-    `eigh` would mix them with whatever else has next to no variance, and steps in the eigenbasis
-    would then move weights of which nothing is known.
+    Rows of zeros, such as those of inputs that are always zero, get unit vectors as eigenvectors.
+    `eigh` would mix them with other directions that have almost no variance, and steps in the
+    eigenbasis would then move weights that the data say nothing about.
     """
     zero = _zero_rows(covariance)
     if not bool(zero.any()):
@@ -73,7 +73,7 @@ def decomposed(covariance: Tensor, label: str) -> tuple[Eigenpairs, str]:
 
 
 def _zero_rows(covariance: Tensor) -> Tensor:
-    """Return which rows, and columns, are zero in all groups, going by upper triangles."""
+    """Return which rows and columns are zero in all groups, according to the upper triangles."""
     zero = (covariance.diagonal(dim1=1, dim2=2) == 0).all(dim=0)
     if bool(zero.any()):
         # Squares may underflow where products do not.
@@ -103,12 +103,12 @@ def _decomposed(covariance: Tensor, label: str) -> tuple[Eigenpairs, str]:
 
 
 def _attempts(covariance: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield what to decompose, one after the other until it succeeds, and how to speak of it."""
+    """Yield the matrices to try in turn, each after a few words that describe it."""
     yield "", covariance
     covariance = covariance.double()
     yield "in float64", covariance
     diagonal = covariance.diagonal(dim1=1, dim2=2)
-    # Different for each entry: the same for all would leave the eigenvectors as they were.
+    # Different for each entry: one number for all would not change the eigenvectors.
     steps = torch.linspace(0, _JITTER, diagonal.shape[1], dtype=torch.float64)
     jitter = diagonal.mean(dim=1, keepdim=True) * steps.to(covariance.device)
     yield (
@@ -121,8 +121,8 @@ def eigenbases(covariances: Sequence[Tensor], labels: Sequence[str] | None = Non
     """Return the eigenvectors of several symmetric matrices, each as `eigenbasis` does.
 
     Args:
-        covariances: `[groups, d, d]` each; only upper triangles are looked at.
-        labels: What to call them in messages.
+        covariances: `[groups, d, d]` each; only upper triangles are read.
+        labels: Their names in messages.
     """
     return [pairs.vectors for pairs in eigenpairs(covariances, labels)]
 
@@ -132,12 +132,12 @@ def eigenpairs(
 ) -> list[Eigenpairs]:
     """Return eigenvalues and eigenvectors of several symmetric matrices.
 
-    On a CPU, one `eigh` gains little from further threads, but several can run at the same time.
-    Only matrices that are so large that all others would wait for them get all threads.
+    On a CPU, one `eigh` gains little from more threads, but several can run at the same time. A
+    matrix gets all threads only if it is so large that all others would have to wait for it.
 
     Args:
-        covariances: `[groups, d, d]` each; only upper triangles are looked at.
-        labels: What to call them in messages.
+        covariances: `[groups, d, d]` each; only upper triangles are read.
+        labels: Their names in messages.
     """
     found = _all_decomposed(covariances, labels or ["factor"] * len(covariances))
     for _, remark in found:
@@ -165,7 +165,7 @@ def _all_decomposed(
 
 
 def _gains_from_company(covariances: Sequence[Tensor], order: Sequence[int]) -> bool:
-    """Whether at least two of some matrices, the largest first, are worth a thread of their own."""
+    """Whether the two largest matrices, first in the order, are both worth a thread."""
     largest = [covariances[i] for i in order[:2]]
     return len(largest) == 2 and all(
         c.device.type == "cpu" and c.shape[1] >= _SMALLEST_IN_THREADS for c in largest
@@ -173,10 +173,10 @@ def _gains_from_company(covariances: Sequence[Tensor], order: Sequence[int]) -> 
 
 
 def _use_one_thread() -> None:
-    """Let the new thread that runs this compute by itself.
+    """Make the new thread that runs this compute without further threads.
 
-    `torch.set_num_threads` also sets the number with which all later threads of the process begin,
-    and those may be the user's. A helper thread, whose own number does not matter, restores it.
+    `torch.set_num_threads` also sets the number with which all later threads of the process start,
+    including the user's. A helper thread, whose own number does not matter, restores it.
     """
     with _SETTING_THREADS:
         inherited = torch.get_num_threads()

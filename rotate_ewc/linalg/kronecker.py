@@ -1,9 +1,9 @@
 """Rotations into and out of a Kronecker-factored eigenbasis, and the arithmetic of merging.
 
-One layout throughout. Data are `[groups, batch, shared, features]`: `groups` counts independent
-blocks of one parameter (the groups of a convolution, otherwise 1), `shared` the positions that
-share the parameter. Matrices are `[groups, d_out, d_in]`. A basis `[groups, d, rank]` holds
-orthonormal columns; None stands for the identity, which is never stored.
+All functions use one layout. Data are `[groups, batch, shared, features]`: `groups` counts the
+independent blocks of one parameter (the groups of a convolution, otherwise 1), and `shared` the
+positions that share the parameter. Matrices are `[groups, d_out, d_in]`. A basis `[groups, d,
+rank]` holds orthonormal columns; None stands for the identity, which is never stored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rotate_ewc.linalg.completion import CompletedBasis
 from rotate_ewc.linalg.eigh import eigenbasis
 
 Basis = Tensor | None
-# What a matrix is rotated with: a thin basis is completed first.
+# What can rotate a matrix. A thin basis is completed first.
 Rotation = Tensor | CompletedBasis | None
 
 
@@ -65,16 +65,16 @@ def _reflected_from_left(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _reflected_from_right(matrix: Tensor, left: Tensor, right: Tensor, own: bool) -> Tensor:
-    """Return `matrix (I - left right)`, for one matrix or K; in its place if it is our own."""
+    """Return `matrix (I - left right)`, for one matrix or K; overwrite one that is our own."""
     if matrix.ndim == 3:
-        # Half again as fast in place.
+        # In place, this is 1.5 times as fast.
         subtract = matrix.baddbmm_ if own else matrix.baddbmm
         return subtract(matrix @ left, right, alpha=-1)
     return matrix - from_right(from_right(matrix, left), right)
 
 
 def from_left(factor: Tensor, matrix: Tensor) -> Tensor:
-    """Return `factor @ matrix`, for K matrices in one product: K narrow ones take far longer."""
+    """Return `factor @ matrix`, for K matrices in one product: K narrow ones are far slower."""
     if matrix.ndim == 3:
         return factor @ matrix
     count, groups, rows, columns = matrix.shape
@@ -100,10 +100,10 @@ def merged_basis(
     Args:
         bases: One `[groups, d, rank_t]` for each operator; None is the identity.
         weights: `[groups, rank_t]`: the operators' eigenvalues summed over the other side.
-        label: What to call the sum in messages.
+        label: The name of the sum in messages.
 
     Returns:
-        `[groups, d, d]`, or None where every basis is the identity.
+        `[groups, d, d]`, or None if every basis is the identity.
     """
     present = [basis for basis in bases if basis is not None]
     if not present:
@@ -120,21 +120,23 @@ def merged_basis(
 
 @full_precision
 def overlaps(basis: Basis, size: int, new_basis: Basis, new_size: int) -> Basis:
-    """Return how much of each new direction lies along each old one, in squares.
+    """Return the squared inner products of new directions with old ones.
 
-    A thin side ends with its complement: its column has how much of a new direction lies in the
-    complement, and its row what a direction of the new complement has on average. Products with
-    the squares turn the eigenvalues of an operator into its diagonal in the new basis.
+    If the old basis is thin, one more column holds how much of each new direction lies in its
+    complement. If the new basis is thin, one more row holds the mean over the directions of its
+    complement. Products with these matrices turn the eigenvalues of an operator into its diagonal
+    in the new basis.
 
     Args:
         basis: The old basis `[groups, d or more, k]`, thin if k is less than d; None is the
             identity. Rows beyond d are zero.
-        size: d, for how many rows the operator was made; in those beyond it is zero.
+        size: d, the rows of the side that the operator covers; it is zero in all others.
         new_basis: The new basis `[groups, D, l]`; None is the identity.
         new_size: D, at least d.
 
     Returns:
-        `[groups, L, K]`, with one more than l and k where a side is thin; None where both are I.
+        `[groups, L, K]`: L is l, or l + 1 if the new basis is thin, and K is k, or k + 1 if the old
+        one is. None if both bases are the identity.
     """
     if new_basis is None:
         if basis is None:
@@ -155,7 +157,7 @@ def overlaps(basis: Basis, size: int, new_basis: Basis, new_size: int) -> Basis:
         counts[-1] = size - basis.shape[2]
     missing = (counts - found.sum(dim=1)).clamp_(min=0.0)
     if basis is not None:
-        # The norms of what is left, since differences of squares would leave rounding errors.
+        # Norms of the remainders: differences of squares would have larger rounding errors.
         left = basis - new_basis @ (new_basis.mT @ basis)
         missing[:, : basis.shape[2]] = left.square().sum(dim=1)
     missing /= new_size - new_basis.shape[2]
@@ -170,8 +172,8 @@ def project_eigenvalues(
 
     Args:
         gradient_overlaps: S_g of the side of the output gradients, from `overlaps`,
-            `[groups, L_out, K_out]`; None where it is the identity.
-        activation_overlaps: S_a, `[groups, L_in, K_in]`; None likewise.
+            `[groups, L_out, K_out]`; None if it is the identity.
+        activation_overlaps: S_a, `[groups, L_in, K_in]`; None if it is the identity.
         eigenvalues: Λ, `[groups, K_out, K_in]`.
 
     Returns:

@@ -1,16 +1,16 @@
-"""The eigenvalues in thin bases: squares in the kept directions, and sums over their complements.
+"""Eigenvalues in thin bases: squares in the kept directions, and sums over their complements.
 
-A thin basis has k of d orthonormal columns. Completed to a square one, it has
+A thin basis has k of d orthonormal columns. The results are
 
     Σ_n ((Q_gᵀ G_n Q_a)_ij)²
 
-in kept rows and columns, as in `rotate_ewc.linalg.eigenvalues`. Of all other rows together, and of
-all other columns, only the sum is found, in one more row and column at the end. Since a rotation
-changes no norm, no complement is needed: for a kept row i it is `Σ_n ‖u_iᵀ G_n‖²` less what the
-kept columns have of it, and for the corner `Σ_n ‖G_n‖²` less all others.
+in kept rows and columns, as in `rotate_ewc.linalg.eigenvalues`. One more row and one more column at
+the end hold the sums over all other rows and columns. They need no basis of the complement, because
+a rotation preserves norms: for a kept row i, the sum is `Σ_n ‖u_iᵀ G_n‖²` minus the kept entries of
+the row, and in the corner it is `Σ_n ‖G_n‖²` minus all other entries.
 
-A side that is not thin has a square basis or none, and all of its rows. Everything computes in the
-dtypes of its arguments: call it outside of `torch.autocast`.
+A side that is not thin has a square basis or none, and all of its rows. All functions compute in
+the dtypes of their arguments: call them outside of `torch.autocast`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rotate_ewc.linalg.kronecker import Basis
 
 
 class ThinRoute(Enum):
-    """Four equivalent ways from g and a to squares and their sums."""
+    """Four equivalent ways to compute squares and their sums from g and a."""
 
     SINGLE = "one position: products of squares"
     PAIRS = "few positions: products over pairs of positions"
@@ -46,12 +46,12 @@ class ThinRoute(Enum):
 
 @dataclass(frozen=True)
 class Side:
-    """What is made of the vectors of one side of some examples.
+    """The vectors of one side of some examples, expressed in a basis.
 
     Attributes:
         kept: The vectors in the basis, `[groups, n, shared, k]`.
-        rest: The inner products of what the basis leaves of them, `[groups, n, shared, shared]`;
-            None if the basis is not thin.
+        rest: The inner products of their remainders outside the basis, `[groups, n, shared,
+            shared]`; None if the basis is not thin.
     """
 
     kept: Tensor
@@ -67,11 +67,11 @@ class Side:
 
     @property
     def rows(self) -> int:
-        """K: the kept directions, and one for the others if there are any."""
+        """K: the number of kept directions, and one more if there are others."""
         return self.kept.shape[3] + (self.rest is not None)
 
     def split(self, size: int) -> Iterator[Side]:
-        """Cut the examples into chunks."""
+        """Split the examples into chunks."""
         kept = torch.split(self.kept, size, dim=1)
         rest = [None] * len(kept) if self.rest is None else torch.split(self.rest, size, dim=1)
         yield from map(Side, kept, rest)
@@ -84,10 +84,10 @@ class Side:
         return products
 
     def squares_with(self, other: Side) -> Tensor | None:
-        """Return `Σ ‖r_iᵀ G_n‖²`, `[groups, k]`, over what this basis leaves of the other side.
+        """Return `Σ_n ‖r_iᵀ G_n‖²`, `[groups, k]`, within the complement of this side's basis.
 
         Args:
-            other: The side, with k kept directions r_i.
+            other: The other side, with k kept directions r_i.
         """
         if self.rest is None:
             return None
@@ -95,22 +95,22 @@ class Side:
 
 
 def is_thin(basis: Basis) -> bool:
-    """Whether a basis keeps less than all directions."""
+    """Whether a basis keeps fewer than all directions."""
     return basis is not None and basis.shape[2] < basis.shape[1]
 
 
 def cheapest_thin_route(
     shared: int, sizes: tuple[int, int], ranks: tuple[int | None, int | None], num_vectors: int
 ) -> ThinRoute:
-    """Choose by counted cost, for one example and `num_vectors` output vectors.
+    """Choose the route with the lowest cost for one example and `num_vectors` output vectors.
 
-    As `rotate_ewc.linalg.eigenvalues.cheapest_route` counts: rotating a, and its inner products,
-    once for all output vectors, and elements that go through memory as well.
+    Costs are counted as in `rotate_ewc.linalg.eigenvalues.cheapest_route`: a is rotated, and its
+    inner products are computed, once for all output vectors. Memory traffic is counted too.
 
     Args:
         shared: S, the number of shared positions.
         sizes: `(d_out, d_in)`.
-        ranks: How many directions of each are kept; None where there is no basis.
+        ranks: How many directions of each side are kept; None if it has no basis.
         num_vectors: Number of output vectors.
     """
     if shared == 1:
@@ -139,7 +139,7 @@ def cheapest_thin_route(
 
 
 def squared_with_rest(gradients: Iterable[Tensor], basis: Basis) -> Tensor:
-    """Rotate the vectors of all output vectors, and sum their squares.
+    """Rotate the gradients of all output vectors, and sum their squares.
 
     Args:
         gradients: `[groups, batch, shared, d]` for every output vector; there is at least one.
@@ -158,7 +158,7 @@ def squared_with_rest(gradients: Iterable[Tensor], basis: Basis) -> Tensor:
 
 
 def _with_rest(vectors: Tensor, squares: Tensor) -> Tensor:
-    """Add to the squares of kept directions what vectors have besides."""
+    """Append the rest of each squared norm to the squares of the kept directions."""
     norms = torch.linalg.vector_norm(vectors, dim=3, keepdim=True).square()
     rest = (norms - squares.sum(dim=3, keepdim=True)).clamp_(min=0.0)
     return torch.cat([squares, rest], dim=3)
@@ -175,14 +175,14 @@ def summed_projections(
     """Sum squares of rotated per-example gradients over examples and output vectors.
 
     Args:
-        gradients: For every output vector the output gradients, `[groups, batch, shared, d_out]`;
+        gradients: The output gradients of every output vector, `[groups, batch, shared, d_out]`;
             there is at least one.
         activations: Layer inputs, `[groups, batch, shared, d_in]`.
         gradient_basis: `[groups, d_out, k_out]`; None is the identity.
-        activation_basis: `[groups, d_in, k_in]`; None likewise.
-        route: The way.
-        max_bytes: What the work on one chunk of examples may take (or on one example, if that
-            takes more).
+        activation_basis: `[groups, d_in, k_in]`; None is the identity.
+        route: How to compute it.
+        max_bytes: Bytes that the work on one chunk of examples may take (or on one example, if that
+            needs more).
 
     Returns:
         `[groups, K_out, K_in]`.
@@ -202,17 +202,17 @@ def summed_projections(
     total = next(found)
     for one in found:
         total.add_(one)
-    # What is the difference of nearly equal numbers may be less than nothing by rounding.
+    # The difference of nearly equal numbers may be negative by rounding.
     return total.clamp_(min=0.0)
 
 
 def summed_entries(gradients: Tensor, gradient_basis: Basis, activation_basis: Basis) -> Tensor:
-    """Sum squares of rotated per-example gradients that are known as a whole.
+    """Sum squares of rotated per-example gradients, given as whole matrices.
 
     Args:
         gradients: `[groups, n, d_out, d_in]`.
         gradient_basis: `[groups, d_out, k_out]`; None is the identity.
-        activation_basis: `[groups, d_in, k_in]`; None likewise.
+        activation_basis: `[groups, d_in, k_in]`; None is the identity.
 
     Returns:
         `[groups, K_out, K_in]`.
@@ -232,14 +232,14 @@ def summed_entries(gradients: Tensor, gradient_basis: Basis, activation_basis: B
 
 
 def summed_lookups(gradients: Tensor, indices: Tensor, vocabulary: int, basis: Tensor) -> Tensor:
-    """Sum squares of rotated gradients of rows looked up.
+    """Sum squares of rotated gradients of looked-up rows.
 
-    As `rotate_ewc.linalg.eigenvalues.squared_lookups`, but what an example adds to a row is rotated
-    once it is summed.
+    Like `rotate_ewc.linalg.eigenvalues.squared_lookups`, but the sum of all that an example adds to
+    a row is rotated.
 
     Args:
         gradients: `[n, shared, d]`.
-        indices: `[n, shared]`; negative ones count nothing.
+        indices: `[n, shared]`; negative ones are ignored.
         vocabulary: Number of rows.
         basis: A thin basis, `[1, d, k]`.
 
@@ -253,7 +253,7 @@ def summed_lookups(gradients: Tensor, indices: Tensor, vocabulary: int, basis: T
 
 
 def thinned(squares: Tensor, rank: int, thinner: int, size: int) -> Tensor:
-    """Keep only the last of some kept directions, and add the others to the rest.
+    """Keep only the last `thinner` of the kept directions, and add the others to the rest.
 
     Args:
         squares: `[groups, K, *]`: sums of squares. Each of the first `rank` rows is for one
@@ -291,7 +291,7 @@ def _whole_examples(
     activation_basis: Basis,
     max_bytes: int | None,
 ) -> Tensor:
-    """Make whole per-example gradients; only square bases may be cheaper to take before that."""
+    """Compute whole per-example gradients, after rotating by square bases if that is cheaper."""
     shared, d_out, d_in = gradients.shape[2], gradients.shape[3], activations.shape[3]
     if not is_thin(gradient_basis) and shared < d_in:
         gradients, gradient_basis = rotate(gradients, gradient_basis), None
@@ -310,10 +310,10 @@ def _whole_examples(
 
 
 def _pair_products(gradients: Side, activations: Side, max_bytes: int | None) -> Tensor:
-    """Write the square out over pairs of positions s ≤ t.
+    """Expand the square over pairs of positions s ≤ t.
 
-    With `r_st` the inner product of what a basis leaves of the vectors at s and t, the sum over the
-    complement is `Σ_{s,t} r_st (a_sj a_tj)`: one more entry of each pair.
+    The sum over the complement of a basis is `Σ_{s,t} r_st (a_sj a_tj)`, one more entry for each
+    pair. Here `r_st` is the inner product of the remainders of the vectors at s and t.
     """
     shared = gradients.kept.shape[2]
     first, second = torch.triu_indices(shared, shared, device=gradients.kept.device)
@@ -329,7 +329,7 @@ def _pair_products(gradients: Side, activations: Side, max_bytes: int | None) ->
 
 
 def _gram_products(gradients: Side, activations: Side, max_bytes: int | None) -> Tensor:
-    """Make per-example gradients of kept directions alone; the rest is in the inner products."""
+    """Compute per-example gradients in kept directions only; inner products give the rest."""
     kept = example_products(gradients.kept, activations.kept, max_bytes=max_bytes)
     groups, k_out, k_in = kept.shape
     total = kept.new_zeros(groups, gradients.rows, activations.rows)

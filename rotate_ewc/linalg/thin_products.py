@@ -1,8 +1,9 @@
-"""Products with the matrix of a thin block that use the kept directions and nothing else.
+"""Products with the matrix of a thin block, computed from the kept directions alone.
 
-What a thin basis U does not keep is one projection, `I - U Uᵀ`, on which the matrix is a multiple
-of the identity for each direction of the other side. So the complement needs no basis, and each way
-a side of d entries costs `2 d k` operations for a vector, half of what a completed basis would.
+On the complement of a thin basis U, whose projection is `I - U Uᵀ`, the matrix is a multiple of the
+identity for each direction of the other side. So the complement needs no basis. A rotation of a
+vector with d entries into or out of the basis costs `2 d k` operations, half as many as with a
+completed basis.
 """
 
 from __future__ import annotations
@@ -24,26 +25,27 @@ class ThinProducts(ABC):
 
     @abstractmethod
     def form(self, matrix: Tensor) -> tuple[Tensor, Parts]:
-        """Return `⟨D, F D⟩`, and what `product` makes F D of.
+        """Return `⟨D, F D⟩`, and the parts from which `product` computes F D.
 
         Args:
             matrix: D, `[groups, d_out, d_in]`, or K of them.
 
         Returns:
-            The value for each group, `[groups]`, or for each of the K and group; and two tensors.
+            The value for each group, `[groups]`, or for each matrix and group, `[K, groups]`; and
+            two tensors.
         """
 
     @abstractmethod
     def product(self, matrix: Tensor, parts: Parts) -> Tensor:
-        """Return F D, given D and what `form` has returned for it."""
+        """Return F D, given D and the parts that `form` returned for it."""
 
 
 @dataclass(frozen=True, eq=False)
 class BothThin(ThinProducts):
     """Both sides are thin.
 
-    With `C = Uᵀ D V`, `P = Uᵀ D - C Vᵀ` and `R = D V - U C` (what is kept of one side and not of
-    the other), eigenvalues A, c, r for these and m for all that is left,
+    With `C = Uᵀ D V`, with `P = Uᵀ D - C Vᵀ` and `R = D V - U C` (kept on one side only), with
+    their eigenvalues A, c, r, and with the eigenvalue m of the rest,
 
         ⟨D, F D⟩ = Σ A ∘ C² + Σ c ∘ P² + Σ r ∘ R² + m (‖D‖² - ‖C‖² - ‖P‖² - ‖R‖²)
         F D = m D + U ((A - m) ∘ C Vᵀ + (c - m) ∘ P) + ((r - m) ∘ R) Vᵀ
@@ -73,7 +75,7 @@ class BothThin(ThinProducts):
             _square(both, kept)
             + _square(of_outputs, column)
             + _square(of_inputs, row)
-            # A difference of nearly equal numbers may be less than nothing by rounding.
+            # The difference of nearly equal numbers may be negative by rounding.
             + corner[:, 0, 0] * rest.clamp(min=0.0)
         )
         left = from_right((kept - corner) * both, v.mT) + (column - corner) * of_outputs
@@ -93,7 +95,7 @@ class BothThin(ThinProducts):
 
 @dataclass(frozen=True, eq=False)
 class InputsThin(ThinProducts):
-    """The side of the inputs is thin, that of the outputs is whole.
+    """The input side is thin, the output side is whole.
 
     With `C = Qᵀ D V`, the means c over the complement and `M = Q diag(c) Qᵀ`,
 
@@ -114,7 +116,7 @@ class InputsThin(ThinProducts):
     @classmethod
     @full_precision
     def of(cls, basis: Basis, thin_basis: Tensor, eigenvalues: Tensor) -> InputsThin:
-        """Return it for a block's bases and eigenvalues."""
+        """Create it from the bases and eigenvalues of a block."""
         column = eigenvalues[:, :, -1:]
         means = column if basis is None else (basis * column.mT) @ basis.mT
         return cls(basis, means, thin_basis, eigenvalues)
@@ -128,7 +130,7 @@ class InputsThin(ThinProducts):
             spread = self.means * matrix
         else:
             spread, both = from_left(self.means, matrix), from_left(self.basis.mT, both)
-        # A difference of nearly equal numbers may be less than nothing by rounding.
+        # The difference of nearly equal numbers may be negative by rounding.
         rest = (_inner(matrix, spread) - _square(both, column)).clamp(min=0.0)
         left = (kept - column) * both
         if self.basis is not None:
@@ -146,10 +148,10 @@ class InputsThin(ThinProducts):
 
 @dataclass(frozen=True, eq=False)
 class OutputsThin(ThinProducts):
-    """The side of the outputs is thin, that of the inputs is whole: the same, transposed.
+    """The output side is thin, the input side is whole: `InputsThin`, transposed.
 
     Attributes:
-        mirrored: Of the transposed block.
+        mirrored: The products of the transposed block.
     """
 
     mirrored: InputsThin
@@ -166,7 +168,7 @@ class OutputsThin(ThinProducts):
 def thin_products(
     gradient_basis: Basis, activation_basis: Basis, eigenvalues: Tensor
 ) -> ThinProducts:
-    """Return the products of a block that is thin on one side or on both, as `Block` has them."""
+    """Return the products for the bases and eigenvalues of a block with one or two thin sides."""
     # A caller may be in inference mode, whose tensors cannot be used outside of it.
     with torch.inference_mode(False), torch.no_grad():
         if activation_basis is None or not _is_thin(activation_basis):
@@ -184,10 +186,10 @@ def _is_thin(basis: Tensor) -> bool:
 
 
 def _square(matrix: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the sum of squares of each matrix, perhaps weighted."""
+    """Return the sum of squares of each matrix, weighted if there are weights."""
     return _inner(matrix, matrix if weights is None else weights * matrix)
 
 
 def _inner(first: Tensor, second: Tensor) -> Tensor:
-    """Return the inner product of each of some matrices with another one."""
+    """Return the inner products of pairs of matrices."""
     return (first * second).sum(dim=(-2, -1))

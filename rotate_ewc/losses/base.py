@@ -1,14 +1,14 @@
-"""What a loss must tell: the vectors whose outer products make the Fisher matrix.
+"""What a loss must provide: vectors whose outer products sum to the Fisher matrix.
 
 A loss is the negative log-likelihood of a distribution over labels. For a batch of outputs f, a
 likelihood yields vectors v of the shape of f such that, for each example n,
 
     Σ_v v_n v_nᵀ  =  Hessian of the example's summed loss with respect to f_n
 
-exactly (`FisherType.TYPE2`) or in expectation (`FisherType.MC`, and `FisherType.EMPIRICAL` where
-the labels given are as if drawn from the model). Back-propagating the vectors gives per-example
-gradients whose outer products sum to the Fisher matrix of the summed loss; dividing by the sum of
-the *terms*, which is what the reduction `mean` divides by, gives that of the mean.
+exactly (`FisherType.TYPE2`) or in expectation (`FisherType.MC`, and `FisherType.EMPIRICAL` if the
+given labels are distributed as the model predicts). Back-propagating the vectors gives per-example
+gradients whose outer products sum to the Fisher matrix of the summed loss. Dividing it by the sum
+of the *terms*, by which the reduction `mean` divides, gives the matrix of the mean loss.
 """
 
 from __future__ import annotations
@@ -97,12 +97,12 @@ class Likelihood(ABC):
 
     @property
     def final_reduction(self) -> str:
-        """The reduction, as known after all data have been seen."""
+        """The reduction, once all data have been seen."""
         return self.reduction
 
     @property
     def current(self) -> Likelihood:
-        """The likelihood of outputs with the structure of those of the last forward pass."""
+        """The likelihood for outputs of the same structure as in the last forward pass."""
         return self
 
     def packing_forward(self, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -143,7 +143,7 @@ class Likelihood(ABC):
 
     def num_terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return what a batch adds to the number that `mean` divides by, a scalar."""
-        # Counted in float32 or better: half precision does not know 257.
+        # Counted in float32 or better: bfloat16 cannot represent 257.
         return self.terms(outputs.to(statistics_dtype(outputs.dtype)), targets).sum()
 
     def relative_entropies(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
@@ -169,7 +169,7 @@ class Likelihood(ABC):
 
     @property
     def has_distribution(self) -> bool:
-        """Whether more than gradients of the loss are known."""
+        """Whether the distribution of labels is known, and not only gradients of the loss."""
         return True
 
     @property
@@ -202,7 +202,7 @@ class Likelihood(ABC):
 
     @property
     def observed(self) -> dict[str, Any]:
-        """What the batches so far have shown about the loss, by names for messages."""
+        """What is known about the loss from the batches so far, by names for messages."""
         return {}
 
     def take_over(self, observed: Mapping[str, Any]) -> None:
@@ -243,19 +243,20 @@ class Likelihood(ABC):
     ) -> Iterator[Tensor]:
         """Yield the vectors to back-propagate, each of the shape of the outputs.
 
-        They belong to the summed loss `L = Σ_n L_n`, whatever the reduction: the mean loss is L
-        over the sum M of the terms, and so its matrix is `Σ_n E[∇L_n ∇L_nᵀ] / M`, however the terms
-        are spread over the examples. `FisherType.EMPIRICAL` takes the labels given instead of the
-        expectation. On labels drawn from the model all Fisher types agree, since the terms of an
-        example then have independent gradients of mean zero. With weights or smoothed labels a loss
-        is no log-likelihood, and they differ: `EMPIRICAL` has the squares of the weights.
+        They belong to the summed loss `L = Σ_n L_n`, whatever the reduction. The mean loss is L
+        divided by the sum M of the terms, so its matrix is `Σ_n E[∇L_n ∇L_nᵀ] / M`, however the
+        terms are distributed among the examples. `FisherType.EMPIRICAL` uses the given labels
+        instead of the expectation. For labels drawn from the model, all Fisher types agree in
+        expectation, because the terms of an example then have independent gradients of mean zero.
+        With weights or smoothed labels, a loss is not a log-likelihood and the types differ:
+        `EMPIRICAL` contains the squares of the weights.
         """
         if fisher_type is FisherType.TYPE2:
             yield from self.exact_vectors(outputs, targets, num_examples)
         elif fisher_type is FisherType.MC:
             drawn: Callable[..., Tensor] = self.sampled_vector
             if "torch._dynamo" in sys.modules:
-                # An estimate may be called from what is compiled, which knows no other generators.
+                # The caller may be compiled; torch.compile supports only the default generator.
                 disable: Callable[[Any], Any] = torch.compiler.disable
                 drawn = disable(drawn)
             for _ in range(mc_samples):
@@ -274,5 +275,5 @@ def non_negative(loss: str, option: str, value: Tensor | None) -> Tensor | None:
 
 
 def shape_of(tensor: Tensor) -> str:
-    """Return a tensor's shape as messages show it."""
+    """Format a tensor's shape for messages."""
     return str(list(tensor.shape))

@@ -1,4 +1,4 @@
-"""From a loss, as users write it, to its likelihood."""
+"""Find the likelihood behind a loss."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _FUNCTIONS: Final[dict[Any, type[nn.Module]]] = {
     F.smooth_l1_loss: nn.SmoothL1Loss,
     F.poisson_nll_loss: nn.PoissonNLLLoss,
 }
-"""The modules that do the same as a function of torch, with the same options."""
+"""Functions of torch, with the modules that do the same with the same options."""
 
 
 def register_likelihood(loss: type | Callable[..., Any], factory: Factory) -> None:
@@ -75,12 +75,12 @@ def likelihood_of(
     Args:
         loss_func: A loss that is built in, as a module or as the function of `torch.nn.functional`
             (also in a `functools.partial` with options by keyword), or one that was registered.
-        fisher_type: What it is for.
+        fisher_type: The Fisher type that it has to serve.
 
     Raises:
         ValueError: If the loss's reduction or one of its options is not supported.
         TypeError: If the distribution behind the loss is not known, and the Fisher type needs it;
-            or if a registered factory returns something else than a `Likelihood`.
+            or if a registered factory returns something other than a `Likelihood`.
     """
     if not callable(loss_func):
         raise TypeError(f"loss_func is {loss_func!r}; expected a loss")
@@ -95,7 +95,7 @@ def likelihood_of(
 
 
 def _likelihood(loss_func: Callable[..., Any]) -> Likelihood | None:
-    """Ask the loss's factory, if there is one; None if a part of the loss is not known."""
+    """Return what the loss's factory makes; None if a part of the loss is not known."""
     if type(loss_func) is SumOfLosses:
         parts = {key: _likelihood(part) for key, part in loss_func.losses.items()}
         return Heads.of(loss_func, parts)
@@ -113,7 +113,7 @@ def _likelihood(loss_func: Callable[..., Any]) -> Likelihood | None:
 
 
 def _factory(loss_func: Callable[..., Any]) -> Factory | None:
-    """Return what was registered for a loss, for its class, or for one whose `forward` it has."""
+    """Return the factory of a loss, of its class, or of a class whose `forward` it inherits."""
     if not isinstance(loss_func, nn.Module):
         try:
             return _FACTORIES.get(loss_func) or _FACTORIES.get(type(loss_func))
@@ -128,7 +128,7 @@ def _factory(loss_func: Callable[..., Any]) -> Factory | None:
 
 
 def _as_module(loss_func: Callable[..., Any]) -> nn.Module | None:
-    """Return the module that does the same as a function of torch, or as a `partial` of it."""
+    """Return the module for a function of torch, or a `partial` of it; None if there is none."""
     options: dict[str, Any] = {}
     function: Any = loss_func
     if isinstance(loss_func, partial):
@@ -161,7 +161,7 @@ def _checked(likelihood: Likelihood) -> Likelihood:
 
 
 def name_of(loss_func: Callable[..., Any]) -> str:
-    """Return what a loss is called in messages."""
+    """Return the name of a loss for messages."""
     if isinstance(loss_func, nn.Module):
         return type(loss_func).__name__
     if isinstance(loss_func, (EmpiricalLoss, ModelLoss)):

@@ -1,15 +1,16 @@
-"""How far an optimizer goes for a gradient of one: a rule for each class, in one table.
+"""Step sizes of optimizers: a rule for each class, in one table.
 
-The proximal step after an optimizer's own is exact, and rests where the gradients of loss and
-penalty cancel, if it knows the optimizer's step size η of every coordinate: where the gradient g is
-constant for long, a step is to be η g. With μ the momentum, d the dampening, v the average of
-squared gradients, t the number of steps, all as the step has left them:
+A proximal step follows each step of the optimizer. It must know the optimizer's step size η in
+every coordinate: a gradient g that has been constant for long leads to steps of η g. Then the
+proximal step is exact, and it comes to rest where the gradients of loss and penalty cancel. In the
+table, μ is the momentum, d the dampening, v the average of squared gradients, and t the number of
+steps, all with their values after the step:
 
 | optimizer | η |
 |---|---|
 | SGD | `lr (1 - d) / (1 - μ)`, for all coordinates |
 | Adam, AdamW | `lr / (√(v / (1 - β₂ᵗ)) + ε)`; with amsgrad, v is its maximum |
-| NAdam | that of Adam, times what the averages of g, and g itself, weigh together |
+| NAdam | that of Adam, times the sum of the weights of g and of its average |
 | RAdam | that of Adam, rectified; in the first steps `lr` |
 | Adamax | `lr / u`, u the decaying maximum of absolute gradients |
 | Adagrad | `lr / (1 + (t - 1) decay) / (√v + ε)`, v the sum of squared gradients |

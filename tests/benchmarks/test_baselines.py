@@ -111,7 +111,7 @@ def test_examples_are_drawn_for_each_task_and_alike_for_each_seed() -> None:
 
     def drawn(samples: int | None, seed: int, task: int) -> list[float]:
         examples = Examples(strategy, samples=samples, seed=seed, task=task)
-        values: list[float] = torch.cat([batch.inputs for batch in examples]).squeeze(1).tolist()
+        values: list[float] = torch.cat([inputs for inputs, _ in examples]).squeeze(1).tolist()
         assert len(examples) == len(set(values)) == len(values)
         return values
 

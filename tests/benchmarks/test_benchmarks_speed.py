@@ -16,9 +16,9 @@ from benchmarks.speed.cases import build
 from benchmarks.speed.command import Options, run
 from benchmarks.speed.contenders import BY_NAME
 from benchmarks.speed.floor import describe_layers, necessary
-from benchmarks.speed.names import Combination, combinations, contenders_of
+from benchmarks.speed.measuring import WARM_UPS, median_ratio, time_in_rounds, turns
+from benchmarks.speed.names import combinations, contenders_of
 from benchmarks.speed.results import Estimation
-from benchmarks.speed.rounds import WARM_UPS, median_ratio, time_in_rounds, turns
 from rotate_ewc.linalg.truncation import truncation_of
 from tests.benchmarks.helpers import refused
 
@@ -87,7 +87,7 @@ def test_contenders_take_turns_and_every_other_round_is_backwards() -> None:
 
 def test_a_round_is_the_median_of_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([[0.5, 0.1, 0.2], [1.0, 9.0, 1.0]])
-    monkeypatch.setattr("benchmarks.speed.rounds.timeit.repeat", lambda *_, **__: next(found))
+    monkeypatch.setattr("benchmarks.speed.measuring.timeit.repeat", lambda *_, **__: next(found))
     assert time_in_rounds({"work": bool}, rounds=2, repetitions=3) == {"work": [0.2, 1.0]}
 
 
@@ -150,7 +150,7 @@ def test_a_vocabulary_head_is_run_and_not_estimated() -> None:
 def test_what_is_measured_by_default() -> None:
     everything = combinations(Options().cases, None)
     assert len(everything) == 2 * len(names.CASES) - 2
-    assert not {Combination("e", "type2"), Combination("f", "type2")} & set(everything)
+    assert not {("e", "type2"), ("f", "type2")} & set(everything)
     assert combinations(("e", "a"), ("type2",)) == [("e", "type2"), ("a", "type2")]
     small = contenders_of("a", Options().contenders)
     assert names.CURVLINOPS in small

@@ -11,14 +11,23 @@ from rich.console import Console
 
 from benchmarks.command import CommandError
 from benchmarks.speed import book as book_module
-from benchmarks.speed import names, worker
+from benchmarks.speed import estimation, names
 from benchmarks.speed.book import Book
 from benchmarks.speed.cases import Estimate, Workload
 from benchmarks.speed.contenders import BY_NAME, Contender, Kind
-from benchmarks.speed.estimation import QUICK_TOLERANCES, TOLERANCES, compare, result_of
+from benchmarks.speed.estimation import (
+    QUICK_TOLERANCES,
+    TOLERANCES,
+    Entry,
+    Reply,
+    compare,
+    finite,
+    in_one_line,
+    new_process,
+    result_of,
+)
 from benchmarks.speed.figure import draw
-from benchmarks.speed.machine import peak_growth
-from benchmarks.speed.names import Combination
+from benchmarks.speed.measuring import peak_growth
 from benchmarks.speed.report import estimation_table, floor_line
 from benchmarks.speed.results import (
     MEASURED,
@@ -28,11 +37,10 @@ from benchmarks.speed.results import (
     Estimation,
     Result,
 )
-from benchmarks.speed.worker import Entry, Reply, finite, in_one_line, new_process
 
 
 def result(name: str, seconds: list[float], *traces: float, memory: int = 2**20) -> Result:
-    kind = BY_NAME[name].kind.value
+    kind = BY_NAME[name].kind
     return Result(name, MEASURED, "", seconds, list(traces), "1", kind, memory)
 
 
@@ -43,8 +51,8 @@ def record() -> Estimation:
         result(names.EVERYTHING, [2.0, 2.0, 2.0], 12.0),
         result(names.CURVLINOPS, [2.0, 6.0, 4.0], 10.05, memory=2**19),
         result(names.NNGEOMETRY, [0.1, 0.1, 0.1], 5.0, memory=1),
-        Result(names.LAPLACE, REFUSED, "TypeError: no [such] thing", kind=Kind.OTHER.value),
-        Result(names.AVALANCHE, MISSING, kind=Kind.OTHER.value),
+        Result(names.LAPLACE, REFUSED, "TypeError: no [such] thing", kind=Kind.OTHER),
+        Result(names.AVALANCHE, MISSING, kind=Kind.OTHER),
         result(names.PLAIN, [0.5, 0.5, 0.5]),
     ]
     return Estimation(
@@ -186,7 +194,7 @@ def test_whoever_fails_is_refused_with_the_reason(entry: Entry) -> None:
     entry.replies.extend([Reply(trace=1.0), Reply(problem="ValueError: no")])
     refused = result_of(entry.contender, entry)
     assert (refused.status, refused.message, refused.seconds) == (REFUSED, "ValueError: no", [])
-    entry.ask(worker.estimate, 1)
+    entry.ask(estimation.estimate, 1)
     assert len(entry.replies) == 2, "who is out is not asked again"
 
 
@@ -203,7 +211,7 @@ def served(monkeypatch: pytest.MonkeyPatch, estimate: Estimate) -> Reply:
         return estimate
 
     monkeypatch.setattr(Contender, "prepare", prepare)
-    return worker.start(names.OURS, Combination("a", "mc"), 0.05, True)
+    return estimation.answer(estimation.start, names.OURS, ("a", "mc"), 0.05, True)
 
 
 def test_an_estimation_is_done_once_for_memory_and_then_for_every_seed(
@@ -212,7 +220,7 @@ def test_an_estimation_is_done_once_for_memory_and_then_for_every_seed(
     first = served(monkeypatch, float)
     assert (first.trace, first.problem) == (0.0, None)
     assert first.memory is not None
-    second = worker.estimate(7)
+    second = estimation.estimate(7)
     assert (second.trace, second.memory) == (7.0, None)
     assert second.seconds > 0
 

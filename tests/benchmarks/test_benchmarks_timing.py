@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.timing import Stopwatch, time_callback
+from benchmarks.experiment import Stopwatch, time_callback
 
 CPU = torch.device("cpu")
 

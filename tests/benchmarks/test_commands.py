@@ -18,8 +18,8 @@ from benchmarks.data import ImageData
 from benchmarks.methods import DEFAULT_METHODS
 from benchmarks.permuted_mnist import Options, variants
 from benchmarks.results import Job, Record
-from benchmarks.suite import pool as pool_module
 from benchmarks.suite import run as run_module
+from benchmarks.suite import sweep as sweep_module
 from tests.benchmarks.helpers import make_record, refused
 
 ELSEWHERE = ("speed", "speed-penalty", "peers")
@@ -245,7 +245,7 @@ class Runs:
 def runs(monkeypatch: pytest.MonkeyPatch, tiny_images: ImageData) -> Runs:
     found = Runs()
 
-    monkeypatch.setattr(pool_module, "_run", found)
+    monkeypatch.setattr(sweep_module, "_run", found)
     monkeypatch.setattr(data_sets, "load_images", lambda root: replace(tiny_images))
     monkeypatch.setattr(
         data_sets, "load_folder", lambda folder: replace(tiny_images, source=folder.name)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks import experiment
+from benchmarks.command import versions
 from benchmarks.configuration import Configuration
 from benchmarks.data import ImageData
 from benchmarks.experiment import (
@@ -37,7 +38,6 @@ from benchmarks.methods import (
 from benchmarks.results import Record
 from benchmarks.scenarios import PermutedImages, RotatedImages, SplitImages
 from benchmarks.speed.networks import perceptron
-from benchmarks.versions import versions
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.integrations import avalanche
 from rotate_ewc.integrations.avalanche import RotatedEWCPlugin

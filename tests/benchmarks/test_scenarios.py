@@ -107,7 +107,7 @@ def test_joint_training_has_every_image_of_every_task(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
     scenario = request.getfixturevalue(kind)
-    joint = scenario.joint_training_set()
+    joint = scenario.training_sets(jointly=True)[0]
     assert len(joint) == 80
     for task, dataset in enumerate(scenario.training_sets()):
         for index in range(20):
@@ -125,7 +125,7 @@ def test_experiences_hold_the_tasks_in_order(permuted: PermutedImages) -> None:
         assert labels.tolist() == list(experience.dataset.targets) == list(dataset.targets)
     (joint,) = training_experiences(permuted, jointly=True)
     assert len(joint.dataset) == 80
-    assert torch.equal(joint.dataset[45][0], permuted.joint_training_set()[45][0])
+    assert torch.equal(joint.dataset[45][0], permuted.training_sets(jointly=True)[0][45][0])
 
 
 def test_angles_depend_on_the_seed_alone(drawn_images: ImageData, rotated: RotatedImages) -> None:
@@ -191,7 +191,7 @@ def test_every_image_is_in_the_task_of_its_class(tiny_images: ImageData, increme
 @increments
 def test_the_joint_set_is_all_training_sets(tiny_images: ImageData, increment: str) -> None:
     scenario = SplitImages(tiny_images, 5, increment)
-    joint = scenario.joint_training_set()
+    joint = scenario.training_sets(jointly=True)[0]
     separate = [example for dataset in scenario.training_sets() for example in dataset]
     assert len(joint) == len(separate) == 20
     for (pixels, label), (other, expected) in zip(joint, separate, strict=True):

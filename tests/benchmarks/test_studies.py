@@ -113,8 +113,7 @@ def test_ratios_of_processes() -> None:
     alone = Share(10.0, [(2, 1.0), (3, 3.0), (2, 2.0)], 0)
     together = [Share(5.0, [(3, 3.0)], 100), Share(5.0, [(2, 1.0), (2, 2.0)], 300)]
     case = Case("a", [alone], [together])
-    assert (case.speedup(), case.speedup_of_passes()) == (2.0, 2.0)
-    assert case.speedup_of_decompositions() == 2.0
+    assert case.speedups() == (2.0, 2.0, 2.0)
     assert case.exchanged() == 300
     # Four: a second of passes, three of the largest decomposition, and one for what is exchanged.
     assert case.planned(4, 300.0) == pytest.approx(10.0 / 5.0)

@@ -14,11 +14,10 @@ import pytest
 from benchmarks.configuration import Configuration
 from benchmarks.methods import METHODS, Variant
 from benchmarks.results import Job, Record, load, load_all, save
-from benchmarks.suite import pool as pool_module
+from benchmarks.suite import sweep as sweep_module
 from benchmarks.suite.outcome import experiments, interval_within
-from benchmarks.suite.pool import Pool
 from benchmarks.suite.run import orderings
-from benchmarks.suite.sweep import Search, Sweep
+from benchmarks.suite.sweep import Pool, Search, Sweep
 from tests.benchmarks.helpers import make_record
 
 SEARCHED = tuple(name for name, method in METHODS.items() if method.default_strength is not None)
@@ -315,7 +314,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
             raise RuntimeError("no luck")
         return flat(job.variant.label, 0.5, seed=job.seed)
 
-    monkeypatch.setattr(pool_module, "_run", pretend)
+    monkeypatch.setattr(sweep_module, "_run", pretend)
     return found
 
 

@@ -13,8 +13,8 @@ from benchmarks.__main__ import main
 from benchmarks.text import language, networks, pretraining, tasks
 from benchmarks.text.command import METHOD_NAMES
 from benchmarks.text.methods import EWC, L2, LwF, Replay
-from benchmarks.text.records import Records
-from benchmarks.text.similarity import kept_order, names_found
+from benchmarks.text.networks import kept_order, names_found
+from benchmarks.text.protocol import Records
 from benchmarks.text.stream import scores
 from benchmarks.text.tasks import Part
 from benchmarks.text.texts import docstrings, prose_and_code, read_set

@@ -96,7 +96,10 @@ BAD_OPERATORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
         'format is "rotate_ewc.operator/2"; expected .* later version',
     ),
     "format without a name": (in_header("h['format'] = 2"), "format is 2; expected"),
-    "unknown field": (in_header("h['more'] = 1"), "'header': .* unknown field `more`"),
+    "unknown field": (
+        in_header("h['more'] = 1"),
+        "'header': .* unknown field `more`: load an unchanged copy, or save the snapshot again$",
+    ),
     "unknown field of a block": (
         in_header("h['blocks'][1]['more'] = 1"),
         r"at 'blocks\[1\]': .* unknown field `more`",
@@ -124,7 +127,7 @@ BAD_OPERATORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
     ),
     "additional parameter": (
         in_header("h['blocks'][1]['parameters'][1] = '9.bias'; del h['parameters']['1.bias']"),
-        "'9.bias' is in a block, but not among the parameters",
+        "'9.bias' is in a block, but not among the parameters; expected it in both: load an ",
     ),
     "same label": (
         in_header(
@@ -169,7 +172,7 @@ BAD_OPERATORS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
     ),
     "weight that does not fit": (
         in_header("h['parameters']['0.weight'] = [6, 5]"),
-        r"block '0.weight' has shape \(1, 6, 4\), which does not fit .* \[\(6, 5\)\]",
+        r"block '0.weight' has shape \(1, 6, 4\), .* \[\(6, 5\)\]; expected as many .*: load an ",
     ),
     "bias that does not fit": (
         in_header("h['parameters']['1.bias'] = [4]"),
@@ -244,7 +247,10 @@ BAD_PENALTIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None],
         r"has -1 at 'terms\[1\].weight': Expected `float` >= 0",
     ),
     "weight is NaN": (in_header("h['terms'][0]['weight'] = float('nan')"), "'header' is not JSON"),
-    "infinite weight": (in_header("h['terms'][0]['weight'] = 1e999"), "'header' is not JSON"),
+    "infinite weight": (
+        in_header("h['terms'][0]['weight'] = 1e999"),
+        "'header' is not JSON: .*; expected JSON text: load an unchanged copy",
+    ),
     "huge weight": (in_header("h['terms'][0]['weight'] = 1e300"), "term '0/'.* overflow"),
     "huger weight": (
         in_header("h['terms'][0]['weight'] = 10**400"),

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from benchmarks.command import version_of
 from benchmarks.peers.exact import DenseMatrix
 from benchmarks.peers.problem import Fisher, Problem
 from benchmarks.peers.verdict import BlockEstimate, NotOffered, Structure
 from benchmarks.speed.cases import Estimate, Form, Workload
-from benchmarks.versions import version_of
 
 
 @dataclass(frozen=True)

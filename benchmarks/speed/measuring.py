@@ -1,4 +1,7 @@
-"""How fast this machine is, and how much memory a piece of work takes."""
+"""How long work takes and how much memory, and how fast this machine is.
+
+What is to be compared takes turns, so that a machine's moods hit all alike.
+"""
 
 import contextlib
 import ctypes
@@ -6,20 +9,23 @@ import gc
 import resource
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+import timeit
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TypeVar
 
 import torch
+from tqdm import tqdm
 
+Name = TypeVar("Name")
 Value = TypeVar("Value")
 
 # The products [m, k] x [k, n] whose rate is measured; the best of them makes the floor.
 SHAPES = ((2048, 1024, 1024), (16_000, 576, 576))
 LONG_ENOUGH = 0.5  # seconds for one measurement
-REPETITIONS = 5
+REPETITIONS, WARM_UPS = 5, 3
 STATUS_FILE, CLEAR_FILE = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
 KIBIBYTE = 2**10
@@ -89,3 +95,37 @@ def peak_since_start() -> int:
     """The highest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * KIBIBYTE
+
+
+def turns(contenders: Sequence[Name], rounds: int) -> Iterator[tuple[int, Name]]:
+    """Whose turn it is in which round, from 1.
+
+    Every other round runs backwards, so that a steady drift favours nobody.
+    """
+    for number in range(1, rounds + 1):
+        for name in contenders if number % 2 else reversed(contenders):
+            yield number, name
+
+
+def time_in_rounds(
+    contenders: Mapping[Name, Callable[[], object]],
+    *,
+    rounds: int,
+    repetitions: int,
+    warm_ups: int = WARM_UPS,
+) -> dict[Name, list[float]]:
+    """Time all contenders in every round, within this process."""
+    medians: dict[Name, list[float]] = {name: [] for name in contenders}
+    total = rounds * len(contenders)
+    # disable=None: no bar unless standard error is a terminal
+    bar = tqdm(turns(list(contenders), rounds), total=total, unit="turn", disable=None)
+    for _, name in bar:
+        timeit.timeit(contenders[name], number=warm_ups)
+        seconds = timeit.repeat(contenders[name], number=1, repeat=repetitions)
+        medians[name].append(statistics.median(seconds))
+    return medians
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """The median over rounds of the ratio of two contenders in the same round."""
+    return statistics.median(map(float.__truediv__, numerators, denominators))
