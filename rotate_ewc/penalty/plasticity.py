@@ -30,7 +30,7 @@ with every task is what there is to lose.
 
 **How far that goes.** Where many tasks meet in the same directions, their matrices add up until
 nothing more is learned. So later tasks have a bound: λ is at most the geometric mean of what leaves
-`1 - 5 (1 - plasticity)` of their own progress, whatever their overlap. It is looked for by updates
+`1 - 3 (1 - plasticity)` of their own progress, whatever their overlap. It is looked for by updates
 that have the gradients in the eigenbasis anyway. `docs/results.md` tells how these choices were
 made, on held-out images of streams of many kinds.
 """
@@ -53,7 +53,7 @@ Total = Callable[[Sequence[float]], list[float]]
 STEPS_BETWEEN_LOOKS: Final = 10
 _POWER_OF_OVERLAP: Final = 1.5
 # How many times more of its progress a later task may lose than the one in which λ was found.
-_MORE_IN_LATER_TASKS: Final = 5.0
+_MORE_IN_LATER_TASKS: Final = 3.0
 _SMALLEST, _LARGEST = math.log(1e-10), math.log(1e10)
 # To a part in a hundred, far less than by what it changes from look to look.
 _TOLERANCE: Final = 1e-2

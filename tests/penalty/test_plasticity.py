@@ -152,7 +152,7 @@ def test_bound_leaves_part_of_the_progress_whatever_the_overlap(plasticity: floa
         )
         for squares in (stiffnesses, stiffnesses.flip(0))
     ]
-    part = 1 - 5 * (1 - plasticity)
+    part = 1 - 3 * (1 - plasticity)
     assert bounds[0] == bounds[1] == pytest.approx(bisected(part, gains, stiffnesses), rel=2e-2)
 
 
@@ -207,7 +207,7 @@ def test_attached_optimizers_find_it_in_the_first_task_alone(name: str, update: 
 
 
 def test_many_tasks_alike_do_not_stop_the_next() -> None:
-    """Twenty times the same matrix takes most of a step; the bound leaves 0.75 of its progress."""
+    """Twenty times the same matrix takes most of a step; the bound leaves 0.85 of its progress."""
     model = make("plain")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     penalty = EKFACPenalty()
@@ -233,7 +233,7 @@ def test_many_tasks_alike_do_not_stop_the_next() -> None:
         patch.setattr(Plasticity, "look", record)
         train(model, optimizer, 2, 1)
     assert kept[0] < 0.7
-    assert kept[1] == pytest.approx(0.75, abs=5e-3)
+    assert kept[1] == pytest.approx(0.85, abs=5e-3)
     assert handle.strength < found
 
 
