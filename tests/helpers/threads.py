@@ -23,7 +23,12 @@ class OtherHasFailed(Exception):  # noqa: N818
 
 
 class ThreadRanks(Ranks):
-    """One of several processes, each of which is a thread of this one."""
+    """One of several processes, each of which is a thread of this one.
+
+    Attributes:
+        told: What this one has given to all others, and where.
+        devices: Where it wanted what others gave.
+    """
 
     def __init__(self, rank: int, letters: list[list[Queue[Any]]]) -> None:
         """Take part.
@@ -35,8 +40,11 @@ class ThreadRanks(Ranks):
         super().__init__()
         self.rank, self.size = rank, len(letters)
         self._letters = letters
+        self.told: list[tuple[str, Any]] = []
+        self.devices: set[torch.device] = set()
 
     def gather(self, place: str, value: Any) -> list[Any]:
+        self.told.append((place, value))
         self.tell((place, value))
         found = [letters[self.rank].get(timeout=SECONDS) for letters in self._letters]
         if None in found:
@@ -52,6 +60,7 @@ class ThreadRanks(Ranks):
     def stream(
         self, place: str, own: Mapping[Key, Mapping[str, Tensor]], device: torch.device
     ) -> Iterator[tuple[Key, dict[str, Tensor]]]:
+        self.devices.add(device)
         for rank, kept in enumerate(self.gather(place, own)):
             for key, named in kept.items():
                 if rank == self.rank:
@@ -63,7 +72,7 @@ class ThreadRanks(Ranks):
         return nullcontext()
 
 
-def in_threads(size: int, body: Callable[[Ranks], Result]) -> list[Result | Exception]:
+def in_threads(size: int, body: Callable[[ThreadRanks], Result]) -> list[Result | Exception]:
     """What a function returns or raises in each of several processes, by rank."""
     letters: list[list[Queue[Any]]] = [[Queue() for _ in range(size)] for _ in range(size)]
 
