@@ -376,6 +376,23 @@ def test_what_does_not_fit_together(
         merge([one(), other()])
 
 
+def test_all_parameters_that_do_not_fit_together_are_named() -> None:
+    def both(columns: int) -> EKFACLinearOperator:
+        values = torch.ones(1, 3, 4 * columns)
+        return EKFACLinearOperator.from_blocks(
+            [Block((name,), None, None, values) for name in ("w", "v")],
+            dict.fromkeys(("w", "v"), (3, 4, columns)),
+            Provenance("MSELoss", "mean", "type2", 10, 20.0),
+        )
+
+    with pytest.raises(ValueError, match="do not fit together") as raised:
+        merge([both(2), both(5)])
+    assert str(raised.value).startswith(
+        "parameter 'w' has shapes [3, 4, 2] and [3, 4, 5], parameter 'v' has shapes [3, 4, 2] and "
+        "[3, 4, 5], which do not fit together"
+    )
+
+
 @pytest.mark.parametrize("joint_first", [False, True])
 @pytest.mark.parametrize("name", ["w", "b"])
 def test_joint_and_separate_blocks_do_not_mix(name: str, joint_first: bool) -> None:
