@@ -184,17 +184,16 @@ def _merge_blocks(blocks: Sequence[Block], shape: torch.Size, rank: Rank | None)
         inputs.append(_side(block.activation_basis, sizes[1], weights[1], d_in))
     gradient_basis = merged_basis(outputs, d_out, f"merged gradient factor of {label!r}")
     activation_basis = merged_basis(inputs, d_in, f"merged activation factor of {label!r}")
-    projected = [
-        kronecker.project_eigenvalues(
+    projected = []
+    for block, of_outputs, of_inputs in zip(blocks, outputs, inputs, strict=True):
+        found = kronecker.project_eigenvalues(
             of_outputs.overlaps(gradient_basis, d_out),
             of_inputs.overlaps(activation_basis, d_in),
             block.eigenvalues,
         )
-        for block, of_outputs, of_inputs in zip(blocks, outputs, inputs, strict=True)
-    ]
-    if activation_basis is None:
-        pairs = zip(projected, blocks, strict=True)
-        projected = [_averages(p, b.eigenvalues, b.shape[1] < d_out) for p, b in pairs]
+        if activation_basis is None:
+            found = _averages(found, block.eigenvalues, block.shape[1] < d_out)
+        projected.append(found)
     merged = replace(
         blocks[0],
         gradient_basis=gradient_basis,

@@ -73,7 +73,7 @@ def complete(basis: Tensor) -> CompletedBasis:
     """
     # A caller may be in inference mode, whose tensors cannot be used outside of it.
     with torch.inference_mode(False), torch.no_grad():
-        groups, size, rank = basis.shape
+        _, size, rank = basis.shape
         doubled = basis.detach().double()
         order = _pivoted_rows(doubled)
         rows = order[:, :, None].expand(-1, -1, rank)
@@ -92,7 +92,7 @@ def complete(basis: Tensor) -> CompletedBasis:
             return CompletedBasis(
                 positions, None, reflector.to(basis.dtype), weighted.to(basis.dtype)
             )
-        eye = torch.eye(size, dtype=doubled.dtype, device=basis.device).expand(groups, -1, -1)
+        eye = torch.eye(size, dtype=doubled.dtype, device=basis.device)
         matrix = torch.baddbmm(eye, weighted, reflector.mT, alpha=-1)
         return CompletedBasis(positions, matrix.to(basis.dtype), None, None)
 

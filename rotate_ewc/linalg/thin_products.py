@@ -172,7 +172,7 @@ def thin_products(
     # A caller may be in inference mode, whose tensors cannot be used outside of it.
     with torch.inference_mode(False), torch.no_grad():
         if activation_basis is None or not _is_thin(activation_basis):
-            if gradient_basis is None:
+            if gradient_basis is None or not _is_thin(gradient_basis):
                 raise ValueError("neither basis is thin; expected one that is")
             mirrored = InputsThin.of(activation_basis, gradient_basis, eigenvalues.mT)
             return OutputsThin(mirrored)

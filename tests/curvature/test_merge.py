@@ -376,6 +376,23 @@ def test_what_does_not_fit_together(
         merge([one(), other()])
 
 
+def test_all_parameters_that_do_not_fit_together_are_named() -> None:
+    def both(columns: int) -> EKFACLinearOperator:
+        values = torch.ones(1, 3, 4 * columns)
+        return EKFACLinearOperator.from_blocks(
+            [Block((name,), None, None, values) for name in ("w", "v")],
+            dict.fromkeys(("w", "v"), (3, 4, columns)),
+            Provenance("MSELoss", "mean", "type2", 10, 20.0),
+        )
+
+    with pytest.raises(ValueError, match="do not fit together") as raised:
+        merge([both(2), both(5)])
+    assert str(raised.value).startswith(
+        "parameter 'w' has shapes [3, 4, 2] and [3, 4, 5], parameter 'v' has shapes [3, 4, 2] and "
+        "[3, 4, 5], which do not fit together"
+    )
+
+
 @pytest.mark.parametrize("joint_first", [False, True])
 @pytest.mark.parametrize("name", ["w", "b"])
 def test_joint_and_separate_blocks_do_not_mix(name: str, joint_first: bool) -> None:
@@ -504,3 +521,57 @@ def test_factor_that_cannot_be_decomposed_is_named(
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
     with pytest.raises(ValueError, match=rf"{size} × {size} merged {side} factor of 'w' did not"):
         merge([operator_of(random_block(1)), operator_of(random_block(2))])
+
+
+def test_matrix_that_memory_does_not_hold_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to do about it, for all parameters of the block."""
+
+    def eigh(*_: Any, **__: Any) -> Any:
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    operators = [of_weight_and_bias(["joint"], seed) for seed in (1, 2)]
+    with pytest.raises(MemoryError, match="out of memory in the decomposition") as raised:
+        merge(operators)
+    assert str(raised.value).endswith("; leave them out (params, or exclude=['w', 'b'])")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_with_one_eigenvalue_keep_it_to_the_bit(dtype: torch.dtype) -> None:
+    """Such as words that no example had, whatever the others have, and however outputs turn."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = []
+    for seed in (1, 2):
+        block = random_block(seed, 1, 5, 60, "gradient").map(lambda t: t.to(dtype))
+        values = block.eigenvalues.clone()
+        values[:, :, ::2] = torch.rand(30, generator=generator).to(dtype)
+        blocks.append(block.with_eigenvalues(values))
+    (merged,) = merge([operator_of(block) for block in blocks]).blocks
+    expected = blocks[0].eigenvalues + blocks[1].eigenvalues
+    assert torch.equal(merged.eigenvalues[:, :, ::2], expected[:, :, ::2])
+    # All others lie between the sums of their smallest and of their largest.
+    least = sum(block.eigenvalues.amin(dim=1) for block in blocks)
+    most = sum(block.eigenvalues.amax(dim=1) for block in blocks)
+    assert bool((merged.eigenvalues >= least).all())
+    assert bool((merged.eigenvalues <= most).all())
+    assert bool((merged.eigenvalues[:, 0] != merged.eigenvalues[:, 1]).any())
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.float32, None, None),
+    ],
+)
+def test_bases_are_stored_as_the_most_precise_operator_has_them(
+    one: torch.dtype, other: torch.dtype | None, expected: torch.dtype | None
+) -> None:
+    operators = [
+        operator_of(random_block(seed)).to(storage_dtype=dtype)
+        for seed, dtype in ((1, one), (2, other))
+    ]
+    assert merge(operators).blocks[0].storage_dtype == expected
+    assert merge(operators[:1]).blocks[0].storage_dtype == one

@@ -38,6 +38,8 @@ DECORATORS = {
 # What torch imports only when it is needed would otherwise be imported again for every mutant.
 NEEDING_LATE_IMPORTS = (
     "tests/penalty/test_penalty_arguments.py::test_one_task_by_the_formula",
+    "tests/penalty/test_protection.py::test_spread_parameters_are_gathered_where_they_are_protected",
+    "tests/penalty/test_protection.py::test_what_need_not_be_there_is_not_named_beside_an_error",
     "tests/linalg/test_quadratic.py::test_torch_func",
     "tests/linalg/test_quadratic.py::test_two_products_for_the_value_and_two_for_the_gradient",
 )

@@ -115,12 +115,50 @@ def test_there_and_back(ranks: tuple[int, int]) -> None:
         torch.testing.assert_close(kronecker.from_eigenbasis(rotated, *rotations), one)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_cheaper_form_in_the_dtype_and_on_the_device_of_the_basis(dtype: torch.dtype) -> None:
+    """The matrix itself from half of the directions on."""
+    for size, rank, is_matrix in ((9, 4, False), (9, 5, True), (8, 4, True), (8, 1, False)):
+        basis = orthonormal(2, size, rank, 1).to(dtype)
+        with torch.device("meta"):  # where nothing of the basis is
+            completed = complete(basis)
+            numbers = completed.numbers(size)
+        assert (completed.matrix is not None) == is_matrix
+        parts = [completed.matrix, completed.reflector, completed.weighted]
+        found = [part for part in parts if part is not None]
+        assert len(found) == (1 if is_matrix else 2)
+        assert {(part.dtype, part.device.type) for part in found} == {(dtype, "cpu")}
+        assert completed.rotation is (completed.matrix if is_matrix else completed)
+        for group, positions in enumerate(completed.positions.tolist()):
+            assert numbers[group].tolist() == [
+                positions.index(entry) if entry in positions else rank for entry in range(size)
+            ]
+
+
+def test_a_matrix_has_no_factors() -> None:
+    message = "^a basis of most directions has no reflector$"
+    completed = complete(orthonormal(2, 9, 5, 1))
+    part = orthonormal(2, 9, 4, 1)
+    for one in (
+        completed,
+        CompletedBasis(completed.positions, None, part, None),
+        CompletedBasis(completed.positions, None, None, part),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            _ = one.factors
+
+
 def test_a_basis_that_is_slightly_off_is_completed_to_one_that_is_not() -> None:
-    """As bases are that were stored in fewer bits."""
+    """As bases are that were stored in fewer bits: its columns are made orthonormal in order."""
     basis = orthonormal(1, 50, 8, 7).bfloat16().float()
-    matrix = written_out(complete(basis), 50).double()
+    completed = complete(basis)
+    matrix = written_out(completed, 50).double()
     assert deviation(basis) > 1e-3
     assert deviation(matrix) <= 4 * torch.finfo(torch.float32).eps
+    expected = torch.linalg.qr(basis.double())[0]
+    columns = matrix[0][:, completed.positions[0]]
+    signs = (columns * expected[0]).sum(dim=0).sign()
+    torch.testing.assert_close(columns * signs, expected[0], rtol=0, atol=1e-6)
 
 
 def test_the_same_bits_each_time_also_in_inference_mode() -> None:

@@ -152,3 +152,101 @@ def test_nothing_is_square_on_a_long_side() -> None:
 def test_how_many_are_kept(truncation: Truncation, values: list[float], kept: int) -> None:
     found = torch.tensor([values], dtype=torch.float64)
     assert truncation.count(found, found.sum(dim=1), 4) == kept
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "sketch", "is_sketched", "of_range"),
+    [
+        (50, 4, 50, False, None),
+        (255, 4, 96, False, None),
+        (256, 4, 96, False, 14),
+        (256, 48, 106, False, 64),
+        (256, 49, 108, False, None),
+        (2000, 8, 96, True, 19),
+        (767, 8, 96, False, 19),
+        (768, 8, 96, True, 19),
+        (1000, 43, 96, True, 58),
+        (1000, 44, 98, True, 59),
+        (1000, 57, 124, True, 74),
+        (1000, 58, 126, False, 75),
+        (4096, 251, 512, True, 292),
+        (4096, 252, 514, False, 293),
+        (4097, 252, 514, True, 293),
+        (4097, 2043, 4096, True, None),
+        (4097, 2044, 4097, False, None),
+    ],
+)
+def test_how_many_columns(
+    size: int, most: int, sketch: int, is_sketched: bool, of_range: int | None
+) -> None:
+    """2 m + 10 of a sketch, at least 96, an eighth of a side; 1⅛ m + 10 of a range, a quarter."""
+    assert leading.sketch_width(size, most) == sketch
+    assert leading.is_sketched(size, most) == is_sketched
+    assert leading.range_width(size, most) == of_range
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_random_columns_are_the_same_each_time(dtype: torch.dtype) -> None:
+    first, second = (leading.random_columns(300, 40, torch.ones(1, dtype=dtype)) for _ in range(2))
+    assert first.shape == (300, 40)
+    assert first.dtype == dtype
+    assert torch.equal(first, second)
+    assert abs(float(first.mean())) < 0.05
+    assert abs(float(first.var()) - 1.0) < 0.05
+
+
+@pytest.mark.parametrize("dead", [[], [0, 5]])
+def test_range_of_a_low_rank(dead: list[int]) -> None:
+    """All of it, from upper triangles; in rows of zeros there is nothing."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(2, 30, 4, generator=generator, dtype=torch.float64)
+    directions[:, dead] = 0.0
+    exact = directions @ directions.mT
+    garbage = torch.full_like(exact, 7.0).tril(-1)
+    garbage[:, dead] = 0.0
+    garbage[:, :, dead] = 0.0
+    q, reduced = leading.leading_range(exact.triu() + garbage, 6)
+    assert q.shape == (2, 30, 6)
+    check_orthonormal(q)
+    assert not q[:, dead].any()
+    torch.testing.assert_close(reduced, q.mT @ exact @ q, rtol=0, atol=1e-9)
+    torch.testing.assert_close(q @ reduced @ q.mT, exact, rtol=0, atol=1e-9)
+    # No more columns than there are rows that are not zero.
+    assert leading.leading_range(exact, 40)[0].shape == (2, 30, 30 - len(dead))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sketches_add_up(dtype: torch.dtype, scale: float) -> None:
+    """Products with the random columns, vector by vector; of a low rank all is known."""
+    like = torch.ones(1, dtype=dtype)
+    columns = leading.random_columns(20, 8, like).double()
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(2, 5, 20, generator=generator, dtype=torch.float64).to(dtype)
+    rows[1, 2:] = 0.0
+    rows *= scale
+    sketch = leading.Sketch(2, 20, 8, like)
+    assert sketch.product.shape == (2, 20, 8)
+    assert sketch.product.dtype == dtype
+    for part in rows.split(3, dim=1):
+        sketch.prepared(part)()
+    expected = sum(torch.einsum("gi,gj->gij", v, v) @ columns for v in rows.double().unbind(dim=1))
+    tolerance = scale**2 * (1e-10 if dtype is torch.float64 else 1e-4)
+    torch.testing.assert_close(sketch.product.double(), expected, rtol=0, atol=tolerance)
+    found = sketch.vectors()
+    assert found.shape == (2, 8, 20)
+    assert found.dtype == dtype
+    exact = rows.double().mT @ rows.double()
+    torch.testing.assert_close(
+        found.double().mT @ found.double(), exact, rtol=0, atol=100 * tolerance
+    )
+    # Nothing of what is numerically zero.
+    assert (found.ne(0).any(dim=2).sum(dim=1)).tolist() == [5, 2]
+    other = sketch.clone()
+    other.prepared(rows)()
+    torch.testing.assert_close(sketch.product.double(), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(other.product.double(), 2 * expected, rtol=0, atol=2 * tolerance)
+
+
+def test_a_sketch_of_nothing() -> None:
+    assert not leading.Sketch(2, 20, 8, torch.ones(1)).vectors().any()

@@ -15,6 +15,7 @@ from rotate_ewc.linalg.algebra import multiply
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.linalg.cut import cut
 from rotate_ewc.linalg.quadratic import quadratic_form, quadratic_gradient
+from rotate_ewc.linalg.thin_products import thin_products
 from tests.helpers.thin import (
     block_positions,
     dense_groups,
@@ -124,6 +125,14 @@ def test_products_and_quadratic_form_without_a_completion(
     close(torch.autograd.functional.hessian(form, points[0]).numpy(), 2.0 * dense)
     close(torch.func.vmap(torch.func.grad(form))(points).numpy(), 2.0 * products)
     assert not {"_completed", "_rotations", "_spread"} & vars(block).keys() or not block.is_thin
+
+
+@pytest.mark.parametrize("ranks", [(None, None), (6, None), (None, 8), (6, 8)], ids=str)
+def test_products_of_whole_bases_are_others(ranks: tuple[int | None, int | None]) -> None:
+    block = thin_block(SIZES, ranks)
+    assert block.products is None
+    with pytest.raises(ValueError, match=r"^neither basis is thin; expected one that is$"):
+        thin_products(block.gradient_basis, block.activation_basis, block.eigenvalues)
 
 
 @pytest.mark.parametrize("ranks", [(2, 3), (6, 3), (None, 3), (2, 8), (2, None)], ids=str)
