@@ -7,11 +7,13 @@
    also other values, in the places of `.grad` and `.data`. Nothing is copied over: the tensors that
    the user knows stay as they are until the step is done.
 2. The optimizer steps, with its own options and state.
-3. **After** it, the update makes of the outcome what it is to be, writes that into the parameters
-   in place, and puts the user's gradients back.
+3. **After** it, and before all other hooks, the update makes of the outcome what it is to be,
+   writes that into the parameters in place, and puts the user's gradients back.
 
-If anything raises, in the optimizer or in the update, what was in these places is put back: model
-and gradients are then as they were. Until the first task is consolidated nothing is touched at all.
+If the optimizer or the update raises, what was in these places is put back, and what has begun in
+an eigenbasis is forgotten. What the optimizer itself has done meanwhile is not undone: that would
+take a copy of its whole state before every step. Until the first task is consolidated nothing is
+touched at all.
 
 **What the optimizer's state means.** With `"rotated"` the averages of protected parameters are in
 the eigenbasis. A consolidation changes it, so these averages start again (carried over, they were
@@ -119,6 +121,9 @@ class Attachment(Generic[Penalty]):
             self.optimizer.register_step_pre_hook(before),
             self.optimizer.register_step_post_hook(after),
         )
+        # Before all others, which are to find the parameters as the whole step leaves them.
+        hooks: Any = self.optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(self._hooks[1].id, last=False)
         # What a scheduler has put there, if one has.
         self._own_step: Callable[..., Any] | None = vars(self.optimizer).get("step")
         self._guard = _guarded(self.optimizer, self._undo)
