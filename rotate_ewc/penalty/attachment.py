@@ -27,9 +27,9 @@ all, goes on. `detach` forgets averages that are in an eigenbasis.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial, wraps
+from functools import partial
 from inspect import ismethod, unwrap
-from types import MethodType, TracebackType
+from types import TracebackType
 from typing import Any, Final, Generic, TypeVar
 
 import torch
@@ -54,6 +54,7 @@ from rotate_ewc.penalty.attachable import (
     unwrapped_optimizer,
 )
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
+from rotate_ewc.penalty.hooks import evaluated, guarded
 from rotate_ewc.penalty.plasticity import Plasticity
 from rotate_ewc.penalty.updates import UpdateKind, make_update
 from rotate_ewc.penalty.updates.base import Step, restart_all
@@ -98,7 +99,12 @@ class Attachment(Generic[Penalty]):
         penalty.check_merged()
         self._sharded_modules = check_model(model, self.optimizer)
         rule = check_optimizer(self.optimizer, self.update)
-        _check_not_attached(self.optimizer)
+        if _attached_to(self.optimizer) is not None:
+            raise ValueError(
+                "the optimizer already has a penalty attached; expected one without: first call "
+                "detach() on the handle that attach returned, which is also "
+                "Attachment.of(optimizer), or add the other penalty to the loss"
+            )
         check_cadence(every, self.update, rule, self.optimizer)
         self.view = view
         if view is None:
@@ -126,7 +132,7 @@ class Attachment(Generic[Penalty]):
         hooks.move_to_end(self._hooks[1].id, last=False)
         # What a scheduler has put there, if one has.
         self._own_step: Callable[..., Any] | None = vars(self.optimizer).get("step")
-        self._guard = _guarded(self.optimizer, self._undo)
+        self._guard = guarded(self.optimizer, self._undo)
         self.optimizer.step = self._guard  # type: ignore[method-assign]
 
     @property
@@ -178,6 +184,25 @@ class Attachment(Generic[Penalty]):
                 step = self._step_of(parameters, {}, groups)
                 self._update.flush(step)
                 step.spread()
+
+    @staticmethod
+    def of(optimizer: Optimizer) -> Attachment[Any]:
+        """Return the handle of the penalty that is attached to an optimizer.
+
+        Args:
+            optimizer: The optimizer.
+
+        Raises:
+            ValueError: If none is attached.
+            TypeError: If the argument has the wrong type.
+        """
+        found = _attached_to(unwrapped_optimizer(optimizer))
+        if found is None:
+            raise ValueError(
+                "the optimizer has no penalty attached; expected one with which "
+                "penalty.attach(optimizer, model) was called, not a copy of it"
+            )
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to end with the same bits.
@@ -231,6 +256,14 @@ class Attachment(Generic[Penalty]):
         # After an error in one of several processes, the others are not there to exchange numbers.
         self._detach(flush=kind is None or not self.penalty.owners.are_several)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be copied or pickled: the copy would take part in no steps."""
+        raise TypeError(
+            "a handle cannot be copied or pickled, since copies of optimizers have no hooks; keep "
+            "handle.state_dict(), and give it to the handle that penalty.attach returns for the "
+            "other optimizer: load_state_dict(state)"
+        )
+
     def __repr__(self) -> str:
         """Show how the penalty takes part, and in whose steps."""
         optimizer = type(self.optimizer).__name__
@@ -244,7 +277,7 @@ class Attachment(Generic[Penalty]):
         self._undo()
         if not self.penalty.num_tasks:
             return None
-        replaced = _evaluated(args, kwargs)
+        replaced = evaluated(args, kwargs)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not bool(found_inf):  # else the optimizer will do nothing
             with self.penalty.owners.together():
@@ -332,47 +365,10 @@ class Attachment(Generic[Penalty]):
                     yield name, parameter, group
 
 
-def _evaluated(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Evaluate the closure of a step now, and return arguments with its result; None without one.
-
-    The gradients that it computes are those that are changed.
-    """
-    closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        loss = closure()
-    if len(args) > 1:
-        return (args[0], lambda: loss, *args[2:]), kwargs
-    return args, {**kwargs, "closure": lambda: loss}
-
-
-def _guarded(optimizer: Optimizer, undo: Callable[[], None]) -> Callable[..., Any]:
-    """Return an optimizer's `step` that undoes what hooks have begun if it raises.
-
-    Hooks after a step do not run if it fails. A bound method, as schedulers expect that wrap it.
-    """
-    inner = optimizer.step
-
-    @wraps(getattr(inner, "__func__", inner))
-    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return inner(*args, **kwargs)
-        except BaseException:
-            undo()
-            raise
-
-    return MethodType(step, optimizer)
-
-
-def _check_not_attached(optimizer: Optimizer) -> None:
-    """Raise if another penalty takes part in an optimizer's steps."""
-    hooks = optimizer._optimizer_step_pre_hooks.values()
-    owners = (unwrap(hook, stop=ismethod) for hook in hooks)
-    if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in owners):
-        raise ValueError(
-            "the optimizer already has a penalty attached; expected one without: call detach() on "
-            "the handle that attach returned, or add the other penalty to the loss"
-        )
+def _attached_to(optimizer: Optimizer) -> Attachment[Any] | None:
+    """Return the handle of the penalty that takes part in an optimizer's steps, if one does."""
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        handle = getattr(unwrap(hook, stop=ismethod), "__self__", None)
+        if isinstance(handle, Attachment):
+            return handle
+    return None

@@ -348,7 +348,8 @@ class EKFACPenalty(ConsolidatedTasks):
                 model's own parameters.
 
         Returns:
-            A handle, with `detach`, `flush`, `strength`, `state_dict` and `load_state_dict`.
+            A handle, with `detach`, `flush`, `strength`, `state_dict` and `load_state_dict`; also
+            `Attachment.of(optimizer)`.
 
         Raises:
             ValueError: If the optimizer has none of the model's parameters, its step size is
