@@ -49,6 +49,7 @@ from rotate_ewc.errors import SnapshotError
 from rotate_ewc.penalty.attachable import (
     check_cadence,
     check_model,
+    check_names,
     check_optimizer,
     check_view,
     unwrapped_optimizer,
@@ -108,6 +109,7 @@ class Attachment(Generic[Penalty]):
         check_cadence(every, self.update, rule, self.optimizer)
         self.view = view
         if view is None:
+            check_names(model, named_parameters(model), penalty.protected_names)
             self._update = make_update(self.update, penalty, rule, every)
         else:
             check_view(view, self.update)
@@ -318,6 +320,7 @@ class Attachment(Generic[Penalty]):
         if self.view is not None:
             protected = held
         elif not held & protected:
+            check_names(self.model, parameters, self.penalty.protected_names, attached=True)
             raise ValueError(
                 "the optimizer has none of the model's parameters that the penalty protects, as if "
                 "they had been replaced since it was made. Add them with "
