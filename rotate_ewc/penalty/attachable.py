@@ -76,7 +76,7 @@ def check_names(
 def _like(name: str, names: Iterable[str]) -> str:
     """Return that of some names which is most like another."""
     known = list(names)
-    longer = (other for other in known if other.endswith(f".{name}"))
+    longer = (other for other in known if other.replace(_ADAPTED, ".").endswith(f".{name}"))
     return next(longer, None) or get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 

@@ -302,12 +302,15 @@ def test_adapters_on_what_is_protected_need_a_view(way: str) -> None:
         penalty = exact_penalty(2.0)
         penalty.consolidate(base, data=[batch])
     peft_model = adapted(base)
-    model = nn.ModuleDict({"inner": peft_model}) if way == "in a module" else peft_model
+    prefix = "inner." if way == "in a module" else ""
+    model = nn.ModuleDict({"inner": peft_model}) if prefix else peft_model
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     with pytest.raises(ValueError, match="no parameter of these names") as caught:
         penalty.attach(optimizer, model)
     message = str(caught.value)
-    assert ("base_layer.weight'" in message) == (way != "all parameters")
+    first = next(iter(penalty.terms[0].anchor)).removesuffix("weight")
+    layer = "" if way == "all parameters" else "base_layer."
+    assert f"its own are '{prefix}base_model.model.{first}{layer}weight'" in message
     code = re.search(r"(penalty\.attach\(.*\)), from (rotate_ewc\S+)$", message)
     assert code is not None
     scope = {"penalty": penalty, "optimizer": optimizer, "model": model}
