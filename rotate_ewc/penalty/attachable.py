@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from rotate_ewc._utils.messages import quoted
+from rotate_ewc._utils.parameters import named_parameters
 from rotate_ewc.distributed.sharding import fully_sharded_modules, reshard
 from rotate_ewc.penalty.step_rules import StepRule, known_optimizers, rule_of
 from rotate_ewc.penalty.updates import UpdateKind
+
+# How many names of each side a message has.
+_FEW: Final = 3
+# In the names of what PEFT puts adapters around.
+_ADAPTED: Final = ".base_layer."
 
 
 def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -37,6 +46,69 @@ def check_model(model: nn.Module, optimizer: Optimizer) -> list[Any]:
             f"expected an optimizer of this model, made after the model was last moved or wrapped"
         )
     return modules
+
+
+def check_names(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    protected: Sequence[str],
+    *,
+    attached: bool = False,
+) -> None:
+    """Raise if a model has none of the parameters that a penalty protects, by their names.
+
+    Args:
+        model: The model.
+        parameters: Its parameters by name.
+        protected: The names of those that are protected.
+        attached: Whether the penalty is attached already, which the advice takes into account.
+    """
+    if not protected or not parameters.keys().isdisjoint(protected):
+        return
+    own = list(dict.fromkeys([*(_like(n, parameters) for n in protected[:_FEW]), *parameters]))
+    detach = "Attachment.of(optimizer).detach(). Then attach" if attached else "Attach"
+    raise ValueError(
+        f"the penalty protects {_few(protected)}, but the model has no parameter of these names; "
+        f"its own are {_few(own)}. {detach} to {_remedy(model, own, protected)}"
+    )
+
+
+def _like(name: str, names: Iterable[str]) -> str:
+    """Return that of some names which is most like another."""
+    known = list(names)
+    longer = (other for other in known if other.replace(_ADAPTED, ".").endswith(f".{name}"))
+    return next(longer, None) or get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+def _few(names: Sequence[str]) -> str:
+    more = len(names) - _FEW
+    return quoted(names[:_FEW]) + (f" and {more} more" if more > 0 else "")
+
+
+def _remedy(model: nn.Module, own: Iterable[str], protected: Sequence[str]) -> str:
+    """Return what to attach to in place of a model with other names than those protected."""
+    modules = dict(model.named_modules())
+    # PEFT is not imported: it need not be installed.
+    adapted = next((p for p, m in modules.items() if hasattr(m, "peft_config")), None)
+    below = (name.replace(_ADAPTED, ".") for name in own if _ADAPTED in name)
+    if adapted is not None and any(name.endswith(tuple(protected)) for name in below):
+        return (
+            f"the weights under the adapters: penalty.attach(optimizer, {_part(adapted)}, "
+            f"'gradient', view=effective_parameters), from rotate_ewc.integrations.peft"
+        )
+    for path, module in modules.items():
+        if named_parameters(module).keys() >= set(protected):
+            return f"the part that was consolidated: penalty.attach(optimizer, {_part(path)})"
+    if adapted is not None:
+        return "a model whose adapters have the adapter_name that they had when consolidated"
+    return "the module that was consolidated, or to one with the same names"
+
+
+def _part(path: str) -> str:
+    """Return code for a part of a model."""
+    if all(part.isidentifier() for part in path.split(".")):
+        return f"model.{path}"
+    return f"model.get_submodule({path!r})" if path else "model"
 
 
 def check_optimizer(optimizer: Optimizer, update: UpdateKind) -> StepRule | None:

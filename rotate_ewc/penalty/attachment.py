@@ -7,11 +7,13 @@
    also other values, in the places of `.grad` and `.data`. Nothing is copied over: the tensors that
    the user knows stay as they are until the step is done.
 2. The optimizer steps, with its own options and state.
-3. **After** it, the update makes of the outcome what it is to be, writes that into the parameters
-   in place, and puts the user's gradients back.
+3. **After** it, and before all other hooks, the update makes of the outcome what it is to be,
+   writes that into the parameters in place, and puts the user's gradients back.
 
-If anything raises, in the optimizer or in the update, what was in these places is put back: model
-and gradients are then as they were. Until the first task is consolidated nothing is touched at all.
+If the optimizer or the update raises, what was in these places is put back, and what has begun in
+an eigenbasis is forgotten. What the optimizer itself has done meanwhile is not undone: that would
+take a copy of its whole state before every step. Until the first task is consolidated nothing is
+touched at all.
 
 **What the optimizer's state means.** With `"rotated"` the averages of protected parameters are in
 the eigenbasis. A consolidation changes it, so these averages start again (carried over, they were
@@ -25,9 +27,9 @@ all, goes on. `detach` forgets averages that are in an eigenbasis.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial, wraps
+from functools import partial
 from inspect import ismethod, unwrap
-from types import MethodType, TracebackType
+from types import TracebackType
 from typing import Any, Final, Generic, TypeVar
 
 import torch
@@ -47,11 +49,13 @@ from rotate_ewc.errors import SnapshotError
 from rotate_ewc.penalty.attachable import (
     check_cadence,
     check_model,
+    check_names,
     check_optimizer,
     check_view,
     unwrapped_optimizer,
 )
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
+from rotate_ewc.penalty.hooks import evaluated, guarded
 from rotate_ewc.penalty.plasticity import Plasticity
 from rotate_ewc.penalty.updates import UpdateKind, make_update
 from rotate_ewc.penalty.updates.base import Step, restart_all
@@ -96,10 +100,16 @@ class Attachment(Generic[Penalty]):
         penalty.check_merged()
         self._sharded_modules = check_model(model, self.optimizer)
         rule = check_optimizer(self.optimizer, self.update)
-        _check_not_attached(self.optimizer)
+        if _attached_to(self.optimizer) is not None:
+            raise ValueError(
+                "the optimizer already has a penalty attached; expected one without: first call "
+                "detach() on the handle that attach returned, which is also "
+                "Attachment.of(optimizer), or add the other penalty to the loss"
+            )
         check_cadence(every, self.update, rule, self.optimizer)
         self.view = view
         if view is None:
+            check_names(model, named_parameters(model), penalty.protected_names)
             self._update = make_update(self.update, penalty, rule, every)
         else:
             check_view(view, self.update)
@@ -119,9 +129,12 @@ class Attachment(Generic[Penalty]):
             self.optimizer.register_step_pre_hook(before),
             self.optimizer.register_step_post_hook(after),
         )
+        # Before all others, which are to find the parameters as the whole step leaves them.
+        hooks: Any = self.optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(self._hooks[1].id, last=False)
         # What a scheduler has put there, if one has.
         self._own_step: Callable[..., Any] | None = vars(self.optimizer).get("step")
-        self._guard = _guarded(self.optimizer, self._undo)
+        self._guard = guarded(self.optimizer, self._undo)
         self.optimizer.step = self._guard  # type: ignore[method-assign]
 
     @property
@@ -173,6 +186,25 @@ class Attachment(Generic[Penalty]):
                 step = self._step_of(parameters, {}, groups)
                 self._update.flush(step)
                 step.spread()
+
+    @staticmethod
+    def of(optimizer: Optimizer) -> Attachment[Any]:
+        """Return the handle of the penalty that is attached to an optimizer.
+
+        Args:
+            optimizer: The optimizer.
+
+        Raises:
+            ValueError: If none is attached.
+            TypeError: If the argument has the wrong type.
+        """
+        found = _attached_to(unwrapped_optimizer(optimizer))
+        if found is None:
+            raise ValueError(
+                "the optimizer has no penalty attached; expected one with which "
+                "penalty.attach(optimizer, model) was called, not a copy of it"
+            )
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to end with the same bits.
@@ -226,6 +258,14 @@ class Attachment(Generic[Penalty]):
         # After an error in one of several processes, the others are not there to exchange numbers.
         self._detach(flush=kind is None or not self.penalty.owners.are_several)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be copied or pickled: the copy would take part in no steps."""
+        raise TypeError(
+            "a handle cannot be copied or pickled, since copies of optimizers have no hooks; keep "
+            "handle.state_dict(), and give it to the handle that penalty.attach returns for the "
+            "other optimizer: load_state_dict(state)"
+        )
+
     def __repr__(self) -> str:
         """Show how the penalty takes part, and in whose steps."""
         optimizer = type(self.optimizer).__name__
@@ -239,7 +279,7 @@ class Attachment(Generic[Penalty]):
         self._undo()
         if not self.penalty.num_tasks:
             return None
-        replaced = _evaluated(args, kwargs)
+        replaced = evaluated(args, kwargs)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not bool(found_inf):  # else the optimizer will do nothing
             with self.penalty.owners.together():
@@ -280,6 +320,7 @@ class Attachment(Generic[Penalty]):
         if self.view is not None:
             protected = held
         elif not held & protected:
+            check_names(self.model, parameters, self.penalty.protected_names, attached=True)
             raise ValueError(
                 "the optimizer has none of the model's parameters that the penalty protects, as if "
                 "they had been replaced since it was made. Add them with "
@@ -327,47 +368,10 @@ class Attachment(Generic[Penalty]):
                     yield name, parameter, group
 
 
-def _evaluated(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Evaluate the closure of a step now, and return arguments with its result; None without one.
-
-    The gradients that it computes are those that are changed.
-    """
-    closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        loss = closure()
-    if len(args) > 1:
-        return (args[0], lambda: loss, *args[2:]), kwargs
-    return args, {**kwargs, "closure": lambda: loss}
-
-
-def _guarded(optimizer: Optimizer, undo: Callable[[], None]) -> Callable[..., Any]:
-    """Return an optimizer's `step` that undoes what hooks have begun if it raises.
-
-    Hooks after a step do not run if it fails. A bound method, as schedulers expect that wrap it.
-    """
-    inner = optimizer.step
-
-    @wraps(getattr(inner, "__func__", inner))
-    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return inner(*args, **kwargs)
-        except BaseException:
-            undo()
-            raise
-
-    return MethodType(step, optimizer)
-
-
-def _check_not_attached(optimizer: Optimizer) -> None:
-    """Raise if another penalty takes part in an optimizer's steps."""
-    hooks = optimizer._optimizer_step_pre_hooks.values()
-    owners = (unwrap(hook, stop=ismethod) for hook in hooks)
-    if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in owners):
-        raise ValueError(
-            "the optimizer already has a penalty attached; expected one without: call detach() on "
-            "the handle that attach returned, or add the other penalty to the loss"
-        )
+def _attached_to(optimizer: Optimizer) -> Attachment[Any] | None:
+    """Return the handle of the penalty that takes part in an optimizer's steps, if one does."""
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        handle = getattr(unwrap(hook, stop=ismethod), "__self__", None)
+        if isinstance(handle, Attachment):
+            return handle
+    return None

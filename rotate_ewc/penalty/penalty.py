@@ -348,12 +348,13 @@ class EKFACPenalty(ConsolidatedTasks):
                 model's own parameters.
 
         Returns:
-            A handle, with `detach`, `flush`, `strength`, `state_dict` and `load_state_dict`.
+            A handle, with `detach`, `flush`, `strength`, `state_dict` and `load_state_dict`; also
+            `Attachment.of(optimizer)`.
 
         Raises:
-            ValueError: If the optimizer has none of the model's parameters, its step size is
-                unknown (see `register_step_size`), it already has a penalty, or the mode is not
-                `"merged"`.
+            ValueError: If the optimizer has none of the model's parameters, or the model none of
+                the protected ones, by name; the optimizer's step size is unknown (see
+                `register_step_size`), it already has a penalty, or the mode is not `"merged"`.
             TypeError: If an argument has the wrong type.
         """
         return Attachment(self, optimizer, model, update, every, view=view)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,49 @@ def test_a_view_needs_update_gradient() -> None:
         penalty.attach(optimizer, model, "gradient", view=view)
     with pytest.raises(ValueError, match="the model has no such parameter"):
         penalty.attach(optimizer, model, "gradient", view=lambda model: {})
+
+
+@pytest.mark.parametrize("way", ["alone", "in a module", "all parameters"])
+def test_adapters_on_what_is_protected_need_a_view(way: str) -> None:
+    """The advice is code that runs; its view is that of the documents."""
+    base, batch = hf_models.case("gpt2")
+    penalty = consolidated(base, batch)
+    if way == "all parameters":
+        penalty = exact_penalty(2.0)
+        penalty.consolidate(base, data=[batch])
+    peft_model = adapted(base)
+    prefix = "inner." if way == "in a module" else ""
+    model = nn.ModuleDict({"inner": peft_model}) if prefix else peft_model
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    with pytest.raises(ValueError, match="no parameter of these names") as caught:
+        penalty.attach(optimizer, model)
+    message = str(caught.value)
+    first = next(iter(penalty.terms[0].anchor)).removesuffix("weight")
+    layer = "" if way == "all parameters" else "base_layer."
+    assert f"its own are '{prefix}base_model.model.{first}{layer}weight'" in message
+    code = re.search(r"(penalty\.attach\(.*\)), from (rotate_ewc\S+)$", message)
+    assert code is not None
+    scope = {"penalty": penalty, "optimizer": optimizer, "model": model}
+    exec(f"from {code[2]} import effective_parameters\n{code[1]}", scope)
+    peft_model(**batch).loss.backward()
+    optimizer.step()
+
+
+def test_adapters_of_another_name_are_refused() -> None:
+    base, batch = hf_models.case("gpt2")
+    model = adapted(base)
+    penalty = exact_penalty()
+    penalty.consolidate(model, data=[batch])
+    renamed = adapted(base, "other")
+    optimizer = torch.optim.AdamW([p for p in renamed.parameters() if p.requires_grad], lr=0.01)
+    names = r"lora_A\.default\.weight'.*its own are '.*lora_A\.other\.weight'.*adapter_name"
+    with pytest.raises(ValueError, match=names):
+        penalty.attach(optimizer, renamed)
+    again = adapted(base, "default")
+    optimizer = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], lr=0.01)
+    penalty.attach(optimizer, again)
+    again(**batch).loss.backward()
+    optimizer.step()
 
 
 def test_adapters_alone_are_protected() -> None:

@@ -112,7 +112,7 @@ class StandIns:
     """What parameters were before a step: it is taken with other values, gradients and states."""
 
     _kept: list[tuple[Tensor, Tensor | None, Tensor | None]] = field(default_factory=list)
-    _states: list[tuple[Optimizer, Tensor, dict[str, Any]]] = field(default_factory=list)
+    _states: list[tuple[Optimizer, Tensor, dict[str, Any] | None]] = field(default_factory=list)
 
     def put(self, parameter: Tensor, gradient: Tensor, data: Tensor | None = None) -> None:
         """Give a parameter another gradient, and other data if there are any."""
@@ -132,10 +132,12 @@ class StandIns:
     def restart(self, optimizer: Optimizer, parameter: Tensor, tasks: int) -> None:
         """Have an optimizer forget what it knows of a parameter in another basis than this one."""
         state = optimizer.state.get(parameter)
-        if not state or state.get(_BASIS, 0) == tasks:
-            return
-        self._states.append((optimizer, parameter, state))
-        optimizer.state[parameter] = _first_state(optimizer, state)
+        if not state:
+            if tasks:  # what the step is about to begin has no note yet that it is in an eigenbasis
+                self._states.append((optimizer, parameter, None if state is None else {}))
+        elif state.get(_BASIS, 0) != tasks:
+            self._states.append((optimizer, parameter, state))
+            optimizer.state[parameter] = _first_state(optimizer, state)
 
     def take_back(self) -> None:
         """Give the parameters back what they had; what has become of the other data is dropped."""
@@ -149,11 +151,14 @@ class StandIns:
         self._states.clear()
 
     def undo(self) -> None:
-        """Take everything back, the states included."""
+        """Take everything back, also the states that were restarted or begun in an eigenbasis."""
         states = list(self._states)
         self.take_back()
         for optimizer, parameter, state in states:
-            optimizer.state[parameter] = state
+            if state is None:
+                optimizer.state.pop(parameter, None)
+            else:
+                optimizer.state[parameter] = state
 
 
 def mark_basis(state: dict[str, Any], tasks: int) -> None:

@@ -79,6 +79,9 @@ class RotatedUpdate(DisplacedUpdate):
 
     def after(self, step: Step) -> None:
         """Take the proximal step, and bring the parameters back from the eigenbasis."""
+        # First, so that no interrupt leaves averages in an eigenbasis without the note.
+        for name in self._rotated:
+            mark_basis(step.state(name), self.penalty.num_tasks)
         step = step.sized(self.rule)
         if self._looks:
             pairs = zip(self._moving, self._looked_at, strict=True)
@@ -92,8 +95,6 @@ class RotatedUpdate(DisplacedUpdate):
                 if anchor.shape[1:] != whole[name].shape:
                     step.parameters[name].copy_(whole[name])  # the new rows, for the others follow
             displacement.lead(step.parameters, coordinates)
-        for name in self._rotated:
-            mark_basis(step.state(name), self.penalty.num_tasks)
         self._moving = []
 
     def undo(self) -> None:
