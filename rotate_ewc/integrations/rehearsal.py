@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -57,10 +58,8 @@ def rehearse(
         )
         # A loss with counts is counted in a pass of its own, before the first one with gradients.
         shown = _FirstBatch(data, passes=1 + bool(likelihood.has_counts))
-        try:
+        with suppress(_EnoughError):
             like.consolidate(model, loss_func, shown, forward=forward, group=None)
-        except _EnoughError:
-            pass
 
 
 class _EnoughError(Exception):
