@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -17,6 +18,40 @@ def number_of_examples(loader: Any) -> int | None:
     if dataset is None or isinstance(dataset, IterableDataset):
         return None
     return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+class FirstOfStream(IterableDataset[Any]):
+    """The first examples of a stream."""
+
+    def __init__(self, stream: Iterable[Any], count: int, part: slice = slice(None)) -> None:
+        """Take them in every pass.
+
+        Args:
+            stream: The stream.
+            count: How many to take.
+            part: Which of these, where each of several processes has a part.
+        """
+        self._stream = stream
+        self._indices = range(count)[part]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the examples."""
+        start, stop, step = self._indices.start, self._indices.stop, self._indices.step
+        return islice(iter(self._stream), start, stop, step)
+
+
+def check_stream(stream: Iterable[Any]) -> None:
+    """Raise if a stream can be read only once.
+
+    Raises:
+        ValueError: If each of its iterators is the same.
+    """
+    if iter(stream) is iter(stream):
+        raise ValueError(
+            f"the training data are a one-shot stream ({type(stream).__name__}), of which nothing "
+            f"is left to consolidate after training; expected one whose __iter__ begins again, or "
+            f"consolidate_at_end=False"
+        )
 
 
 def first_batch(loader: Any) -> Iterable[Any] | None:
@@ -37,13 +72,7 @@ def first_batch(loader: Any) -> Iterable[Any] | None:
         return None
     dataset, size = loader.dataset, loader.batch_size
     if isinstance(dataset, IterableDataset):
-        stream: Any = iter(dataset)
-        if stream is iter(dataset):
-            raise ValueError(
-                f"the training data are a one-shot stream ({type(dataset).__name__}), of which "
-                f"nothing is left to consolidate after training; expected one whose __iter__ "
-                f"begins again, or consolidate_at_end=False"
-            )
+        check_stream(dataset)
         # Others may note how far they have come.
         if type(loader) is not DataLoader:
             return None
