@@ -184,6 +184,24 @@ def test_checkpoints_at_the_end_have_the_task(tmp_path: Path) -> None:
     assert again.num_tasks == 1
 
 
+def test_a_resumed_run_with_nothing_left_to_train_consolidates(tmp_path: Path) -> None:
+    """As the run would have done that was killed between its last epoch and its end."""
+    batches, module = DataLoader(data(), 8), Module()
+    penalty, resumed = exact_penalty(), exact_penalty()
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    fit(tmp_path, module, batches, RotatedEWCCallback(penalty, CE), saver)
+    other, callback = Module(), RotatedEWCCallback(resumed, CE)
+    run = lightning.Trainer(
+        max_epochs=2, callbacks=[callback], accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, default_root_dir=str(tmp_path),
+    )  # fmt: skip
+    run.fit(other, batches, ckpt_path=str(tmp_path / "epoch=1.ckpt"))
+    assert other.inputs == []
+    assert resumed.num_tasks == 1
+    state, expected = resumed.state_dict(), penalty.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
 def test_a_module_that_changes_weights_at_the_very_end(tmp_path: Path) -> None:
     class Changes(Module):
         by = 1.0

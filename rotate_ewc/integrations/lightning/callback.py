@@ -119,10 +119,13 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         self._saved_attachment: Mapping[str, Any] | None = None
         # Whether the task at hand is in the penalty already, as in a checkpoint of the last moment.
         self._consolidated = False
+        # Whether a checkpoint was read, and no training has begun since.
+        self._resumed = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the penalty to the optimizer."""
         self._detach()
+        self._resumed = False
         count = len(trainer.optimizers)
         if self.optimizer >= count:
             raise ValueError(
@@ -171,7 +174,10 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         self._detach()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if the module has changed its weights after all callbacks."""
+        """Consolidate what a checkpoint has left to be, or warn of weights that changed since."""
+        resumed, self._resumed = self._resumed, False
+        if resumed and self.consolidate_at_end and not self._consolidated:
+            self._consolidate_resumed(trainer, pl_module)
         if not self._consolidated or not is_overridden("on_train_end", pl_module):
             return
         found = parameters_of(self._model(pl_module))
@@ -225,6 +231,7 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         self.penalty.load_state_dict(state_dict["penalty"])
         self._saved_attachment = state_dict["attachment"]
         self._consolidated = state_dict["consolidated"]
+        self._resumed = True
 
     def _model(self, pl_module: LightningModule) -> nn.Module:
         try:
@@ -265,6 +272,21 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         )
         self._consolidated = True
         self.consolidation_seconds = time.perf_counter() - start
+
+    def _consolidate_resumed(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Consolidate at the end of a `fit` that had nothing to train, and called no hooks of it.
+
+        Lightning has taken the model from its device by then.
+        """
+        device = next(pl_module.parameters()).device
+        pl_module.to(trainer.strategy.root_device)
+        try:
+            model = self._model(pl_module)
+            self.penalty.to(next(model.parameters()).device)
+            self._own = self._task(trainer, model)
+            self._consolidate(trainer, pl_module)
+        finally:
+            pl_module.to(device)
 
     def _leave(self, trainer: Any) -> None:
         """Take what was added to the callbacks away."""
