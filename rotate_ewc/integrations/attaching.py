@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Final
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.optim import Optimizer
+
 from rotate_ewc._utils.validation import check_boolean, check_positive_integer
 from rotate_ewc.distributed.processes import Group, Ranks
+from rotate_ewc.penalty.attachable import unwrapped_optimizer
 from rotate_ewc.penalty.attachment import Attachment, View
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.updates import UpdateKind
+
+# Whose penalty takes part in the steps of an optimizer.
+_ATTACHED: Final[WeakKeyDictionary[Optimizer, AttachesPenalty]] = WeakKeyDictionary()
 
 
 class AttachesPenalty:
@@ -60,6 +70,24 @@ class AttachesPenalty:
         self.group = group
         self.attachment: Attachment[EKFACPenalty] | None = None
         self.consolidation_seconds: float | None = None
+
+    def _attach(self, optimizer: Optimizer, model: nn.Module) -> None:
+        """Attach the penalty to an optimizer.
+
+        Raises:
+            ValueError: If it takes part in no steps of this optimizer, or another callback does.
+        """
+        own = unwrapped_optimizer(optimizer)
+        other = _ATTACHED.get(own)
+        if other is not None and other is not self and other.attachment is not None:
+            # Training does not begin, so that nobody would detach it.
+            other._detach()
+            raise ValueError(
+                f"two {type(self).__name__}s are given for one optimizer, which takes one penalty; "
+                f"expected one callback, with one EKFACPenalty for all tasks"
+            )
+        self.attachment = self.penalty.attach(own, model, self.update, self.every, view=self.view)
+        _ATTACHED[own] = self
 
     def _detach(self) -> None:
         attached, self.attachment = self.attachment, None

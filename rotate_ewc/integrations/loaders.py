@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from rotate_ewc._utils.preserve_state import kept, random_states
 
 
 def number_of_examples(loader: Any) -> int | None:
@@ -13,3 +18,77 @@ def number_of_examples(loader: Any) -> int | None:
     if dataset is None or isinstance(dataset, IterableDataset):
         return None
     return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+class FirstOfStream(IterableDataset[Any]):
+    """The first examples of a stream."""
+
+    def __init__(self, stream: Iterable[Any], count: int, part: slice = slice(None)) -> None:
+        """Take them in every pass.
+
+        Args:
+            stream: The stream.
+            count: How many to take.
+            part: Which of these, where each of several processes has a part.
+        """
+        self._stream = stream
+        self._indices = range(count)[part]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the examples."""
+        start, stop, step = self._indices.start, self._indices.stop, self._indices.step
+        return islice(iter(self._stream), start, stop, step)
+
+
+def check_stream(stream: Iterable[Any]) -> None:
+    """Raise if a stream can be read only once.
+
+    Raises:
+        ValueError: If each of its iterators is the same.
+    """
+    if iter(stream) is iter(stream):
+        raise ValueError(
+            f"the training data are a one-shot stream ({type(stream).__name__}), of which nothing "
+            f"is left to consolidate after training; expected one whose __iter__ begins again, or "
+            f"consolidate_at_end=False"
+        )
+
+
+def first_batch(loader: Any) -> Iterable[Any] | None:
+    """Return a batch such as a loader yields, without a trace in its order, workers or stream.
+
+    Args:
+        loader: What is about to be trained on.
+
+    Returns:
+        Batches, of which only the first is to be read; None where none can be had without a trace.
+
+    Raises:
+        ValueError: If the loader reads a stream that can be read only once.
+    """
+    if isinstance(loader, (list, tuple)):
+        return loader
+    if not isinstance(loader, DataLoader):
+        return None
+    dataset, size = loader.dataset, loader.batch_size
+    if isinstance(dataset, IterableDataset):
+        check_stream(dataset)
+        # Others may note how far they have come.
+        if type(loader) is not DataLoader:
+            return None
+        return DataLoader(dataset, batch_size=size, collate_fn=loader.collate_fn)
+    if size is not None:
+        part = Subset(dataset, range(min(size, len(dataset))))  # type: ignore[arg-type]
+        return DataLoader(part, batch_size=size, collate_fn=loader.collate_fn)
+    try:
+        sampler: Any = loader.batch_sampler or loader.sampler
+        sampler = copy.deepcopy(sampler, {id(dataset): dataset})
+    except Exception:  # whatever their own copying raises
+        return None
+    with kept(random_states([])):
+        first = next(iter(sampler), None)
+    if first is None:
+        return None
+    if loader.batch_sampler is None:
+        return DataLoader(dataset, batch_size=None, sampler=[first], collate_fn=loader.collate_fn)
+    return DataLoader(dataset, batch_sampler=[first], collate_fn=loader.collate_fn)

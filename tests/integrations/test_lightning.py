@@ -152,7 +152,7 @@ def test_a_task_is_consolidated_once(tmp_path: Path) -> None:
     again = exact_penalty()
     other = RotatedEWCCallback(again, nn.CrossEntropyLoss())
     other.load_state_dict(state)
-    other.on_train_end(run, module)
+    other._consolidate(run, module)
     assert again.num_tasks == 1
     run = trainer(tmp_path, other, max_epochs=1)
     run.fit(module, loader(3))

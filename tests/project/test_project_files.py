@@ -18,7 +18,7 @@ LAZY_PARTS = {
     "avalanche",
     "command.py",
     "figure.py",
-    "lightning.py",
+    "lightning",
     "peft.py",
     "tables.py",
     "transformers",

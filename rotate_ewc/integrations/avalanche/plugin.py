@@ -37,6 +37,7 @@ from rotate_ewc.integrations.avalanche.batches import (
     whole_task,
 )
 from rotate_ewc.integrations.avalanche.loss_terms import LossTerms
+from rotate_ewc.integrations.rehearsal import rehearse
 from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import Choice, Mode, PenaltyOptions
 from rotate_ewc.penalty.attachment import Attachment
@@ -184,7 +185,15 @@ class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
             self._loss_terms = LossTerms(likelihood_of(strategy._criterion, fisher_type))
         # What will not do is refused before anything is learned.
         self.penalty.protected(parameters_of(strategy.model))
-        check_steps(strategy, self._minibatches(dataset.eval(), strategy), fisher_type)
+        minibatches = self._minibatches(dataset.eval(), strategy)
+        check_steps(strategy, minibatches, fisher_type)
+        if getattr(strategy.experience.logging(), "is_first_subexp", True):
+            with preserved(strategy):
+                forward = partial(outputs_for, strategy)
+                criterion = strategy._criterion
+                rehearse(
+                    self.penalty, strategy.model, criterion, minibatches, forward, group=self.group
+                )
         if self.update is not Update.LOSS:
             self._attach(strategy)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -15,7 +16,8 @@ from rotate_ewc._utils.preserve_state import kept, random_states
 from rotate_ewc._utils.validation import AUTO, check_positive_integer
 from rotate_ewc.distributed.processes import Group, Ranks
 from rotate_ewc.integrations.attaching import AttachesPenalty
-from rotate_ewc.integrations.loaders import number_of_examples
+from rotate_ewc.integrations.loaders import FirstOfStream, check_stream, number_of_examples
+from rotate_ewc.integrations.rehearsal import rehearse
 from rotate_ewc.integrations.transformers.checkpoints import (
     checkpoint_to_resume,
     folder_of,
@@ -74,8 +76,9 @@ class RotatedEWCCallback(AttachesPenalty, TrainerCallback):
                 yourself, with that loss.
             update: As in `EKFACPenalty.attach`.
             every: Likewise; the rest is applied before evaluations and checkpoints.
-            num_samples: Examples to draw from the training data for the estimate; None takes all. A
-                few thousand are usually as good.
+            num_samples: Examples to draw from the training data for the estimate, or the first ones
+                of a stream without length, which needs this; None takes all. A few thousand are
+                usually as good.
             view: As in `EKFACPenalty.attach`; `rotate_ewc.integrations.peft` has one for adapters.
             group: The processes that consolidate together, as `EKFACPenalty.consolidate` takes
                 them.
@@ -115,16 +118,23 @@ class RotatedEWCCallback(AttachesPenalty, TrainerCallback):
         # Trainer has moved the model, and may have done so after the penalty was made.
         self.penalty.to(next(model.parameters()).device)
         self._num_data = number_of_examples(train_dataloader)
+        if self._num_data is None and state.max_steps > 0:
+            # What is read of a stream.
+            each = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            self._num_data = state.max_steps * each
         self._own = None
         if self.consolidate_at_end:
             data = self._sampled(train_dataloader, args)
             self._own = own_loss(model, data, label_smoothing=args.label_smoothing_factor)
-        attachment = self.penalty.attach(
-            kwargs["optimizer"], model, self.update, self.every, view=self.view
-        )
-        self.attachment = attachment
-        if folder is not None:
-            load_attachment(attachment, folder)
+            loss_func, data, forward = self._own
+            rehearse(self.penalty, model, loss_func, data, forward, group=self.group)
+        self._attach(kwargs["optimizer"], model)
+        if folder is not None and self.attachment is not None:
+            try:
+                load_attachment(self.attachment, folder)
+            except Exception:
+                self._detach()
+                raise
         self._count_loss_terms()
 
     def on_step_end(
@@ -199,22 +209,38 @@ class RotatedEWCCallback(AttachesPenalty, TrainerCallback):
             args: Its arguments.
             part: Which of these, where each of several processes has a part.
         """
-        if self._num_data is None:
-            if self.num_samples is not None:
-                raise ValueError(
-                    f"num_samples is {self.num_samples}, but the training data have no length; "
-                    f"expected None, or data that examples can be drawn from"
-                )
-            return loader  # type: ignore[no-any-return]
-        indices = torch.arange(self._num_data)
-        if self.num_samples is not None and self.num_samples < self._num_data:
+        size = args.per_device_train_batch_size
+        if number_of_examples(loader) is None:
+            stream = loader.dataset
+            while isinstance(stream, IterableDatasetShard):
+                stream = stream.dataset
+            check_stream(stream)
+            first = FirstOfStream(stream, self._taken_of_stream(), part)
+            return DataLoader(first, batch_size=size, collate_fn=loader.collate_fn)
+        count = len(loader.dataset)
+        indices = torch.arange(count)
+        if self.num_samples is not None and self.num_samples < count:
             generator = torch.Generator().manual_seed(self.penalty.settings.seed)
-            indices = torch.randperm(self._num_data, generator=generator)[: self.num_samples]
+            indices = torch.randperm(count, generator=generator)[: self.num_samples]
         return DataLoader(
             Subset(loader.dataset, indices[part].tolist()),
-            batch_size=args.per_device_train_batch_size,
+            batch_size=size,
             collate_fn=loader.collate_fn,
         )
+
+    def _taken_of_stream(self) -> int:
+        """Return how many examples of a stream the estimate takes: none that are not trained on.
+
+        Raises:
+            ValueError: If `num_samples` is not given; the stream might have no end.
+        """
+        if self.num_samples is None:
+            raise ValueError(
+                "the training data have no length, and may have no end, which an estimate could "
+                "not wait for; expected num_samples, the number of examples to take from their "
+                "beginning, such as RotatedEWCCallback(penalty, num_samples=2000)"
+            )
+        return min(self.num_samples, self._num_data or self.num_samples)
 
     def _count_loss_terms(self) -> None:
         """Tell the penalty how many loss terms the task has that is about to be trained."""
@@ -225,4 +251,4 @@ class RotatedEWCCallback(AttachesPenalty, TrainerCallback):
             return
         with kept(random_states([])):
             terms, examples = self._own.data.num_terms()
-        self.penalty.current_num_loss_terms = terms * (self._num_data / examples) or None
+        self.penalty.current_num_loss_terms = terms * (self._num_data / max(1, examples)) or None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Final
 
 import torch
@@ -12,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rotate_ewc._utils.warnings import warn_user
+from rotate_ewc.errors import SnapshotError
 from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.penalty import EKFACPenalty
 
@@ -83,7 +85,11 @@ def load_penalty(penalty: EKFACPenalty, folder: Path) -> None:
 
 
 def load_attachment(attachment: Attachment[EKFACPenalty], folder: Path) -> None:
-    """Let a handle continue from the file in a folder; warn if there is none."""
+    """Let a handle continue from the file in a folder; warn if there is none.
+
+    Raises:
+        SnapshotError: If the file is damaged, or is not of this handle, naming it.
+    """
     path = folder / ATTACHMENT_FILE
     if not path.is_file():
         warn_user(
@@ -91,5 +97,13 @@ def load_attachment(attachment: Attachment[EKFACPenalty], folder: Path) -> None:
             f"same bits, and a strength that is being found is looked for from here on"
         )
         return
-    state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    attachment.load_state_dict(state)
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        attachment.load_state_dict(state)
+    except (EOFError, KeyError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
+        told = str(error).partition("\n")[0]
+        raise SnapshotError(
+            f"{str(path)!r} cannot be used ({told}); expected the file as this callback wrote it: "
+            f"resume from another checkpoint, or delete this file to go on without it (up to "
+            f"rounding the same, but a strength that is being found is looked for again)"
+        ) from error

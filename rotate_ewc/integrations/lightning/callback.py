@@ -1,42 +1,45 @@
-"""Lightning: a callback that has a penalty take part in the training of a `LightningModule`."""
+"""`RotatedEWCCallback`: the penalty at the right places of Lightning's `Trainer`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-try:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"rotate_ewc.integrations.lightning needs Lightning ({error}); "
-        f"install it with: pip install 'rotate-ewc[lightning]'"
-    ) from error
-
+from rotate_ewc._utils.messages import quoted
+from rotate_ewc._utils.parameters import parameters_of
 from rotate_ewc._utils.validation import AUTO
+from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.distributed.processes import Group
 from rotate_ewc.integrations.attaching import AttachesPenalty
-from rotate_ewc.integrations.loaders import number_of_examples
+from rotate_ewc.integrations.lightning.data import (
+    batches_of_fit,
+    examples_of_fit,
+    in_precision,
+)
+from rotate_ewc.integrations.rehearsal import rehearse
+from rotate_ewc.losses import BatchForm, likelihood_of
 from rotate_ewc.penalty.attachment import View
 from rotate_ewc.penalty.own_loss import OwnLoss, own_loss_of
 from rotate_ewc.penalty.penalty import EKFACPenalty
 from rotate_ewc.penalty.updates import UpdateKind
-
-__all__ = ["RotatedEWCCallback"]
 
 
 class RotatedEWCCallback(AttachesPenalty, Callback):
     """Elastic weight consolidation in a rotated basis, as a callback of Lightning's `Trainer`.
 
     During `fit` the penalty is attached to the module's optimizer, with automatic and with manual
-    optimization; losses are without it. At the end of `fit` the task is consolidated on its
-    training data. Checkpoints contain the penalty and the state of its attachment; a run that is
-    resumed from one ends with the same bits. `rotated_ewc_penalty` and `rotated_ewc_strength` are
-    logged after every epoch.
+    optimization; losses are without it. At the end of `fit`, after other callbacks, the task is
+    consolidated on its training data. Checkpoints contain the penalty and the state of its
+    attachment; a run that is resumed from one ends with the same bits. `rotated_ewc_penalty` and
+    `rotated_ewc_strength` are logged after every epoch.
 
     Attributes:
         penalty: The penalty.
@@ -116,27 +119,25 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         self._saved_attachment: Mapping[str, Any] | None = None
         # Whether the task at hand is in the penalty already, as in a checkpoint of the last moment.
         self._consolidated = False
+        # Whether a checkpoint was read, and no training has begun since.
+        self._resumed = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the penalty to the optimizer."""
         self._detach()
+        self._resumed = False
         count = len(trainer.optimizers)
         if self.optimizer >= count:
             raise ValueError(
                 f"optimizer is {self.optimizer}, but the module has {count}; expected a lower index"
             )
         model = self._model(pl_module)
-        self._own = None
-        if self.consolidate_at_end and self.loss_func is None:
-            # What will not do is refused before anything is learned.
-            self._own = own_loss_of(model, self._data(trainer))
+        self._own = self._task(trainer, model) if self.consolidate_at_end else None
         self.penalty.to(next(model.parameters()).device)
-        self.attachment = self.penalty.attach(
-            trainer.optimizers[self.optimizer], model, self.update, self.every, view=self.view
-        )
-        if (examples := number_of_examples(trainer.train_dataloader)) is not None:
+        self._attach(trainer.optimizers[self.optimizer], model)
+        if (examples := examples_of_fit(trainer)) is not None:
             self.penalty.current_num_data = examples
-        if self._saved_attachment is not None:
+        if self._saved_attachment is not None and self.attachment is not None:
             self.attachment.load_state_dict(self._saved_attachment)
             self._saved_attachment = None
 
@@ -159,25 +160,45 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         pl_module.log("rotated_ewc_penalty", float(value))
         pl_module.log("rotated_ewc_strength", float(self.penalty.strength))
 
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        """Have something at the end of the callbacks that consolidates when they have ended."""
+        self._leave(trainer)
+        if stage == "fit":
+            savers = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
+            others = [c for c in trainer.callbacks if not isinstance(c, Checkpoint)]
+            # Another list, because this one is being gone through.
+            trainer.callbacks = [*others, _AfterOthers(self), *savers]
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Detach from the optimizer, and consolidate the task."""
+        """Detach from the optimizer; the task is consolidated after other callbacks' ends."""
         self._detach()
-        own, self._own = self._own, None
-        if not self.consolidate_at_end or self._consolidated:
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Consolidate what a checkpoint has left to be, or warn of weights that changed since."""
+        resumed, self._resumed = self._resumed, False
+        if resumed and self.consolidate_at_end and not self._consolidated:
+            self._consolidate_resumed(trainer, pl_module)
+        if not self._consolidated or not is_overridden("on_train_end", pl_module):
             return
-        start = time.perf_counter()
-        loss_func, data, forward = own or (self.loss_func, self._data(trainer), self.forward)
-        self.penalty.consolidate(
-            self._model(pl_module), loss_func, data, forward=forward, group=self.group
-        )
-        self._consolidated = True
-        self.consolidation_seconds = time.perf_counter() - start
+        found = parameters_of(self._model(pl_module))
+        anchor = self.penalty.terms[-1].anchor
+        if not all(torch.equal(found[name].cpu(), value.cpu()) for name, value in anchor.items()):
+            warn_user(
+                "on_train_end of the module has changed weights after they were consolidated, and "
+                "the penalty keeps them as they were before; change them in on_train_end of a "
+                "callback, or pass consolidate_at_end=False and consolidate after fit"
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the callbacks as they were."""
+        self._leave(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Detach from the optimizer."""
         self._detach()
+        self._leave(trainer)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -210,10 +231,78 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         self.penalty.load_state_dict(state_dict["penalty"])
         self._saved_attachment = state_dict["attachment"]
         self._consolidated = state_dict["consolidated"]
+        self._resumed = True
 
     def _model(self, pl_module: LightningModule) -> nn.Module:
-        model: nn.Module = pl_module.get_submodule(self.submodule)
+        try:
+            model: nn.Module = pl_module.get_submodule(self.submodule)
+        except AttributeError:
+            names = [name for name, _ in pl_module.named_children()]
+            raise ValueError(
+                f"submodule is {self.submodule!r}, but {type(pl_module).__name__} has no module of "
+                f"this name; expected one of {quoted(names)}, or a part of these"
+            ) from None
         return model
 
-    def _data(self, trainer: Trainer) -> Any:
-        return trainer.train_dataloader if self.data is None else self.data
+    def _task(self, trainer: Trainer, model: nn.Module) -> OwnLoss:
+        """Return loss, data and forward of the task; what will not do is refused here."""
+        loss_func, forward = self.loss_func, self.forward or model
+        fisher_type = self.penalty.settings.fisher_type
+        mappings = loss_func is None or (
+            likelihood_of(loss_func, fisher_type).batch_form is BatchForm.INPUTS
+        )
+        data: Any = batches_of_fit(trainer, self.data, mappings=mappings)
+        shown: Any = data.first(given=self.data is not None)
+        if loss_func is None:
+            loss_func, data, forward = own_loss_of(model, data)
+            shown = None if shown is None else replace(data, data=shown)
+        task = OwnLoss(loss_func, data, in_precision(trainer, forward))
+        rehearse(self.penalty, model, loss_func, shown, task.forward, group=self.group)
+        return task
+
+    def _consolidate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Consolidate the task, unless that is done."""
+        own, self._own = self._own, None
+        if own is None or self._consolidated:
+            return
+        start = time.perf_counter()
+        loss_func, data, forward = own
+        self.penalty.consolidate(
+            self._model(pl_module), loss_func, data, forward=forward, group=self.group
+        )
+        self._consolidated = True
+        self.consolidation_seconds = time.perf_counter() - start
+
+    def _consolidate_resumed(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Consolidate at the end of a `fit` that had nothing to train, and called no hooks of it.
+
+        Lightning has taken the model from its device by then.
+        """
+        device = next(pl_module.parameters()).device
+        pl_module.to(trainer.strategy.root_device)
+        try:
+            model = self._model(pl_module)
+            self.penalty.to(next(model.parameters()).device)
+            self._own = self._task(trainer, model)
+            self._consolidate(trainer, pl_module)
+        finally:
+            pl_module.to(device)
+
+    def _leave(self, trainer: Any) -> None:
+        """Take what was added to the callbacks away."""
+        own = [c for c in trainer.callbacks if isinstance(c, _AfterOthers) and c.owner is self]
+        if own:
+            trainer.callbacks = [c for c in trainer.callbacks if c not in own]
+
+
+class _AfterOthers(Callback):
+    """Consolidates after the other callbacks, which may change weights, and before checkpoints."""
+
+    def __init__(self, owner: RotatedEWCCallback) -> None:
+        """Make one that acts for another callback."""
+        super().__init__()
+        self.owner = owner
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Consolidate the task."""
+        self.owner._consolidate(trainer, pl_module)
