@@ -118,7 +118,7 @@ def fit_blocks(
     for function in (forward, *likelihood.user_functions):
         modules += reached_modules(function)
     watched = WatchedForward(forward, {parameter.device for parameter in parameters.values()})
-    with undisturbed(modules, parameters.values()), torch.inference_mode(False):
+    with undisturbed(modules, parameters.values(), data), torch.inference_mode(False):
         arguments = (likelihood, parameters, data, settings, constants, num_data, ranks)
         found = estimate(watched, *arguments)
         if check_deterministic:

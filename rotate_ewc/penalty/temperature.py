@@ -109,7 +109,7 @@ def softening_temperature(
     parameters = parameters_of(model)
     modules = [*model.modules(), *reached_modules(forward)]
     check_reiterable(data)
-    with undisturbed(modules, parameters.values()), torch.no_grad():
+    with undisturbed(modules, parameters.values(), data), torch.no_grad():
         device = next(iter(parameters.values())).device
         shown = batches(
             data,

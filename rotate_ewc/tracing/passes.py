@@ -221,13 +221,13 @@ def check_reiterable(data: object) -> None:
         TypeError: If `data` is not iterable at all.
         ValueError: If `data` is its own iterator, such as a generator: it would be used up.
     """
-    try:
-        iterator = iter(data)  # type: ignore[call-overload]
-    except TypeError:
+    kind = type(data)
+    if getattr(kind, "__iter__", None) is None and not hasattr(kind, "__getitem__"):
         raise TypeError(
-            f"data is {type(data).__name__}; expected an iterable of batches (inputs, targets)"
-        ) from None
-    if iterator is data:
+            f"data is {kind.__name__}; expected an iterable of batches (inputs, targets)"
+        )
+    # No loader is asked for an iterator: that alone draws random numbers, or starts processes.
+    if hasattr(kind, "__next__") and iter(data) is data:  # type: ignore[call-overload]
         raise ValueError(
             f"data is a one-shot iterator ({type(data).__name__}), and reading it would lose "
             f"batches; pass something that can be iterated again, such as a list or a DataLoader"
