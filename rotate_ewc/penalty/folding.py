@@ -21,6 +21,7 @@ from rotate_ewc.options import EstimationSettings, Mode
 from rotate_ewc.penalty.owners import Owners
 from rotate_ewc.penalty.temperature import fitting_temperature, softened
 from rotate_ewc.penalty.terms import Term
+from rotate_ewc.tracing.passes import ReiterableData
 
 
 def estimate_task(
@@ -51,6 +52,7 @@ def estimate_task(
         ranks: The processes that estimate together.
     """
     likelihood = likelihood_of(loss_func, settings.fisher_type)
+    data = ReiterableData.of(data)
     shown = likelihood.packing_forward(forward or model)
     temperature = fitting_temperature(temperature, model, shown, likelihood, data, settings, ranks)
     blocks, shapes, provenance = fit_blocks(

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
-from rotate_ewc import EKFACLinearOperator, EKFACPenalty
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SumOfLosses
 
 CE = nn.CrossEntropyLoss()
+
+
+SAME: Final = (
+    r"expected the same .* in each pass: pass a list of the batches \(list\(data\), before"
+)
 
 
 def examples(n: int = 12) -> TensorDataset:
@@ -146,3 +157,107 @@ def test_a_loader_is_not_started_to_see_whether_it_can_be() -> None:
 
     EKFACPenalty(1.0, temperature=1.0).consolidate(net(), CE, Watched(examples(), 5))
     assert len(started) == 1
+
+
+# ------------------------------------------------------------------ passes that differ
+
+
+class Passing:
+    """Has another number of batches of four examples in each pass."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes = iter(sizes)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(next(self.sizes)):
+            x, y = examples().tensors
+            yield x[:4], y[:4]
+
+
+class Stream(IterableDataset[Any]):
+    """Is used up by one pass."""
+
+    def __init__(self) -> None:
+        self.left = iter([*examples()])
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.left
+
+
+ONE_ROUND: Final = {"temperature": 1.0, "memory_budget": 1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "loss"),
+    [
+        pytest.param((8, 4), {}, CE, id="temperature, factors"),
+        pytest.param((8, 4), ONE_ROUND, CE, id="factors, eigenvalues"),
+        pytest.param((8, 8, 4), {"memory_budget": 2**10}, CE, id="temperature, eigenvalues"),
+        pytest.param(
+            (8, 4), {"temperature": 1.0}, SumOfLosses({"a": CE, "b": CE}), id="counts, factors"
+        ),
+    ],
+)
+def test_passes_of_different_lengths(sizes: tuple[int, ...], options: Any, loss: Any) -> None:
+    model, penalty = net(), EKFACPenalty(1.0, **options)
+    before = random_states()
+    several = loss is not CE
+    forward = (lambda x: {"a": model(x), "b": model(x)}) if several else None
+
+    class Data(Passing):
+        def __iter__(self) -> Iterator[Any]:
+            for x, y in super().__iter__():
+                yield x, ({"a": y, "b": y} if several else y)
+
+    message = rf"^data gave 32 examples in one pass and 16 in a later one; {SAME}"
+    with pytest.raises(ValueError, match=message):
+        penalty.consolidate(model, loss, Data(*sizes), forward=forward)
+    assert penalty.num_tasks == 0
+    assert random_states() == before
+
+
+def test_operators_see_it_too() -> None:
+    model = net()
+    for options in ({"check_deterministic": False, "memory_budget": 2**10}, {}):
+        with pytest.raises(ValueError, match=r"^data gave 32 examples in one pass and 16 in a"):
+            EKFACLinearOperator(model, CE, list(model.parameters()), Passing(8, 4), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_budget": 2**10}, ONE_ROUND])
+def test_a_stream_that_is_used_up(options: Any) -> None:
+    """And the remedy: its batches as a list, of which the matrix is that of the examples."""
+    model, penalty = net(), EKFACPenalty(1.0, **options)
+    with pytest.raises(ValueError, match=rf"^data gave batches in one pass and none .* up; {SAME}"):
+        penalty.consolidate(model, CE, DataLoader(Stream(), 5))
+    assert penalty.num_tasks == 0
+    penalty.consolidate(model, CE, list(DataLoader(Stream(), 5)))
+    assert penalty.terms[0].operator.num_data == 12
+
+
+def test_a_loader_with_nothing_in_it_is_empty() -> None:
+    with pytest.raises(ValueError, match=r"^data is empty; expected at least one batch"):
+        EKFACPenalty(1.0).consolidate(net(), CE, Passing(0, 0))
+
+
+def test_a_sampler_that_draws_other_examples_may_do_so() -> None:
+    """As long as there are as many."""
+    penalty, dataset = EKFACPenalty(1.0, memory_budget=2**10), examples()
+    sampler = WeightedRandomSampler([1.0] * 12, 7)
+    penalty.consolidate(net(), CE, DataLoader(dataset, 3, sampler=sampler), num_data=12)
+    assert penalty.terms[0].operator.num_data == 12
+    assert penalty.terms[0].operator.provenance.settings["num_data_seen"] == 7
+
+
+@pytest.mark.parametrize("count", [1, 11])
+def test_data_that_are_more_than_what_they_are_a_sample_of(count: int) -> None:
+    model, penalty = net(), EKFACPenalty(1.0)
+    loader: DataLoader[Any] = DataLoader(examples(), 5)
+    message = rf"^num_data is {count}, but data has 12 examples; expected .* at least 12; or None"
+    with pytest.raises(ValueError, match=message):
+        penalty.consolidate(model, CE, loader, num_data=count)
+    assert penalty.num_tasks == 0
+    with pytest.raises(ValueError, match=message):
+        EKFACLinearOperator(model, CE, list(model.parameters()), loader, num_data=count)
+    for remedy in (12, None, 13):
+        penalty.consolidate(model, CE, loader, num_data=remedy)
+    assert penalty.terms[0].operator.num_data == 12 + 12 + 13
