@@ -39,7 +39,7 @@ from rotate_ewc.linalg.quadratic import quadratic_form
 from rotate_ewc.options import EstimationOptions, EstimationSettings, Mode, Weighting
 from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
-from rotate_ewc.penalty.folding import estimate_task, fold_in
+from rotate_ewc.penalty.folding import check_dtypes, estimate_task, fold_in
 from rotate_ewc.penalty.own_loss import own_loss_of
 from rotate_ewc.penalty.owners import Owners
 from rotate_ewc.penalty.replicas import Replicas
@@ -259,6 +259,8 @@ class EKFACPenalty(ConsolidatedTasks):
             chosen = name_parameters(params, model)
             named = name_parameters(list(chosen.values()), model)
             self.protected(parameters_of(model))
+            if self.mode is Mode.MERGED:
+                check_dtypes(self._terms, named)
             operator = estimate_task(
                 model,
                 loss_func,
