@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, NoReturn
@@ -21,7 +21,7 @@ from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.losses import BatchForm
 from rotate_ewc.losses.draws import LabelGenerator
 from rotate_ewc.tracing.capture import BatchCapturer, CapturedBatch
-from rotate_ewc.tracing.forward_advice import advice_for_batch
+from rotate_ewc.tracing.forward_advice import advice_for_batch, advice_for_data
 
 _SAME_IN_EACH_PASS: Final = (
     "pass a list of the batches (list(data), before anything has read them), or a loader that "
@@ -280,10 +280,12 @@ def check_reiterable(data: object) -> None:
     """Raise unless `data` can be iterated more than once.
 
     Raises:
-        TypeError: If `data` is not iterable at all.
+        TypeError: If `data` is not iterable at all, or one batch, or a data set of examples.
         ValueError: If `data` is its own iterator, such as a generator: it would be used up.
     """
     kind = type(data)
+    if advice := advice_for_data(data):
+        raise TypeError(f"data is {advice}")
     if getattr(kind, "__iter__", None) is None and not hasattr(kind, "__getitem__"):
         raise TypeError(
             f"data is {kind.__name__}; expected an iterable of batches (inputs, targets)"
@@ -325,9 +327,9 @@ def batches(
                 if isinstance(batch, (tuple, list))
                 else type(batch).__name__
             )
-            advice = f": {advice_for_batch(batch)}" if isinstance(batch, Mapping) else ""
             raise ValueError(
-                f"batch {index} of data is a {got}; expected (inputs, targets){advice}"
+                f"batch {index} of data is a {got}; expected (inputs, targets)"
+                f"{advice_for_batch(batch)}"
             )
         inputs, targets = batch
         if targets is not None and form is BatchForm.TENSOR and not isinstance(targets, Tensor):
