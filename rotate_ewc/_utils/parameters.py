@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from rotate_ewc._utils.messages import left_out, listed, parameters_are, quoted
@@ -55,6 +56,7 @@ def name_parameters(params: Parameters, model: nn.Module | None) -> dict[str, Te
 
 def _check_tensors(named: Mapping[str, Any]) -> None:
     """Raise unless all are tensors that can have gradients, naming those that cannot."""
+    check_initialised(named)
     kinds = {
         name: str(t.dtype) if isinstance(t, Tensor) else type(t).__name__
         for name, t in named.items()
@@ -78,6 +80,17 @@ def _check_tensors(named: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{parameters_are(strange)} sparse or nested; expected dense ones, such as "
             f"nn.Parameter(parameter.detach().to_dense()), or {left_out(strange)}"
+        )
+
+
+def check_initialised(named: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if parameters wait for a first batch, naming their layers."""
+    if waiting := [name for name, tensor in named.items() if is_lazy(tensor)]:
+        layers = dict.fromkeys(name.rpartition(".")[0] or name for name in waiting)
+        raise ValueError(
+            f"{parameters_are(waiting)} not initialised; the layers {quoted(layers)}, such as "
+            f"nn.LazyLinear, find their sizes in the first batch: run one batch through the model "
+            f"first"
         )
 
 

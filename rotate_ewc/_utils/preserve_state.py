@@ -23,6 +23,10 @@ from torch.nn.parameter import is_lazy
 from rotate_ewc._utils.tree import same
 
 AS_FOUND: Final = object()
+# Where a loader has what draws for it, and how far inside: a generator of a sampler of a batch
+# sampler of a loader of a loader.
+_PARTS_OF_LOADERS: Final = ("data", "base_dataloader", "batch_sampler", "sampler")
+_DEPTH: Final = 6
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Setting:
 
     key: Hashable
     read: Callable[[], Any]
-    write: Callable[[Any], None]
+    write: Callable[[Any], object]
     meanwhile: Any = AS_FOUND
 
 
@@ -55,14 +59,15 @@ _LOCK: Final = Lock()
 
 
 def undisturbed(
-    modules: Iterable[nn.Module], parameters: Iterable[Tensor]
+    modules: Iterable[nn.Module], parameters: Iterable[Tensor], data: object = None
 ) -> AbstractContextManager[None]:
     """Evaluate a model without leaving a trace.
 
     Inside, every module is in eval mode and the given parameters require gradients. On the way out
     each module's mode, each parameter's `requires_grad`, the values of buffers, and the
-    random states of torch (CPU and the parameters' devices), Python and NumPy are restored, also
-    after an exception. A buffer in whose place the model has put another one stays replaced.
+    random states of torch (CPU and the parameters' devices), Python, NumPy and the data's own
+    generators, as a `DataLoader` may have them, are restored, also after an exception. A buffer in
+    whose place the model has put another one stays replaced.
 
     A `DistributedDataParallel` exchanges nothing meanwhile, since processes may run it a different
     number of times. What `torch.compile` has compiled runs as it was written (with torch 2.6 or
@@ -75,6 +80,7 @@ def undisturbed(
         modules: All modules of the model, and others that it calls; their submodules are not
             looked for.
         parameters: Leaf tensors whose uses will be captured.
+        data: What is gone through meanwhile.
     """
     tensors = list(parameters)
     each = list(dict.fromkeys(modules))
@@ -82,6 +88,7 @@ def undisturbed(
     return kept(
         [
             *random_states(tensor.device for tensor in tensors),
+            *generator_states(data),
             *_compilation(),
             *map(_eval_mode, each),
             *(setting for module in each for setting in _exchanges(module)),
@@ -244,3 +251,21 @@ def random_states(devices: Iterable[torch.device]) -> Iterator[Setting]:
             partial(backend.get_rng_state, device),
             partial(backend.set_rng_state, device=device),
         )
+
+
+def generator_states(data: object) -> Iterator[Setting]:
+    """Yield the states of the generators that a loader, or one of its samplers, draws from.
+
+    Args:
+        data: A loader, or something that has one as its attribute `data`.
+    """
+    found = {}
+    parts = [data]
+    for _ in range(_DEPTH):
+        generators = [getattr(part, "generator", None) for part in parts]
+        found.update({id(g): g for g in generators if isinstance(g, torch.Generator)})
+        inside = [getattr(part, name, None) for part in parts for name in _PARTS_OF_LOADERS]
+        # A tensor's `data` is a tensor again.
+        parts = [part for part in inside if part is not None and not isinstance(part, Tensor)]
+    for generator in found.values():
+        yield Setting(("generator", id(generator)), generator.get_state, generator.set_state)

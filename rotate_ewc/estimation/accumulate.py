@@ -75,8 +75,8 @@ class FirstPass:
             ValueError: If a number is not finite, or a layer is not used as in earlier batches.
             MemoryError: If the work on a single example needs more memory than there is.
         """
+        self.num_examples += captured.new_examples
         if captured.first:
-            self.num_examples += captured.num_examples
             self.normalizer += captured.normalizer
         for name, squares in captured.squares.items():
             before = self.squares.get(name)

@@ -34,8 +34,8 @@ from rotate_ewc.provenance import Provenance
 from rotate_ewc.tracing.capture import BatchCapturer
 from rotate_ewc.tracing.origins import NO_CONSTANTS, Constants
 from rotate_ewc.tracing.passes import (
+    ReiterableData,
     batches,
-    check_reiterable,
     naming_batch,
     noting_batch,
 )
@@ -114,11 +114,12 @@ def fit_blocks(
     for argument, patterns in (("rank", ranked), ("diagonal", settings.diagonal)):
         check_matching(argument, patterns, given, "parameter that is estimated")
     constants = NO_CONSTANTS if model is None else Constants.of(model)
+    data = ReiterableData.of(data)
     modules = [] if model is None else [*model.modules()]
     for function in (forward, *likelihood.user_functions):
         modules += reached_modules(function)
     watched = WatchedForward(forward, {parameter.device for parameter in parameters.values()})
-    with undisturbed(modules, parameters.values()), torch.inference_mode(False):
+    with undisturbed(modules, parameters.values(), data), torch.inference_mode(False):
         arguments = (likelihood, parameters, data, settings, constants, num_data, ranks)
         found = estimate(watched, *arguments)
         if check_deterministic:
@@ -137,6 +138,7 @@ def fit_blocks(
             f"{parameters_are(found.unused)} not used by model_func; expected parameters that the "
             f"outputs depend on: {left_out(found.unused)}"
         )
+    _check_num_data(num_data, found.num_examples, ranks)
     _warn_of_vanished(found.used, found.underflowed, found.num_examples)
     unsupported = (*found.unsupported, *complex_names)
     if unsupported:
@@ -158,6 +160,17 @@ def fit_blocks(
     kept = {name for block in found.blocks for name in block.parameters}
     shapes = {name: parameter.shape for name, parameter in parameters.items() if name in kept}
     return stored_in(found.blocks, settings.storage_dtype), shapes, provenance
+
+
+def _check_num_data(num_data: int | None, num_examples: int, ranks: Ranks) -> None:
+    """Raise unless the data can be a sample of as many examples as they are to stand for."""
+    # Samplers for several processes repeat examples, so that all processes have as many.
+    if ranks.size == 1 and num_data is not None and num_data < num_examples:
+        raise ValueError(
+            f"num_data is {num_data}, but data has {num_examples} examples; expected the size of "
+            f"the whole set, of which data may be a sample, so at least {num_examples}; or None, "
+            f"which takes the number in data"
+        )
 
 
 def _check_same(
@@ -228,8 +241,7 @@ def estimate(
         TypeError: If the outputs, or a batch's parts, have the wrong type.
         MemoryError: If a single example, or a decomposition, needs more memory than there is.
     """
-    ranks = ranks or Ranks()
-    check_reiterable(data)
+    ranks, data = ranks or Ranks(), ReiterableData.of(data)
     capturer = BatchCapturer(forward, likelihood, parameters, settings, constants)
     capturer.likelihood = likelihood = _counted(capturer, data, ranks)
     found = estimate_in_rounds(capturer, data, parameters, ranks)
@@ -260,7 +272,7 @@ def estimate(
     )
 
 
-def _counted(capturer: BatchCapturer, data: Iterable[Any], ranks: Ranks) -> Likelihood:
+def _counted(capturer: BatchCapturer, data: ReiterableData, ranks: Ranks) -> Likelihood:
     """Return the likelihood with its counts over all data, from a pass without gradients.
 
     A loss without counts needs no such pass. Sums of means have counts.
@@ -269,6 +281,7 @@ def _counted(capturer: BatchCapturer, data: Iterable[Any], ranks: Ranks) -> Like
     if not likelihood.has_counts:
         return likelihood
     total: Tensor | None = None
+    num_examples = 0
     shown = batches(
         data,
         capturer.device,
@@ -284,8 +297,10 @@ def _counted(capturer: BatchCapturer, data: Iterable[Any], ranks: Ranks) -> Like
             current = likelihood.current
             targets = current.completed_targets(outputs, targets, settings.fisher_type)
             current.check(outputs, targets)
+            num_examples += capturer.counter.count(inputs, outputs, targets)
             counts = current.counts(outputs, targets)
             total = counts if total is None else total + counts
+    data.end_pass(num_examples)
     every = ranks.gather("loss terms", None if total is None else total.cpu())
     known = [counts for counts in every if counts is not None]
     return likelihood.with_counts(torch.stack(known).sum(dim=0)) if known else likelihood

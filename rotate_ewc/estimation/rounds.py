@@ -7,7 +7,7 @@ be; sampled labels are the same in all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from rotate_ewc.losses import Likelihood
 from rotate_ewc.options import KFACType
 from rotate_ewc.tracing.block_plan import BlockKey
 from rotate_ewc.tracing.capture import BatchCapturer
-from rotate_ewc.tracing.passes import Passes
+from rotate_ewc.tracing.passes import Passes, ReiterableData
 
 
 @dataclass
@@ -49,13 +49,13 @@ class Sums:
 
 
 def estimate_in_rounds(
-    capturer: BatchCapturer, data: Iterable[Any], parameters: Mapping[str, Tensor], ranks: Ranks
+    capturer: BatchCapturer, data: ReiterableData, parameters: Mapping[str, Tensor], ranks: Ranks
 ) -> Sums:
     """Sum the factors of all blocks, decompose them and sum eigenvalues, in one round or several.
 
     Args:
         capturer: Runs the model.
-        data: Re-iterable batches (inputs, targets).
+        data: Batches (inputs, targets).
         parameters: What the matrix is over, by name.
         ranks: The processes that estimate together, in the same rounds. Each holds the factors of
             a round until it is known which of them it decomposes.

@@ -47,7 +47,9 @@ class Categorical(Likelihood):
         """Check shapes, and the range of labels or of class probabilities."""
         if outputs.ndim < 2:
             raise ValueError(
-                f"{self.name} needs outputs [batch, classes, ...]; got {shape_of(outputs)}"
+                f"{self.name} needs outputs [batch, classes, ...]; got {shape_of(outputs)}, as for "
+                f"a single example; expected batches in data, as "
+                f"torch.utils.data.DataLoader(data, batch_size=100) makes them of examples"
             )
         if self.class_weights is not None and len(self.class_weights) != outputs.shape[1]:
             raise ValueError(

@@ -84,6 +84,7 @@ def likelihood_of(
     """
     if not callable(loss_func):
         raise TypeError(f"loss_func is {loss_func!r}; expected a loss")
+    _refuse_class(loss_func)
     if isinstance(loss_func, ModelLoss) and fisher_type is FisherType.EMPIRICAL:
         return OwnLosses.of(loss_func)
     found = _likelihood(loss_func)
@@ -92,6 +93,19 @@ def likelihood_of(
     if fisher_type is FisherType.EMPIRICAL:
         return Empirical.of(loss_func, name_of(loss_func))
     raise TypeError(_unknown(loss_func, fisher_type))
+
+
+def _refuse_class(loss_func: Any) -> None:
+    """Raise if a loss, or a part of one, is a class, of which somebody forgot to make an object."""
+    if isinstance(loss_func, SumOfLosses):
+        for part in loss_func.losses.values():
+            _refuse_class(part)
+    if isinstance(loss_func, (EmpiricalLoss, ModelLoss)):
+        loss_func = loss_func.function
+    if isinstance(loss_func, type):
+        name = loss_func.__name__
+        name = f"nn.{name}" if getattr(nn, name, None) is loss_func else name
+        raise TypeError(f"loss_func is the class {name}; expected an object: pass {name}()")
 
 
 def _likelihood(loss_func: Callable[..., Any]) -> Likelihood | None:

@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import structs
 from torch import Tensor, nn
 
-from rotate_ewc._utils.numerics import check_trace
+from rotate_ewc._utils.numerics import check_trace, statistics_dtype
 from rotate_ewc._utils.parameters import fits
 from rotate_ewc.curvature.merge import merge_together
 from rotate_ewc.curvature.operator import EKFACLinearOperator
@@ -21,6 +21,7 @@ from rotate_ewc.options import EstimationSettings, Mode
 from rotate_ewc.penalty.owners import Owners
 from rotate_ewc.penalty.temperature import fitting_temperature, softened
 from rotate_ewc.penalty.terms import Term
+from rotate_ewc.tracing.passes import ReiterableData
 
 
 def estimate_task(
@@ -51,6 +52,7 @@ def estimate_task(
         ranks: The processes that estimate together.
     """
     likelihood = likelihood_of(loss_func, settings.fisher_type)
+    data = ReiterableData.of(data)
     shown = likelihood.packing_forward(forward or model)
     temperature = fitting_temperature(temperature, model, shown, likelihood, data, settings, ranks)
     blocks, shapes, provenance = fit_blocks(
@@ -67,6 +69,30 @@ def estimate_task(
     told = {**provenance.settings, "temperature": temperature, "damping": damping}
     provenance = structs.replace(provenance, settings=told)
     return EKFACLinearOperator.from_blocks(blocks, shapes, provenance)
+
+
+def check_dtypes(terms: Sequence[Term], named: Mapping[str, Tensor]) -> None:
+    """Raise unless what a task will add to terms, by merging, has their dtypes.
+
+    Args:
+        terms: Those of earlier tasks.
+        named: The parameters that the new task protects, by name.
+
+    Raises:
+        ValueError: If terms have been cast, or the model has, naming the parameters.
+    """
+    for term in terms:
+        for block in term.operator.blocks:
+            found = block.eigenvalues.dtype
+            for name in filter(named.__contains__, block.parameters):
+                wanted = statistics_dtype(named[name].dtype)
+                if wanted != found:
+                    raise ValueError(
+                        f"the penalty's matrix of {name!r} is in {found}, but that of a new task, "
+                        f"of a parameter in {named[name].dtype}, is in {wanted}; expected the same "
+                        f"dtype, to merge them: call penalty.to({wanted}) before consolidate (what "
+                        f"was rounded stays rounded)"
+                    )
 
 
 def fold_in(

@@ -13,6 +13,8 @@ from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 
+from rotate_ewc._utils.preserve_state import generator_states, kept
+
 _INTEGRATIONS: Final = {
     "transformers": "rotate_ewc.integrations.transformers",
     "peft": "rotate_ewc.integrations.transformers",
@@ -63,7 +65,8 @@ def own_loss_of(model: nn.Module, data: Iterable[Any]) -> OwnLoss:
         if package not in _READERS and package in _INTEGRATIONS:
             importlib.import_module(_INTEGRATIONS[package])
         if package in _READERS:
-            return _READERS[package](model, data)
+            with kept(generator_states(data)):
+                return _READERS[package](model, data)
     raise ValueError(
         f"loss_func is None, but model is {type(model).__name__}, which has no loss of its own; "
         f"expected a loss such as torch.nn.CrossEntropyLoss(), or a model of transformers"

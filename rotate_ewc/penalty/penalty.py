@@ -15,7 +15,9 @@ from typing_extensions import Unpack
 from rotate_ewc._utils.keywords import forwards_keywords
 from rotate_ewc._utils.parameters import (
     Parameters,
+    check_initialised,
     name_parameters,
+    named_parameters,
     parameters_of,
     select_parameters,
     unwrapped,
@@ -39,7 +41,7 @@ from rotate_ewc.linalg.quadratic import quadratic_form
 from rotate_ewc.options import EstimationOptions, EstimationSettings, Mode, Weighting
 from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
-from rotate_ewc.penalty.folding import estimate_task, fold_in
+from rotate_ewc.penalty.folding import check_dtypes, estimate_task, fold_in
 from rotate_ewc.penalty.own_loss import own_loss_of
 from rotate_ewc.penalty.owners import Owners
 from rotate_ewc.penalty.replicas import Replicas
@@ -241,6 +243,7 @@ class EKFACPenalty(ConsolidatedTasks):
         if data is None:
             raise TypeError("data is missing; expected the task's batches: data=loader")
         model = unwrapped(model)
+        check_initialised(named_parameters(model))
         if ranks.size > 1:
             told = {"number of tasks": self._num_tasks, "weight": weight, "mode": self.mode.value}
             told |= {"temperature": self.temperature, "damping": self.damping}
@@ -259,6 +262,8 @@ class EKFACPenalty(ConsolidatedTasks):
             chosen = name_parameters(params, model)
             named = name_parameters(list(chosen.values()), model)
             self.protected(parameters_of(model))
+            if self.mode is Mode.MERGED:
+                check_dtypes(self._terms, named)
             operator = estimate_task(
                 model,
                 loss_func,

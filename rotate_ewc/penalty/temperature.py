@@ -19,10 +19,11 @@ from rotate_ewc._utils.validation import AUTO
 from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.losses import Likelihood
 from rotate_ewc.options import EstimationSettings
+from rotate_ewc.tracing.counting import ExampleCounter
 from rotate_ewc.tracing.passes import (
     Batch,
+    ReiterableData,
     batches,
-    check_reiterable,
     naming_batch,
     noting_batch,
 )
@@ -56,7 +57,7 @@ def fitting_temperature(
     model: nn.Module,
     forward: Callable[[Any], Any],
     likelihood: Likelihood,
-    data: Iterable[Any],
+    data: ReiterableData,
     settings: EstimationSettings,
     ranks: Ranks,
 ) -> float:
@@ -83,7 +84,7 @@ def softening_temperature(
     model: nn.Module,
     forward: Callable[[Any], Any],
     likelihood: Likelihood,
-    data: Iterable[Any],
+    data: ReiterableData,
     settings: EstimationSettings,
     ranks: Ranks,
 ) -> float:
@@ -98,7 +99,7 @@ def softening_temperature(
         model: The model, which is left as it was.
         forward: From a batch's inputs to the model's outputs.
         likelihood: The distribution behind the loss.
-        data: Re-iterable batches (inputs, targets), gone through once.
+        data: Batches (inputs, targets), gone through once.
         settings: Of the estimate. Outputs may take its memory budget; of more, every second batch
             is looked at, or fewer.
         ranks: The processes whose predictions count together, each with data of its own.
@@ -108,8 +109,7 @@ def softening_temperature(
     """
     parameters = parameters_of(model)
     modules = [*model.modules(), *reached_modules(forward)]
-    check_reiterable(data)
-    with undisturbed(modules, parameters.values()), torch.no_grad():
+    with undisturbed(modules, parameters.values(), data), torch.no_grad():
         device = next(iter(parameters.values())).device
         shown = batches(
             data,
@@ -119,7 +119,7 @@ def softening_temperature(
             description="temperature",
             ranks=ranks,
         )
-        seen = _seen(forward, likelihood, shown, settings)
+        seen = _seen(forward, likelihood, shown, settings, data)
         every = ranks.gather("outputs", None if seen is None else len(seen))
         if seen is None or None in every:
             return 1.0
@@ -127,11 +127,12 @@ def softening_temperature(
 
 
 class Seen(NamedTuple):
-    """A batch's outputs and targets, and their likelihood, which knows how they are packed."""
+    """Outputs and targets of a batch, the likelihood, which knows how they are packed, and size."""
 
     outputs: Tensor
     targets: Any
     likelihood: Likelihood
+    num_examples: int
 
     @property
     def nbytes(self) -> int:
@@ -144,26 +145,39 @@ def _seen(
     likelihood: Likelihood,
     shown: Iterable[Batch],
     settings: EstimationSettings,
+    data: ReiterableData,
 ) -> list[Seen] | None:
-    """Return outputs and targets, as many as there is room for; None if nothing can be softened."""
+    """Return outputs and targets, as many as there is room for; None if nothing can be softened.
+
+    Where all batches are looked at, the data learn how many examples there are.
+    """
+    counter = ExampleCounter(forward, settings.batch_size_fn)
     seen: list[Seen] = []
-    stride = 1
+    stride, num_examples = 1, 0
     for number, inputs, targets in shown:
         if number % stride:
             continue
         with naming_batch(number), noting_batch(number):
             outputs = forward(inputs)
-        found = _softenable(likelihood.current, outputs, targets, settings)
-        if found is None:
-            return None
-        seen.append(found)
+            found = _softenable(likelihood.current, inputs, outputs, targets, settings, counter)
+            if found is None:
+                return None
+            seen.append(found)
+            num_examples += found.num_examples
         while len(seen) > 1 and sum(batch.nbytes for batch in seen) > settings.memory_budget:
             seen, stride = seen[::2], 2 * stride
+    if stride == 1:
+        data.end_pass(num_examples)
     return seen
 
 
 def _softenable(
-    likelihood: Likelihood, outputs: Any, targets: Any, settings: EstimationSettings
+    likelihood: Likelihood,
+    inputs: Any,
+    outputs: Any,
+    targets: Any,
+    settings: EstimationSettings,
+    counter: ExampleCounter,
 ) -> Seen | None:
     """Return what was seen if predictions have an entropy; outputs that do not fit have none.
 
@@ -174,11 +188,12 @@ def _softenable(
     try:
         targets = likelihood.completed_targets(outputs, targets, settings.fisher_type)
         likelihood.check(outputs, targets)
+        num_examples = counter.count(inputs, outputs, targets)
     except (TypeError, ValueError):
         return None
     if likelihood.relative_entropies(outputs, targets) is None:
         return None
-    return Seen(outputs, targets, likelihood)
+    return Seen(outputs, targets, likelihood, num_examples)
 
 
 def _temperature_of(seen: Sequence[Seen], ranks: Ranks) -> float:
@@ -198,7 +213,7 @@ def _temperature_of(seen: Sequence[Seen], ranks: Ranks) -> float:
 def _mean_entropy(seen: Sequence[Seen], temperature: float, ranks: Ranks) -> float:
     """Return the mean over all predictions that count; 1 where none does."""
     total, count = 0.0, 0
-    for outputs, targets, likelihood in seen:
+    for outputs, targets, likelihood, _ in seen:
         outputs = outputs.to(statistics_dtype(outputs.dtype))
         softened = likelihood.softened(outputs, temperature)
         entropies = likelihood.relative_entropies(softened, targets)

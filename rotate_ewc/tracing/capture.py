@@ -60,6 +60,11 @@ class CapturedBatch:
     first: bool = True
     squares: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def new_examples(self) -> int:
+        """Examples that no earlier part of the batch has shown."""
+        return self.num_examples if self.first else 0
+
     def reaches(self, plan: BlockPlan) -> bool:
         """Whether a block gets a gradient that is not zero; False where that is not obvious.
 

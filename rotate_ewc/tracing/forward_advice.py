@@ -1,4 +1,4 @@
-"""Lines of code for whose data or outputs are not what is expected: how to write `forward=`."""
+"""Lines of code for whose data or outputs are not what is expected."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from inspect import unwrap
 from typing import Any, Final
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 _FUNCTION: Final = "(for an operator, as model_func)"
 _USUAL_TARGETS: Final = ("labels", "label", "targets", "target", "y")
@@ -39,12 +40,63 @@ def advice_for_inputs(inputs: Any) -> str | None:
     )
 
 
-def advice_for_batch(batch: Mapping[Any, Any]) -> str:
-    """Return how to cut a dictionary into inputs and targets."""
+def advice_for_data(data: object) -> str | None:
+    """Return what is wrong with data that are no batches, and what to pass; None if they may be."""
+    kind = type(data).__name__
+    is_examples = isinstance(data, Dataset) and not isinstance(data, IterableDataset)
+    # Those of Hugging Face are no data sets of torch.
+    if is_examples or (type(data).__module__.startswith("datasets.") and hasattr(data, "select")):
+        return (
+            f"{kind}, a data set of single examples; expected batches: pass "
+            f"torch.utils.data.DataLoader(data, batch_size=100), with the collate_fn of training "
+            f"(or batch_size=None, if each item is a batch)"
+        )
+    if isinstance(data, Mapping):
+        return f"{kind} with {list(data)}, as one batch is; expected a list of batches: pass [data]"
+    if not isinstance(data, (tuple, list)) or len(data) != 2 or not isinstance(data[1], Tensor):
+        return None
+    inputs, targets = data
+    is_batch = isinstance(inputs, Mapping) or (
+        isinstance(inputs, Tensor)
+        and (
+            isinstance(data, tuple) or (inputs.dtype, inputs.ndim) != (targets.dtype, targets.ndim)
+        )
+    )
+    if not is_batch:
+        return None
+    return (
+        f"a {kind} of inputs and targets, as one batch is; expected a list of batches: pass [data] "
+        f"(or a list of tensors, if these are two batches of inputs alone)"
+    )
+
+
+def advice_for_batch(batch: Any) -> str:
+    """Return how to make inputs and targets of a batch that has another form."""
+    if isinstance(batch, (tuple, list)):
+        return _advice_for_items(len(batch))
+    if not isinstance(batch, Mapping):
+        return ""
     target = next((name for name in _USUAL_TARGETS if name in batch), next(iter(batch), "labels"))
     return (
-        f"take data=[({{k: v for k, v in batch.items() if k != {target!r}}}, batch[{target!r}]) "
+        f": take data=[({{k: v for k, v in batch.items() if k != {target!r}}}, batch[{target!r}]) "
         f"for batch in data], and forward=lambda batch: model(**batch).logits {_FUNCTION}"
+    )
+
+
+def _advice_for_items(count: int) -> str:
+    """Return how to take inputs and targets from a number of items."""
+    if count == 1:
+        return (
+            ": if they are inputs alone, and the loss or fisher_type needs no targets, take "
+            "data=[x for (x,) in data]"
+        )
+    if not count:
+        return ""
+    return (
+        f": if the model needs only the first item, and the second is the target, take "
+        f"data=[(x, y) for x, y, *_ in data]; if it needs the others too, take "
+        f"data=[((x, *rest), y) for x, y, *rest in data] and forward=lambda batch: model(*batch) "
+        f"{_FUNCTION}"
     )
 
 

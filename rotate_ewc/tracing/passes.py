@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,8 +21,12 @@ from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.losses import BatchForm
 from rotate_ewc.losses.draws import LabelGenerator
 from rotate_ewc.tracing.capture import BatchCapturer, CapturedBatch
-from rotate_ewc.tracing.forward_advice import advice_for_batch
+from rotate_ewc.tracing.forward_advice import advice_for_batch, advice_for_data
 
+_SAME_IN_EACH_PASS: Final = (
+    "pass a list of the batches (list(data), before anything has read them), or a loader that "
+    "gives the same ones each time"
+)
 Consumer = Callable[[CapturedBatch], None]
 
 
@@ -34,6 +38,59 @@ class Batch(NamedTuple):
     targets: Any
 
 
+class ReiterableData:
+    """The user's data, which must show as many examples in every pass.
+
+    Attributes:
+        data: The batches.
+    """
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        """Check that the data can be iterated more than once, as far as that is seen."""
+        check_reiterable(data)
+        self.data = data
+        self._has_shown = False
+        self._num_examples: int | None = None
+
+    @classmethod
+    def of(cls, data: Iterable[Any]) -> ReiterableData:
+        """Return data of which it is known what earlier passes have shown, if there were any."""
+        return data if isinstance(data, cls) else cls(data)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches."""
+        for batch in self.data:
+            self._has_shown = True
+            yield batch
+
+    def __len__(self) -> int:
+        """Return the number of batches, for progress bars; loaders of streams have none."""
+        return len(self.data)  # type: ignore[arg-type]
+
+    def end_pass(self, num_examples: int) -> None:
+        """Note how many examples a pass has shown.
+
+        Raises:
+            ValueError: If it was another number in an earlier pass.
+        """
+        before = num_examples if self._num_examples is None else self._num_examples
+        self._num_examples = before
+        if num_examples != before:
+            raise ValueError(
+                f"data gave {before} examples in one pass and {num_examples} in a later one; "
+                f"expected the same examples in each pass: {_SAME_IN_EACH_PASS}"
+            )
+
+    def refuse_empty(self) -> NoReturn:
+        """Raise a `ValueError` for a pass without batches."""
+        if self._has_shown:
+            raise ValueError(
+                f"data gave batches in one pass and none in the next, as if one pass had used them "
+                f"up; expected the same batches in each pass: {_SAME_IN_EACH_PASS}"
+            )
+        raise ValueError("data is empty; expected at least one batch (inputs, targets)")
+
+
 class Passes:
     """Two passes over the data; in the second, the model runs only for batches not in the cache.
 
@@ -42,7 +99,7 @@ class Passes:
     """
 
     def __init__(
-        self, capturer: BatchCapturer, data: Iterable[Any], max_bytes: int, ranks: Ranks
+        self, capturer: BatchCapturer, data: ReiterableData, max_bytes: int, ranks: Ranks
     ) -> None:
         """Prepare the first pass.
 
@@ -69,15 +126,17 @@ class Passes:
             ValueError: If a batch or a layer cannot be handled; the message names it.
             TypeError: If a part of a batch, or the outputs, have the wrong type.
         """
-        generator = self._label_generator()
+        generator, num_examples = self._label_generator(), 0
         for batch in self._batches("factors"):
             with naming_batch(batch.number):
                 for captured in self._captured(batch, generator, with_squares=with_squares):
+                    num_examples += captured.new_examples
                     consume(captured)
                     self._cache.add(batch, captured)
                     # Or it would live on while the model runs on the next batch.
                     del captured
             self._cache.end_batch(generator.position)
+        self._data.end_pass(num_examples)
 
     def second(self, consume: Consumer) -> None:
         """Show all batches again, those in the cache as they were, without the squares.
@@ -93,17 +152,20 @@ class Passes:
             for cached in self._cache.take_all():
                 _hand_on(cached, consume)
             return
-        generator = self._label_generator()
+        generator, num_examples = self._label_generator(), 0
         for batch in self._batches("eigenvalues"):
             found = self._cache.take(batch)
             if found is not None:
+                num_examples += sum(part.new_examples for part in found.parts)
                 generator.position = found.position
                 _hand_on(found, consume)
                 continue
             with naming_batch(batch.number):
                 for captured in self._captured(batch, generator, with_squares=False):
+                    num_examples += captured.new_examples
                     consume(captured)
                     del captured
+        self._data.end_pass(num_examples)
 
     def _label_generator(self) -> LabelGenerator:
         seed, ranks = self._capturer.settings.seed, self._ranks
@@ -218,16 +280,18 @@ def check_reiterable(data: object) -> None:
     """Raise unless `data` can be iterated more than once.
 
     Raises:
-        TypeError: If `data` is not iterable at all.
+        TypeError: If `data` is not iterable at all, or one batch, or a data set of examples.
         ValueError: If `data` is its own iterator, such as a generator: it would be used up.
     """
-    try:
-        iterator = iter(data)  # type: ignore[call-overload]
-    except TypeError:
+    kind = type(data)
+    if advice := advice_for_data(data):
+        raise TypeError(f"data is {advice}")
+    if getattr(kind, "__iter__", None) is None and not hasattr(kind, "__getitem__"):
         raise TypeError(
-            f"data is {type(data).__name__}; expected an iterable of batches (inputs, targets)"
-        ) from None
-    if iterator is data:
+            f"data is {kind.__name__}; expected an iterable of batches (inputs, targets)"
+        )
+    # No loader is asked for an iterator: that alone draws random numbers, or starts processes.
+    if hasattr(kind, "__next__") and iter(data) is data:  # type: ignore[call-overload]
         raise ValueError(
             f"data is a one-shot iterator ({type(data).__name__}), and reading it would lose "
             f"batches; pass something that can be iterated again, such as a list or a DataLoader"
@@ -235,7 +299,7 @@ def check_reiterable(data: object) -> None:
 
 
 def batches(
-    data: Iterable[Any],
+    data: ReiterableData,
     device: torch.device,
     form: BatchForm,
     *,
@@ -263,9 +327,9 @@ def batches(
                 if isinstance(batch, (tuple, list))
                 else type(batch).__name__
             )
-            advice = f": {advice_for_batch(batch)}" if isinstance(batch, Mapping) else ""
             raise ValueError(
-                f"batch {index} of data is a {got}; expected (inputs, targets){advice}"
+                f"batch {index} of data is a {got}; expected (inputs, targets)"
+                f"{advice_for_batch(batch)}"
             )
         inputs, targets = batch
         if targets is not None and form is BatchForm.TENSOR and not isinstance(targets, Tensor):
@@ -276,7 +340,7 @@ def batches(
         yield Batch(index, to_device(inputs, device), _moved(targets, device))
         ranks.look()
     if index < 0 and ranks.size == 1:
-        raise ValueError("data is empty; expected at least one batch (inputs, targets)")
+        data.refuse_empty()
 
 
 def _moved(targets: Any, device: torch.device) -> Any:
