@@ -228,7 +228,9 @@ class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
         # Averages in the eigenbasis would start again in the next one.
         self._detach()
         start = time.perf_counter()
-        dataset = whole_task(strategy.experience).dataset
+        dataset, ranks = whole_task(strategy.experience).dataset, Ranks.of(self.group)
+        # All of it is counted as it is seen: a minibatch may have more examples than were drawn.
+        is_part = self.num_samples is not None or ranks.size > 1
         settings = self.penalty.settings
         if settings.progressbar is None:
             shown = _shows_progress(strategy)
@@ -238,9 +240,9 @@ class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
                 self.penalty.consolidate(
                     strategy.model,
                     strategy._criterion,
-                    self._minibatches(dataset.eval(), strategy, Ranks.of(self.group)),
+                    self._minibatches(dataset.eval(), strategy, ranks),
                     forward=partial(outputs_for, strategy),
-                    num_data=len(dataset),
+                    num_data=len(dataset) if is_part else None,
                     group=self.group,
                 )
         finally:

@@ -189,12 +189,14 @@ class RotatedEWCCallback(AttachesPenalty, TrainerCallback):
             if ranks.size > 1 and isinstance(data, LabelledBatches):
                 part = slice(ranks.rank, None, ranks.size)
                 data = replace(data, data=self._sampled(kwargs["train_dataloader"], args, part))
+            # All of it is counted as it is seen, for a collator may make several examples of one.
+            is_part = self.num_samples is not None or ranks.size > 1
             self.penalty.consolidate(
                 kwargs["model"],
                 own.loss_func,
                 data,
                 forward=own.forward,
-                num_data=self._num_data,
+                num_data=self._num_data if is_part else None,
                 group=self.group,
             )
             self.consolidation_seconds = time.perf_counter() - start

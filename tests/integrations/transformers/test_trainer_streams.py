@@ -115,3 +115,16 @@ def test_a_damaged_attachment_is_named(damage: Callable[[Path], None], tmp_path:
     third, callback = run(True, exact_penalty(5.0))
     third.train(resume_from_checkpoint=True)
     assert callback.penalty.num_tasks == 2
+
+
+def test_a_collator_may_make_several_examples_of_one(tmp_path: Path) -> None:
+    """All that is seen counts, where all of the data are taken."""
+
+    def twice(texts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {key: torch.stack([text[key] for text in texts + texts]) for key in texts[0]}
+
+    penalty = exact_penalty()
+    run = trainer(tmp_path, tiny_gpt2(), [RotatedEWCCallback(penalty)])
+    run.data_collator = twice
+    run.train()
+    assert penalty.terms[0].operator.num_data == 2 * len(task(1))
