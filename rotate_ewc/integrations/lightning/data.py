@@ -27,20 +27,20 @@ class FitBatches:
     """Batches, as many as an epoch has, in the precision that `fit` trains in.
 
     Attributes:
-        batches: Where they come from.
+        data: Where they come from; by this name the states of its generators are found.
         limit: How many there are at most; of these, each pass has the same ones.
         convert: Converts a batch.
         mappings: Whether a batch may be a mapping.
     """
 
-    batches: Iterable[Any]
+    data: Iterable[Any]
     limit: int | None
     convert: Callable[[Any], Any]
     mappings: bool
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches."""
-        own = getattr(self.batches, "generator", None) if self.limit is not None else None
+        own = getattr(self.data, "generator", None) if self.limit is not None else None
         with nullcontext() if own is None else kept([_state_of(own)]):
             if self.limit is not None:
                 # A loader that shuffles would draw other ones each time; what it draws from is
@@ -48,7 +48,7 @@ class FitBatches:
                 torch.default_generator.manual_seed(_SEED)
             if own is not None:
                 own.manual_seed(_SEED)
-            for index, batch in enumerate(islice(self.batches, self.limit)):
+            for index, batch in enumerate(islice(self.data, self.limit)):
                 if isinstance(batch, Mapping) and not self.mappings:
                     raise ValueError(_of_mapping(batch, index))
                 yield self.convert(batch)
@@ -59,10 +59,10 @@ class FitBatches:
         Args:
             given: Whether the batches are for the estimate alone, so that reading them is no harm.
         """
-        batches = first_batch(self.batches)
+        batches = first_batch(self.data)
         if batches is None and given:
-            batches = self.batches
-        return None if batches is None else replace(self, batches=batches, limit=None)
+            batches = self.data
+        return None if batches is None else replace(self, data=batches, limit=None)
 
 
 def batches_of_fit(trainer: Trainer, given: Iterable[Any] | None, *, mappings: bool) -> FitBatches:
