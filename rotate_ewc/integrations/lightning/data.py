@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import islice
@@ -16,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 
-from rotate_ewc._utils.preserve_state import Setting, kept
+from rotate_ewc._utils.preserve_state import generator_states, kept
 from rotate_ewc.integrations.loaders import first_batch, number_of_examples
 
 _SEED: Final = 0
@@ -40,14 +39,13 @@ class FitBatches:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches."""
-        own = getattr(self.data, "generator", None) if self.limit is not None else None
-        with nullcontext() if own is None else kept([_state_of(own)]):
+        with kept(() if self.limit is None else generator_states(self.data)):
             if self.limit is not None:
                 # A loader that shuffles would draw other ones each time; what it draws from is
                 # restored by the estimate.
                 torch.default_generator.manual_seed(_SEED)
-            if own is not None:
-                own.manual_seed(_SEED)
+                if (own := getattr(self.data, "generator", None)) is not None:
+                    own.manual_seed(_SEED)
             for index, batch in enumerate(islice(self.data, self.limit)):
                 if isinstance(batch, Mapping) and not self.mappings:
                     raise ValueError(_of_mapping(batch, index))
@@ -136,10 +134,3 @@ def _of_mapping(batch: Mapping[Any, Any], index: int) -> str:
         f"for a model of transformers with a loss of its own, its name: submodule=..., without "
         f"loss_func"
     )
-
-
-def _state_of(generator: torch.Generator) -> Setting:
-    def write(state: torch.Tensor) -> None:
-        generator.set_state(state)
-
-    return Setting(("generator", id(generator)), generator.get_state, write)
