@@ -71,8 +71,8 @@ class AttachesPenalty:
         self.attachment: Attachment[EKFACPenalty] | None = None
         self.consolidation_seconds: float | None = None
 
-    def _attach(self, optimizer: Optimizer, model: nn.Module) -> None:
-        """Attach the penalty to an optimizer.
+    def _attach(self, optimizer: Optimizer, model: nn.Module) -> Attachment[EKFACPenalty]:
+        """Attach the penalty to an optimizer, and return the handle.
 
         Raises:
             ValueError: If it takes part in no steps of this optimizer, or another callback does.
@@ -86,8 +86,10 @@ class AttachesPenalty:
                 f"two {type(self).__name__}s are given for one optimizer, which takes one penalty; "
                 f"expected one callback, with one EKFACPenalty for all tasks"
             )
-        self.attachment = self.penalty.attach(own, model, self.update, self.every, view=self.view)
+        attachment = self.penalty.attach(own, model, self.update, self.every, view=self.view)
+        self.attachment = attachment
         _ATTACHED[own] = self
+        return attachment
 
     def _detach(self) -> None:
         attached, self.attachment = self.attachment, None

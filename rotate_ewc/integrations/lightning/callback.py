@@ -134,11 +134,11 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         model = self._model(pl_module)
         self._own = self._task(trainer, model) if self.consolidate_at_end else None
         self.penalty.to(next(model.parameters()).device)
-        self._attach(trainer.optimizers[self.optimizer], model)
+        attachment = self._attach(trainer.optimizers[self.optimizer], model)
         if (examples := examples_of_fit(trainer)) is not None:
             self.penalty.current_num_data = examples
-        if self._saved_attachment is not None and self.attachment is not None:
-            self.attachment.load_state_dict(self._saved_attachment)
+        if self._saved_attachment is not None:
+            attachment.load_state_dict(self._saved_attachment)
             self._saved_attachment = None
 
     def on_train_batch_start(

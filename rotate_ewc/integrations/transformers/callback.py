@@ -128,10 +128,10 @@ class RotatedEWCCallback(AttachesPenalty, TrainerCallback):
             self._own = own_loss(model, data, label_smoothing=args.label_smoothing_factor)
             loss_func, data, forward = self._own
             rehearse(self.penalty, model, loss_func, data, forward, group=self.group)
-        self._attach(kwargs["optimizer"], model)
-        if folder is not None and self.attachment is not None:
+        attachment = self._attach(kwargs["optimizer"], model)
+        if folder is not None:
             try:
-                load_attachment(self.attachment, folder)
+                load_attachment(attachment, folder)
             except Exception:
                 self._detach()
                 raise
