@@ -18,6 +18,7 @@ from rotate_ewc import EKFACPenalty
 from rotate_ewc.integrations.lightning import RotatedEWCCallback
 from tests.helpers import hf_models, hf_training
 from tests.helpers.exact import exact_penalty
+from tests.helpers.lightning_training import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -60,21 +61,6 @@ def loader(seed: int) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(12, 4, generator=generator, dtype=torch.float64)
     return DataLoader(TensorDataset(x, x[:, :3].roll(seed, dims=1).argmax(dim=1)), batch_size=4)
-
-
-def trainer(folder: Path, *callbacks: Any, **options: Any) -> lightning.Trainer:
-    chosen = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "default_root_dir": str(folder),
-        "num_sanity_val_steps": 0,
-        **options,
-    }
-    return lightning.Trainer(callbacks=list(callbacks), **chosen)
 
 
 def with_a_task(strength: Any = 3.0) -> EKFACPenalty:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from rotate_ewc import EKFACPenalty
 from rotate_ewc.integrations.lightning import RotatedEWCCallback
 from tests.helpers.exact import exact_penalty
+from tests.helpers.lightning_training import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CE = nn.CrossEntropyLoss()
@@ -66,17 +67,7 @@ class Ends(IterableDataset[Any]):
 
 
 def fit(folder: Path, module: Module, batches: Any, *callbacks: Any, **options: Any) -> None:
-    chosen = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "default_root_dir": str(folder),
-        **options,
-    }
-    run = lightning.Trainer(callbacks=list(callbacks), **chosen)
+    run = trainer(folder, *callbacks, **options)
     before = list(run.callbacks)
     run.fit(module, batches)
     assert run.callbacks == before
@@ -191,10 +182,7 @@ def test_a_resumed_run_with_nothing_left_to_train_consolidates(tmp_path: Path) -
     saver = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
     fit(tmp_path, module, batches, RotatedEWCCallback(penalty, CE), saver)
     other, callback = Module(), RotatedEWCCallback(resumed, CE)
-    run = lightning.Trainer(
-        max_epochs=2, callbacks=[callback], accelerator="cpu", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, default_root_dir=str(tmp_path),
-    )  # fmt: skip
+    run = trainer(tmp_path, callback)
     run.fit(other, batches, ckpt_path=str(tmp_path / "epoch=1.ckpt"))
     assert other.inputs == []
     assert resumed.num_tasks == 1

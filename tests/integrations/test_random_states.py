@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from rotate_ewc import EKFACPenalty
 from rotate_ewc.integrations.lightning import RotatedEWCCallback as LightningCallback
 from rotate_ewc.integrations.transformers import RotatedEWCCallback as TrainersCallback
+from tests.helpers import lightning_training
 from tests.helpers.hf_training import task, tiny_gpt2, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -80,16 +81,8 @@ def test_lightning(tmp_path: Path, kind: str) -> None:
     loader: DataLoader[Any] = DataLoader(data, 2, shuffle=True, generator=generator)
     loss_func = None if kind == "own loss" else nn.CrossEntropyLoss()
     callback = LightningCallback(penalty, loss_func, submodule="model")
-    lightning.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=str(tmp_path),
-        callbacks=[before, callback, after],
-    ).fit(Language() if kind == "own loss" else Classifier(), loader)
+    run = lightning_training.trainer(tmp_path, before, callback, after, max_epochs=1)
+    run.fit(Language() if kind == "own loss" else Classifier(), loader)
     assert penalty.num_tasks == 1
     assert_nothing_was_drawn(before, after)
     assert not torch.equal(generator.get_state(), torch.Generator().manual_seed(3).get_state())

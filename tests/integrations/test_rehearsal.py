@@ -21,6 +21,7 @@ from rotate_ewc.integrations.lightning import RotatedEWCCallback
 from rotate_ewc.integrations.loaders import first_batch
 from rotate_ewc.integrations.rehearsal import rehearse
 from rotate_ewc.integrations.transformers import RotatedEWCCallback as OfTrainer
+from tests.helpers import lightning_training
 from tests.helpers.avalanche_training import domain_benchmark
 from tests.helpers.hf_training import tiny_gpt2, trainer
 
@@ -87,11 +88,7 @@ def loader(**options: Any) -> DataLoader[Any]:
 @pytest.mark.parametrize(("kind", "options", "loss", "message"), MISTAKES)
 def test_lightning(kind: type, options: Any, loss: Any, message: str, tmp_path: Path) -> None:
     module = Module(made(kind), loss)
-    run = lightning.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=str(tmp_path),
-        callbacks=[RotatedEWCCallback(EKFACPenalty(**options), loss)],
-    )  # fmt: skip
+    run = lightning_training.trainer(tmp_path, RotatedEWCCallback(EKFACPenalty(**options), loss))
     before = list(run.callbacks)
     with pytest.raises((TypeError, ValueError), match=message):
         run.fit(module, loader())
