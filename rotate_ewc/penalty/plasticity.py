@@ -20,7 +20,7 @@ the curvature that they meet, over that which the old tasks' own gradients meet:
 the old ones, near 0 for one that uses other directions, such as other pixels. It is averaged over
 the blocks by their progress. λ is then where
 
-    ρ(λ) = 1 - (1 - plasticity) c^{3/2}
+    ρ(λ) = 1 - (1 - plasticity) c
 
 Tasks that do not meet are penalised little, so that there is room for many of them.
 
@@ -51,7 +51,6 @@ from rotate_ewc.errors import SnapshotError
 Total = Callable[[Sequence[float]], list[float]]
 
 STEPS_BETWEEN_LOOKS: Final = 10
-_POWER_OF_OVERLAP: Final = 1.5
 # How many times more of its progress a later task may lose than the one in which λ was found.
 _MORE_IN_LATER_TASKS: Final = 3.0
 _SMALLEST, _LARGEST = math.log(1e-10), math.log(1e10)
@@ -175,7 +174,7 @@ class Plasticity:
             return None
         for label, one in seen.items():
             self._add(label, one)
-        share = _MORE_IN_LATER_TASKS if later else self._overlap(total) ** _POWER_OF_OVERLAP
+        share = _MORE_IN_LATER_TASKS if later else self._overlap(total)
         part = 1.0 - (1.0 - plasticity) * share
         progress = [(p.gains, p.stiffnesses) for p in seen.values()]
         strength = strength_keeping(part, progress, start, total)

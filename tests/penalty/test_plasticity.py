@@ -113,7 +113,7 @@ def test_less_overlap_keeps_more() -> None:
         squares = (1 - mix) * stiffnesses + mix * stiffnesses.flip(0)
         found = looks.look({"a": Progress(gains, stiffnesses, squares, stiffnesses)}, 0.9, 1.0)
         assert found is not None
-        part = 1 - 0.1 * looks.overlap**1.5
+        part = 1 - 0.1 * looks.overlap
         assert found == pytest.approx(bisected(part, gains, stiffnesses), rel=2e-2)
         overlaps.append(looks.overlap)
         strengths.append(found)
@@ -280,7 +280,7 @@ def test_first_step_finds_what_a_dense_computation_finds() -> None:
         own = values.square().sum() / values.sum()
         overlap = (matrix.square() * values).sum() / matrix.square().sum() / own
         met, total = met + float(gain.sum() * overlap), total + float(gain.sum())
-    part = 1 - 0.1 * min(1.0, met / total) ** 1.5
+    part = 1 - 0.1 * min(1.0, met / total)
     optimizer.step()
     expected = bisected(part, torch.cat(gains), torch.cat(stiffnesses))
     assert handle.strength == pytest.approx(expected, rel=2e-2)
