@@ -10,6 +10,7 @@ The number in a format is its version. All kinds of snapshots have the same.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -186,13 +187,15 @@ class TermLayout(_Object, frozen=True):
     operator: OperatorLayout
 
 
-_LARGEST_LOGARITHM: Final = 24.0  # of strengths, which are found from 1e-10 to 1e10
+# Of strengths, found from 1e-10 to 1e10, at a learning rate that may be much larger later.
+_LARGEST_LOGARITHM: Final = 100.0
 
 
 _Count = Annotated[int, Meta(ge=0, le=LARGEST_COUNT)]
 _Sum = Annotated[float, Meta(ge=-float(LARGEST_COUNT), le=float(LARGEST_COUNT))]
-# How many measurements, the sum of their logarithms, and how many old tasks there were then.
-_Looks = tuple[_Count, _Sum, _Count]
+# How many measurements, the sum of their logarithms, how many old tasks there were then, and the
+# largest learning rate.
+_Looks = tuple[_Count, _Sum, _Count, Annotated[float, Meta(ge=0)]]
 
 
 class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
@@ -231,19 +234,27 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
             )
         first, later = self.found_strength
         if (
-            any((looks == 0) != (task == 0) for looks, _, task in (first, later))
-            or any(abs(total) > looks * _LARGEST_LOGARITHM for looks, total, _ in (first, later))
+            any((looks == 0) != (task == 0) for looks, _, task, _ in (first, later))
+            or any(_is_too_large(*measured) for measured in self.found_strength)
             or max(first[2], later[2]) > self.num_tasks
             or 0 < later[2] <= first[2]
         ):
             raise ValueError(
                 f"found_strength is {[list(first), list(later)]}, for {self.num_tasks} tasks; "
-                f"expected the number of measurements, the sum of their logarithms, and the "
-                f"number of tasks at that time; then the same three for a later task"
+                f"expected the number of measurements, the sum of their logarithms, the number of "
+                f"tasks at that time, and the largest learning rate; then the same four for a "
+                f"later task"
             )
         reductions = sorted({term.operator.provenance.reduction for term in self.terms})
         if len(reductions) > 1:
             raise ValueError(f"terms have reductions {reductions}; expected the same for all")
+
+
+def _is_too_large(looks: int, total: float, _: int, rate: float) -> bool:
+    """Return whether measurements have a mean that no measured strengths can have."""
+    if not looks:
+        return total != 0
+    return rate <= 0 or abs(total / looks - math.log(rate)) > _LARGEST_LOGARITHM
 
 
 AnyHeader = OperatorHeader | PenaltyHeader

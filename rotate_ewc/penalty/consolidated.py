@@ -127,9 +127,17 @@ class ConsolidatedTasks(nn.Module):
         """Whether the strength was found, and is to be no larger than later tasks can bear."""
         return self._strength is None and self._num_tasks > 0 and not self.finds_strength
 
-    def take_strength(self, strength: float) -> None:
-        """Take a strength, or a bound of it, that was found in one step into the mean of these."""
-        self._found.add(strength, self._num_tasks)
+    def take_strength(self, strength: float, rate: float) -> int:
+        """Take a strength, or a bound of it, into the mean of those found in the task at hand.
+
+        Args:
+            strength: What was found in one step.
+            rate: The learning rate of that step.
+
+        Returns:
+            How many were found in this task.
+        """
+        return self._found.add(strength, rate, self._num_tasks)
 
     @property
     def scale(self) -> float:

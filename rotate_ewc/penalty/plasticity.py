@@ -26,7 +26,9 @@ Tasks that do not meet are penalised little, so that there is room for many of t
 
 **When.** Every ten steps of the first task that is learned under the penalty; λ is the geometric
 mean of all values found so far. From then on it stays, as in Bayes' rule: what the penalty gains
-with every task is what there is to lose.
+with every task is what there is to lose. What ρ depends on is ηλ, so a learning rate that falls
+would raise λ without limit, though where a task comes to rest does not depend on η: every value is
+therefore what it would be at the largest rate of the task.
 
 **How far that goes.** Where many tasks meet in the same directions, their matrices add up until
 nothing more is learned. So later tasks have a bound: λ is at most the geometric mean of what leaves
@@ -50,7 +52,6 @@ from rotate_ewc.errors import SnapshotError
 # Sums each of several numbers over all processes; `list` where there is one process.
 Total = Callable[[Sequence[float]], list[float]]
 
-STEPS_BETWEEN_LOOKS: Final = 10
 # How many times more of its progress a later task may lose than the one in which λ was found.
 _MORE_IN_LATER_TASKS: Final = 3.0
 _SMALLEST, _LARGEST = math.log(1e-10), math.log(1e10)
@@ -60,27 +61,36 @@ _MOST_ITERATIONS: Final = 60
 
 
 class GeometricMean(NamedTuple):
-    """The geometric mean of the numbers that were found while one task was learned.
+    """The geometric mean of what was found while one task was learned, at its largest rate.
+
+    The first step of a task has a single gradient behind it, so what is found there is only used
+    until there is something else: the second number counts twice, and the first no more.
 
     Attributes:
-        looks: How many were found.
-        sum_of_logs: Of their logarithms.
+        looks: How many numbers were found.
+        sum_of_logs: Of the logarithms of the numbers times the learning rates of their steps.
         num_tasks: How many old tasks there were then.
+        largest_rate: The largest learning rate.
     """
 
     looks: int = 0
     sum_of_logs: float = 0.0
     num_tasks: int = 0
+    largest_rate: float = 0.0
 
     @property
     def logarithm(self) -> float:
         """Logarithm of the mean; infinite before any was found, as of what bounds nothing."""
-        return self.sum_of_logs / self.looks if self.looks else math.inf
+        if not self.looks:
+            return math.inf
+        return self.sum_of_logs / self.looks - math.log(self.largest_rate)
 
-    def including(self, number: float, num_tasks: int) -> GeometricMean:
+    def including(self, number: float, rate: float, num_tasks: int) -> GeometricMean:
         """Return the mean with one more number, which is the first where the task is another."""
-        looks, sum_of_logs = self[:2] if num_tasks == self.num_tasks else (0, 0.0)
-        return GeometricMean(looks + 1, sum_of_logs + math.log(number), num_tasks)
+        old = self if num_tasks == self.num_tasks else GeometricMean()
+        logarithm = math.log(number * rate)
+        total = 2 * logarithm if old.looks == 1 else old.sum_of_logs + logarithm
+        return GeometricMean(old.looks + 1, total, num_tasks, max(old.largest_rate, rate))
 
 
 _NOTHING_FOUND: Final = GeometricMean()
@@ -109,12 +119,22 @@ class FoundStrength:
         """Return whether a task with so many before it is that in which λ is found."""
         return num_tasks > 0 and self.strengths.num_tasks in (0, num_tasks)
 
-    def add(self, strength: float, num_tasks: int) -> None:
-        """Take one more into the mean; in a later task, into that of its bounds."""
+    def add(self, strength: float, rate: float, num_tasks: int) -> int:
+        """Take one more into the mean; in a later task, into that of its bounds.
+
+        Args:
+            strength: λ, or a bound of it.
+            rate: The learning rate of the step in which it was found.
+            num_tasks: How many old tasks there are.
+
+        Returns:
+            How many numbers the mean is of.
+        """
         if self.is_open(num_tasks):
-            self.strengths = self.strengths.including(strength, num_tasks)
-        else:
-            self.bounds = self.bounds.including(strength, num_tasks)
+            self.strengths = self.strengths.including(strength, rate, num_tasks)
+            return self.strengths.looks
+        self.bounds = self.bounds.including(strength, rate, num_tasks)
+        return self.bounds.looks
 
 
 class Progress(NamedTuple):
@@ -134,18 +154,22 @@ class Progress(NamedTuple):
 
 
 class Plasticity:
-    """Looks at steps to find the strength of the penalty that takes part in them."""
+    """Looks at steps to find the strength of the penalty that takes part in them.
+
+    Attributes:
+        wait: How many steps to let pass before the next look; negative if one is overdue.
+    """
 
     def __init__(self) -> None:
         """Look at the first step."""
-        self._wait = 0
+        self.wait = 0
         # By block, over the looks of this task: what its gradients met; Σ g²; Σ s² / η.
         self._sums: dict[str, list[float]] = {}
 
     def is_due(self) -> bool:
         """Count a step, and return whether to look at it."""
-        self._wait -= 1
-        return self._wait < 0
+        self.wait -= 1
+        return self.wait < 0
 
     def look(
         self,
@@ -177,10 +201,7 @@ class Plasticity:
         share = _MORE_IN_LATER_TASKS if later else self._overlap(total)
         part = 1.0 - (1.0 - plasticity) * share
         progress = [(p.gains, p.stiffnesses) for p in seen.values()]
-        strength = strength_keeping(part, progress, start, total)
-        if strength is not None:
-            self._wait = STEPS_BETWEEN_LOOKS - 1
-        return strength
+        return strength_keeping(part, progress, start, total)
 
     @property
     def overlap(self) -> float:
@@ -208,7 +229,7 @@ class Plasticity:
     def state_dict(self) -> dict[str, Any]:
         """Return what was seen of this task."""
         sums = {label: list(values) for label, values in self._sums.items()}
-        return {"wait": self._wait, "sums": sums}
+        return {"wait": self.wait, "sums": sums}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Plasticity:
@@ -219,7 +240,7 @@ class Plasticity:
         """
         new = cls()
         try:
-            new._wait = int(state["wait"])
+            new.wait = int(state["wait"])
             new._sums = {str(k): [float(v) for v in sums] for k, sums in state["sums"].items()}
             whole = all(
                 len(v) == 3 and min(v) >= 0 and math.isfinite(sum(v)) for v in new._sums.values()

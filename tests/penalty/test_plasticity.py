@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from rotate_ewc import EKFACPenalty, SnapshotError
 from rotate_ewc.inspection.snapshot_file import read
 from rotate_ewc.penalty.plasticity import FoundStrength, Plasticity, Progress, strength_keeping
+from rotate_ewc.penalty.updates import watching
 from tests.helpers.crossing import crossed
 from tests.helpers.penalties import CE, make, task
 
@@ -126,20 +128,34 @@ def test_mean_is_geometric_and_of_one_task() -> None:
     assert found.value == 1.0
     assert not found.is_open(0)
     assert found.is_open(2)
-    found.add(4.0, 2)
-    found.add(16.0, 2)
-    assert found.value == pytest.approx(8.0)
+    assert found.add(100.0, 1.0, 2) == 1
+    assert found.value == pytest.approx(100.0)
+    assert found.add(4.0, 1.0, 2) == 2
+    assert found.value == pytest.approx(4.0)  # the first step's was better than nothing
+    assert found.add(32.0, 1.0, 2) == 3
+    assert found.value == pytest.approx((4.0 * 4.0 * 32.0) ** (1 / 3))
     assert found.is_open(2)
     assert not found.is_open(3)
 
 
+@pytest.mark.parametrize("rates", [(0.1, 0.05, 0.01), (0.01, 0.1, 0.05)])
+def test_strength_is_that_of_the_largest_learning_rate(rates: Sequence[float]) -> None:
+    """The same ηλ in all steps, as of one penalty that is looked at along a schedule."""
+    found = FoundStrength()
+    for rate in rates:
+        found.add(0.3 / rate, rate, 1)
+    assert found.value == pytest.approx(0.3 / 0.1)
+    found.add(0.1 / rates[0], rates[0], 2)
+    assert found.value == pytest.approx(min(3.0, 0.1 / rates[0]))
+
+
 def test_later_tasks_bound_what_was_found_each_by_itself() -> None:
     found = FoundStrength()
-    found.add(8.0, 1)
-    found.add(2.0, 2)
-    found.add(4.5, 2)
-    assert found.value == pytest.approx(3.0)
-    found.add(1e10, 3)
+    found.add(8.0, 1.0, 1)
+    for bound in (1.0, 2.0, 2.0, 8.0):
+        found.add(bound, 1.0, 2)
+    assert found.value == pytest.approx(8.0**0.5)
+    found.add(1e10, 1.0, 3)
     assert found.value == pytest.approx(8.0)
 
 
@@ -196,22 +212,20 @@ def test_attached_optimizers_find_it_in_the_first_task_alone(name: str, update: 
     assert strengths[1] not in (0.0, 1.0)
     assert math.isfinite(strengths[1])
     assert strengths[2] == penalty.strength
-    if update == "rotated" and name != "SGD":
-        assert strengths[2] <= strengths[1]  # there are bounds
-    else:
-        assert strengths[2] == strengths[1]
+    assert strengths[2] <= strengths[1]  # there are bounds
     penalty.strength = 3.0
     assert (penalty.strength, penalty.finds_strength) == (3.0, False)
     penalty.strength = "auto"
     assert (penalty.strength, penalty.finds_strength) == (1.0, True)
 
 
-def test_many_tasks_alike_do_not_stop_the_next() -> None:
+@pytest.mark.parametrize("update", ["rotated", "tangent", "gradient"])
+def test_many_tasks_alike_do_not_stop_the_next(update: str) -> None:
     """Twenty times the same matrix takes most of a step; the bound leaves 0.85 of its progress."""
     model = make("plain")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     penalty = EKFACPenalty()
-    handle = penalty.attach(optimizer, model)
+    handle = penalty.attach(optimizer, model, update)
     penalty.consolidate(model, CE, task("plain", 0, 40))
     train(model, optimizer, 1, 10)
     found = handle.strength
@@ -235,6 +249,45 @@ def test_many_tasks_alike_do_not_stop_the_next() -> None:
     assert kept[0] < 0.7
     assert kept[1] == pytest.approx(0.85, abs=5e-3)
     assert handle.strength < found
+
+
+def test_a_falling_learning_rate_does_not_raise_the_strength() -> None:
+    model = make("plain")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    penalty = EKFACPenalty()
+    handle = penalty.attach(optimizer, model)
+    penalty.consolidate(model, CE, task("plain", 0, 40))
+    train(model, optimizer, 1, 20)
+    before = handle.strength
+    optimizer.param_groups[0]["lr"] = 1e-8
+    train(model, optimizer, 1, 30)
+    assert before / 3 < handle.strength < 3 * before
+
+
+@pytest.mark.parametrize(("update", "every"), [("tangent", 7), ("gradient", 1)])
+def test_most_steps_of_updates_that_do_not_rotate_stay_cheap(update: str, every: int) -> None:
+    """Gradients are rotated for a look, and in the ten steps before it."""
+    model = make("plain")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    penalty = EKFACPenalty()
+    penalty.attach(optimizer, model, update, every=every)
+    for seed in range(3):
+        rotated = []
+        original = watching.rotated_gradient
+
+        def record(stack: Any, step: Any, seen: list[str] = rotated) -> Tensor:
+            seen.append(stack.block.label)
+            return original(stack, step)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(watching, "rotated_gradient", record)
+            train(model, optimizer, seed, 150)
+        if seed:
+            # Looks at steps 0, 10, 60 and 110.
+            assert all(rotated.count(label) == 11 + 11 + 11 for label in set(rotated))
+        else:
+            assert not rotated
+        penalty.consolidate(model, CE, task("plain", seed, 40))
 
 
 @pytest.mark.parametrize("units", [1e-3, 1e3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,8 @@ from rotate_ewc.penalty.terms import Stack
 # In an optimizer's state of a parameter: the number of tasks in whose eigenbasis it is. It is saved
 # and loaded with the state, so that a resumed run knows.
 _BASIS: Final = "eigenbasis_of_tasks"
+# From the first look at the steps of a task to the second.
+_FIRST_STEPS: Final = 10
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,13 @@ class Step:
         if name in self.sizes:
             return self.sizes[name]
         return rule.quotient(self.groups[name], self.state(name) if rule.rotated else {})
+
+    @property
+    def rate(self) -> float:
+        """The largest learning rate of the groups; 1 where an optimizer has none."""
+        given = [group.get("lr") for group in self.groups.values()]
+        rates = [float(rate) for rate in given if isinstance(rate, (int, float, Tensor))]
+        return max((rate for rate in rates if 0 < rate < math.inf), default=1.0)
 
     def factor(self, name: str) -> Tensor | float:
         """Return what gradients of a parameter are multiplied with, for the optimizer to divide by.
@@ -195,11 +205,10 @@ class Update(ABC):
     Until something is consolidated it is not asked.
 
     Attributes:
-        has_rotated_gradients: Whether it has the gradients of every step in the eigenbasis, where
-            they are needed to bound the strength in later tasks.
+        steps_between_looks: From one step in which the strength is found, or bounded, to the next.
     """
 
-    has_rotated_gradients = False
+    steps_between_looks = _FIRST_STEPS
 
     def __init__(self, penalty: ConsolidatedTasks) -> None:
         """Take part in no step yet."""
@@ -242,26 +251,36 @@ class Update(ABC):
 
     def looks(self) -> bool:
         """Count a step, and return whether the strength is to be found, or bounded, in it."""
-        bounds = self.has_rotated_gradients and self.penalty.bounds_strength
-        if not (bounds or self.penalty.finds_strength):
-            return False
+        return self.wait < math.inf and self.plasticity.is_due()
+
+    @property
+    def wait(self) -> float:
+        """How many steps there are before the next look; infinite where the strength is given."""
+        if not (self.penalty.finds_strength or self.penalty.bounds_strength):
+            return math.inf
         if self._looked_for != self.penalty.num_tasks:
             self._looked_for, self.plasticity = self.penalty.num_tasks, Plasticity()
-        return self.plasticity.is_due()
+        return self.plasticity.wait
 
     def resume(self, plasticity: Plasticity) -> None:
         """Go on with what was seen of the task at hand."""
         self._looked_for, self.plasticity = self.penalty.num_tasks, plasticity
 
-    def find_strength(self, seen: Mapping[str, Progress]) -> None:
-        """Find the strength in what a step is about to do to every block, by label."""
+    def find_strength(self, seen: Mapping[str, Progress], rate: float) -> None:
+        """Find the strength in what a step is about to do to every block.
+
+        Args:
+            seen: What that is, by label.
+            rate: The learning rate of the step.
+        """
         penalty = self.penalty
         later = penalty.bounds_strength
         found = self.plasticity.look(
             seen, penalty.plasticity, penalty.strength, later=later, total=penalty.owners.total
         )
         if found is not None:
-            penalty.take_strength(found)
+            looks = penalty.take_strength(found, rate)
+            self.plasticity.wait = (_FIRST_STEPS if looks == 1 else self.steps_between_looks) - 1
 
     def flush(self, step: Step) -> None:  # noqa: B027
         """Take what was put off since the penalty was last looked at; `step` has no gradients."""

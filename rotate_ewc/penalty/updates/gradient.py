@@ -12,7 +12,7 @@ from rotate_ewc._utils.parameters import fits
 from rotate_ewc.linalg.quadratic import quadratic_gradient
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.updates.base import Step, Update, check_nothing_left
-from rotate_ewc.penalty.updates.watching import Watch
+from rotate_ewc.penalty.updates.watching import STEPS_BETWEEN_LOOKS, Watch
 
 
 class GradientUpdate(Update):
@@ -21,6 +21,8 @@ class GradientUpdate(Update):
     What `penalty(model)` in the loss does, without its value. Large strengths need small learning
     rates. Four products for each block.
     """
+
+    steps_between_looks = STEPS_BETWEEN_LOOKS
 
     def __init__(self, penalty: ConsolidatedTasks) -> None:
         """Take part in no step yet."""

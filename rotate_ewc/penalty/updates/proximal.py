@@ -11,7 +11,7 @@ from rotate_ewc.penalty.step_rules import StepRule
 from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.base import Step, check_gradients, fits_all
 from rotate_ewc.penalty.updates.displaced import DisplacedUpdate
-from rotate_ewc.penalty.updates.watching import Watch
+from rotate_ewc.penalty.updates.watching import STEPS_BETWEEN_LOOKS, Watch
 
 
 class ProximalUpdate(DisplacedUpdate):
@@ -21,6 +21,8 @@ class ProximalUpdate(DisplacedUpdate):
     and its state means the same before and after a consolidation. With η the sum of its k step
     sizes, `θ ← θ* + Q [Qᵀ(θ - θ*) / (1 + η λ Λ)]`. Four products for each block, every k steps.
     """
+
+    steps_between_looks = STEPS_BETWEEN_LOOKS
 
     def __init__(self, penalty: ConsolidatedTasks, rule: StepRule, every: int) -> None:
         """Keep the rule for the size of the optimizer's steps, and k."""

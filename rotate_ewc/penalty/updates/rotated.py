@@ -35,8 +35,6 @@ class RotatedUpdate(DisplacedUpdate):
     is towards zero, not towards θ*.
     """
 
-    has_rotated_gradients = True
-
     def __init__(self, penalty: ConsolidatedTasks, rule: StepRule) -> None:
         """Keep the rule for the size of the optimizer's steps."""
         super().__init__(penalty, rule)
@@ -85,7 +83,8 @@ class RotatedUpdate(DisplacedUpdate):
         step = step.sized(self.rule)
         if self._looks:
             pairs = zip(self._moving, self._looked_at, strict=True)
-            self.find_strength({d.stack.block.label: self._progress(d, g, step) for d, g in pairs})
+            seen = {d.stack.block.label: self._progress(d, g, step) for d, g in pairs}
+            self.find_strength(seen, step.rate)
             self._looks, self._looked_at = False, []
         moved = [self._shrunk(displacement, step) for displacement in self._moving]
         whole = {n: step.parameters[n].data for d in self._moving for n in d.stack.names}

@@ -16,7 +16,7 @@ from rotate_ewc.penalty.step_rules import StepRule, divided
 from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.base import Step, Update, check_nothing_left
 from rotate_ewc.penalty.updates.gradient import add_gradients
-from rotate_ewc.penalty.updates.watching import Watch
+from rotate_ewc.penalty.updates.watching import STEPS_BETWEEN_LOOKS, Watch
 
 # Beyond this a step is as good as infinite; with it, products with eigenvalues are still finite.
 _LARGEST_FACTOR: Final = 1e28
@@ -34,6 +34,8 @@ class TangentUpdate(Update):
     It rests where the gradients cancel, whatever η is, and is stable where a gradient that is k
     steps old would not be. Four products for each block, every k steps.
     """
+
+    steps_between_looks = STEPS_BETWEEN_LOOKS
 
     def __init__(self, penalty: ConsolidatedTasks, rule: StepRule, every: int) -> None:
         """Keep the rule for the size of the optimizer's steps, and k."""

@@ -61,8 +61,7 @@ class ViewedUpdate(GradientUpdate):
 
     def after(self, step: Step) -> None:
         """Take the gradient away."""
-        finding = self.penalty.finds_strength
-        super().after(replace(step, parameters=self._view()) if finding else step)
+        super().after(replace(step, parameters=self._view()) if self._watch.looks else step)
 
     def _gradients(
         self,
@@ -77,7 +76,7 @@ class ViewedUpdate(GradientUpdate):
             value = quadratic_form([stack.block for stack in stacks], deltas)
             value = 0.5 * self.penalty.scale * value
             # The strength is found from the same graph.
-            keep = self.penalty.finds_strength
+            keep = self._watch.watches
             gradients = torch.autograd.grad(value, parameters, retain_graph=keep, allow_unused=True)
         if all(gradient is None for gradient in gradients):
             protected = quoted(name for stack in self.penalty.stacks for name in stack.names)
@@ -98,7 +97,7 @@ class ViewedUpdate(GradientUpdate):
         step: Step,
     ) -> Step:
         """Return the step as one of the protected tensors, along `J g` in place of a gradient."""
-        if not self.penalty.finds_strength:
+        if not self._watch.watches:
             return step
         names = [name for stack in stacks for name in stack.names if name in viewed]
         moving = [name for name in names if viewed[name].requires_grad]

@@ -18,6 +18,8 @@ from rotate_ewc.penalty.updates.base import Step, Update, fits_all, rotated_grad
 
 _BETAS: Final = (0.9, 0.999)
 _EPS: Final = 1e-8
+STEPS_BETWEEN_LOOKS: Final = 50
+_STEPS_BEFORE_A_LOOK: Final = 10
 
 
 class Watch:
@@ -25,9 +27,9 @@ class Watch:
 
     What an optimizer's own progress is depends on its metric: that of SGD is nearly all in the
     directions of large gradients, which are those of large eigenvalues. For a strength that does
-    not depend on it, Adam's averages m and v are kept in the eigenbasis while the strength is being
-    found, and each look is at the step `s = η m`, `η = r / √v`, with r such that the length is that
-    of the step that was taken. Two products for each block, in every step of that one task.
+    not depend on it, Adam's averages m and v are kept in the eigenbasis in the last steps before
+    each look, which is at the step `s = η m`, `η = r / √v`, with r such that the length is that of
+    the step that was taken. Two products for each block, in one step of five.
     """
 
     def __init__(self, update: Update) -> None:
@@ -42,6 +44,11 @@ class Watch:
         self._looked_at: list[tuple[Stack, Tensor]] = []
         self._before: dict[str, Tensor] = {}
 
+    @property
+    def watches(self) -> bool:
+        """Whether the gradients of the next step are averaged."""
+        return self._update.wait <= _STEPS_BEFORE_A_LOOK
+
     def before(self, stacks: Sequence[Stack], step: Step) -> None:
         """Average the gradients of the loss, and keep where a step begins that is to be looked at.
 
@@ -51,7 +58,8 @@ class Watch:
         """
         self._looked_at, self.looks = [], False
         penalty = self._update.penalty
-        if not penalty.finds_strength:
+        watches, due = self.watches, self._update.looks()
+        if not watches:
             self._averages = {}
             return
         current = set(penalty.stacks)
@@ -62,7 +70,7 @@ class Watch:
             return  # the averages would never recover
         for stack, gradient in gradients:
             self._averages.setdefault(stack, Averages(gradient)).add(gradient)
-        self.looks = self._update.looks()
+        self.looks = due
         if self.looks:
             self._looked_at = gradients
             self._before = {
@@ -94,7 +102,7 @@ class Watch:
             )
             seen[stack.block.label] = progress
         self._looked_at, self._before, self.looks = [], {}, False
-        self._update.find_strength(seen)
+        self._update.find_strength(seen, step.rate)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages."""
