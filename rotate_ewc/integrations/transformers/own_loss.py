@@ -53,6 +53,11 @@ _PROBLEMS: Final = {
     "multi_label_classification": SEVERAL_CLASSES,
     "regression": REGRESSION,
 }
+# What models take as tensors alone; some other inputs may be lists.
+_INPUTS: Final = (
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+    *("decoder_input_ids", "decoder_attention_mask"),
+)
 _SEED: Final = 0
 
 
@@ -74,7 +79,7 @@ def own_loss(model: nn.Module, data: Iterable[Any], *, label_smoothing: float = 
     Raises:
         ValueError: If the model's kind of loss is unknown, differs from what the model computes
             itself, or needs labels that the batches lack.
-        TypeError: If the batches are not mappings.
+        TypeError: If the batches are not mappings of tensors.
     """
     _check_weights(model)
     check_reiterable(data)
@@ -229,13 +234,13 @@ def _matching(
 
 
 def _check_batch(batch: Any, index: int, form: LossForm) -> None:
-    """Raise unless a batch is a mapping with the labels that a loss needs."""
+    """Raise unless a batch is a mapping of tensors, with the labels that a loss needs."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"batch {index} of data is a {type(batch).__name__}; expected a dictionary as the "
             f"model takes it, with {_keys(form)}, or loss_func for batches (inputs, targets)"
         )
-    if missing := [key for key in form.labels if not isinstance(batch.get(key), Tensor)]:
+    if missing := [key for key in form.labels if batch.get(key) is None]:
         advice = ""
         if form in (TOKENS, NEXT_TOKENS):
             advice = (
@@ -245,6 +250,18 @@ def _check_batch(batch: Any, index: int, form: LossForm) -> None:
         raise ValueError(
             f"batch {index} of data has {list(batch)}, but no {missing[0]!r}, which the model's "
             f"loss needs; expected tensors {_keys(form)} in every batch{advice}"
+        )
+    wrong = [key for key in form.labels if not isinstance(batch[key], Tensor)]
+    wrong += [key for key in _INPUTS if isinstance(batch.get(key), (list, tuple, np.ndarray))]
+    if wrong:
+        # The one that pads labels too.
+        of_tokens = form in (TOKENS, NEXT_TOKENS)
+        collator = "DataCollatorForSeq2Seq" if of_tokens else "DataCollatorWithPadding"
+        raise TypeError(
+            f"batch {index} of data has {wrong[0]!r} of type {type(batch[wrong[0]]).__name__}; "
+            f"expected a tensor. For a DataLoader, pass collate_fn=default_data_collator of "
+            f"transformers, or, if examples differ in length, collate_fn={collator}(tokenizer). To "
+            f"a tokenizer that makes the batches, pass return_tensors='pt'"
         )
 
 

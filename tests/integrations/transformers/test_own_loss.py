@@ -9,9 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.func import functional_call, grad
-from transformers import BertForPreTraining, BertModel, GPT2LMHeadModel
+from torch.utils.data import DataLoader
+from transformers import (
+    BertForPreTraining,
+    BertModel,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    default_data_collator,
+)
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty
 from rotate_ewc.integrations.transformers import own_loss
@@ -204,6 +215,44 @@ def test_batches_without_labels_are_refused() -> None:
     message = "batch 1 of data has .*no 'labels'.*DataCollatorForLanguageModeling"
     refused(model, [batch, unlabelled], message)
     refused(model, [unlabelled], "batch 0 of data has")
+
+
+@pytest.mark.parametrize("key", ["labels", "input_ids", "attention_mask"])
+@pytest.mark.parametrize("name", ["gpt2", "bert, one class", "t5"])
+def test_lists_are_refused_by_name(name: str, key: str) -> None:
+    model, batch = hf_models.case(name)
+    data = [batch, {**batch, key: batch[key].tolist()}]
+    refused(model, data, f"batch 1 of data has '{key}' of type list; expected a tensor", TypeError)
+    refused(model, [{**batch, key: batch[key].numpy()}], f"'{key}' of type ndarray", TypeError)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert, one class", "bert, tokens"])
+def test_the_advice_for_lists_works(name: str) -> None:
+    model, batch = hf_models.case(name)
+    examples = [{key: value[i].tolist() for key, value in batch.items()} for i in range(4)]
+    refused(model, DataLoader(examples, 2), r"of type list; .*default_data_collator", TypeError)
+    expected, equal, padded = (exact_penalty(fisher_type="type2") for _ in range(3))
+    expected.consolidate(model, data=[batch])
+    equal.consolidate(model, data=DataLoader(examples, 2, collate_fn=default_data_collator))
+    # Of another length each.
+    for example in examples:
+        length = sum(example["attention_mask"])
+        cut = {k: v[:length] for k, v in example.items() if isinstance(v, list)}
+        example.update(cut)
+    words = {"[PAD]": 0, **{f"word{i}": i for i in range(1, hf_models.VOCABULARY)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, "[PAD]")), pad_token="[PAD]"
+    )
+    per_token = name != "bert, one class"
+    collator = (DataCollatorForSeq2Seq if per_token else DataCollatorWithPadding)(tokenizer)
+    with pytest.raises(TypeError, match=rf"collate_fn={type(collator).__name__}\(tokenizer\)"):
+        expected.consolidate(model, data=[examples[0]])
+    padded.consolidate(model, data=DataLoader(examples, 2, collate_fn=collator))
+    x = {key: torch.randn_like(p) for key, p in model.named_parameters()}
+    for penalty in (equal, padded):
+        assert float(penalty(x)) == pytest.approx(float(expected(x)), rel=1e-6)
+    made = tokenizer(["word1 word2"], return_tensors="pt")
+    assert all(isinstance(made[key], Tensor) for key in made)
 
 
 def test_answers_need_both_ends() -> None:
