@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.tree import to_device
+from rotate_ewc.integrations.loaders import begin_pass
 from rotate_ewc.integrations.transformers.forms import (
     NEXT_TOKENS,
     ONE_CLASS,
@@ -58,7 +58,6 @@ _INPUTS: Final = (
     *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
     *("decoder_input_ids", "decoder_attention_mask"),
 )
-_SEED: Final = 0
 
 
 def own_loss(model: nn.Module, data: Iterable[Any], *, label_smoothing: float = 0.0) -> OwnLoss:
@@ -108,8 +107,8 @@ class LabelledBatches:
     form: LossForm
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Yield inputs and targets; the caller must restore the state of random numbers."""
-        _seed_everything()
+        """Yield inputs and targets; the caller must restore the states of random numbers."""
+        begin_pass(self.data)
         for index, batch in enumerate(self.data):
             _check_batch(batch, index, self.form)
             yield inputs_of(self.model, batch, self.form), self.form.targets(batch)
@@ -160,8 +159,8 @@ def _form_of(model: nn.Module, data: Iterable[Any]) -> LossForm:
     parameters = list(model.parameters())
     problem_type = getattr(base.config, "problem_type", None)
     try:
-        with undisturbed(model.modules(), parameters), torch.no_grad():
-            _seed_everything()
+        with undisturbed(model.modules(), parameters, data), torch.no_grad():
+            begin_pass(data)
             for index, batch in enumerate(data):
                 _check_batch(batch, index, forms[0])
                 batch = to_device(dict(batch), parameters[0].device)
@@ -283,10 +282,3 @@ def _check_weights(model: nn.Module) -> None:
 
 def _has_decoder(base: PreTrainedModel) -> bool:
     return bool(getattr(base.config, "is_encoder_decoder", False))
-
-
-def _seed_everything() -> None:
-    """Seed what loaders and collators draw from; not accelerators, where dropout is drawn."""
-    random.seed(_SEED)
-    np.random.seed(_SEED)
-    torch.default_generator.manual_seed(_SEED)

@@ -390,3 +390,27 @@ def test_every_pass_sees_the_same_masks() -> None:
         assert all(map(torch.equal, seen, whole[0]))
     counted = sum(int((labels != -100).sum()) for labels in whole[0])
     assert penalty.terms[0].operator.provenance.num_loss_terms == counted
+
+
+def test_every_pass_has_the_same_order_of_a_loader_with_a_generator() -> None:
+    model, batch = hf_models.case("bert, one class")
+    passes: list[Tensor] = []
+
+    def collated(examples: Any) -> Any:
+        passes.append(torch.cat([example["input_ids"] for example in examples]))
+        return default_data_collator(examples)
+
+    examples = [{key: value[i] for key, value in batch.items()} for i in range(4)]
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    loader = DataLoader(examples, 2, shuffle=True, generator=generator, collate_fn=collated)
+    own_loss(model, loader)
+    assert torch.equal(generator.get_state(), before)
+    passes.clear()
+    EKFACPenalty(1.0, memory_budget=2**10).consolidate(model, data=loader)
+    assert torch.equal(generator.get_state(), before)
+    # After the first batch, for the form of the loss.
+    assert len(passes) >= 1 + 3 * 2  # to soften, for the factors and for the eigenvalues
+    assert len(passes) % 2 == 1
+    assert all(map(torch.equal, passes[1:-2], passes[3:]))
+    assert not torch.equal(passes[1], passes[2])
