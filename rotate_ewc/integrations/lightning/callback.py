@@ -17,7 +17,7 @@ from rotate_ewc._utils.parameters import parameters_of
 from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.validation import AUTO
 from rotate_ewc._utils.warnings import warn_user
-from rotate_ewc.distributed.processes import Group
+from rotate_ewc.distributed.processes import Group, Ranks
 from rotate_ewc.integrations.attaching import AttachesPenalty
 from rotate_ewc.integrations.lightning.data import (
     FitBatches,
@@ -265,7 +265,7 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         """Return loss, batches and forward of the task; without `loss_func`, those of the model."""
         loss_func, forward = self.loss_func, self.forward or model
         if loss_func is None:
-            with forward_context(trainer):
+            with Ranks.of(self.group).together(), forward_context(trainer):
                 loss_func, data, forward = own_loss_of(model, data)
         return OwnLoss(loss_func, data, in_precision(trainer, forward))
 
