@@ -90,7 +90,7 @@ def undisturbed(
             *random_states(tensor.device for tensor in tensors),
             *generator_states(data),
             *_compilation(),
-            *map(_eval_mode, each),
+            *(mode(module, training=False) for module in each),
             *(setting for module in each for setting in _exchanges(module)),
             *map(_requiring_gradients, tensors),
             *map(_buffer, buffers.values()),
@@ -188,11 +188,13 @@ def _leave_stance(stance: AbstractContextManager[None]) -> None:
     stance.__exit__(None, None, None)
 
 
-def _eval_mode(module: nn.Module) -> Setting:
+def mode(module: nn.Module, *, training: bool) -> Setting:
+    """Return whether a module, without its children, is in training or in eval mode."""
+
     def write(training: bool) -> None:
         module.training = training
 
-    return Setting(("training", id(module)), lambda: module.training, write, False)
+    return Setting(("training", id(module)), lambda: module.training, write, training)
 
 
 def _exchanges(module: nn.Module) -> Iterator[Setting]:
@@ -254,12 +256,18 @@ def random_states(devices: Iterable[torch.device]) -> Iterator[Setting]:
 
 
 def generator_states(data: object) -> Iterator[Setting]:
-    """Yield the states of the generators that a loader, or one of its samplers, draws from.
+    """Yield the states of `generators_of` data."""
+    for generator in generators_of(data):
+        yield Setting(("generator", id(generator)), generator.get_state, generator.set_state)
+
+
+def generators_of(data: object) -> list[torch.Generator]:
+    """Return the generators that a loader, or one of its samplers, draws from.
 
     Args:
         data: A loader, or something that has one as its attribute `data`.
     """
-    found = {}
+    found: dict[int, torch.Generator] = {}
     parts = [data]
     for _ in range(_DEPTH):
         generators = [getattr(part, "generator", None) for part in parts]
@@ -267,5 +275,4 @@ def generator_states(data: object) -> Iterator[Setting]:
         inside = [getattr(part, name, None) for part in parts for name in _PARTS_OF_LOADERS]
         # A tensor's `data` is a tensor again.
         parts = [part for part in inside if part is not None and not isinstance(part, Tensor)]
-    for generator in found.values():
-        yield Setting(("generator", id(generator)), generator.get_state, generator.set_state)
+    return list(found.values())

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import random
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from rotate_ewc._utils.preserve_state import kept, random_states
+from rotate_ewc._utils.preserve_state import generators_of, kept, random_states
+
+_SEED: Final = 0
 
 
 def number_of_examples(loader: Any) -> int | None:
@@ -52,6 +57,25 @@ def check_stream(stream: Iterable[Any]) -> None:
             f"is left to consolidate after training; expected one whose __iter__ begins again, or "
             f"consolidate_at_end=False"
         )
+
+
+def begin_pass(data: Iterable[Any], device: torch.device | None = None) -> None:
+    """Seed what loaders, collators and transforms draw from, so that every pass draws the same.
+
+    The caller must restore the states of random numbers, and of the data's own generators.
+
+    Args:
+        data: What is about to be gone through.
+        device: An accelerator on which the data draw too; None where only models do, for dropout.
+    """
+    random.seed(_SEED)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(_SEED)
+    for generator in (torch.default_generator, *generators_of(data)):
+        generator.manual_seed(_SEED)
+    if device is not None and device.type not in ("cpu", "meta"):
+        state = torch.Generator(device).manual_seed(_SEED).get_state()
+        getattr(torch, device.type).set_rng_state(state, device)
 
 
 def first_batch(loader: Any) -> Iterable[Any] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,13 +14,16 @@ from torch import nn
 
 from rotate_ewc._utils.messages import quoted
 from rotate_ewc._utils.parameters import parameters_of
+from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.validation import AUTO
 from rotate_ewc._utils.warnings import warn_user
-from rotate_ewc.distributed.processes import Group
+from rotate_ewc.distributed.processes import Group, Ranks
 from rotate_ewc.integrations.attaching import AttachesPenalty
 from rotate_ewc.integrations.lightning.data import (
+    FitBatches,
     batches_of_fit,
     examples_of_fit,
+    forward_context,
     in_precision,
 )
 from rotate_ewc.integrations.rehearsal import rehearse
@@ -81,8 +83,8 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
             submodule: Name of the part of the module that is the model to protect, such as the
                 attribute that holds a model of transformers; parameters have the names they have
                 there. By default the whole module.
-            data: The task's data for the estimate, as `consolidate` takes them; None is the
-                training data of `fit`.
+            data: The task's data for the estimate, as `consolidate` takes them, and without the
+                hooks of batch transfer; None is the training data of `fit`, with these hooks.
             optimizer: Which of the module's optimizers has the parameters to protect.
             update: As in `EKFACPenalty.attach`.
             every: Likewise; the rest is applied before validations and when an epoch ends.
@@ -115,7 +117,7 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         self.submodule = submodule
         self.data = data
         self.optimizer = optimizer
-        self._own: OwnLoss | None = None
+        self._data: FitBatches | None = None
         self._saved_attachment: Mapping[str, Any] | None = None
         # Whether the task at hand is in the penalty already, as in a checkpoint of the last moment.
         self._consolidated = False
@@ -132,7 +134,7 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
                 f"optimizer is {self.optimizer}, but the module has {count}; expected a lower index"
             )
         model = self._model(pl_module)
-        self._own = self._task(trainer, model) if self.consolidate_at_end else None
+        self._data = self._rehearsed(trainer, pl_module) if self.consolidate_at_end else None
         self.penalty.to(next(model.parameters()).device)
         attachment = self._attach(trainer.optimizers[self.optimizer], model)
         if (examples := examples_of_fit(trainer)) is not None:
@@ -244,32 +246,42 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
             ) from None
         return model
 
-    def _task(self, trainer: Trainer, model: nn.Module) -> OwnLoss:
-        """Return loss, data and forward of the task; what will not do is refused here."""
-        loss_func, forward = self.loss_func, self.forward or model
-        fisher_type = self.penalty.settings.fisher_type
-        mappings = loss_func is None or (
-            likelihood_of(loss_func, fisher_type).batch_form is BatchForm.INPUTS
+    def _rehearsed(self, trainer: Trainer, pl_module: LightningModule) -> FitBatches:
+        """Return the data of the task; what will not do is refused here."""
+        mappings = self.loss_func is None or (
+            likelihood_of(self.loss_func, self.penalty.settings.fisher_type).batch_form
+            is BatchForm.INPUTS
         )
-        data: Any = batches_of_fit(trainer, self.data, mappings=mappings)
-        shown: Any = data.first(given=self.data is not None)
+        data = batches_of_fit(trainer, self.data, mappings=mappings)
+        shown = data.first(given=self.data is not None)
+        model = self._model(pl_module)
+        with undisturbed(pl_module.modules(), ()):
+            own = self._own_loss(trainer, model, [] if shown is None else shown)
+            shown_pairs = None if shown is None else own.data
+            rehearse(self.penalty, model, own.loss_func, shown_pairs, own.forward, group=self.group)
+        return data
+
+    def _own_loss(self, trainer: Trainer, model: nn.Module, data: Iterable[Any]) -> OwnLoss:
+        """Return loss, batches and forward of the task; without `loss_func`, those of the model."""
+        loss_func, forward = self.loss_func, self.forward or model
         if loss_func is None:
-            loss_func, data, forward = own_loss_of(model, data)
-            shown = None if shown is None else replace(data, data=shown)
-        task = OwnLoss(loss_func, data, in_precision(trainer, forward))
-        rehearse(self.penalty, model, loss_func, shown, task.forward, group=self.group)
-        return task
+            with Ranks.of(self.group).together(), forward_context(trainer):
+                loss_func, data, forward = own_loss_of(model, data)
+        return OwnLoss(loss_func, data, in_precision(trainer, forward))
 
     def _consolidate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Consolidate the task, unless that is done."""
-        own, self._own = self._own, None
-        if own is None or self._consolidated:
+        data, self._data = self._data, None
+        if data is None or self._consolidated:
             return
         start = time.perf_counter()
-        loss_func, data, forward = own
-        self.penalty.consolidate(
-            self._model(pl_module), loss_func, data, forward=forward, group=self.group
-        )
+        model = self._model(pl_module)
+        # The hooks may use other parts of the module, which are left as they are too.
+        with undisturbed(pl_module.modules(), ()):
+            own = self._own_loss(trainer, model, data)
+            self.penalty.consolidate(
+                model, own.loss_func, own.data, forward=own.forward, group=self.group
+            )
         self._consolidated = True
         self.consolidation_seconds = time.perf_counter() - start
 
@@ -281,9 +293,8 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         device = next(pl_module.parameters()).device
         pl_module.to(trainer.strategy.root_device)
         try:
-            model = self._model(pl_module)
-            self.penalty.to(next(model.parameters()).device)
-            self._own = self._task(trainer, model)
+            self.penalty.to(next(self._model(pl_module).parameters()).device)
+            self._data = self._rehearsed(trainer, pl_module)
             self._consolidate(trainer, pl_module)
         finally:
             pl_module.to(device)

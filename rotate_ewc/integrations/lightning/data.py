@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import islice
-from typing import Any, Final
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
@@ -15,41 +16,39 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 
-from rotate_ewc._utils.preserve_state import generator_states, kept
-from rotate_ewc.integrations.loaders import first_batch, number_of_examples
-
-_SEED: Final = 0
+from rotate_ewc._utils.preserve_state import kept, mode
+from rotate_ewc.integrations.loaders import begin_pass, first_batch, number_of_examples
 
 
 @dataclass(frozen=True)
 class FitBatches:
-    """Batches, as many as an epoch has, in the precision that `fit` trains in.
+    """Batches, as many as an epoch has, as `fit` hands them to the module's `training_step`.
+
+    Every pass over them begins with the same random numbers, so that loaders may shuffle, and
+    hooks of the module may augment at random.
 
     Attributes:
         data: Where they come from; by this name the states of its generators are found.
         limit: How many there are at most; of these, each pass has the same ones.
         convert: Converts a batch.
-        mappings: Whether a batch may be a mapping.
+        mappings: Whether a converted batch may be a mapping.
+        device: The device on which hooks may draw random numbers.
     """
 
     data: Iterable[Any]
     limit: int | None
     convert: Callable[[Any], Any]
     mappings: bool
+    device: torch.device | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the batches."""
-        with kept(() if self.limit is None else generator_states(self.data)):
-            if self.limit is not None:
-                # A loader that shuffles would draw other ones each time; what it draws from is
-                # restored by the estimate.
-                torch.default_generator.manual_seed(_SEED)
-                if (own := getattr(self.data, "generator", None)) is not None:
-                    own.manual_seed(_SEED)
-            for index, batch in enumerate(islice(self.data, self.limit)):
-                if isinstance(batch, Mapping) and not self.mappings:
-                    raise ValueError(_of_mapping(batch, index))
-                yield self.convert(batch)
+        """Yield the batches; the caller must restore the states of random numbers."""
+        begin_pass(self.data, self.device)
+        for index, given in enumerate(islice(self.data, self.limit)):
+            batch = self.convert(given)
+            if isinstance(batch, Mapping) and not self.mappings:
+                raise ValueError(_of_mapping(batch, index))
+            yield batch
 
     def first(self, *, given: bool) -> FitBatches | None:
         """Return what may be read before training: a batch such as the first; None is nothing.
@@ -68,27 +67,27 @@ def batches_of_fit(trainer: Trainer, given: Iterable[Any] | None, *, mappings: b
 
     Args:
         trainer: The trainer, whose data are set up.
-        given: What the user gives instead of the training data.
+        given: What the user gives instead of the training data; the module's hooks do not see it.
         mappings: Whether a batch may be a mapping.
 
     Raises:
         ValueError: If the training data may have no end, or come from several loaders.
     """
-    convert = trainer.precision_plugin.convert_input
     if given is not None:
-        return FitBatches(given, None, convert, mappings)
+        return FitBatches(given, None, trainer.precision_plugin.convert_input, mappings)
     loader: Any = trainer.train_dataloader
     if isinstance(loader, (Mapping, list, tuple)):
         raise ValueError(
             f"the training data are {len(loader)} loaders, in a {type(loader).__name__}; expected "
             f"one, or RotatedEWCCallback(data=...), re-iterable batches for the estimate"
         )
+    limit: int | None = None
     if math.isinf(trainer.num_training_batches):
         _check_end(trainer)
-        return FitBatches(loader, None, convert, mappings)
-    limit = int(trainer.num_training_batches)
-    whole = (sized_len(loader) or math.inf) <= limit
-    return FitBatches(loader, None if whole else limit, convert, mappings)
+    elif (sized_len(loader) or math.inf) > trainer.num_training_batches:
+        limit = int(trainer.num_training_batches)
+    device = trainer.strategy.root_device
+    return FitBatches(loader, limit, _as_in_training(trainer), mappings, device)
 
 
 def examples_of_fit(trainer: Trainer) -> int | None:
@@ -102,18 +101,41 @@ def examples_of_fit(trainer: Trainer) -> int | None:
     return limited if known is None else min(known, limited)
 
 
+def forward_context(trainer: Trainer) -> AbstractContextManager[None]:
+    """Return what a step of `fit` runs in, but without autocast."""
+    plugin = trainer.precision_plugin
+    exact = isinstance(plugin, (DoublePrecision, HalfPrecision))
+    return plugin.forward_context() if exact else nullcontext()
+
+
 def in_precision(trainer: Trainer, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return a forward function that runs as in a step of `fit`, but without autocast."""
-    plugin = trainer.precision_plugin
-    if not isinstance(plugin, (DoublePrecision, HalfPrecision)):
+    if isinstance(forward_context(trainer), nullcontext):
         return forward
 
     @wraps(forward, assigned=(), updated=())
     def inside(inputs: Any) -> Any:
-        with plugin.forward_context():
+        with forward_context(trainer):
             return forward(inputs)
 
     return inside
+
+
+def _as_in_training(trainer: Trainer) -> Callable[[Any], Any]:
+    """Return what `fit` does to a batch: its precision, and the hooks around its transfer.
+
+    Hooks find modules in the modes that they have now, as training begins.
+    """
+    module = trainer.lightning_module
+    modes = [(part, part.training) for part in module.modules()]
+
+    def convert(given: Any) -> Any:
+        with kept(mode(part, training=training) for part, training in modes):
+            batch = trainer.precision_plugin.convert_input(given)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    return convert
 
 
 def _check_end(trainer: Any) -> None:

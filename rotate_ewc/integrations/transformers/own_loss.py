@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from rotate_ewc._utils.preserve_state import undisturbed
 from rotate_ewc._utils.tree import to_device
+from rotate_ewc.integrations.loaders import begin_pass
 from rotate_ewc.integrations.transformers.forms import (
     NEXT_TOKENS,
     ONE_CLASS,
@@ -53,7 +53,11 @@ _PROBLEMS: Final = {
     "multi_label_classification": SEVERAL_CLASSES,
     "regression": REGRESSION,
 }
-_SEED: Final = 0
+# What models take as tensors alone; some other inputs may be lists.
+_INPUTS: Final = (
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+    *("decoder_input_ids", "decoder_attention_mask"),
+)
 
 
 def own_loss(model: nn.Module, data: Iterable[Any], *, label_smoothing: float = 0.0) -> OwnLoss:
@@ -74,7 +78,7 @@ def own_loss(model: nn.Module, data: Iterable[Any], *, label_smoothing: float = 
     Raises:
         ValueError: If the model's kind of loss is unknown, differs from what the model computes
             itself, or needs labels that the batches lack.
-        TypeError: If the batches are not mappings.
+        TypeError: If the batches are not mappings of tensors.
     """
     _check_weights(model)
     check_reiterable(data)
@@ -103,8 +107,8 @@ class LabelledBatches:
     form: LossForm
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Yield inputs and targets; the caller must restore the state of random numbers."""
-        _seed_everything()
+        """Yield inputs and targets; the caller must restore the states of random numbers."""
+        begin_pass(self.data)
         for index, batch in enumerate(self.data):
             _check_batch(batch, index, self.form)
             yield inputs_of(self.model, batch, self.form), self.form.targets(batch)
@@ -155,8 +159,8 @@ def _form_of(model: nn.Module, data: Iterable[Any]) -> LossForm:
     parameters = list(model.parameters())
     problem_type = getattr(base.config, "problem_type", None)
     try:
-        with undisturbed(model.modules(), parameters), torch.no_grad():
-            _seed_everything()
+        with undisturbed(model.modules(), parameters, data), torch.no_grad():
+            begin_pass(data)
             for index, batch in enumerate(data):
                 _check_batch(batch, index, forms[0])
                 batch = to_device(dict(batch), parameters[0].device)
@@ -229,13 +233,13 @@ def _matching(
 
 
 def _check_batch(batch: Any, index: int, form: LossForm) -> None:
-    """Raise unless a batch is a mapping with the labels that a loss needs."""
+    """Raise unless a batch is a mapping of tensors, with the labels that a loss needs."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"batch {index} of data is a {type(batch).__name__}; expected a dictionary as the "
             f"model takes it, with {_keys(form)}, or loss_func for batches (inputs, targets)"
         )
-    if missing := [key for key in form.labels if not isinstance(batch.get(key), Tensor)]:
+    if missing := [key for key in form.labels if batch.get(key) is None]:
         advice = ""
         if form in (TOKENS, NEXT_TOKENS):
             advice = (
@@ -245,6 +249,18 @@ def _check_batch(batch: Any, index: int, form: LossForm) -> None:
         raise ValueError(
             f"batch {index} of data has {list(batch)}, but no {missing[0]!r}, which the model's "
             f"loss needs; expected tensors {_keys(form)} in every batch{advice}"
+        )
+    wrong = [key for key in form.labels if not isinstance(batch[key], Tensor)]
+    wrong += [key for key in _INPUTS if isinstance(batch.get(key), (list, tuple, np.ndarray))]
+    if wrong:
+        # The one that pads labels too.
+        of_tokens = form in (TOKENS, NEXT_TOKENS)
+        collator = "DataCollatorForSeq2Seq" if of_tokens else "DataCollatorWithPadding"
+        raise TypeError(
+            f"batch {index} of data has {wrong[0]!r} of type {type(batch[wrong[0]]).__name__}; "
+            f"expected a tensor. For a DataLoader, pass collate_fn=default_data_collator of "
+            f"transformers, or, if examples differ in length, collate_fn={collator}(tokenizer). To "
+            f"a tokenizer that makes the batches, pass return_tensors='pt'"
         )
 
 
@@ -266,10 +282,3 @@ def _check_weights(model: nn.Module) -> None:
 
 def _has_decoder(base: PreTrainedModel) -> bool:
     return bool(getattr(base.config, "is_encoder_decoder", False))
-
-
-def _seed_everything() -> None:
-    """Seed what loaders and collators draw from; not accelerators, where dropout is drawn."""
-    random.seed(_SEED)
-    np.random.seed(_SEED)
-    torch.default_generator.manual_seed(_SEED)

@@ -9,9 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.func import functional_call, grad
-from transformers import BertForPreTraining, BertModel, GPT2LMHeadModel
+from torch.utils.data import DataLoader
+from transformers import (
+    BertForPreTraining,
+    BertModel,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    default_data_collator,
+)
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty
 from rotate_ewc.integrations.transformers import own_loss
@@ -206,6 +217,44 @@ def test_batches_without_labels_are_refused() -> None:
     refused(model, [unlabelled], "batch 0 of data has")
 
 
+@pytest.mark.parametrize("key", ["labels", "input_ids", "attention_mask"])
+@pytest.mark.parametrize("name", ["gpt2", "bert, one class", "t5"])
+def test_lists_are_refused_by_name(name: str, key: str) -> None:
+    model, batch = hf_models.case(name)
+    data = [batch, {**batch, key: batch[key].tolist()}]
+    refused(model, data, f"batch 1 of data has '{key}' of type list; expected a tensor", TypeError)
+    refused(model, [{**batch, key: batch[key].numpy()}], f"'{key}' of type ndarray", TypeError)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert, one class", "bert, tokens"])
+def test_the_advice_for_lists_works(name: str) -> None:
+    model, batch = hf_models.case(name)
+    examples = [{key: value[i].tolist() for key, value in batch.items()} for i in range(4)]
+    refused(model, DataLoader(examples, 2), r"of type list; .*default_data_collator", TypeError)
+    expected, equal, padded = (exact_penalty(fisher_type="type2") for _ in range(3))
+    expected.consolidate(model, data=[batch])
+    equal.consolidate(model, data=DataLoader(examples, 2, collate_fn=default_data_collator))
+    # Of another length each.
+    for example in examples:
+        length = sum(example["attention_mask"])
+        cut = {k: v[:length] for k, v in example.items() if isinstance(v, list)}
+        example.update(cut)
+    words = {"[PAD]": 0, **{f"word{i}": i for i in range(1, hf_models.VOCABULARY)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, "[PAD]")), pad_token="[PAD]"
+    )
+    per_token = name != "bert, one class"
+    collator = (DataCollatorForSeq2Seq if per_token else DataCollatorWithPadding)(tokenizer)
+    with pytest.raises(TypeError, match=rf"collate_fn={type(collator).__name__}\(tokenizer\)"):
+        expected.consolidate(model, data=[examples[0]])
+    padded.consolidate(model, data=DataLoader(examples, 2, collate_fn=collator))
+    x = {key: torch.randn_like(p) for key, p in model.named_parameters()}
+    for penalty in (equal, padded):
+        assert float(penalty(x)) == pytest.approx(float(expected(x)), rel=1e-6)
+    made = tokenizer(["word1 word2"], return_tensors="pt")
+    assert all(isinstance(made[key], Tensor) for key in made)
+
+
 def test_answers_need_both_ends() -> None:
     model, batch = hf_models.case("bert, answers")
     del batch["end_positions"]
@@ -341,3 +390,27 @@ def test_every_pass_sees_the_same_masks() -> None:
         assert all(map(torch.equal, seen, whole[0]))
     counted = sum(int((labels != -100).sum()) for labels in whole[0])
     assert penalty.terms[0].operator.provenance.num_loss_terms == counted
+
+
+def test_every_pass_has_the_same_order_of_a_loader_with_a_generator() -> None:
+    model, batch = hf_models.case("bert, one class")
+    passes: list[Tensor] = []
+
+    def collated(examples: Any) -> Any:
+        passes.append(torch.cat([example["input_ids"] for example in examples]))
+        return default_data_collator(examples)
+
+    examples = [{key: value[i] for key, value in batch.items()} for i in range(4)]
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    loader = DataLoader(examples, 2, shuffle=True, generator=generator, collate_fn=collated)
+    own_loss(model, loader)
+    assert torch.equal(generator.get_state(), before)
+    passes.clear()
+    EKFACPenalty(1.0, memory_budget=2**10).consolidate(model, data=loader)
+    assert torch.equal(generator.get_state(), before)
+    # After the first batch, for the form of the loss.
+    assert len(passes) >= 1 + 3 * 2  # to soften, for the factors and for the eigenvalues
+    assert len(passes) % 2 == 1
+    assert all(map(torch.equal, passes[1:-2], passes[3:]))
+    assert not torch.equal(passes[1], passes[2])
