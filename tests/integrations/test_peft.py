@@ -91,8 +91,11 @@ def test_adapters_count_as_they_are_switched() -> None:
     assert effective_parameters(base)[name] is own
 
 
-def consolidated(base: PreTrainedModel, batch: Any, strength: Any = 2.0) -> EKFACPenalty:
-    penalty = exact_penalty(strength, fisher_type="empirical", include=["*.c_*.weight"])
+def consolidated(
+    base: PreTrainedModel, batch: Any, strength: Any = 2.0, **options: Any
+) -> EKFACPenalty:
+    include = ["*.c_*.weight"]
+    penalty = exact_penalty(strength, fisher_type="empirical", include=include, **options)
     penalty.consolidate(base, data=[batch])
     return penalty
 
@@ -190,7 +193,7 @@ def test_less_of_the_base_model_is_forgotten(strength: Any) -> None:
     base, _ = hf_models.case("gpt2")
     old, new = hf_models.language(1), hf_models.language(2)
     train(base, old, 60, None)
-    penalty = consolidated(base, old, strength)
+    penalty = consolidated(base, old, strength, plasticity=0.8)
     start = float(base(**old).loss)
     losses = {}
     for name, used in (("free", None), ("protected", penalty)):
