@@ -12,17 +12,18 @@ neither on the scale of the Fisher matrix nor on that of the loss (compare natur
 learning, Kao et al. 2021: a trust region in the metric of the old tasks).
 
 **What it may cost.** How much to give up depends on whether the tasks get into each other's way.
-With g the new task's gradients, their overlap with the old tasks is, for each block,
+The overlap of the new task with the old ones is
 
-    c = (Σ g² Λ / Σ g²) / (Σ Λ² / Σ Λ)
+    c = Σ (s² / η) Λ / Λ̄  /  Σ s² / η,    Λ̄ = Σ Λ^{3/2} / Σ Λ^{1/2} in each block
 
-the curvature that they meet, over that which the old tasks' own gradients meet: 1 for a task like
-the old ones, near 0 for one that uses other directions, such as other pixels. It is averaged over
-the blocks by their progress. λ is then where
+the curvature that the progress meets, over that which the old tasks' own progress met: their
+gradients are as √Λ, and so is what an optimizer such as Adam makes of them. It is 1 for a task like
+the old ones, near 0 for one that uses other directions, such as other pixels. λ is then where
 
     ρ(λ) = 1 - (1 - plasticity) c
 
-Tasks that do not meet are penalised little, so that there is room for many of them.
+with c the mean over all looks at the task. Tasks that do not meet are penalised little, so that
+there is room for many of them.
 
 **When.** Every ten steps of the first task that is learned under the penalty; λ is the geometric
 mean of all values found so far. From then on it stays, as in Bayes' rule: what the penalty gains
@@ -138,18 +139,16 @@ class FoundStrength:
 
 
 class Progress(NamedTuple):
-    """What a step is about to do to one block; all four have an entry for each coordinate.
+    """What a step is about to do to one block; all three have an entry for each coordinate.
 
     Attributes:
         gains: `s² / η`, by how much it lowers the new loss to first order.
         stiffnesses: `η Λ`, with Λ the second derivatives of the penalty at strength 1.
-        squares: g², with g the gradient of the new loss; only its direction matters.
         eigenvalues: Λ, in any unit.
     """
 
     gains: Tensor
     stiffnesses: Tensor
-    squares: Tensor
     eigenvalues: Tensor
 
 
@@ -163,8 +162,7 @@ class Plasticity:
     def __init__(self) -> None:
         """Look at the first step."""
         self.wait = 0
-        # By block, over the looks of this task: what its gradients met; Σ g²; Σ s² / η.
-        self._sums: dict[str, list[float]] = {}
+        self._looks, self._sum_of_overlaps = 0, 0.0
 
     def is_due(self) -> bool:
         """Count a step, and return whether to look at it."""
@@ -173,7 +171,7 @@ class Plasticity:
 
     def look(
         self,
-        seen: Mapping[str, Progress],
+        seen: Sequence[Progress],
         plasticity: float,
         start: float,
         *,
@@ -183,7 +181,7 @@ class Plasticity:
         """Return the strength that suits a step.
 
         Args:
-            seen: What the step is about to do to every block, by label.
+            seen: What the step is about to do to every block.
             plasticity: The part of its progress that a task like the old ones is to keep.
             start: The current strength.
             later: Whether the step is of a later task than the one in which λ is found; the result
@@ -193,43 +191,30 @@ class Plasticity:
         Returns:
             λ; None if the step goes nowhere, in which case the caller should try the next step.
         """
-        endless = sum(not bool(torch.isfinite(part.sum())) for p in seen.values() for part in p)
+        endless = sum(not bool(torch.isfinite(part.sum())) for p in seen for part in p)
         if any(total([endless])):
             return None
-        for label, one in seen.items():
-            self._add(label, one)
-        share = _MORE_IN_LATER_TASKS if later else self._overlap(total)
+        self._add(seen, total)
+        share = _MORE_IN_LATER_TASKS if later else self.overlap
         part = 1.0 - (1.0 - plasticity) * share
-        progress = [(p.gains, p.stiffnesses) for p in seen.values()]
+        progress = [(p.gains, p.stiffnesses) for p in seen]
         return strength_keeping(part, progress, start, total)
 
     @property
     def overlap(self) -> float:
-        """The overlap c over the looks of this task, from 0 to 1; 1 before there was any."""
-        return self._overlap(list)
+        """The overlap c, the mean over the looks of this task; 1 before there was any."""
+        return self._sum_of_overlaps / self._looks if self._looks else 1.0
 
-    def _overlap(self, total: Total) -> float:
-        gains = sum(gains for _, _, gains in self._sums.values())
-        met = sum(gains * m / squares for m, squares, gains in self._sums.values() if squares > 0)
-        gains, met = total([gains, met])
-        return min(1.0, met / gains) if gains > 0 else 1.0
-
-    def _add(self, label: str, progress: Progress) -> None:
-        eigenvalues = progress.eigenvalues
-        largest = eigenvalues.amax()
-        if not bool(largest > 0):
-            return
-        relative = eigenvalues / largest
-        own = relative.square().sum() / relative.sum()
-        met = (progress.squares * relative).sum() / own
-        sums = self._sums.setdefault(label, [0.0, 0.0, 0.0])
-        for place, value in enumerate((met, progress.squares.sum(), progress.gains.sum())):
-            sums[place] += float(value)
+    def _add(self, seen: Sequence[Progress], total: Total) -> None:
+        found = [_gain_and_met(one) for one in seen]
+        gain, met = total([sum(gain for gain, _ in found), sum(met for _, met in found)])
+        if gain > 0:
+            self._sum_of_overlaps += min(1.0, met / gain)
+            self._looks += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was seen of this task."""
-        sums = {label: list(values) for label, values in self._sums.items()}
-        return {"wait": self.wait, "sums": sums}
+        return {"wait": self.wait, "overlaps": (self._looks, self._sum_of_overlaps)}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Plasticity:
@@ -241,11 +226,10 @@ class Plasticity:
         new = cls()
         try:
             new.wait = int(state["wait"])
-            new._sums = {str(k): [float(v) for v in sums] for k, sums in state["sums"].items()}
-            whole = all(
-                len(v) == 3 and min(v) >= 0 and math.isfinite(sum(v)) for v in new._sums.values()
-            )
-        except (AttributeError, KeyError, TypeError, ValueError):
+            looks, overlaps = state["overlaps"]
+            new._looks, new._sum_of_overlaps = int(looks), float(overlaps)
+            whole = 0 <= new._sum_of_overlaps <= new._looks
+        except (TypeError, KeyError, ValueError):
             whole = False
         if not whole:
             raise SnapshotError(
@@ -253,6 +237,16 @@ class Plasticity:
                 "handle's state_dict() returned: load an unchanged copy"
             )
         return new
+
+
+def _gain_and_met(progress: Progress) -> tuple[float, float]:
+    """Return `Σ s² / η` of a block, and the same times `Λ / Λ̄`; zeros where Λ = 0."""
+    largest = progress.eigenvalues.amax()
+    if not bool(largest > 0):
+        return 0.0, 0.0
+    relative = progress.eigenvalues / largest
+    own = relative.pow(1.5).sum() / relative.sqrt().sum()
+    return float(progress.gains.sum()), float((progress.gains * relative).sum() / own)
 
 
 def strength_keeping(

@@ -71,40 +71,37 @@ def test_strength_has_bounds() -> None:
     assert strength_keeping(0.5, [(ones * math.nan, ones)]) is None
 
 
-def test_overlap_is_one_for_gradients_like_the_old_ones_and_nothing_elsewhere() -> None:
-    gains, eigenvalues = spread(0, 4.0)
-    for squares, expected in ((7 * eigenvalues, 1.0), (torch.zeros_like(gains), 0.0)):
-        looks = Plasticity()
-        looks.look({"a": Progress(gains, eigenvalues, squares, eigenvalues)}, 0.95, 1.0)
-        assert looks.overlap == pytest.approx(expected)
-    apart = Plasticity()
+def test_overlap_is_one_for_progress_like_the_old_ones_and_nothing_elsewhere() -> None:
+    stiffnesses, eigenvalues = spread(0, 4.0)
+    like, apart, nowhere = Plasticity(), Plasticity(), Plasticity()
+    like.look([Progress(7 * eigenvalues.sqrt(), stiffnesses, eigenvalues)], 0.95, 1.0)
+    assert like.overlap == pytest.approx(1.0)
     first, second = torch.eye(2, dtype=torch.float64)
-    apart.look({"a": Progress(first + second, first, second, first)}, 0.95, 1.0)
+    apart.look([Progress(second, first, first)], 0.95, 1.0)
     assert apart.overlap == 0
+    nowhere.look([Progress(0 * first, first, first)], 0.95, 1.0)
+    assert nowhere.overlap == 1.0
 
 
-def test_overlap_is_the_blocks_mean_by_progress_over_all_looks() -> None:
+def test_overlap_is_the_mean_over_looks_of_what_the_progress_meets() -> None:
     generator = torch.Generator().manual_seed(1)
-    looks, seen = Plasticity(), []
+    looks, expected = Plasticity(), []
     for _ in range(3):
-        blocks = {}
-        for label, n in (("a", 40), ("b", 7)):
-            gains, stiff, squares, values = torch.rand(4, n, generator=generator).double()
-            blocks[label] = Progress(gains, stiff, squares**4, values**6)
-        seen.append(blocks)
+        met = total = 0.0
+        blocks = []
+        for n in (40, 7):
+            gains, stiff, values = torch.rand(3, n, generator=generator).double()
+            gains, values = gains**3, values**6
+            blocks.append(Progress(gains, stiff, values))
+            own = sum(v**1.5 for v in values.tolist()) / sum(v**0.5 for v in values.tolist())
+            pairs = zip(gains.tolist(), values.tolist(), strict=True)
+            met += sum(gain * value for gain, value in pairs) / own
+            total += sum(gains.tolist())
+        expected.append(min(1.0, met / total))
+        zeros = torch.zeros(3, dtype=torch.float64)
+        blocks.append(Progress(zeros + 5, zeros, zeros))  # does not count: it was never learned
         looks.look(blocks, 0.95, 1.0)
-    total = met = 0.0
-    for label in ("a", "b"):
-        values, squares, gain = 0.0, 0.0, 0.0
-        for blocks in seen:
-            p = blocks[label]
-            own = sum(v * v for v in p.eigenvalues.tolist()) / sum(p.eigenvalues.tolist())
-            pairs = zip(p.squares.tolist(), p.eigenvalues.tolist(), strict=True)
-            values += sum(s * v for s, v in pairs) / own
-            squares += sum(p.squares.tolist())
-            gain += sum(p.gains.tolist())
-        met, total = met + gain * values / squares, total + gain
-    assert looks.overlap == pytest.approx(met / total, rel=1e-9)
+    assert looks.overlap == pytest.approx(sum(expected) / 3, rel=1e-9)
 
 
 def test_less_overlap_keeps_more() -> None:
@@ -112,8 +109,8 @@ def test_less_overlap_keeps_more() -> None:
     overlaps, strengths = [], []
     for mix in (0.0, 0.5, 0.9):
         looks = Plasticity()
-        squares = (1 - mix) * stiffnesses + mix * stiffnesses.flip(0)
-        found = looks.look({"a": Progress(gains, stiffnesses, squares, stiffnesses)}, 0.9, 1.0)
+        eigenvalues = (1 - mix) * gains.square() + mix * gains.square().flip(0)
+        found = looks.look([Progress(gains, stiffnesses, eigenvalues)], 0.9, 1.0)
         assert found is not None
         part = 1 - 0.1 * looks.overlap
         assert found == pytest.approx(bisected(part, gains, stiffnesses), rel=2e-2)
@@ -163,10 +160,8 @@ def test_later_tasks_bound_what_was_found_each_by_itself() -> None:
 def test_bound_leaves_part_of_the_progress_whatever_the_overlap(plasticity: float) -> None:
     gains, stiffnesses = spread(3, 3.0)
     bounds = [
-        Plasticity().look(
-            {"a": Progress(gains, stiffnesses, squares, stiffnesses)}, plasticity, 1.0, later=True
-        )
-        for squares in (stiffnesses, stiffnesses.flip(0))
+        Plasticity().look([Progress(gains, stiffnesses, eigenvalues)], plasticity, 1.0, later=True)
+        for eigenvalues in (stiffnesses, stiffnesses.flip(0))
     ]
     part = 1 - 3 * (1 - plasticity)
     assert bounds[0] == bounds[1] == pytest.approx(bisected(part, gains, stiffnesses), rel=2e-2)
@@ -174,8 +169,7 @@ def test_bound_leaves_part_of_the_progress_whatever_the_overlap(plasticity: floa
 
 def test_no_bound_where_the_user_gives_up_most_of_the_progress() -> None:
     gains, stiffnesses = spread(3, 3.0)
-    seen = {"a": Progress(gains, stiffnesses, gains, stiffnesses)}
-    bound = Plasticity().look(seen, 0.5, 1.0, later=True)
+    bound = Plasticity().look([Progress(gains, stiffnesses, stiffnesses)], 0.5, 1.0, later=True)
     assert bound is not None
     assert bound > 1e9
 
@@ -236,8 +230,8 @@ def test_many_tasks_alike_do_not_stop_the_next(update: str) -> None:
 
     def record(self: Plasticity, seen: Any, plasticity: float, start: float, **kw: Any) -> Any:
         strength = look(self, seen, plasticity, start, **kw)
-        gains = torch.cat([p.gains.flatten() for p in seen.values()])
-        stiffnesses = torch.cat([p.stiffnesses.flatten() for p in seen.values()])
+        gains = torch.cat([p.gains.flatten() for p in seen])
+        stiffnesses = torch.cat([p.stiffnesses.flatten() for p in seen])
         kept.extend(
             float((gains / (1 + s * stiffnesses)).sum() / gains.sum()) for s in (found, strength)
         )
@@ -330,9 +324,8 @@ def test_first_step_finds_what_a_dense_computation_finds() -> None:
         gain = (1e-2 * matrix / (matrix.abs() + 1e-8)) ** 2 / sizes
         gains.append(gain.flatten())
         stiffnesses.append((sizes * values).flatten())
-        own = values.square().sum() / values.sum()
-        overlap = (matrix.square() * values).sum() / matrix.square().sum() / own
-        met, total = met + float(gain.sum() * overlap), total + float(gain.sum())
+        own = values.pow(1.5).sum() / values.sqrt().sum()
+        met, total = met + float((gain * values).sum() / own), total + float(gain.sum())
     part = 1 - 0.1 * min(1.0, met / total)
     optimizer.step()
     expected = bisected(part, torch.cat(gains), torch.cat(stiffnesses))
@@ -404,10 +397,11 @@ def test_files_keep_what_was_found(tmp_path: Any) -> None:
     [
         None,
         {},
-        {"wait": "soon", "sums": {}},
-        {"wait": 0, "sums": {"a": [1.0]}},
-        {"wait": 0, "sums": {"a": [1.0, math.nan, 1.0]}},
-        {"wait": 0, "sums": {"a": [1.0, -1.0, 1.0]}},
+        {"wait": "soon", "overlaps": (1, 0.5)},
+        {"wait": 0, "overlaps": (1,)},
+        {"wait": 0, "overlaps": (1, math.nan)},
+        {"wait": 0, "overlaps": (1, -0.5)},
+        {"wait": 0, "overlaps": (1, 1.5)},
     ],
 )
 def test_damaged_states_are_refused(damaged: Any) -> None:

@@ -266,11 +266,11 @@ class Update(ABC):
         """Go on with what was seen of the task at hand."""
         self._looked_for, self.plasticity = self.penalty.num_tasks, plasticity
 
-    def find_strength(self, seen: Mapping[str, Progress], rate: float) -> None:
+    def find_strength(self, seen: Sequence[Progress], rate: float) -> None:
         """Find the strength in what a step is about to do to every block.
 
         Args:
-            seen: What that is, by label.
+            seen: What that is.
             rate: The learning rate of the step.
         """
         penalty = self.penalty

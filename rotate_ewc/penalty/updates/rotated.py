@@ -41,9 +41,7 @@ class RotatedUpdate(DisplacedUpdate):
         self._anchors: dict[Stack, Mapping[str, Tensor]] = {}
         self._moving: list[Displacement] = []
         self._rotated: set[str] = set()
-        # The gradients in the eigenbasis, in a step in which the strength is to be found.
         self._looks = False
-        self._looked_at: list[Tensor] = []
 
     def begin(self) -> None:
         """Begin in the eigenbases that the penalty has now."""
@@ -58,7 +56,6 @@ class RotatedUpdate(DisplacedUpdate):
         check_gradients([d.stack for d in moving], rotated)
         self.follow(moving, step)
         self._looks = self.looks()
-        self._looked_at = rotated if self._looks else []
         own = {}
         for displacement, matrix in zip(moving, rotated, strict=True):
             gradients = displacement.split(matrix)
@@ -82,10 +79,8 @@ class RotatedUpdate(DisplacedUpdate):
             mark_basis(step.state(name), self.penalty.num_tasks)
         step = step.sized(self.rule)
         if self._looks:
-            pairs = zip(self._moving, self._looked_at, strict=True)
-            seen = {d.stack.block.label: self._progress(d, g, step) for d, g in pairs}
-            self.find_strength(seen, step.rate)
-            self._looks, self._looked_at = False, []
+            self.find_strength([self._progress(d, step) for d in self._moving], step.rate)
+            self._looks = False
         moved = [self._shrunk(displacement, step) for displacement in self._moving]
         whole = {n: step.parameters[n].data for d in self._moving for n in d.stack.names}
         self.stand_ins.take_back()
@@ -99,7 +94,7 @@ class RotatedUpdate(DisplacedUpdate):
     def undo(self) -> None:
         """Give model and optimizer back what they had before a step that failed."""
         super().undo()
-        self._moving, self._looks, self._looked_at = [], False, []
+        self._moving, self._looks = [], False
 
     def _seen(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
         """Return what the optimizer is to see in place of the parameters: z, or Qᵀθ."""
@@ -120,7 +115,7 @@ class RotatedUpdate(DisplacedUpdate):
             self._anchors[stack] = displacement.rotate(anchors)
         return self._anchors[stack]
 
-    def _progress(self, displacement: Displacement, gradient: Tensor, step: Step) -> Progress:
+    def _progress(self, displacement: Displacement, step: Step) -> Progress:
         """Return what the optimizer has just done to a block, before the proximal step."""
         stack = displacement.stack
         seen = self._seen(displacement, step)
@@ -133,7 +128,7 @@ class RotatedUpdate(DisplacedUpdate):
             gains[key] = (moved.square() / sizes[key]).nan_to_num(0.0, 0.0)
         block = stack.block
         stiffnesses = block.gather(sizes) * block.spectrum * self.penalty.scale_of_one
-        return Progress(block.gather(gains), stiffnesses, gradient.square(), block.spectrum)
+        return Progress(block.gather(gains), stiffnesses, block.spectrum)
 
     def _shrinkage(
         self, displacement: Displacement, key: str, name: str, step: Step, rows: Tensor | None

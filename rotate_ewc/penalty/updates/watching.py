@@ -41,7 +41,7 @@ class Watch:
         self._update = update
         self._averages: dict[Stack, Averages] = {}
         self.looks = False
-        self._looked_at: list[tuple[Stack, Tensor]] = []
+        self._looked_at: list[Stack] = []
         self._before: dict[str, Tensor] = {}
 
     @property
@@ -72,10 +72,10 @@ class Watch:
             self._averages.setdefault(stack, Averages(gradient)).add(gradient)
         self.looks = due
         if self.looks:
-            self._looked_at = gradients
+            self._looked_at = [stack for stack, _ in gradients]
             self._before = {
                 key: protected_slice(name, step.parameters, anchor[0]).detach().clone()
-                for stack, _ in gradients
+                for stack in self._looked_at
                 for key, name, anchor in stack.members
             }
 
@@ -85,22 +85,19 @@ class Watch:
             return
         moved = [
             protected_slice(name, step.parameters, anchor[0]).detach() - self._before[key]
-            for stack, _ in self._looked_at
+            for stack in self._looked_at
             for key, name, anchor in stack.members
         ]
-        corrected = {stack: self._averages[stack].corrected() for stack, _ in self._looked_at}
-        squares = _squares(moved), _squares([m / v for m, v in corrected.values()])
+        corrected = [self._averages[stack].corrected() for stack in self._looked_at]
+        squares = _squares(moved), _squares([m / v for m, v in corrected])
         length, own_length = map(math.sqrt, self._update.penalty.owners.total(squares))
         rate = length / max(own_length, _EPS)
         scale = self._update.penalty.scale_of_one
-        seen = {}
-        for stack, gradient in self._looked_at:
-            (mean, root), eigenvalues = corrected[stack], stack.block.spectrum
-            sizes = rate / root
-            progress = Progress(
-                mean.square() * sizes, sizes * eigenvalues * scale, gradient.square(), eigenvalues
-            )
-            seen[stack.block.label] = progress
+        seen = []
+        for stack, (mean, root) in zip(self._looked_at, corrected, strict=True):
+            sizes, eigenvalues = rate / root, stack.block.spectrum
+            stiffnesses = sizes * eigenvalues * scale
+            seen.append(Progress(mean.square() * sizes, stiffnesses, eigenvalues))
         self._looked_at, self._before, self.looks = [], {}, False
         self._update.find_strength(seen, step.rate)
 
