@@ -265,14 +265,15 @@ def test_most_steps_of_updates_that_do_not_rotate_stay_cheap(update: str, every:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     penalty = EKFACPenalty()
     penalty.attach(optimizer, model, update, every=every)
+    original = watching.rotated_gradient
+    rotated: list[str] = []
+
+    def record(stack: Any, step: Any) -> Tensor:
+        rotated.append(stack.block.label)
+        return original(stack, step)
+
     for seed in range(3):
-        rotated = []
-        original = watching.rotated_gradient
-
-        def record(stack: Any, step: Any, seen: list[str] = rotated) -> Tensor:
-            seen.append(stack.block.label)
-            return original(stack, step)
-
+        rotated.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(watching, "rotated_gradient", record)
             train(model, optimizer, seed, 150)
