@@ -271,9 +271,9 @@ def test_most_steps_of_updates_that_do_not_rotate_stay_cheap(update: str, every:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     penalty = EKFACPenalty()
     penalty.attach(optimizer, model, update, every=every)
+    original = watching.rotated_gradient
     for seed in range(3):
-        rotated = []
-        original = watching.rotated_gradient
+        rotated: list[str] = []
 
         def record(stack: Any, step: Any, seen: list[str] = rotated) -> Tensor:
             seen.append(stack.block.label)
@@ -377,6 +377,45 @@ def test_resumed_runs_end_in_the_same_bits(name: str, update: str) -> None:
     assert others[2].strength == penalty.strength
     for a, b in zip(others[0].parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("steps", [3, 17])
+@pytest.mark.parametrize(
+    ("name", "update", "every"),
+    [
+        *(("Adam", "rotated", 1), ("Adam", "tangent", 7), ("Adam", "gradient", 1)),
+        *(("SGD", "rotated", 1), ("SGD", "rotated", 7)),
+    ],
+)
+def test_runs_resumed_between_tasks_end_in_the_same_bits(
+    name: str, update: str, every: int, steps: int
+) -> None:
+    """What was seen of a task does not count in the next one, in which there is a bound."""
+
+    def begin() -> tuple[nn.Module, torch.optim.Optimizer, EKFACPenalty, Any]:
+        model = make("plain")
+        optimizer = getattr(torch.optim, name)(model.parameters(), **OPTIMIZERS[name])
+        penalty = EKFACPenalty()
+        return model, optimizer, penalty, penalty.attach(optimizer, model, update, every=every)
+
+    parts = begin()
+    model, optimizer, penalty, _ = parts
+    penalty.consolidate(model, CE, task("plain", 0, 40))
+    train(model, optimizer, 1, steps)
+    for _ in range(20):
+        penalty.consolidate(model, CE, task("plain", 0, 40))
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in parts], file)
+    file.seek(0)
+    others = begin()
+    for part, state in zip(others, torch.load(file), strict=True):
+        part.load_state_dict(state)
+    for step in range(13):
+        train(model, optimizer, 2, 1, begin=step)
+        train(others[0], others[1], 2, 1, begin=step)
+        assert others[2].strength == penalty.strength
+        for a, b in zip(others[0].parameters(), model.parameters(), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_files_keep_what_was_found(tmp_path: Any) -> None:

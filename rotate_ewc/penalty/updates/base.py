@@ -214,7 +214,7 @@ class Update(ABC):
         """Take part in no step yet."""
         self.penalty = penalty
         self.stand_ins = StandIns()
-        self.plasticity = Plasticity()
+        self._plasticity = Plasticity()
         self._looked_for = -1
 
     @abstractmethod
@@ -258,13 +258,18 @@ class Update(ABC):
         """How many steps there are before the next look; infinite where the strength is given."""
         if not (self.penalty.finds_strength or self.penalty.bounds_strength):
             return math.inf
-        if self._looked_for != self.penalty.num_tasks:
-            self._looked_for, self.plasticity = self.penalty.num_tasks, Plasticity()
         return self.plasticity.wait
+
+    @property
+    def plasticity(self) -> Plasticity:
+        """What was seen of the task at hand; nothing where another has just been consolidated."""
+        if self._looked_for != self.penalty.num_tasks:
+            self.resume(Plasticity())
+        return self._plasticity
 
     def resume(self, plasticity: Plasticity) -> None:
         """Go on with what was seen of the task at hand."""
-        self._looked_for, self.plasticity = self.penalty.num_tasks, plasticity
+        self._looked_for, self._plasticity = self.penalty.num_tasks, plasticity
 
     def find_strength(self, seen: Mapping[str, Progress], rate: float) -> None:
         """Find the strength in what a step is about to do to every block.

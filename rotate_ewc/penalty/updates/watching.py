@@ -105,8 +105,13 @@ class Watch:
         self._update.find_strength(seen, step.rate)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages."""
-        return {stack.block.label: a.state_dict() for stack, a in self._averages.items()}
+        """Return the averages, as far as they are in the eigenbases that the penalty has now."""
+        current = set(self._update.penalty.stacks)
+        return {
+            stack.block.label: averages.state_dict()
+            for stack, averages in self._averages.items()
+            if stack in current
+        }
 
     def checked(self, state: Mapping[str, Any]) -> dict[Stack, Averages]:
         """Return what `resume` takes of what `state_dict` returned, or raise `SnapshotError`."""
