@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -262,6 +263,38 @@ def test_a_falling_learning_rate_does_not_raise_the_strength() -> None:
     optimizer.param_groups[0]["lr"] = 1e-8
     train(model, optimizer, 1, 30)
     assert before / 3 < handle.strength < 3 * before
+
+
+@pytest.mark.parametrize("update", ["rotated", "tangent", "gradient"])
+def test_nor_does_it_where_others_keep_theirs(update: str) -> None:
+    """A head that is not protected, whose rate does not fall."""
+    model = make("plain")
+    body, head = ({"params": layer.parameters(), "lr": 1e-2} for layer in (model[0], model[2]))
+    optimizer = torch.optim.Adam([body, head])
+    penalty = EKFACPenalty(exclude=["2.*"])
+    handle = penalty.attach(optimizer, model, update)
+    penalty.consolidate(model, CE, task("plain", 0, 40))
+    train(model, optimizer, 1, 20)
+    before = handle.strength
+    optimizer.param_groups[0]["lr"] = 1e-6
+    train(model, optimizer, 1, 45)
+    assert before / 3 < handle.strength < 3 * before
+
+
+def test_rates_may_be_numbers_of_numpy() -> None:
+    """As of schedules that are computed with it."""
+    strengths = []
+    for kind in (float, np.float32):
+        model = make("plain")
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        penalty = EKFACPenalty()
+        handle = penalty.attach(optimizer, model)
+        penalty.consolidate(model, CE, task("plain", 0, 40))
+        for rate in (1e-2, 1e-4):
+            optimizer.param_groups[0]["lr"] = kind(rate)
+            train(model, optimizer, 1, 15)
+        strengths.append(handle.strength)
+    assert strengths[1] == pytest.approx(strengths[0], rel=2e-2)
 
 
 @pytest.mark.parametrize(("update", "every"), [("tangent", 7), ("gradient", 1)])

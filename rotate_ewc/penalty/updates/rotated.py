@@ -84,7 +84,7 @@ class RotatedUpdate(DisplacedUpdate):
         if self._looks:
             pairs = zip(self._moving, self._looked_at, strict=True)
             seen = {d.stack.block.label: self._progress(d, g, step) for d, g in pairs}
-            self.find_strength(seen, step.rate)
+            self.find_strength(seen, step)
             self._looks, self._looked_at = False, []
         moved = [self._shrunk(displacement, step) for displacement in self._moving]
         whole = {n: step.parameters[n].data for d in self._moving for n in d.stack.names}

@@ -102,7 +102,7 @@ class Watch:
             )
             seen[stack.block.label] = progress
         self._looked_at, self._before, self.looks = [], {}, False
-        self._update.find_strength(seen, step.rate)
+        self._update.find_strength(seen, step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages, as far as they are in the eigenbases that the penalty has now."""
