@@ -245,7 +245,7 @@ class Plasticity:
             whole = all(
                 len(v) == 3 and min(v) >= 0 and math.isfinite(sum(v)) for v in new._sums.values()
             )
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             whole = False
         if not whole:
             raise SnapshotError(
