@@ -507,14 +507,15 @@ def test_errors_offer_auto(name: str, value: Any) -> None:
         EKFACPenalty(**{name: value})
 
 
-def test_gradients_that_are_not_finite_are_not_averaged() -> None:
+@pytest.mark.parametrize("value", [math.nan, 1e200])
+def test_gradients_whose_squares_are_not_finite_are_not_averaged(value: float) -> None:
     model = make("plain")
     penalty = EKFACPenalty()
     penalty.consolidate(model, CE, task("plain", 0, 40))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     handle = penalty.attach(optimizer, model, "gradient")
     for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, math.nan)
+        parameter.grad = torch.full_like(parameter, value)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer.step()
     with torch.no_grad():

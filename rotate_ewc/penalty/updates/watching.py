@@ -65,7 +65,8 @@ class Watch:
         current = set(penalty.stacks)
         self._averages = {stack: a for stack, a in self._averages.items() if stack in current}
         gradients = [(stack, rotated_gradient(stack, step)) for stack in _moving(stacks, step)]
-        endless = sum(not bool(torch.isfinite(gradient.sum())) for _, gradient in gradients)
+        squares = [gradient.square().sum() for _, gradient in gradients]
+        endless = sum(not bool(torch.isfinite(square)) for square in squares)
         if any(penalty.owners.total([endless])):
             return  # the averages would never recover
         for stack, gradient in gradients:
