@@ -187,7 +187,7 @@ class TermLayout(_Object, frozen=True):
     operator: OperatorLayout
 
 
-# Of strengths, found from 1e-10 to 1e10, at a learning rate that may be much larger later.
+# Of strengths, found from 1e-20 to 1e20, at a learning rate that may be much larger later.
 _LARGEST_LOGARITHM: Final = 100.0
 
 

@@ -55,7 +55,7 @@ Total = Callable[[Sequence[float]], list[float]]
 
 # How many times more of its progress a later task may lose than the one in which λ was found.
 _MORE_IN_LATER_TASKS: Final = 3.0
-_SMALLEST, _LARGEST = math.log(1e-10), math.log(1e10)
+_SMALLEST, _LARGEST = math.log(1e-20), math.log(1e20)
 # To a part in a hundred, far less than by what it changes from look to look.
 _TOLERANCE: Final = 1e-2
 _MOST_ITERATIONS: Final = 60
@@ -229,7 +229,7 @@ class Plasticity:
             looks, overlaps = state["overlaps"]
             new._looks, new._sum_of_overlaps = int(looks), float(overlaps)
             whole = 0 <= new._sum_of_overlaps <= new._looks
-        except (TypeError, KeyError, ValueError):
+        except (KeyError, OverflowError, TypeError, ValueError):
             whole = False
         if not whole:
             raise SnapshotError(
@@ -264,7 +264,7 @@ def strength_keeping(
         total: Sums numbers over all processes, where each has coordinates of its own.
 
     Returns:
-        λ to about one part in a hundred, from 1e-10 to 1e10; None where the step makes no progress,
+        λ to about one part in a hundred, from 1e-20 to 1e20; None where the step makes no progress,
         or the penalty takes nothing of it however strong it is.
     """
     own = sum(float(gains[stiffnesses > 0].sum()) for gains, stiffnesses in progress)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,8 +65,8 @@ def test_strength_keeps_the_part(part: float, decades: float, seed: int, start: 
 
 def test_strength_has_bounds() -> None:
     ones = torch.ones(3, dtype=torch.float64)
-    assert strength_keeping(0.5, [(ones, 1e-30 * ones)]) == pytest.approx(1e10, rel=2e-2)
-    assert strength_keeping(0.5, [(ones, 1e30 * ones)]) == pytest.approx(1e-10, rel=2e-2)
+    assert strength_keeping(0.5, [(ones, 1e-30 * ones)]) == pytest.approx(1e20, rel=2e-2)
+    assert strength_keeping(0.5, [(ones, 1e30 * ones)]) == pytest.approx(1e-20, rel=2e-2)
     assert strength_keeping(0.5, [(ones, torch.zeros(3))]) is None
     assert strength_keeping(0.5, [(torch.zeros(3), ones)]) is None
     assert strength_keeping(0.5, [(ones * math.nan, ones)]) is None
@@ -258,6 +259,38 @@ def test_a_falling_learning_rate_does_not_raise_the_strength() -> None:
     assert before / 3 < handle.strength < 3 * before
 
 
+@pytest.mark.parametrize("update", ["rotated", "tangent", "gradient"])
+def test_nor_does_it_where_others_keep_theirs(update: str) -> None:
+    """A head that is not protected, whose rate does not fall."""
+    model = make("plain")
+    body, head = ({"params": layer.parameters(), "lr": 1e-2} for layer in (model[0], model[2]))
+    optimizer = torch.optim.Adam([body, head])
+    penalty = EKFACPenalty(exclude=["2.*"])
+    handle = penalty.attach(optimizer, model, update)
+    penalty.consolidate(model, CE, task("plain", 0, 40))
+    train(model, optimizer, 1, 20)
+    before = handle.strength
+    optimizer.param_groups[0]["lr"] = 1e-6
+    train(model, optimizer, 1, 45)
+    assert before / 3 < handle.strength < 3 * before
+
+
+def test_rates_may_be_numbers_of_numpy() -> None:
+    """As of schedules that are computed with it."""
+    strengths = []
+    for kind in (float, np.float32):
+        model = make("plain")
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        penalty = EKFACPenalty()
+        handle = penalty.attach(optimizer, model)
+        penalty.consolidate(model, CE, task("plain", 0, 40))
+        for rate in (1e-2, 1e-4):
+            optimizer.param_groups[0]["lr"] = kind(rate)
+            train(model, optimizer, 1, 15)
+        strengths.append(handle.strength)
+    assert strengths[1] == pytest.approx(strengths[0], rel=2e-2)
+
+
 @pytest.mark.parametrize(("update", "every"), [("tangent", 7), ("gradient", 1)])
 def test_most_steps_of_updates_that_do_not_rotate_stay_cheap(update: str, every: int) -> None:
     """Gradients are rotated for a look, and in the ten steps before it."""
@@ -373,6 +406,45 @@ def test_resumed_runs_end_in_the_same_bits(name: str, update: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("steps", [3, 17])
+@pytest.mark.parametrize(
+    ("name", "update", "every"),
+    [
+        *(("Adam", "rotated", 1), ("Adam", "tangent", 7), ("Adam", "gradient", 1)),
+        *(("SGD", "rotated", 1), ("SGD", "rotated", 7)),
+    ],
+)
+def test_runs_resumed_between_tasks_end_in_the_same_bits(
+    name: str, update: str, every: int, steps: int
+) -> None:
+    """What was seen of a task does not count in the next one, in which there is a bound."""
+
+    def begin() -> tuple[nn.Module, torch.optim.Optimizer, EKFACPenalty, Any]:
+        model = make("plain")
+        optimizer = getattr(torch.optim, name)(model.parameters(), **OPTIMIZERS[name])
+        penalty = EKFACPenalty()
+        return model, optimizer, penalty, penalty.attach(optimizer, model, update, every=every)
+
+    parts = begin()
+    model, optimizer, penalty, _ = parts
+    penalty.consolidate(model, CE, task("plain", 0, 40))
+    train(model, optimizer, 1, steps)
+    for _ in range(20):
+        penalty.consolidate(model, CE, task("plain", 0, 40))
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in parts], file)
+    file.seek(0)
+    others = begin()
+    for part, state in zip(others, torch.load(file), strict=True):
+        part.load_state_dict(state)
+    for step in range(13):
+        train(model, optimizer, 2, 1, begin=step)
+        train(others[0], others[1], 2, 1, begin=step)
+        assert others[2].strength == penalty.strength
+        for a, b in zip(others[0].parameters(), model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_files_keep_what_was_found(tmp_path: Any) -> None:
     model = make("plain")
     penalty = EKFACPenalty(plasticity=0.8)
@@ -399,7 +471,9 @@ def test_files_keep_what_was_found(tmp_path: Any) -> None:
         None,
         {},
         {"wait": "soon", "overlaps": (1, 0.5)},
+        {"wait": math.inf, "overlaps": (1, 0.5)},
         {"wait": 0, "overlaps": (1,)},
+        {"wait": 0, "overlaps": (1, 10**400)},
         {"wait": 0, "overlaps": (1, math.nan)},
         {"wait": 0, "overlaps": (1, -0.5)},
         {"wait": 0, "overlaps": (1, 1.5)},
@@ -428,14 +502,15 @@ def test_errors_offer_auto(name: str, value: Any) -> None:
         EKFACPenalty(**{name: value})
 
 
-def test_gradients_that_are_not_finite_are_not_averaged() -> None:
+@pytest.mark.parametrize("value", [math.nan, 1e200])
+def test_gradients_whose_squares_are_not_finite_are_not_averaged(value: float) -> None:
     model = make("plain")
     penalty = EKFACPenalty()
     penalty.consolidate(model, CE, task("plain", 0, 40))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     handle = penalty.attach(optimizer, model, "gradient")
     for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, math.nan)
+        parameter.grad = torch.full_like(parameter, value)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer.step()
     with torch.no_grad():

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Final
 
 import torch
@@ -100,11 +101,16 @@ class Step:
             return self.sizes[name]
         return rule.quotient(self.groups[name], self.state(name) if rule.rotated else {})
 
-    @property
-    def rate(self) -> float:
-        """The largest learning rate of the groups; 1 where an optimizer has none."""
-        given = [group.get("lr") for group in self.groups.values()]
-        rates = [float(rate) for rate in given if isinstance(rate, (int, float, Tensor))]
+    def rate(self, names: Iterable[str]) -> float:
+        """Return the largest learning rate of parameters; 1 where an optimizer has none.
+
+        Args:
+            names: Their names; if none of them is stepped, as with views, all that are stepped.
+        """
+        groups = [self.groups[name] for name in names if name in self.groups]
+        given = [group.get("lr") for group in groups or self.groups.values()]
+        # Schedules that are computed with NumPy make its numbers of them.
+        rates = [float(rate) for rate in given if isinstance(rate, (Real, Tensor))]
         return max((rate for rate in rates if 0 < rate < math.inf), default=1.0)
 
     def factor(self, name: str) -> Tensor | float:
@@ -214,7 +220,7 @@ class Update(ABC):
         """Take part in no step yet."""
         self.penalty = penalty
         self.stand_ins = StandIns()
-        self.plasticity = Plasticity()
+        self._plasticity = Plasticity()
         self._looked_for = -1
 
     @abstractmethod
@@ -258,20 +264,25 @@ class Update(ABC):
         """How many steps there are before the next look; infinite where the strength is given."""
         if not (self.penalty.finds_strength or self.penalty.bounds_strength):
             return math.inf
-        if self._looked_for != self.penalty.num_tasks:
-            self._looked_for, self.plasticity = self.penalty.num_tasks, Plasticity()
         return self.plasticity.wait
+
+    @property
+    def plasticity(self) -> Plasticity:
+        """What was seen of the task at hand; nothing where another has just been consolidated."""
+        if self._looked_for != self.penalty.num_tasks:
+            self.resume(Plasticity())
+        return self._plasticity
 
     def resume(self, plasticity: Plasticity) -> None:
         """Go on with what was seen of the task at hand."""
-        self._looked_for, self.plasticity = self.penalty.num_tasks, plasticity
+        self._looked_for, self._plasticity = self.penalty.num_tasks, plasticity
 
-    def find_strength(self, seen: Sequence[Progress], rate: float) -> None:
+    def find_strength(self, seen: Sequence[Progress], step: Step) -> None:
         """Find the strength in what a step is about to do to every block.
 
         Args:
             seen: What that is.
-            rate: The learning rate of the step.
+            step: The step.
         """
         penalty = self.penalty
         later = penalty.bounds_strength
@@ -279,7 +290,7 @@ class Update(ABC):
             seen, penalty.plasticity, penalty.strength, later=later, total=penalty.owners.total
         )
         if found is not None:
-            looks = penalty.take_strength(found, rate)
+            looks = penalty.take_strength(found, step.rate(penalty.protected_names))
             self.plasticity.wait = (_FIRST_STEPS if looks == 1 else self.steps_between_looks) - 1
 
     def flush(self, step: Step) -> None:  # noqa: B027

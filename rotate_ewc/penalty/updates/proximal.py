@@ -86,6 +86,8 @@ class ProximalUpdate(DisplacedUpdate):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the coordinates, and how far the optimizer went since the last proximal step."""
+        if self._stacks is not self.penalty.stacks:
+            return {}  # these steps were taken before a consolidation
         return {
             **super().state_dict(),
             "steps": self._steps,

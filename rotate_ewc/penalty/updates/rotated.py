@@ -79,7 +79,7 @@ class RotatedUpdate(DisplacedUpdate):
             mark_basis(step.state(name), self.penalty.num_tasks)
         step = step.sized(self.rule)
         if self._looks:
-            self.find_strength([self._progress(d, step) for d in self._moving], step.rate)
+            self.find_strength([self._progress(d, step) for d in self._moving], step)
             self._looks = False
         moved = [self._shrunk(displacement, step) for displacement in self._moving]
         whole = {n: step.parameters[n].data for d in self._moving for n in d.stack.names}

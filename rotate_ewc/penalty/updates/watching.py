@@ -65,7 +65,8 @@ class Watch:
         current = set(penalty.stacks)
         self._averages = {stack: a for stack, a in self._averages.items() if stack in current}
         gradients = [(stack, rotated_gradient(stack, step)) for stack in _moving(stacks, step)]
-        endless = sum(not bool(torch.isfinite(gradient.sum())) for _, gradient in gradients)
+        squares = [gradient.square().sum() for _, gradient in gradients]
+        endless = sum(not bool(torch.isfinite(square)) for square in squares)
         if any(penalty.owners.total([endless])):
             return  # the averages would never recover
         for stack, gradient in gradients:
@@ -99,11 +100,16 @@ class Watch:
             stiffnesses = sizes * eigenvalues * scale
             seen.append(Progress(mean.square() * sizes, stiffnesses, eigenvalues))
         self._looked_at, self._before, self.looks = [], {}, False
-        self._update.find_strength(seen, step.rate)
+        self._update.find_strength(seen, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages."""
-        return {stack.block.label: a.state_dict() for stack, a in self._averages.items()}
+        """Return the averages, as far as they are in the eigenbases that the penalty has now."""
+        current = set(self._update.penalty.stacks)
+        return {
+            stack.block.label: averages.state_dict()
+            for stack, averages in self._averages.items()
+            if stack in current
+        }
 
     def checked(self, state: Mapping[str, Any]) -> dict[Stack, Averages]:
         """Return what `resume` takes of what `state_dict` returned, or raise `SnapshotError`."""
