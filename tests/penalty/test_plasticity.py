@@ -207,7 +207,10 @@ def test_attached_optimizers_find_it_in_the_first_task_alone(name: str, update: 
     assert strengths[1] not in (0.0, 1.0)
     assert math.isfinite(strengths[1])
     assert strengths[2] == penalty.strength
-    assert strengths[2] <= strengths[1]  # there are bounds
+    if name == "SGD" and update == "rotated":
+        assert strengths[2] == strengths[1]
+    else:
+        assert strengths[2] <= strengths[1]  # there are bounds
     penalty.strength = 3.0
     assert (penalty.strength, penalty.finds_strength) == (3.0, False)
     penalty.strength = "auto"

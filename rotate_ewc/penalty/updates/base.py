@@ -212,9 +212,11 @@ class Update(ABC):
 
     Attributes:
         steps_between_looks: From one step in which the strength is found, or bounded, to the next.
+        bounds_strength: Whether it bounds the strength in later tasks.
     """
 
     steps_between_looks = _FIRST_STEPS
+    bounds_strength = True
 
     def __init__(self, penalty: ConsolidatedTasks) -> None:
         """Take part in no step yet."""
@@ -262,7 +264,8 @@ class Update(ABC):
     @property
     def wait(self) -> float:
         """How many steps there are before the next look; infinite where the strength is given."""
-        if not (self.penalty.finds_strength or self.penalty.bounds_strength):
+        bounds = self.bounds_strength and self.penalty.bounds_strength
+        if not (bounds or self.penalty.finds_strength):
             return math.inf
         return self.plasticity.wait
 

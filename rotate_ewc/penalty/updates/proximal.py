@@ -11,7 +11,7 @@ from rotate_ewc.penalty.step_rules import StepRule
 from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.base import Step, check_gradients, fits_all
 from rotate_ewc.penalty.updates.displaced import DisplacedUpdate
-from rotate_ewc.penalty.updates.watching import STEPS_BETWEEN_LOOKS, Watch
+from rotate_ewc.penalty.updates.watching import Watch
 
 
 class ProximalUpdate(DisplacedUpdate):
@@ -22,7 +22,8 @@ class ProximalUpdate(DisplacedUpdate):
     sizes, `θ ← θ* + Q [Qᵀ(θ - θ*) / (1 + η λ Λ)]`. Four products for each block, every k steps.
     """
 
-    steps_between_looks = STEPS_BETWEEN_LOOKS
+    # The steps of SGD are so short where curvature is small that the bound would be too tight.
+    bounds_strength = False
 
     def __init__(self, penalty: ConsolidatedTasks, rule: StepRule, every: int) -> None:
         """Keep the rule for the size of the optimizer's steps, and k."""
