@@ -26,15 +26,16 @@ with c the mean over all looks at the task. Tasks that do not meet are penalised
 there is room for many of them.
 
 **When.** Every ten steps of the first task that is learned under the penalty (less often where it
-costs more, see `updates/watching.py`); λ is the geometric mean of all values found so far. From then on it stays, as in Bayes' rule: what the penalty gains
-with every task is what there is to lose. What ρ depends on is ηλ, so a learning rate that falls
-would raise λ without limit, though where a task comes to rest does not depend on η: every value is
-therefore what it would be at the largest rate of the task.
+costs more, see `updates/watching.py`); λ is the geometric mean of all values found so far. From
+then on it stays, as in Bayes' rule: what the penalty gains with every task is what there is to
+lose. What ρ depends on is ηλ, so a learning rate that falls would raise λ without limit, though
+where a task comes to rest does not depend on η: every value is therefore what it would be at the
+largest rate of the task.
 
 **How far that goes.** Where many tasks meet in the same directions, their matrices add up until
 nothing more is learned. So later tasks have a bound: λ is at most the geometric mean of what leaves
-`1 - 3 (1 - plasticity)` of their own progress, whatever their overlap. `docs/results.md` tells how
-these choices were made, on held-out images of streams of many kinds.
+`1 - 3 (1 - plasticity)` of their own progress, whatever their overlap, except under SGD.
+`docs/results.md` tells how these choices were made, on held-out images of streams of many kinds.
 """
 
 from __future__ import annotations
