@@ -89,7 +89,7 @@ class GeometricMean(NamedTuple):
     def including(self, number: float, rate: float, num_tasks: int) -> GeometricMean:
         """Return the mean with one more number, which is the first where the task is another."""
         old = self if num_tasks == self.num_tasks else GeometricMean()
-        logarithm = math.log(number * rate)
+        logarithm = math.log(number) + math.log(rate)  # their product may underflow
         total = 2 * logarithm if old.looks == 1 else old.sum_of_logs + logarithm
         return GeometricMean(old.looks + 1, total, num_tasks, max(old.largest_rate, rate))
 

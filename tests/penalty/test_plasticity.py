@@ -145,6 +145,9 @@ def test_strength_is_that_of_the_largest_learning_rate(rates: Sequence[float]) -
     assert found.value == pytest.approx(0.3 / 0.1)
     found.add(0.1 / rates[0], rates[0], 2)
     assert found.value == pytest.approx(min(3.0, 0.1 / rates[0]))
+    tiny = FoundStrength()
+    tiny.add(1e-20, 5e-324, 1)
+    assert tiny.value == pytest.approx(1e-20)
 
 
 def test_later_tasks_bound_what_was_found_each_by_itself() -> None:
