@@ -1,4 +1,4 @@
-"""Lightning's `Trainer` for tests: on the CPU, silent, and without files but those asked for."""
+"""Lightning for tests: a `Trainer` without files but those asked for, a module, and its data."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 
 def trainer(folder: Path, *callbacks: Any, **options: Any) -> lightning.Trainer:
+    """Return one that works on the CPU, in silence."""
     chosen = {
         "max_epochs": 2,
         "accelerator": "cpu",
@@ -22,3 +26,35 @@ def trainer(folder: Path, *callbacks: Any, **options: Any) -> lightning.Trainer:
         **options,
     }
     return lightning.Trainer(callbacks=list(callbacks), **chosen)
+
+
+class Module(lightning.LightningModule):
+    """A linear classifier that keeps the inputs of its steps.
+
+    Attributes:
+        rate: The learning rate.
+    """
+
+    rate = 0.1
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(6, 3)
+        self.inputs: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x)
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        self.inputs.append(batch[0])
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.rate)
+
+
+def data(size: int = 40) -> TensorDataset:
+    """Return examples for it; the class is the place of the largest of the first three inputs."""
+    x = torch.randn(size, 6, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(x, x[:, :3].argmax(dim=1))

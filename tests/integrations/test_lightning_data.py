@@ -15,40 +15,17 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from rotate_ewc import EKFACPenalty
 from rotate_ewc._utils.preserve_state import generator_states, kept
 from rotate_ewc.integrations.lightning import RotatedEWCCallback
 from tests.helpers.exact import exact_penalty
-from tests.helpers.lightning_training import trainer
+from tests.helpers.lightning_training import Module, data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CE = nn.CrossEntropyLoss()
-
-
-class Module(lightning.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Linear(6, 3)
-        self.inputs: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Any:
-        return self.net(x)
-
-    def training_step(self, batch: Any, index: int) -> Any:
-        self.inputs.append(batch[0])
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def data(size: int = 40) -> TensorDataset:
-    x = torch.randn(size, 6, generator=torch.Generator().manual_seed(1))
-    return TensorDataset(x, x[:, :3].argmax(dim=1))
 
 
 class Endless(IterableDataset[Any]):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from rotate_ewc import EKFACPenalty
 from rotate_ewc.integrations.lightning import RotatedEWCCallback
-from tests.helpers import hf_models, hf_training
+from tests.helpers import hf_models, hf_training, lightning_training
 from tests.helpers.exact import exact_penalty
 from tests.helpers.lightning_training import trainer
 
@@ -38,22 +38,8 @@ class Hooks:
         return batch["x"].square(), batch["y"]
 
 
-class Module(lightning.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Linear(6, 3)
-        self.inputs: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Any:
-        return self.net(x)
-
-    def training_step(self, batch: Any, index: int) -> Any:
-        self.inputs.append(batch[0])
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
+class Module(lightning_training.Module):
+    rate = 0.01  # hooks make the inputs large
 
 
 class Hooked(Hooks, Module):
@@ -65,9 +51,8 @@ class HookedData(Hooks, lightning.LightningDataModule):
         return DataLoader(data(), 8)
 
 
-def data(size: int = 16) -> TensorDataset:
-    x = torch.randn(size, 6, generator=torch.Generator().manual_seed(1))
-    return TensorDataset(x, x[:, :3].argmax(dim=1))
+def data() -> TensorDataset:
+    return lightning_training.data(16)
 
 
 def assert_same(one: EKFACPenalty, module: nn.Module, batches: Any) -> None:
