@@ -194,7 +194,8 @@ class Plasticity:
         endless = sum(not bool(torch.isfinite(part.sum())) for p in seen for part in p)
         if any(total([endless])):
             return None
-        self._add(seen, total)
+        if not later:
+            self._add(seen, total)
         share = _MORE_IN_LATER_TASKS if later else self.overlap
         part = 1.0 - (1.0 - plasticity) * share
         progress = [(p.gains, p.stiffnesses) for p in seen]
