@@ -20,9 +20,10 @@ the curvature that the progress meets, over that which the old tasks' own progre
 gradients are as √Λ, and so is what an optimizer such as Adam makes of them. It is 1 for a task like
 the old ones, near 0 for one that uses other directions, such as other pixels. λ is then where
 
-    ρ(λ) = 1 - (1 - plasticity) c
+    ρ(λ) = 1 - (1 - plasticity) c^{1.4}
 
-with c the mean over all looks at the task. Tasks that do not meet are penalised little, so that
+with the sums of c over all looks at the task, so that looks count by their progress: what a task
+does after it has been learned is mostly noise. Tasks that do not meet are penalised little, so that
 there is room for many of them.
 
 **When.** Every ten steps of the first task that is learned under the penalty (less often where it
@@ -53,6 +54,8 @@ from rotate_ewc.errors import SnapshotError
 # Sums each of several numbers over all processes; `list` where there is one process.
 Total = Callable[[Sequence[float]], list[float]]
 
+# Of the overlap; see docs/results.md.
+_POWER: Final = 1.4
 # How many times more of its progress a later task may lose than the one in which λ was found.
 _MORE_IN_LATER_TASKS: Final = 3.0
 _SMALLEST, _LARGEST = math.log(1e-20), math.log(1e20)
@@ -162,7 +165,7 @@ class Plasticity:
     def __init__(self) -> None:
         """Look at the first step."""
         self.wait = 0
-        self._looks, self._sum_of_overlaps = 0, 0.0
+        self._gain, self._overlapping = 0.0, 0.0
 
     def is_due(self) -> bool:
         """Count a step, and return whether to look at it."""
@@ -196,26 +199,26 @@ class Plasticity:
             return None
         if not later:
             self._add(seen, total)
-        share = _MORE_IN_LATER_TASKS if later else self.overlap
+        share = _MORE_IN_LATER_TASKS if later else self.overlap**_POWER
         part = 1.0 - (1.0 - plasticity) * share
         progress = [(p.gains, p.stiffnesses) for p in seen]
         return strength_keeping(part, progress, start, total)
 
     @property
     def overlap(self) -> float:
-        """The overlap c, the mean over the looks of this task; 1 before there was any."""
-        return self._sum_of_overlaps / self._looks if self._looks else 1.0
+        """The overlap c in the looks at this task; 1 before there was any."""
+        return self._overlapping / self._gain if self._gain else 1.0
 
     def _add(self, seen: Sequence[Progress], total: Total) -> None:
         found = [_gain_and_met(one) for one in seen]
         gain, met = total([sum(gain for gain, _ in found), sum(met for _, met in found)])
         if gain > 0:
-            self._sum_of_overlaps += min(1.0, met / gain)
-            self._looks += 1
+            self._gain += gain
+            self._overlapping += min(gain, met)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was seen of this task."""
-        return {"wait": self.wait, "overlaps": (self._looks, self._sum_of_overlaps)}
+        return {"wait": self.wait, "overlap": (self._gain, self._overlapping)}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Plasticity:
@@ -227,9 +230,8 @@ class Plasticity:
         new = cls()
         try:
             new.wait = int(state["wait"])
-            looks, overlaps = state["overlaps"]
-            new._looks, new._sum_of_overlaps = int(looks), float(overlaps)
-            whole = 0 <= new._sum_of_overlaps <= new._looks
+            new._gain, new._overlapping = map(float, state["overlap"])
+            whole = 0 <= new._overlapping <= new._gain < math.inf
         except (KeyError, OverflowError, TypeError, ValueError):
             whole = False
         if not whole:

@@ -84,25 +84,26 @@ def test_overlap_is_one_for_progress_like_the_old_ones_and_nothing_elsewhere() -
     assert nowhere.overlap == 1.0
 
 
-def test_overlap_is_the_mean_over_looks_of_what_the_progress_meets() -> None:
+def test_overlap_is_the_part_of_all_progress_that_meets_the_old_tasks() -> None:
     generator = torch.Generator().manual_seed(1)
-    looks, expected = Plasticity(), []
-    for _ in range(3):
+    looks, overlapping, whole = Plasticity(), 0.0, 0.0
+    for size in (1.0, 20.0, 0.3):
         met = total = 0.0
         blocks = []
         for n in (40, 7):
             gains, stiff, values = torch.rand(3, n, generator=generator).double()
-            gains, values = gains**3, values**6
+            gains, values = size * gains**3, values**6
             blocks.append(Progress(gains, stiff, values))
             own = sum(v**1.5 for v in values.tolist()) / sum(v**0.5 for v in values.tolist())
             pairs = zip(gains.tolist(), values.tolist(), strict=True)
             met += sum(gain * value for gain, value in pairs) / own
             total += sum(gains.tolist())
-        expected.append(min(1.0, met / total))
+        overlapping += min(total, met)
+        whole += total
         zeros = torch.zeros(3, dtype=torch.float64)
         blocks.append(Progress(zeros + 5, zeros, zeros))  # does not count: it was never learned
         looks.look(blocks, 0.95, 1.0)
-    assert looks.overlap == pytest.approx(sum(expected) / 3, rel=1e-9)
+    assert looks.overlap == pytest.approx(overlapping / whole, rel=1e-9)
 
 
 def test_less_overlap_keeps_more() -> None:
@@ -113,7 +114,7 @@ def test_less_overlap_keeps_more() -> None:
         eigenvalues = (1 - mix) * gains.square() + mix * gains.square().flip(0)
         found = looks.look([Progress(gains, stiffnesses, eigenvalues)], 0.9, 1.0)
         assert found is not None
-        part = 1 - 0.1 * looks.overlap
+        part = 1 - 0.1 * looks.overlap**1.4
         assert found == pytest.approx(bisected(part, gains, stiffnesses), rel=2e-2)
         overlaps.append(looks.overlap)
         strengths.append(found)
@@ -476,13 +477,13 @@ def test_files_keep_what_was_found(tmp_path: Any) -> None:
     [
         None,
         {},
-        {"wait": "soon", "overlaps": (1, 0.5)},
-        {"wait": math.inf, "overlaps": (1, 0.5)},
-        {"wait": 0, "overlaps": (1,)},
-        {"wait": 0, "overlaps": (1, 10**400)},
-        {"wait": 0, "overlaps": (1, math.nan)},
-        {"wait": 0, "overlaps": (1, -0.5)},
-        {"wait": 0, "overlaps": (1, 1.5)},
+        {"wait": "soon", "overlap": (1, 0.5)},
+        {"wait": math.inf, "overlap": (1, 0.5)},
+        {"wait": 0, "overlap": (1,)},
+        {"wait": 0, "overlap": (1, 10**400)},
+        {"wait": 0, "overlap": (1, math.nan)},
+        {"wait": 0, "overlap": (1, -0.5)},
+        {"wait": 0, "overlap": (1, 1.5)},
     ],
 )
 def test_damaged_states_are_refused(damaged: Any) -> None:

@@ -18,7 +18,7 @@ from rotate_ewc.penalty.updates.base import Step, Update, fits_all, rotated_grad
 
 _BETAS: Final = (0.9, 0.999)
 _EPS: Final = 1e-8
-STEPS_BETWEEN_LOOKS: Final = 50
+STEPS_BETWEEN_LOOKS: Final = 100
 _STEPS_BEFORE_A_LOOK: Final = 10
 
 
