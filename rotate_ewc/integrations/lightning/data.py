@@ -15,6 +15,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from rotate_ewc._utils.preserve_state import kept, mode
 from rotate_ewc.integrations.loaders import begin_pass, first_batch, number_of_examples
@@ -124,9 +125,12 @@ def in_precision(trainer: Trainer, forward: Callable[[Any], Any]) -> Callable[[A
 def _as_in_training(trainer: Trainer) -> Callable[[Any], Any]:
     """Return what `fit` does to a batch: its precision, and the hooks around its transfer.
 
-    Hooks find modules in the modes that they have now, as training begins.
+    Hooks find modules in the modes that they have now, as training begins. `fit` does not call them
+    for a `training_step` that takes the iterator of batches.
     """
     module = trainer.lightning_module
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        return trainer.precision_plugin.convert_input
     modes = [(part, part.training) for part in module.modules()]
 
     def convert(given: Any) -> Any:
