@@ -27,13 +27,15 @@ def name_parameters(params: Parameters, model: nn.Module | None) -> dict[str, Te
 
     Raises:
         TypeError: If something is not a tensor of real or complex floating-point numbers.
-        ValueError: If there are none, one comes twice, is not the model's, or can have no gradient.
+        ValueError: If there are none, one comes twice, is not the model's, or can have no gradient;
+            or if any of the model's has no size before a first batch.
     """
     if isinstance(params, Tensor) or not isinstance(params, (Mapping, Iterable)):
         raise TypeError(
             f"params is {type(params).__name__}; expected a list of parameters or a dictionary"
         )
-    known = {} if model is None else {id(p): name for name, p in named_parameters(model).items()}
+    own = {} if model is None else named_parameters(model)
+    known = {id(tensor): name for name, tensor in own.items()}
     if isinstance(params, Mapping):
         named = _with_plain_names(params, model)
     else:
@@ -43,6 +45,7 @@ def name_parameters(params: Parameters, model: nn.Module | None) -> dict[str, Te
             raise ValueError("params holds one parameter more than once; expected each once")
     if not named:
         raise ValueError("params is empty; expected at least one parameter")
+    check_initialised({**own, **named})
     _check_tensors(named)
     strangers = {name: t for name, t in named.items() if model is not None and id(t) not in known}
     if strangers:
@@ -56,7 +59,6 @@ def name_parameters(params: Parameters, model: nn.Module | None) -> dict[str, Te
 
 def _check_tensors(named: Mapping[str, Any]) -> None:
     """Raise unless all are tensors that can have gradients, naming those that cannot."""
-    check_initialised(named)
     kinds = {
         name: str(t.dtype) if isinstance(t, Tensor) else type(t).__name__
         for name, t in named.items()

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 
+from rotate_ewc._utils.parameters import check_initialised, named_parameters
 from rotate_ewc._utils.preserve_state import generator_states, kept
 
 _INTEGRATIONS: Final = {
@@ -57,9 +58,10 @@ def own_loss_of(model: nn.Module, data: Iterable[Any]) -> OwnLoss:
         data: Its batches, in the form that its framework gives them.
 
     Raises:
-        ValueError: If the model is of no framework whose models bring a loss, or if the framework's
-            integration finds none.
+        ValueError: If the model is of no framework whose models bring a loss, if the framework's
+            integration finds none, or if layers have no sizes before a first batch.
     """
+    check_initialised(named_parameters(model))
     for kind in type(model).__mro__:
         package = kind.__module__.partition(".")[0]
         if package not in _READERS and package in _INTEGRATIONS:

@@ -15,9 +15,7 @@ from typing_extensions import Unpack
 from rotate_ewc._utils.keywords import forwards_keywords
 from rotate_ewc._utils.parameters import (
     Parameters,
-    check_initialised,
     name_parameters,
-    named_parameters,
     parameters_of,
     select_parameters,
     unwrapped,
@@ -243,7 +241,6 @@ class EKFACPenalty(ConsolidatedTasks):
         if data is None:
             raise TypeError("data is missing; expected the task's batches: data=loader")
         model = unwrapped(model)
-        check_initialised(named_parameters(model))
         if ranks.size > 1:
             told = {"number of tasks": self._num_tasks, "weight": weight, "mode": self.mode.value}
             told |= {"temperature": self.temperature, "damping": self.damping}

@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+
+from rotate_ewc import EKFACPenalty
+from tests.helpers.exact import exact_penalty
+
+CE = nn.CrossEntropyLoss()
 
 
 def trainer(folder: Path, *callbacks: Any, **options: Any) -> lightning.Trainer:
@@ -48,7 +54,7 @@ class Module(lightning.LightningModule):
 
     def training_step(self, batch: Any, index: int) -> Any:
         self.inputs.append(batch[0])
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+        return CE(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=self.rate)
@@ -58,3 +64,13 @@ def data(size: int = 40) -> TensorDataset:
     """Return examples for it; the class is the place of the largest of the first three inputs."""
     x = torch.randn(size, 6, generator=torch.Generator().manual_seed(1))
     return TensorDataset(x, x[:, :3].argmax(dim=1))
+
+
+def assert_same(penalty: EKFACPenalty, module: nn.Module, batches: Any) -> None:
+    """Assert that a penalty is that of the module's present solution on some batches."""
+    known = exact_penalty(fisher_type="type2")
+    known.consolidate(module, CE, batches)
+    # Not the same for all logits, of which a softmax would take no notice.
+    moved = {name: p.double() + torch.randn_like(p) for name, p in module.named_parameters()}
+    assert float(known(moved)) > 0.01
+    assert float(penalty(moved)) == pytest.approx(float(known(moved)), rel=1e-4)

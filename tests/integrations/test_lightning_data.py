@@ -22,10 +22,9 @@ from rotate_ewc import EKFACPenalty
 from rotate_ewc._utils.preserve_state import generator_states, kept
 from rotate_ewc.integrations.lightning import RotatedEWCCallback
 from tests.helpers.exact import exact_penalty
-from tests.helpers.lightning_training import Module, data, trainer
+from tests.helpers.lightning_training import CE, Module, assert_same, data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-CE = nn.CrossEntropyLoss()
 
 
 class Endless(IterableDataset[Any]):
@@ -57,25 +56,12 @@ def penalty_of(folder: Path, batches: Any, module: Module, **options: Any) -> EK
     return penalty
 
 
-def same(one: EKFACPenalty, other: EKFACPenalty, module: Module) -> bool:
-    # Not the same for all logits, of which a softmax would take no notice.
-    moved = {name: p.double() + torch.randn_like(p) for name, p in module.named_parameters()}
-    assert float(one(moved)) > 0.01
-    return float(one(moved)) == pytest.approx(float(other(moved)), rel=1e-4)
-
-
-def consolidated(module: Module, batches: Any) -> EKFACPenalty:
-    penalty = exact_penalty(fisher_type="type2")
-    penalty.consolidate(module, CE, batches)
-    return penalty
-
-
 def test_a_limit_holds_for_the_estimate(tmp_path: Path) -> None:
     module = Module()
     penalty = penalty_of(tmp_path, DataLoader(data(), 8), module, limit_train_batches=2)
     assert penalty.current_num_data == penalty.terms[0].operator.num_data == 16
     x, y = data()[:16]
-    assert same(penalty, consolidated(module, [(x, y)]), module)
+    assert_same(penalty, module, [(x, y)])
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -106,7 +92,7 @@ def test_streams(tmp_path: Path) -> None:
     module = Module()
     penalty = penalty_of(tmp_path, DataLoader(Endless(), 8), module, limit_train_batches=2)
     assert penalty.current_num_data == penalty.terms[0].operator.num_data == 16
-    assert same(penalty, consolidated(module, [data()[:16]]), module)
+    assert_same(penalty, module, [data()[:16]])
     callback = RotatedEWCCallback(exact_penalty(), CE, data=[data()[:8]])
     fit(tmp_path, Module(), DataLoader(Endless(), 8), callback, max_steps=3)
     assert callback.penalty.terms[0].operator.num_data == 8
@@ -116,7 +102,7 @@ def test_streams_that_training_reads_to_their_end(tmp_path: Path) -> None:
     module = Module()
     penalty = penalty_of(tmp_path, DataLoader(Ends(), 8), module)
     assert penalty.terms[0].operator.num_data == 12
-    assert same(penalty, consolidated(module, [data(12)[:]]), module)
+    assert_same(penalty, module, [data(12)[:]])
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -211,7 +197,7 @@ def test_true_precision(tmp_path: Path, precision: Any, dtype: torch.dtype, upda
         single = exact_penalty(fisher_type="type2")
         fit(tmp_path, module, DataLoader(data(), 8), RotatedEWCCallback(single, CE),
             precision=precision, max_epochs=1)  # fmt: skip
-        assert same(single, consolidated(module, [(x.double(), y)]), module)
+        assert_same(single, module, [(x.double(), y)])
 
 
 def test_advice_fits_a_callback(tmp_path: Path) -> None:

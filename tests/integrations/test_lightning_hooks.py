@@ -19,10 +19,9 @@ from rotate_ewc import EKFACPenalty
 from rotate_ewc.integrations.lightning import RotatedEWCCallback
 from tests.helpers import hf_models, hf_training, lightning_training
 from tests.helpers.exact import exact_penalty
-from tests.helpers.lightning_training import trainer
+from tests.helpers.lightning_training import CE, assert_same, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-CE = nn.CrossEntropyLoss()
 
 
 class Hooks:
@@ -53,15 +52,6 @@ class HookedData(Hooks, lightning.LightningDataModule):
 
 def data() -> TensorDataset:
     return lightning_training.data(16)
-
-
-def assert_same(one: EKFACPenalty, module: nn.Module, batches: Any) -> None:
-    """A penalty is that of the module on other batches."""
-    known = exact_penalty(fisher_type="type2")
-    known.consolidate(module, CE, batches)
-    moved = {name: p.double() + torch.randn_like(p) for name, p in module.named_parameters()}
-    assert float(known(moved)) > 0.1
-    assert float(one(moved)) == pytest.approx(float(known(moved)), rel=1e-4)
 
 
 @pytest.mark.parametrize("of", ["module", "data"])

@@ -290,10 +290,13 @@ def test_layers_without_sizes(build: Any) -> None:
 def test_layers_without_sizes_that_are_not_protected() -> None:
     """Or the estimate would give them some."""
     penalty = EKFACPenalty(1.0, exclude=["head.*"])
-    model = Lazy()
+    model, data = Lazy(), [(x(), y())]
     model.body(x())
-    with pytest.raises(ValueError, match=r"^parameters 'head\.weight', .*; the layers 'head', "):
-        penalty.consolidate(model, CE, [(x(), y())])
+    message = r"^parameters 'head\.weight', .*; the layers 'head', "
+    with pytest.raises(ValueError, match=message):
+        penalty.consolidate(model, CE, data)
+    with pytest.raises(ValueError, match=message):
+        EKFACLinearOperator(model, CE, list(model.body.parameters()), data)
     assert model.head.has_uninitialized_params()
 
 

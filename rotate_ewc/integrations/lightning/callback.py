@@ -159,8 +159,9 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         model = self._model(pl_module)
         with torch.no_grad():
             value = self.penalty(model if self.view is None else self.view(model))
-        pl_module.log("rotated_ewc_penalty", float(value))
-        pl_module.log("rotated_ewc_strength", float(self.penalty.strength))
+        # Lightning wants a size where a step takes the iterator of batches; these are means of one.
+        pl_module.log("rotated_ewc_penalty", float(value), batch_size=1)
+        pl_module.log("rotated_ewc_strength", float(self.penalty.strength), batch_size=1)
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Have something at the end of the callbacks that consolidates when they have ended."""

@@ -8,16 +8,20 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from rotate_ewc._utils.preserve_state import kept, mode
 from rotate_ewc.integrations.loaders import begin_pass, first_batch, number_of_examples
+
+# Precisions in which steps have another default dtype, without autocast.
+_OF_DTYPE: Final = (DoublePrecision, HalfPrecision)
 
 
 @dataclass(frozen=True)
@@ -104,18 +108,18 @@ def examples_of_fit(trainer: Trainer) -> int | None:
 def forward_context(trainer: Trainer) -> AbstractContextManager[None]:
     """Return what a step of `fit` runs in, but without autocast."""
     plugin = trainer.precision_plugin
-    exact = isinstance(plugin, (DoublePrecision, HalfPrecision))
-    return plugin.forward_context() if exact else nullcontext()
+    return plugin.forward_context() if isinstance(plugin, _OF_DTYPE) else nullcontext()
 
 
 def in_precision(trainer: Trainer, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return a forward function that runs as in a step of `fit`, but without autocast."""
-    if isinstance(forward_context(trainer), nullcontext):
+    plugin = trainer.precision_plugin
+    if not isinstance(plugin, _OF_DTYPE):
         return forward
 
     @wraps(forward, assigned=(), updated=())
     def inside(inputs: Any) -> Any:
-        with forward_context(trainer):
+        with plugin.forward_context():
             return forward(inputs)
 
     return inside
@@ -124,9 +128,12 @@ def in_precision(trainer: Trainer, forward: Callable[[Any], Any]) -> Callable[[A
 def _as_in_training(trainer: Trainer) -> Callable[[Any], Any]:
     """Return what `fit` does to a batch: its precision, and the hooks around its transfer.
 
-    Hooks find modules in the modes that they have now, as training begins.
+    Hooks find modules in the modes that they have now, as training begins. `fit` does not call them
+    for a `training_step` that takes the iterator of batches.
     """
     module = trainer.lightning_module
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        return trainer.precision_plugin.convert_input
     modes = [(part, part.training) for part in module.modules()]
 
     def convert(given: Any) -> Any:

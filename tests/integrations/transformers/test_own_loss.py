@@ -209,6 +209,17 @@ def refused(model: nn.Module, data: Any, message: str, error: type[Exception] = 
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_layers_without_sizes_are_refused() -> None:
+    """Before the loss is looked for, which would run them."""
+    model, batch = hf_models.case("bert, one class")
+    model.classifier = head = nn.LazyLinear(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"the layers 'classifier', .*run one batch through"):
+        EKFACPenalty(exclude=["classifier.*"]).consolidate(model, data=[batch])
+    assert head.has_uninitialized_params()
+    model(**batch)
+    EKFACPenalty().consolidate(model, data=[batch])
+
+
 def test_batches_without_labels_are_refused() -> None:
     model, batch = hf_models.case("gpt2")
     unlabelled = {key: batch[key] for key in ("input_ids", "attention_mask")}
