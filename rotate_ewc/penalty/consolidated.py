@@ -123,6 +123,11 @@ class ConsolidatedTasks(nn.Module):
         return self._strength is None and self._found.is_open(self._num_tasks)
 
     @property
+    def begins_to_find_strength(self) -> bool:
+        """Whether the strength is to be found, and was not in any step so far."""
+        return self.finds_strength and not self._found.strengths.looks
+
+    @property
     def bounds_strength(self) -> bool:
         """Whether the strength was found, and is to be no larger than later tasks can bear."""
         return self._strength is None and self._num_tasks > 0 and not self.finds_strength

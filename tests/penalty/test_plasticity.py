@@ -275,8 +275,21 @@ def test_a_falling_learning_rate_does_not_raise_the_strength(
     before = handle.strength
     for group in optimizer.param_groups[: 1 if exclude else 2]:
         group["lr"] = 1e-8
-    train(model, optimizer, 1, 45)
+    train(model, optimizer, 1, 120)
     assert before / 3 < handle.strength < 3 * before
+
+
+@pytest.mark.parametrize("update", ["rotated", "tangent", "gradient"])
+def test_a_strength_that_is_to_be_found_again_is_found_soon(update: str) -> None:
+    model, optimizer, handle = after_a_task(update)
+    train(model, optimizer, 1, 15)
+    found = handle.strength
+    handle.penalty.strength = 1e6
+    train(model, optimizer, 1, 3)
+    handle.penalty.strength = "auto"
+    train(model, optimizer, 1, 12)
+    assert not handle.penalty.begins_to_find_strength
+    assert found / 10 < handle.strength < 10 * found
 
 
 def test_rates_may_be_numbers_of_numpy() -> None:

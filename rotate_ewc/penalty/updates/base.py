@@ -259,6 +259,8 @@ class Update(ABC):
 
     def looks(self) -> bool:
         """Count a step, and return whether the strength is to be found, or bounded, in it."""
+        if self.penalty.begins_to_find_strength:  # perhaps it was a number until now
+            self.plasticity.wait = min(self.plasticity.wait, _FIRST_STEPS)
         return self.wait < math.inf and self.plasticity.is_due()
 
     @property
