@@ -29,7 +29,7 @@ class Watch:
     directions of large gradients, which are those of large eigenvalues. For a strength that does
     not depend on it, Adam's averages m and v are kept in the eigenbasis in the last steps before
     each look, which is at the step `s = η m`, `η = r / √v`, with r such that the length is that of
-    the step that was taken. Two products for each block in these steps: one of five, or, where all
+    the step that was taken. Two products for each block in these steps: one of nine, or, where all
     steps are in the eigenbasis (SGD), every step of the task in which the strength is found.
     """
 
