@@ -135,8 +135,11 @@ class EKFACPenalty(ConsolidatedTasks):
                 softened, so that examples of which the model is certain count too. `"auto"`
                 chooses, for each snapshot, a temperature at which the mean entropy of the
                 predictions is 0.8 of the maximum.
-            damping: Added to every eigenvalue, in units of the mean of its block. It keeps an
-                optimizer from moving far in directions that only seem free.
+            damping: How much is added to the eigenvalues `Λ_ij` of output i and input j of a block,
+                `damping · (mean_i Λ_ij + mean_ij Λ)`. The first mean holds on to what a layer
+                computes for old inputs even where nothing depends on it now, because it may
+                later; the second keeps an optimizer from moving far in directions that only
+                seem free.
             include: Patterns such as `"encoder.*"` for the names of the parameters to protect.
             exclude: Patterns for names to leave out, such as those of unsupported layers.
             strict: Whether a protected parameter that is missing, or smaller than it was, is an

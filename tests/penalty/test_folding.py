@@ -66,11 +66,13 @@ def estimated(
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_a_softened_and_damped_matrix(temperature: float, damping: float) -> None:
-    """`(diag(p) - p pᵀ) ⊗ x xᵀ`, whose p is softened, and a part of its mean eigenvalue."""
+    """`(diag(p) - p pᵀ) ⊗ x xᵀ`, whose p is softened, and a part of its means."""
     operator = estimated(temperature=temperature, damping=damping)
     p = (Model()(INPUTS)[0].detach() / temperature).softmax(0)
-    matrix = torch.kron(torch.diag(p) - torch.outer(p, p), torch.outer(INPUTS[0], INPUTS[0]))
-    matrix += damping * matrix.trace() / 6 * torch.eye(6, dtype=torch.float64)
+    of_outputs, of_inputs = torch.diag(p) - torch.outer(p, p), torch.outer(INPUTS[0], INPUTS[0])
+    matrix = torch.kron(of_outputs, of_inputs)
+    mean = damping * of_outputs.trace() / 2 * torch.eye(2, dtype=torch.float64)
+    matrix += torch.kron(mean, of_inputs + of_inputs.trace() / 3 * torch.eye(3).double())
     assert_close(dense_block(operator.block("layer.weight"))[0], matrix)
     # No output depends on it, which is no error where the model is known.
     assert not operator.block("unused").eigenvalues.any()

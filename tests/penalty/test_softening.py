@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rotate_ewc import EKFACPenalty
-from tests.helpers.oracles import assert_close, dense_operator
+from tests.helpers.oracles import assert_close, dense_block
 from tests.helpers.penalties import CE, make, task
 
 CASES = {
@@ -176,7 +176,8 @@ def test_errors_of_models_name_the_batch() -> None:
 
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("name", ["plain", "grouped", "transposed"])
-def test_damping_adds_a_part_of_the_mean_to_every_block(name: str, joint: bool) -> None:
+def test_damping_adds_a_part_of_the_means_to_every_block(name: str, joint: bool) -> None:
+    """The mean over everything, and over the outputs for each direction of the inputs."""
     options: dict[str, Any] = {"temperature": 1.0, "separate_weight_and_bias": not joint}
     damped, plain = EKFACPenalty(damping=0.3, **options), EKFACPenalty(damping=0.0, **options)
     model = make(name)
@@ -184,10 +185,15 @@ def test_damping_adds_a_part_of_the_mean_to_every_block(name: str, joint: bool) 
         penalty.consolidate(model, CE, task(name, 0))
     blocks = plain.terms[0].operator.blocks
     for block, other in zip(blocks, damped.terms[0].operator.blocks, strict=True):
-        shapes = {n: p.shape for n, p in model.named_parameters() if n in block.parameters}
-        matrix = dense_operator([block], shapes)
-        identity = torch.eye(len(matrix)).double() * (0.3 * matrix.trace() / len(matrix))
-        assert_close(dense_operator([other], shapes), matrix + identity)
+        _, d_out, d_in = block.shape
+        groups = dense_block(block)
+        mean = sum(matrix.trace() for matrix in groups) / (len(groups) * d_out * d_in)
+        for matrix, got in zip(groups, dense_block(other), strict=True):
+            of_inputs = torch.einsum(
+                "aiaj->ij", matrix.unflatten(1, (d_out, d_in)).unflatten(0, (d_out, d_in))
+            )
+            added = of_inputs / d_out + mean * torch.eye(d_in).double()
+            assert_close(got, matrix + 0.3 * torch.kron(torch.eye(d_out).double(), added))
 
 
 @pytest.mark.parametrize("value", [-0.1, math.inf, "auto", None])

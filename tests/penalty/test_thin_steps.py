@@ -29,7 +29,7 @@ from tests.helpers.penalties import (
     task,
     thinned,
 )
-from tests.helpers.thin import dense_groups, thin_block
+from tests.helpers.thin import dense_groups, partial_traces, thin_block
 
 
 def thin(name: str, tasks: int, rank: int, **options: Any) -> tuple[nn.Module, EKFACPenalty]:
@@ -236,10 +236,12 @@ def _places(model: nn.Module) -> list[slice]:
     return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
 
-def test_damping_is_by_the_mean_over_all_directions() -> None:
+def test_damping_is_by_the_means_over_all_directions() -> None:
     block = thin_block((2, 4, 5), (2, 3), seed=1)
     damped = _damped(block, 4.0, 0.1)
     dense, expected = dense_groups(damped, (4, 5)), dense_groups(block, (4, 5))
     mean = sum(np.trace(4.0 * matrix) for matrix in expected) / 40
     for got, matrix in zip(dense, expected, strict=True):
-        np.testing.assert_allclose(got, 4.0 * matrix + 0.1 * mean * np.eye(20), atol=1e-12)
+        _, of_inputs = partial_traces(4.0 * matrix, (4, 5))
+        added = np.kron(np.eye(4), of_inputs / 4) + mean * np.eye(20)
+        np.testing.assert_allclose(got, 4.0 * matrix + 0.1 * added, atol=1e-12)
