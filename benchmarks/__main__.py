@@ -39,6 +39,7 @@ COMMANDS = {
     "study-storage": Command("studies.storage", "snapshots in files: bytes, time and accuracy"),
     "study-rank": Command("studies.rank", "thin bases of wide layers: bytes, time and memory"),
     "study-scale": Command("studies.scale", "what decoders of billions of parameters would take"),
+    "study-drift": Command("studies.drift", "how far old answers move unseen by a penalty"),
     "study-processes": Command("studies.processes", "estimating in several processes"),
 }
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import data as data_sets
 from benchmarks.__main__ import main
 from benchmarks.data import ImageData
 from benchmarks.studies import scale
+from benchmarks.studies.drift import Learned
 from benchmarks.studies.networks import PROBLEMS, decoder
 from benchmarks.studies.processes import Case, Share
 from benchmarks.studies.rank import CASES
@@ -135,3 +137,38 @@ def test_processes_share_an_estimation(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         main(["study-processes", "--processes", "1", "--output", str(tmp_path)])
     assert "expected a whole number ≥ 2, got '1'" in capsys.readouterr().err
+
+
+def test_old_answers_drift_away(images: ImageData, tmp_path: Path, capsys: Any) -> None:
+    words = "--tasks 2 --epochs 2 --hidden 6 --batch-size 20 --lr 0.01 --damping 0 0.03"
+    streams = call("drift", words, tmp_path)["records"]
+    assert [one["damping"] for one in streams] == [0.0, 0.03]
+    for stream in streams:
+        (look,) = stream["looks"]
+        assert (look["after"], look["old"]) == (2, 1)
+        assert 0 <= look["accuracy"] <= 1
+        assert 0 < look["exact"] < look["actual"]
+    assert "How far old answers move" in capsys.readouterr().out
+
+
+def test_distances_of_a_network_that_is_linear() -> None:
+    """What moves is what the Gauss-Newton matrix says, here of a penalty of one example, too."""
+    torch.manual_seed(0)
+    model, image, target = nn.Linear(4, 3).double(), torch.randn(1, 4).double(), torch.tensor([1])
+    penalty = EKFACPenalty(
+        1.0, damping=0.0, temperature=2.0, fisher_type="type2", separate_weight_and_bias=False
+    )
+    penalty.consolidate(model, nn.CrossEntropyLoss(), [(image, target)])
+    learned = Learned(model, penalty, 1, image, target)
+    before = model(image)[0].detach()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter)
+    look = learned.look(model, after=2)
+    change, p = model(image)[0].detach() - before, torch.softmax(before / 2, dim=0)
+    mean = sum(float(p[i] * change[i]) for i in range(3))
+    distance = sum(float(p[i]) * (float(change[i]) - mean) ** 2 for i in range(3)) / 2
+    assert look.actual == pytest.approx(distance, rel=1e-10)
+    assert look.exact == pytest.approx(distance, rel=1e-10)
+    assert look.penalty == pytest.approx(distance, rel=1e-6)
+    assert (look.after, look.old) == (2, 1)
