@@ -91,8 +91,7 @@ def run(options: Options) -> int:
         for one in found
         for look in one.looks
     )
-    title = f"How far old answers move: {data.announcement}"
-    print_table(title, names, headings, rows)
+    print_table("How far old answers move", names, headings, rows)
     print(f"Wrote {results}.")
     return 0
 
