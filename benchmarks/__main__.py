@@ -33,9 +33,14 @@ COMMANDS = {
     "speed": Command("speed.command", "time and memory of snapshots"),
     "speed-penalty": Command("speed.penalty_command", "what a penalty adds to a training step"),
     "peers": Command("peers.command", "exactness, compared with other libraries"),
-    "text": Command("text.command", "a pretrained network on one set of texts after another"),
-    "text-language": Command("text.language", "a small language model on prose and then code"),
-    "text-pretraining": Command("text.pretraining", "what fine-tuning takes from pretraining"),
+    "text": Command("fine_tuning.text", "a pretrained network on one set of texts after another"),
+    "text-language": Command(
+        "fine_tuning.language", "a small language model on prose and then code"
+    ),
+    "text-pretraining": Command(
+        "fine_tuning.pretraining", "what fine-tuning takes from pretraining"
+    ),
+    "images": Command("fine_tuning.images", "a pretrained network on some classes after others"),
     "study-storage": Command("studies.storage", "snapshots in files: bytes, time and accuracy"),
     "study-rank": Command("studies.rank", "thin bases of wide layers: bytes, time and memory"),
     "study-scale": Command("studies.scale", "what decoders of billions of parameters would take"),

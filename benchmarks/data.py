@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,21 +113,27 @@ def load_mnist(data_root: Path) -> ImageData:
     )
 
 
-def load_folder(folder: Path) -> ImageData:
-    """Load images in colour from ``train/CLASS`` and ``test/CLASS`` below a folder.
+class FolderImages(NamedTuple):
+    """Images in colour as they are in a folder, scaled to one size: ``uint8`` ``[N, 3, H, W]``."""
 
-    They are scaled to one size, training images put into a random order that is always the same,
-    and channels normalised by their training pixels. ``ValueError`` if there are no such images.
-    """
+    train_pixels: Tensor
+    train_labels: Tensor  # ``int64`` ``[N]``
+    test_pixels: Tensor
+    test_labels: Tensor
+    classes: int
+
+
+def read_folder(folder: Path, shape: tuple[int, int, int] = FOLDER_SHAPE) -> FolderImages:
+    """Read ``train/CLASS`` and ``test/CLASS``; ``ValueError`` if there are no such images."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import Compose, PILToTensor, Resize
 
-    prepare = Compose([Resize(FOLDER_SHAPE[1:]), PILToTensor()])
+    prepare = Compose([Resize(shape[1:]), PILToTensor()])
     try:
         training, test = (ImageFolder(folder / part, prepare) for part in ("train", "test"))
         if training.classes != test.classes:
             raise ValueError("the classes in train and test differ")
-        train_inputs, test_inputs = (
+        train_pixels, test_pixels = (
             torch.stack([image for image, _ in one]) for one in (training, test)
         )
     except (OSError, ValueError) as error:
@@ -134,19 +141,31 @@ def load_folder(folder: Path) -> ImageData:
             f"images: got {folder}, expected train/CLASS and test/CLASS with images for every "
             f"class ({_reason(error)})"
         ) from error
-    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
-    train_inputs, test_inputs = train_inputs[order].float(), test_inputs.float()
+    train_labels, test_labels = (torch.tensor(one.targets) for one in (training, test))
+    return FolderImages(train_pixels, train_labels, test_pixels, test_labels, len(training.classes))
+
+
+def load_folder(folder: Path) -> ImageData:
+    """Load images in colour from ``train/CLASS`` and ``test/CLASS`` below a folder.
+
+    They are scaled to one size, training images put into a random order that is always the same,
+    and channels normalised by their training pixels. ``ValueError`` if there are no such images.
+    """
+    images = read_folder(folder)
+    number = len(images.train_labels)
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(0))
+    train_inputs, test_inputs = images.train_pixels[order].float(), images.test_pixels.float()
     deviation, mean = torch.std_mean(train_inputs, dim=(0, 2, 3), keepdim=True)
-    sizes = _sizes(len(training), len(test), FOLDER_SHAPE)
+    sizes = _sizes(number, len(test_inputs), FOLDER_SHAPE)
     return ImageData(
         source=folder.resolve().name,
-        announcement=f"Data: {len(training.classes)} classes of images {sizes} from {folder}.",
+        announcement=f"Data: {images.classes} classes of images {sizes} from {folder}.",
         train_inputs=train_inputs.sub_(mean).div_(deviation).flatten(1),
-        train_labels=torch.tensor(training.targets)[order],
+        train_labels=images.train_labels[order],
         test_inputs=test_inputs.sub_(mean).div_(deviation).flatten(1),
-        test_labels=torch.tensor(test.targets),
+        test_labels=images.test_labels,
         shape=FOLDER_SHAPE,
-        classes=len(training.classes),
+        classes=images.classes,
     )
 
 

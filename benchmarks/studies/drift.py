@@ -147,7 +147,8 @@ class Learned:
         self._images, self._targets = images, targets
         self._anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
         (term,) = penalty.terms
-        temperature = float(term.operator.provenance.settings["temperature"])
+        temperature = term.operator.provenance.settings["temperature"]
+        assert isinstance(temperature, float)  # it has been found
         self._answers = model(images).detach()
         self._probabilities = (self._answers / temperature).softmax(dim=1)
 
@@ -161,7 +162,7 @@ class Learned:
         with warnings.catch_warnings():
             # PyTorch's own: it compiles some of its derivatives.
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-            _, predicted = jvp(
+            _, predicted, *_ = jvp(
                 lambda parameters: functional_call(model, parameters, (self._images,)),
                 (self._anchor,),
                 (moved,),

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks.fine_tuning.methods import METHODS, Method
+from benchmarks.fine_tuning.protocol import TuningOptions
+from benchmarks.fine_tuning.tasks import Part, Task
 from benchmarks.metrics import backward_transfer
 from benchmarks.speed.measuring import peak_growth
-from benchmarks.text.methods import METHODS, Method
-from benchmarks.text.protocol import TextOptions
-from benchmarks.text.tasks import Part, Task
 
 EVALUATION_BATCH = 50
 
@@ -77,7 +77,7 @@ def learned(
     """Learn a stream of tasks with a method, and return what it reached: an :class:`Outcome`.
 
     Without a strength, the method finds it or has none. With ``validate``, the network is measured
-    on held-out texts, and not on those of the test. Options must be hashable.
+    on held-out examples, and not on those of the test. Options must be hashable.
     """
     method = METHODS[name](strength, examples=options.fisher_samples, seed=seed)
     model, tasks = start(options, seed)
@@ -117,7 +117,7 @@ def _after_first(start: Start, options: Any, seed: int) -> dict[str, Any]:
     return state
 
 
-def _learn_jointly(model: Any, tasks: Sequence[Task], options: TextOptions, seed: int) -> None:
+def _learn_jointly(model: Any, tasks: Sequence[Task], options: TuningOptions, seed: int) -> None:
     """Learn all tasks at once, with as many batches of each."""
     orders = [_order(task.train, options, seed + n) for n, task in enumerate(tasks)]
     optimizer = _optimizer(model, options)
@@ -127,7 +127,7 @@ def _learn_jointly(model: Any, tasks: Sequence[Task], options: TextOptions, seed
             _step(model, optimizer, Method(None, examples=1, seed=0), task.train.part(order[step]))
 
 
-def learn(model: Any, task: Task, method: Method, options: TextOptions, seed: int) -> float:
+def learn(model: Any, task: Task, method: Method, options: TuningOptions, seed: int) -> float:
     """Learn one task; return the seconds of the processor."""
     model.head = task.head
     optimizer = _optimizer(model, options)
@@ -149,12 +149,12 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, method: Method, batch: P
     optimizer.step()
 
 
-def _optimizer(model: nn.Module, options: TextOptions) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, options: TuningOptions) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.Adam(trained, options.learning_rate)
 
 
-def _order(data: Part, options: TextOptions, seed: int) -> list[Tensor]:
+def _order(data: Part, options: TuningOptions, seed: int) -> list[Tensor]:
     """Batches of places, in as many random orders of the data as it takes."""
     generator = torch.Generator().manual_seed(seed)
     wanted = options.steps * options.batch_size

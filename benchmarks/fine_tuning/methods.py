@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.optim import Optimizer
 
+from benchmarks.fine_tuning.tasks import Part
 from benchmarks.methods import AUTO
-from benchmarks.text.tasks import Part
 from rotate_ewc import EKFACPenalty
 
 # The temperature of the published method.

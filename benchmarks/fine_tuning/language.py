@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from benchmarks.fine_tuning.protocol import Record, TextOptions, present
 from benchmarks.option_types import Count, Folder, Positive, some_of, whole_number
-from benchmarks.text.protocol import Record, TextOptions, present
 
 if TYPE_CHECKING:
-    from benchmarks.text.networks import LanguageModel
-    from benchmarks.text.tasks import Task
+    from benchmarks.fine_tuning.networks import LanguageModel
+    from benchmarks.fine_tuning.tasks import Task
 
 METHOD_NAMES = ("naive", "l2", "ewc", "rotated-ewc", "joint")
 PACKAGES = ("numpy", "scipy", "sklearn", "torch")
@@ -64,7 +64,7 @@ def _work(
     options: Options, name: str, strength: float | None, seed: int, validate: bool
 ) -> dict[str, Any]:
     """Do one run."""
-    from benchmarks.text.stream import learned
+    from benchmarks.fine_tuning.stream import learned
 
     return learned(_start, options, name, strength, seed, validate=validate, measure=_loss)
 
@@ -74,7 +74,7 @@ def _loss(model: Any, task: "Task", validate: bool) -> float:
     import torch
     from torch.nn.functional import cross_entropy
 
-    from benchmarks.text.stream import EVALUATION_BATCH
+    from benchmarks.fine_tuning.stream import EVALUATION_BATCH
 
     part = task.held_out if validate else task.test
     with torch.no_grad():
@@ -89,9 +89,9 @@ def _start(options: Options, seed: int) -> "tuple[LanguageModel, list[Task]]":
     """Make the network and the tasks of a seed: prose, and code."""
     import torch
 
-    from benchmarks.text.networks import LanguageModel
-    from benchmarks.text.tasks import language_task
-    from benchmarks.text.texts import prose_and_code
+    from benchmarks.fine_tuning.networks import LanguageModel
+    from benchmarks.fine_tuning.tasks import language_task
+    from benchmarks.fine_tuning.texts import prose_and_code
 
     texts = prose_and_code(PACKAGES, options.characters)
     size = options.test_size

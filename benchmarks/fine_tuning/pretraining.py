@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from benchmarks.fine_tuning.protocol import Record, TextOptions, present
 from benchmarks.option_types import Folder, OptionalFolder, one_of, some_of
-from benchmarks.text.protocol import Record, TextOptions, present
 
 if TYPE_CHECKING:
-    from benchmarks.text.tasks import Task
+    from benchmarks.fine_tuning.tasks import Task
 
 METHOD_NAMES = ("naive", "l2", "rotated-ewc-lean", "rotated-ewc")
 PACKAGES = ("numpy", "scipy", "sklearn", "matplotlib", "torch")
@@ -64,18 +64,18 @@ def _work(
     """Do one run."""
     import torch
 
-    from benchmarks.text.methods import METHODS
-    from benchmarks.text.networks import (
-        Classifier,
+    from benchmarks.fine_tuning.methods import METHODS
+    from benchmarks.fine_tuning.networks import (
         Similarities,
         kept_order,
         load_encoder,
         mean_of_tokens,
         names_found,
+        text_classifier,
     )
-    from benchmarks.text.stream import accuracy, learn
-    from benchmarks.text.tasks import Part
-    from benchmarks.text.texts import named_docstrings
+    from benchmarks.fine_tuning.stream import accuracy, learn
+    from benchmarks.fine_tuning.tasks import Part
+    from benchmarks.fine_tuning.texts import named_docstrings
 
     torch.manual_seed(seed)
     body, encode = load_encoder(options.network, options.length)
@@ -87,7 +87,7 @@ def _work(
     tested = pairs[:size] if validate else pairs[size : 2 * size]
     names, texts = (encode(found) for found in zip(*tested, strict=True))
 
-    model = Classifier(body, [2, task.classes], lora=False)
+    model = text_classifier(body, [2, task.classes])
     with torch.no_grad():
         model.heads[0] = Similarities(mean_of_tokens(body, others))
 
@@ -114,7 +114,7 @@ def _work(
 
 def _new_task(options: Options, encode: Any, seed: int) -> "Task":
     """What is learned, with the second head."""
-    from benchmarks.text.tasks import docstring_tasks, sentence_tasks
+    from benchmarks.fine_tuning.tasks import docstring_tasks, sentence_tasks
 
     sizes = {"test_size": options.test_size, "seed": seed}
     if options.texts is None:

@@ -1,4 +1,4 @@
-"""What the commands on texts have in common: search on held-out texts, tests with all seeds.
+"""What commands have in common: search on held-out examples, tests with all seeds.
 
 A record is a line of JSON, so that a call which is repeated goes on where it was.
 """
@@ -25,21 +25,20 @@ Record = dict[str, Any]
 Figures = Callable[[Record], dict[str, float]]
 
 # Options on which the outcome of a run does not depend.
-_OF_THE_CALL = ("methods", "search_values", "seeds", "output", "texts", "threads")
+_OF_THE_CALL = ("methods", "search_values", "seeds", "output", "texts", "images", "threads")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions:
-    """Options of every command on texts.
+class TuningOptions:
+    """Options of every command that fine-tunes a network.
 
     Attributes:
         methods: Which methods.
         steps: Steps for each task.
-        batch_size: Texts in a step.
+        batch_size: Examples in a step.
         learning_rate: Of Adam.
-        length: Tokens of a text at most.
-        fisher_samples: Texts of a task that a penalty looks at.
-        test_size: Texts of each task to test with, and as many to choose by.
+        fisher_samples: Examples of a task that a penalty looks at.
+        test_size: Examples of each task to test with, and as many to choose by.
         search_values: Strengths to try for each method that has one; 0 for defaults alone.
         seeds: Seeds of the runs; strengths are searched with the first.
         threads: Threads of PyTorch.
@@ -50,7 +49,6 @@ class TextOptions:
     steps: Count = 150
     batch_size: Count = 16
     learning_rate: Positive = 5e-5
-    length: Annotated[int, whole_number(4, 512)] = 32
     fisher_samples: Count = 256
     test_size: Count = 500
     search_values: CountOrZero = 3
@@ -59,13 +57,24 @@ class TextOptions:
     output: Folder = Path("results")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(TuningOptions):
+    """Those of commands on texts.
+
+    Attributes:
+        length: Tokens of a text at most.
+    """
+
+    length: Annotated[int, whole_number(4, 512)] = 32
+
+
 # What is to be recorded of a run: from the options of a command, a method, its strength (None for
-# what the method finds, or where it has none), a seed, and whether held-out texts are measured.
+# what the method finds, or where it has none), a seed, and whether held-out examples are measured.
 Work = Callable[[Any, str, float | None, int, bool], dict[str, Any]]
 
 
 def present(
-    options: TextOptions,
+    options: TuningOptions,
     name: str,
     work: Work,
     figures: Figures,
@@ -112,13 +121,13 @@ def present(
 
 
 def _tested(
-    options: TextOptions,
+    options: TuningOptions,
     records: "Records",
     work: Work,
     figures: Figures,
     told: Mapping[str, Any],
 ) -> Iterator[Record]:
-    from benchmarks.text.methods import METHODS
+    from benchmarks.fine_tuning.methods import METHODS
 
     shared = {key: value for key, value in asdict(options).items() if key not in _OF_THE_CALL}
     shared |= told

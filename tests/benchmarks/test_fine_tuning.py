@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn.functional import softmax
 
 from benchmarks.__main__ import main
-from benchmarks.text import language, networks, pretraining, tasks
-from benchmarks.text.command import METHOD_NAMES
-from benchmarks.text.methods import EWC, L2, LwF, Replay
-from benchmarks.text.networks import kept_order, names_found
-from benchmarks.text.protocol import Records
-from benchmarks.text.stream import scores
-from benchmarks.text.tasks import Part
-from benchmarks.text.texts import docstrings, prose_and_code, read_set
+from benchmarks.fine_tuning import language, networks, pretraining, tasks
+from benchmarks.fine_tuning.methods import EWC, L2, LwF, Replay
+from benchmarks.fine_tuning.networks import kept_order, names_found
+from benchmarks.fine_tuning.protocol import Records
+from benchmarks.fine_tuning.stream import scores
+from benchmarks.fine_tuning.tasks import Part
+from benchmarks.fine_tuning.text import METHOD_NAMES
+from benchmarks.fine_tuning.texts import docstrings, prose_and_code, read_set
 
 # PEFT asks transformers things that it is about to forget.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -217,7 +217,9 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
     names = [f"text_package_{word}" for word in ("red", "green", "blue", "grey")]
     monkeypatch.setattr(tasks, "PACKAGE_PAIRS", (tuple(names[:2]), tuple(names[2:])))
-    monkeypatch.setattr("benchmarks.text.texts.PACKAGE_PAIRS", (tuple(names[:2]), tuple(names[2:])))
+    monkeypatch.setattr(
+        "benchmarks.fine_tuning.texts.PACKAGE_PAIRS", (tuple(names[:2]), tuple(names[2:]))
+    )
     monkeypatch.setattr(language, "PACKAGES", names)
     monkeypatch.setattr(pretraining, "PACKAGES", names)
     docstrings.cache_clear()
@@ -261,7 +263,7 @@ def test_adapters_alone_are_trained_and_protected(packages: Path, tmp_path: Path
     assert main(["text", *words.split(), "--output", str(tmp_path)]) == 0
     strengths = [r["strength"] for r in read(tmp_path / "text.jsonl")]
     assert len(strengths) == 5
-    model = networks.Classifier(networks.load_encoder("tiny", 8).body, [2], lora=True)
+    model = networks.text_classifier(networks.load_encoder("tiny", 8).body, [2], lora=True)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or name.startswith("heads.") for name in trained)
     assert len(trained) == 6

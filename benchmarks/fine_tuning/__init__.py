@@ -1,0 +1,1 @@
+"""Pretrained networks on streams of texts and images; and small language models."""

@@ -1,1 +1,0 @@
-"""Pretrained networks and streams of texts: classifiers, adapters and language models."""
