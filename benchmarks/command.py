@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from benchmarks.configuration import Configuration, StreamOptions, Training
+    from benchmarks.configuration import Configuration, Steps, StreamOptions
     from benchmarks.data import ImageData
     from benchmarks.scenarios import PermutedImages
 
@@ -49,7 +49,7 @@ def start(
 
 
 def load(
-    options: "Training", scenario: str, data_root: Path, **others: Any
+    options: "Steps", scenario: str, data_root: Path, **others: Any
 ) -> "tuple[Configuration, ImageData]":
     """Load and announce the images of a scenario, and settle the options to fit them."""
     from benchmarks.configuration import DIGITS_DEFAULTS, settle

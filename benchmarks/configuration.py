@@ -68,8 +68,8 @@ def default_data_root() -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """The options that a run depends on; None for what depends on the scenario and the data.
+class Steps:
+    """Options of every loop over tasks; None for what depends on the scenario and the data.
 
     Attributes:
         tasks: Number of tasks.
@@ -79,6 +79,25 @@ class Training:
         learning_rate: Step size of the optimizer.
         optimizer: adam, adamw, rmsprop, or sgd with momentum 0.9; its state is kept from task to
             task. ncl always has the last.
+    """
+
+    tasks: Annotated[OptionalCount, default("10; split streams: 5")] = None
+    epochs: Annotated[
+        OptionalCount, default("2; split MNIST: 4; split images: 3; the digits: 10")
+    ] = None
+    hidden: Annotated[Widths, default("100 100; split images: 128")] = None
+    batch_size: Annotated[
+        OptionalCount, default("250; split MNIST: 128; split images and the digits: 32")
+    ] = None
+    learning_rate: Annotated[Positive, tyro.conf.arg(name="lr")] = 1e-3
+    optimizer: Annotated[str, one_of(OPTIMIZERS)] = "adam"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Steps):
+    """The options that a run depends on.
+
+    Attributes:
         schedule: constant, or linear: the step size falls to zero in every task.
         warm_up: Part of every task, from 0 to 1, in which the step size rises from zero.
         every: Steps of the optimizer for each tangent plane of rotated-ewc-tangent.
@@ -92,16 +111,6 @@ class Training:
         device: PyTorch device to train on.
     """
 
-    tasks: Annotated[OptionalCount, default("10; split streams: 5")] = None
-    epochs: Annotated[
-        OptionalCount, default("2; split MNIST: 4; split images: 3; the digits: 10")
-    ] = None
-    hidden: Annotated[Widths, default("100 100; split images: 128")] = None
-    batch_size: Annotated[
-        OptionalCount, default("250; split MNIST: 128; split images and the digits: 32")
-    ] = None
-    learning_rate: Annotated[Positive, tyro.conf.arg(name="lr")] = 1e-3
-    optimizer: Annotated[str, one_of(OPTIMIZERS)] = "adam"
     schedule: Annotated[str, one_of(SCHEDULES)] = "constant"
     warm_up: Annotated[float, number(zero=True, largest=1.0)] = 0.0
     every: Count = 10
@@ -176,7 +185,7 @@ class StreamOptions(Training):
 
 
 def settle(
-    options: Training, scenario: str, *, quick: bool = False, digits: bool = False, **others: Any
+    options: Steps, scenario: str, *, quick: bool = False, digits: bool = False, **others: Any
 ) -> Configuration:
     """Replace what was not given by the defaults of a scenario; ``others`` come before all."""
     defaults = dict(SCENARIO_DEFAULTS[scenario])

@@ -138,7 +138,7 @@ def read_folder(folder: Path, shape: tuple[int, int, int] = FOLDER_SHAPE) -> Fol
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"images: got {folder}, expected train/CLASS and test/CLASS with images for every "
+            f"--images: got {folder}, expected train/CLASS and test/CLASS with images for every "
             f"class ({_reason(error)})"
         ) from error
     train_labels, test_labels = (torch.tensor(one.targets) for one in (training, test))

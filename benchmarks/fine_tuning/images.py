@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from benchmarks.fine_tuning.networks import Classifier
     from benchmarks.fine_tuning.tasks import Task
 
+LEAST_SIZE = 32  # of EfficientNet-Lite0, whose padding is the one for 224 pixels
 METHOD_NAMES = (
     "naive",
     "l2",
@@ -50,6 +51,13 @@ class Options(TuningOptions):
     learning_rate: Positive = 1e-4
     methods: Annotated[tuple[str, ...], some_of(METHOD_NAMES)] = METHOD_NAMES
     output: Folder = Path("results/images")
+
+    def __post_init__(self) -> None:
+        """Refuse images that become smaller than a layer's window."""
+        if self.network == "efficientnet" and self.size < LEAST_SIZE:
+            raise ValueError(
+                f"--size: expected at least {LEAST_SIZE} for efficientnet, got {self.size}"
+            )
 
 
 def run(options: Options) -> int:

@@ -74,7 +74,7 @@ def image_tasks(images: FolderImages, number: int, *, test_size: int, seed: int)
     """Share classes out to tasks, in their order, each with a head of its own.
 
     Raises:
-        ValueError: If that cannot be done evenly.
+        ValueError: If that cannot be done evenly, or a task has too few images to hold one out.
     """
     if images.classes % number:
         raise ValueError(
@@ -92,6 +92,11 @@ def image_tasks(images: FolderImages, number: int, *, test_size: int, seed: int)
     found = []
     for task in range(number):
         whole = part(images.train_pixels, images.train_labels, task)
+        if len(whole) < 5:
+            raise ValueError(
+                f"--images: got {len(whole)} training images for task {task + 1} of {number}, "
+                f"expected at least 5; take more images, or a smaller --tasks"
+            )
         tested = part(images.test_pixels, images.test_labels, task).part(slice(test_size))
         size = min(test_size, len(whole) // 5)
         held_out, train = whole.part(slice(size)), whole.part(slice(size, None))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from benchmarks.command import keep, load, make_folder, print_table, use_threads
-from benchmarks.configuration import DataRoot, Training, default_data_root
+from benchmarks.configuration import DataRoot, Steps, default_data_root
 from benchmarks.option_types import Folder, Seeds, Threads, number, several
 
 if TYPE_CHECKING:
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 NAME = "drift"
 FORMAT = "rotate_ewc.benchmarks.drift/1"
 SPLIT = "split_mnist"
+TASKS = (2, 5, 10)  # that ten digits can be shared out to, and of which some are old
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Training):
+class Options(Steps):
     """Learn two digits after two others, all with one head, and look back after every task.
 
     For every old task, prints how far the softened answers to its images have moved since it was
@@ -43,6 +44,13 @@ class Options(Training):
     data_root: DataRoot = field(default_factory=default_data_root)
     output: Folder = Path("results")
     threads: Threads = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers of tasks that ten digits cannot be shared out to, or none of them old."""
+        if self.tasks not in (None, *TASKS):
+            raise ValueError(
+                f"--tasks: expected one of {', '.join(map(str, TASKS))}, got {self.tasks}"
+            )
 
 
 @dataclass(frozen=True)

@@ -324,7 +324,8 @@ def test_streams_that_cannot_be_made_are_errors(
     assert "split_mnist: tasks: got 3" in capsys.readouterr().err
     monkeypatch.undo()
     assert call(tmp_path, f"split_images --images {tmp_path}") == 1
-    assert f"split_images: images: got {tmp_path}, expected train/CLASS" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"split_images: --images: got {tmp_path}, expected train/CLASS" in err
 
 
 def test_nothing_to_present_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,7 +166,7 @@ def test_images_of_other_sizes_are_scaled_and_grey_ones_coloured(birds: Path) ->
 
 def test_folders_without_such_images_are_refused(birds: Path, tmp_path: Path) -> None:
     expected = "expected train/CLASS and test/CLASS with images for every class"
-    with pytest.raises(ValueError, match=f"images: got {tmp_path / 'none'}, {expected} "):
+    with pytest.raises(ValueError, match=f"--images: got {tmp_path / 'none'}, {expected} "):
         load_folder(tmp_path / "none")
     (birds / "test" / "owl").rename(birds / "test" / "eagle")
     with pytest.raises(ValueError, match=r"the classes in train and test differ\)"):

@@ -362,6 +362,22 @@ def test_classes_are_shared_out_to_tasks(birds: Path) -> None:
     assert len(together.unique(dim=0)) == 16
 
 
+def test_images_that_are_too_small(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["images", "--images", str(birds), "--size", "31"])
+    assert "--size: expected at least 32 for efficientnet, got 31" in capsys.readouterr().err
+
+
+def test_tasks_with_too_few_images_to_hold_one_out(birds: Path) -> None:
+    for file in (birds / "train").glob("owl/[4-7].png"):
+        file.unlink()
+    found = read_folder(birds, (3, 16, 16))
+    expected = r"^--images: got 4 training images for task 3 of 4, expected at least 5; "
+    with pytest.raises(ValueError, match=expected):
+        tasks.image_tasks(found, 4, test_size=3, seed=0)
+    assert len(tasks.image_tasks(found, 2, test_size=3, seed=0)[1].held_out) == 2
+
+
 def test_pixels_are_read_from_minus_one_to_one() -> None:
     model = networks.image_classifier("tiny", [2])
     model.body = nn.Flatten()
@@ -373,7 +389,10 @@ def test_pixels_are_read_from_minus_one_to_one() -> None:
     ("words", "message"),
     [
         ("--tasks 3", "--tasks: got 3, expected a number by which 4 classes can be divided"),
-        ("--tasks 2 --network efficientnet", "efficientnet needs packages that are not installed"),
+        (
+            "--tasks 2 --network efficientnet --size 32",
+            "efficientnet needs packages that are not installed",
+        ),
     ],
 )
 def test_images_that_cannot_be_learned(

@@ -151,6 +151,23 @@ def test_old_answers_drift_away(images: ImageData, tmp_path: Path, capsys: Any) 
     assert "How far old answers move" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--tasks 1", "--tasks: expected one of 2, 5, 10, got 1"),
+        ("--tasks 3", "--tasks: expected one of 2, 5, 10, got 3"),
+        # Its loop has no use for them.
+        ("--schedule linear", "Unrecognized options: --schedule"),
+        ("--plasticity 0.5", "Unrecognized options: --plasticity"),
+        ("--device cpu", "Unrecognized options: --device"),
+    ],
+)
+def test_options_without_a_drift(words: str, message: str, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["study-drift", *words.split(), "--output", str(tmp_path)])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_distances_of_a_network_that_is_linear() -> None:
     """What moves is what the Gauss-Newton matrix says, here of a penalty of one example, too."""
     torch.manual_seed(0)
