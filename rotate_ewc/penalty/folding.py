@@ -46,7 +46,7 @@ def estimate_task(
         data: The task's batches.
         forward: From a batch's inputs to outputs; None is the model.
         temperature: What outputs are divided by; `"auto"` finds it.
-        damping: How much is added to the eigenvalues of its means, see `_damped`.
+        damping: The part of two means of the eigenvalues that is added to them, see `_damped`.
         settings: How to estimate.
         num_data: Examples that the data stand for, where they are a sample.
         ranks: The processes that estimate together.
@@ -149,9 +149,8 @@ def fold_in(
 def _damped(block: Block, factor: float, damping: float) -> Block:
     """Return a block with eigenvalues times a factor, and more by a part of two of their means.
 
-    One is the mean over all of the block. The other is that over the outputs, for each direction of
-    the inputs: `docs/design.md` tells why what a layer's outputs have no use for still counts where
-    old inputs are.
+    One is the mean over the whole block. The other is that over the outputs, for each direction of
+    the inputs: it holds on to what a layer computes for old inputs (see `docs/design.md`).
     """
     block = block.with_eigenvalues(block.eigenvalues * factor)
     _, of_inputs = block.partial_traces
