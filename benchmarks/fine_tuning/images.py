@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from benchmarks.fine_tuning.pareto import present_stream
+from benchmarks.fine_tuning.protocol import METHOD_NAMES as EVERY_METHOD
 from benchmarks.fine_tuning.protocol import TuningOptions
 from benchmarks.option_types import Count, Folder, Positive, one_of, some_of, whole_number
 
@@ -16,16 +17,8 @@ if TYPE_CHECKING:
     from benchmarks.fine_tuning.tasks import Task
 
 LEAST_SIZE = 32  # of EfficientNet-Lite0, whose padding is the one for 224 pixels
-METHOD_NAMES = (
-    "naive",
-    "l2",
-    "ewc",
-    "lwf",
-    "replay",
-    "rotated-ewc",
-    "rotated-ewc-tangent",
-    "joint",
-)
+# The lean penalty leaves out word embeddings, of which there are none.
+METHOD_NAMES = tuple(name for name in EVERY_METHOD if name != "rotated-ewc-lean")
 
 
 @dataclass(frozen=True, kw_only=True)

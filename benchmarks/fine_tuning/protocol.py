@@ -24,6 +24,19 @@ from benchmarks.option_types import (
 Record = dict[str, Any]
 Figures = Callable[[Record], dict[str, float]]
 
+# Of a stream of tasks, in the order of the tables.
+METHOD_NAMES = (
+    "naive",
+    "l2",
+    "ewc",
+    "lwf",
+    "replay",
+    "rotated-ewc",
+    "rotated-ewc-lean",
+    "rotated-ewc-tangent",
+    "joint",
+)
+
 # Options on which the outcome of a run does not depend.
 _OF_THE_CALL = ("methods", "search_values", "seeds", "output", "texts", "images", "threads")
 

@@ -6,25 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from benchmarks.fine_tuning.pareto import present_stream
-from benchmarks.fine_tuning.protocol import TextOptions
+from benchmarks.fine_tuning.protocol import METHOD_NAMES, TextOptions
 from benchmarks.fine_tuning.texts import SETS
 from benchmarks.option_types import Folder, OptionalFolder, one_of, some_of
 
 if TYPE_CHECKING:
     from benchmarks.fine_tuning.networks import Classifier
     from benchmarks.fine_tuning.tasks import Task
-
-METHOD_NAMES = (
-    "naive",
-    "l2",
-    "ewc",
-    "lwf",
-    "replay",
-    "rotated-ewc",
-    "rotated-ewc-lean",
-    "rotated-ewc-tangent",
-    "joint",
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,9 @@ from benchmarks.data import read_folder
 from benchmarks.fine_tuning import images, language, networks, pretraining, tasks
 from benchmarks.fine_tuning.methods import EWC, L2, LwF, Replay
 from benchmarks.fine_tuning.networks import kept_order, names_found
-from benchmarks.fine_tuning.protocol import Records
+from benchmarks.fine_tuning.protocol import METHOD_NAMES, Records
 from benchmarks.fine_tuning.stream import scores
 from benchmarks.fine_tuning.tasks import Part
-from benchmarks.fine_tuning.text import METHOD_NAMES
 from benchmarks.fine_tuning.texts import docstrings, prose_and_code, read_set
 
 # PEFT asks transformers things that it is about to forget.
