@@ -28,6 +28,10 @@ class Part:
         """Return some of the examples."""
         return Part(self.inputs[chosen], self.labels[chosen])
 
+    def cut(self, size: int) -> tuple["Part", "Part"]:
+        """Return the first examples, and the others."""
+        return self.part(slice(size)), self.part(slice(size, None))
+
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
         """Return all examples in their order."""
         return list(
@@ -98,8 +102,7 @@ def image_tasks(images: FolderImages, number: int, *, test_size: int, seed: int)
                 f"expected at least 5; take more images, or a smaller --tasks"
             )
         tested = part(images.test_pixels, images.test_labels, task).part(slice(test_size))
-        size = min(test_size, len(whole) // 5)
-        held_out, train = whole.part(slice(size)), whole.part(slice(size, None))
+        held_out, train = whole.cut(min(test_size, len(whole) // 5))
         found.append(Task(f"classes {task * each + 1} on", task, each, train, held_out, tested))
     return found
 
@@ -117,12 +120,12 @@ def _task(
     generator = torch.Generator().manual_seed(seed)
     whole = _part(data, encode, generator)
     size = min(test_size, len(whole) // 5)
-    held_out, whole = whole.part(slice(size)), whole.part(slice(size, None))
+    held_out, train = whole.cut(size)
     if test is None:
-        tested, whole = whole.part(slice(size)), whole.part(slice(size, None))
+        tested, train = train.cut(size)
     else:
         tested = _part(test, encode, generator).part(slice(test_size))
-    return Task(name, head, max(data.labels) + 1, whole, held_out, tested)
+    return Task(name, head, max(data.labels) + 1, train, held_out, tested)
 
 
 def _part(data: Labelled, encode: Encode, generator: torch.Generator) -> Part:
