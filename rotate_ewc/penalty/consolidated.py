@@ -144,6 +144,10 @@ class ConsolidatedTasks(nn.Module):
         """
         return self._found.add(strength, rate, self._num_tasks)
 
+    def limit_strength(self, strength: float) -> None:
+        """Take the largest strength that leaves enough of the task in which it is being found."""
+        self._found.limit = strength
+
     @property
     def scale(self) -> float:
         """The factor from what `stacks` hold to the second derivatives of the penalty."""

@@ -33,9 +33,21 @@ lose. What ρ depends on is ηλ, so a learning rate that falls would raise λ w
 where a task comes to rest does not depend on η: every value is therefore what it would be at the
 largest rate of the task.
 
-**How far that goes.** Where many tasks meet in the same directions, their matrices add up until
+**What a whole task keeps.** A step is not a task: n small steps are held back as one that is n
+times as long. So λ is at most what leaves `1 - 7 (1 - plasticity)` of the task. By how much a step
+has lowered the loss is told by the gradient g' of the *next* batch, `p = -s g'`; a gradient that
+had a part in the step would mostly tell the noise of its own batch. In n steps that drive a
+coordinate on alike, loss and penalty come to rest at about `1 / (1 + n η λ Λ)` of the way, so the
+penalty leaves
+
+    Σ p / (1 + n η λ Λ)  /  Σ p
+
+over all steps of the task, where n is how many it takes at the highest speed, `Σ √P / max √P` with
+P the progress of a step: distances are as the square roots of progress.
+
+**What many tasks leave.** Where many tasks meet in the same directions, their matrices add up until
 nothing more is learned. So later tasks have a bound: λ is at most the geometric mean of what leaves
-`1 - 3 (1 - plasticity)` of their own progress, whatever their overlap, except under SGD.
+`1 - 3 (1 - plasticity)` of their own steps' progress, whatever their overlap, except under SGD.
 `docs/results.md` tells how these choices were made, on held-out images of streams of many kinds.
 """
 
@@ -56,12 +68,19 @@ Total = Callable[[Sequence[float]], list[float]]
 
 # Of the overlap; see docs/results.md.
 _POWER: Final = 1.4
-# How many times more of its progress a later task may lose than the one in which λ was found.
+# How many times as much of its progress a step in a later task may lose, and the whole task in
+# which λ is found.
 _MORE_IN_LATER_TASKS: Final = 3.0
+_MORE_IN_A_WHOLE_TASK: Final = 7.0
 _SMALLEST, _LARGEST = math.log(1e-20), math.log(1e20)
 # To a part in a hundred, far less than by what it changes from look to look.
 _TOLERANCE: Final = 1e-2
 _MOST_ITERATIONS: Final = 60
+# Progress is summed up by stiffness in bins of an eighth of a decade: in finer ones, what is noise
+# would less often cancel.
+_BINS_PER_DECADE: Final = 8
+_LOWEST_DECADE, _HIGHEST_DECADE = -40, 20
+_BINS: Final = (_HIGHEST_DECADE - _LOWEST_DECADE) * _BINS_PER_DECADE + 1
 
 
 class GeometricMean(NamedTuple):
@@ -102,14 +121,16 @@ _NOTHING_FOUND: Final = GeometricMean()
 
 @dataclass
 class FoundStrength:
-    """The mean of the strengths found in one task, bounded by that of a later one.
+    """The mean of the strengths found in one task, and what bounds it there and in a later task.
 
     Attributes:
         strengths: Those found in the first task that was learned under the penalty.
+        limit: What leaves enough of that task as a whole; infinite where there is no such limit.
         bounds: Those found in the latest task that had any.
     """
 
     strengths: GeometricMean = _NOTHING_FOUND
+    limit: float = math.inf
     bounds: GeometricMean = _NOTHING_FOUND
 
     @property
@@ -117,7 +138,7 @@ class FoundStrength:
         """λ; 1, which is Bayes' rule, before any was found."""
         if not self.strengths.looks:
             return 1.0
-        return math.exp(min(self.strengths.logarithm, self.bounds.logarithm))
+        return min(math.exp(min(self.strengths.logarithm, self.bounds.logarithm)), self.limit)
 
     def is_open(self, num_tasks: int) -> bool:
         """Return whether a task with so many before it is that in which λ is found."""
@@ -142,10 +163,10 @@ class FoundStrength:
 
 
 class Progress(NamedTuple):
-    """What a step is about to do to one block; all three have an entry for each coordinate.
+    """What a step does to one block; all three have an entry for each coordinate.
 
     Attributes:
-        gains: `s² / η`, by how much it lowers the new loss to first order.
+        gains: By how much it lowers the new loss to first order: `s² / η`, or afterwards `-s g'`.
         stiffnesses: `η Λ`, with Λ the second derivatives of the penalty at strength 1.
         eigenvalues: Λ, in any unit.
     """
@@ -166,10 +187,15 @@ class Plasticity:
         """Look at the first step."""
         self.wait = 0
         self._gain, self._overlapping = 0.0, 0.0
+        self._steps = self._judged = 0
+        # Progress by stiffness, `[bins]`: that of the task so far, and that of the last look.
+        self._seen, self._last = torch.zeros(2, _BINS, dtype=torch.float64)
+        self._distance, self._top_speed = 0.0, 0.0
 
     def is_due(self) -> bool:
         """Count a step, and return whether to look at it."""
         self.wait -= 1
+        self._steps += 1
         return self.wait < 0
 
     def look(
@@ -194,8 +220,7 @@ class Plasticity:
         Returns:
             λ; None if the step goes nowhere, in which case the caller should try the next step.
         """
-        endless = sum(not bool(torch.isfinite(part.sum())) for p in seen for part in p)
-        if any(total([endless])):
+        if _is_endless(seen, total):
             return None
         if not later:
             self._add(seen, total)
@@ -204,10 +229,45 @@ class Plasticity:
         progress = [(p.gains, p.stiffnesses) for p in seen]
         return strength_keeping(part, progress, start, total)
 
+    def limit(
+        self, done: Sequence[Progress], plasticity: float, total: Total = list
+    ) -> float | None:
+        """Return the largest strength that leaves enough of the task, as far as it has been seen.
+
+        Args:
+            done: What a step that was looked at has done to every block, with gains `-s g'`.
+            plasticity: The part of its progress that a step like those of the old tasks is to keep.
+            total: Sums numbers over all processes, where each looks at blocks of its own.
+
+        Returns:
+            λ; None where any strength leaves enough, or there is no progress to tell by.
+        """
+        lost = _MORE_IN_A_WHOLE_TASK * (1.0 - plasticity)
+        if lost >= 1.0 or _is_endless(done, total):
+            return None
+        own = sum((by_size(p.gains, p.stiffnesses) for p in done), torch.zeros_like(self._seen))
+        self._follow(own.new_tensor(total(own.tolist())))
+        progress = self._seen.clamp(min=0.0)  # the rest is noise, or went to and fro
+        return strength_keeping(1.0 - lost, [(progress, self.num_steps * _centers())])
+
     @property
     def overlap(self) -> float:
         """The overlap c in the looks at this task; 1 before there was any."""
         return self._overlapping / self._gain if self._gain else 1.0
+
+    @property
+    def num_steps(self) -> float:
+        """n, how many steps at its highest speed the task takes, as far as it has been seen."""
+        return self._distance / self._top_speed if self._top_speed else 0.0
+
+    def _follow(self, progress: Tensor) -> None:
+        """Take in the progress of a step; between two of them, all is taken to change evenly."""
+        before = self._last if self._judged else progress
+        steps, self._judged, self._last = self._steps - self._judged, self._steps, progress
+        self._seen = self._seen + steps * (before + progress) / 2
+        speeds = [math.sqrt(max(float(of_a_step.sum()), 0.0)) for of_a_step in (before, progress)]
+        self._distance += steps * sum(speeds) / 2
+        self._top_speed = max(self._top_speed, *speeds)
 
     def _add(self, seen: Sequence[Progress], total: Total) -> None:
         found = [_gain_and_met(one) for one in seen]
@@ -218,7 +278,13 @@ class Plasticity:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was seen of this task."""
-        return {"wait": self.wait, "overlap": (self._gain, self._overlapping)}
+        return {
+            "wait": self.wait,
+            "overlap": (self._gain, self._overlapping),
+            "steps": (self._judged, self._steps),
+            "way": (self._top_speed, self._distance),
+            "progress": torch.stack([self._seen, self._last]),
+        }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Plasticity:
@@ -231,8 +297,15 @@ class Plasticity:
         try:
             new.wait = int(state["wait"])
             new._gain, new._overlapping = map(float, state["overlap"])
+            new._judged, new._steps = map(int, state["steps"])
+            new._top_speed, new._distance = map(float, state["way"])
+            progress = torch.as_tensor(state["progress"], dtype=torch.float64, device="cpu")
+            new._seen, new._last = progress.clone().view(2, _BINS)
             whole = 0 <= new._overlapping <= new._gain < math.inf
-        except (KeyError, OverflowError, TypeError, ValueError):
+            whole = whole and 0 <= new._judged <= new._steps
+            whole = whole and 0 <= new._top_speed <= new._distance < math.inf
+            whole = whole and bool(progress.isfinite().all())
+        except (KeyError, OverflowError, RuntimeError, TypeError, ValueError):
             whole = False
         if not whole:
             raise SnapshotError(
@@ -240,6 +313,29 @@ class Plasticity:
                 "handle's state_dict() returned: load an unchanged copy"
             )
         return new
+
+
+def _is_endless(seen: Sequence[Progress], total: Total) -> bool:
+    """Return whether any number is not finite, in any process."""
+    return any(total([sum(not bool(torch.isfinite(part.sum())) for p in seen for part in p)]))
+
+
+def by_size(gains: Tensor, sizes: Tensor) -> Tensor:
+    """Return sums of gains, `[bins]`, by the sizes of something else; the first is of zeros."""
+    places = (sizes.float().log10() - _LOWEST_DECADE).mul_(_BINS_PER_DECADE).ceil_()
+    places = places.nan_to_num_(0.0, neginf=0.0).clamp_(0, _BINS - 1)
+    exact = gains.dtype if gains.device.type == "mps" else torch.float64
+    sums = torch.zeros(_BINS, dtype=exact, device=gains.device)
+    sums.index_add_(0, places.long().flatten(), gains.to(exact).flatten())
+    return sums.to("cpu", torch.float64)
+
+
+def _centers() -> Tensor:
+    """Return the size that each bin stands for."""
+    places = torch.arange(_BINS, dtype=torch.float64)
+    centers = 10.0 ** (_LOWEST_DECADE + (places - 0.5) / _BINS_PER_DECADE)
+    centers[0] = 0.0
+    return centers
 
 
 def _gain_and_met(progress: Progress) -> tuple[float, float]:

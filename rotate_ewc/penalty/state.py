@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import starmap
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class PenaltyState:
             last_examples=self.last_examples,
             last_loss_terms=self.last_loss_terms,
             found_strength=(self.found.strengths, self.found.bounds),
+            strength_limit=self.found.limit if self.found.limit < math.inf else None,
             terms=tuple(map(_layout, self.terms)),
         )
         device = self.terms[0].operator.device if self.terms else None
@@ -114,6 +115,7 @@ class PenaltyState:
                     f"snapshot has the unexpected key {key!r}; expected only keys of the "
                     f"{len(header.terms)} terms in its header: load an unchanged copy"
                 )
+        strengths, bounds = header.found_strength
         return cls(
             header.options,
             header.mode,
@@ -125,7 +127,11 @@ class PenaltyState:
             header.num_tasks,
             header.last_examples,
             header.last_loss_terms,
-            FoundStrength(*starmap(GeometricMean, header.found_strength)),
+            FoundStrength(
+                GeometricMean(*strengths),
+                math.inf if header.strength_limit is None else header.strength_limit,
+                GeometricMean(*bounds),
+            ),
         )
 
     def check(self, *, mode: str, weighting: str) -> None:

@@ -298,6 +298,14 @@ class Update(ABC):
             looks = penalty.take_strength(found, step.rate(penalty.protected_names))
             self.plasticity.wait = (_FIRST_STEPS if looks == 1 else self.steps_between_looks) - 1
 
+    def limit_strength(self, done: Sequence[Progress]) -> None:
+        """Limit the strength by what a step has done to every block."""
+        penalty = self.penalty
+        if penalty.finds_strength:
+            found = self.plasticity.limit(done, penalty.plasticity, penalty.owners.total)
+            if found is not None:
+                penalty.limit_strength(found)
+
     def flush(self, step: Step) -> None:  # noqa: B027
         """Take what was put off since the penalty was last looked at; `step` has no gradients."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from rotate_ewc._utils.messages import parameters_are
+from rotate_ewc.io.snapshot import checked_tensor
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.displacement import Displacement, without_rounding_errors_
 from rotate_ewc.penalty.plasticity import Progress
@@ -16,6 +17,9 @@ from rotate_ewc.penalty.step_rules import Quotient, StepRule, StepSize, divided
 from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.base import Step, check_gradients, mark_basis, rotated_gradient
 from rotate_ewc.penalty.updates.displaced import DisplacedUpdate
+
+# In the state of a handle: by how much a step has moved a stack, and its η Λ.
+_OF_A_LOOK: Final = ("moved", "stiffness")
 
 
 class RotatedUpdate(DisplacedUpdate):
@@ -42,11 +46,14 @@ class RotatedUpdate(DisplacedUpdate):
         self._moving: list[Displacement] = []
         self._rotated: set[str] = set()
         self._looks = False
+        # What a step that is looked at has done, until the next gradient tells its progress: by how
+        # much it moved each stack, and its η Λ.
+        self._done: dict[Stack, tuple[Tensor, Tensor]] | None = None
 
     def begin(self) -> None:
         """Begin in the eigenbases that the penalty has now."""
         super().begin()
-        self._anchors = {}
+        self._anchors, self._done = {}, None
 
     def before(self, step: Step) -> None:
         """Put what the optimizer is to step into the eigenbasis."""
@@ -55,6 +62,7 @@ class RotatedUpdate(DisplacedUpdate):
         rotated = [_cleaned(d.stack, step) for d in moving]
         check_gradients([d.stack for d in moving], rotated)
         self.follow(moving, step)
+        self._judge({d.stack: r for d, r in zip(moving, rotated, strict=True)}, step)
         self._looks = self.looks()
         own = {}
         for displacement, matrix in zip(moving, rotated, strict=True):
@@ -79,8 +87,7 @@ class RotatedUpdate(DisplacedUpdate):
             mark_basis(step.state(name), self.penalty.num_tasks)
         step = step.sized(self.rule)
         if self._looks:
-            self.find_strength([self._progress(d, step) for d in self._moving], step)
-            self._looks = False
+            self._look(step)
         moved = [self._shrunk(displacement, step) for displacement in self._moving]
         whole = {n: step.parameters[n].data for d in self._moving for n in d.stack.names}
         self.stand_ins.take_back()
@@ -95,6 +102,57 @@ class RotatedUpdate(DisplacedUpdate):
         """Give model and optimizer back what they had before a step that failed."""
         super().undo()
         self._moving, self._looks = [], False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the coordinates, and what a step has done that is being looked at."""
+        state = super().state_dict()
+        if state and self._done is not None:
+            for stack, tensors in self._done.items():
+                for name, tensor in zip(_OF_A_LOOK, tensors, strict=True):
+                    state[f"{name}/{stack.block.label}"] = tensor
+            state["looks"] = True
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        left, done = dict(state), {}
+        looks = bool(left.pop("looks", False))
+        for stack in self.penalty.stacks if looks else ():
+            if f"{_OF_A_LOOK[0]}/{stack.block.label}" in left:
+                like = stack.block.spectrum
+                moved, stiffnesses = (
+                    checked_tensor(place, left.pop(place, None), like.shape, [like.dtype])
+                    for place in (f"{name}/{stack.block.label}" for name in _OF_A_LOOK)
+                )
+                done[stack] = moved.to(like.device), stiffnesses.to(like.device)
+        super().load_state_dict(left)
+        self._done = done if looks else None
+
+    def _look(self, step: Step) -> None:
+        """Find the strength in what the optimizer has just done, before the proximal step."""
+        self._looks = False
+        seen, done = [], {}
+        for displacement in self._moving:
+            stack = displacement.stack
+            moved, sizes = self._movement(displacement, step)
+            stiffnesses = sizes * stack.block.spectrum * self.penalty.scale_of_one
+            gains = (moved.square() / sizes).nan_to_num(0.0, 0.0)
+            seen.append(Progress(gains, stiffnesses, stack.block.spectrum))
+            done[stack] = moved, stiffnesses
+        self._done = done if self.penalty.finds_strength else None
+        self.find_strength(seen, step)
+
+    def _judge(self, gradients: Mapping[Stack, Tensor], step: Step) -> None:
+        """Limit the strength, if the step before was looked at, by the gradients after it."""
+        done, self._done = self._done, None
+        if done is None:
+            return
+        progress = []
+        for stack, (moved, stiffnesses) in done.items():
+            if stack in gradients:
+                gains = -moved * gradients[stack] / step.factor(stack.names[0])
+                progress.append(Progress(gains, stiffnesses, stack.block.spectrum))
+        self.limit_strength(progress)
 
     def _seen(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
         """Return what the optimizer is to see in place of the parameters: z, or Qᵀθ."""
@@ -115,20 +173,16 @@ class RotatedUpdate(DisplacedUpdate):
             self._anchors[stack] = displacement.rotate(anchors)
         return self._anchors[stack]
 
-    def _progress(self, displacement: Displacement, step: Step) -> Progress:
-        """Return what the optimizer has just done to a block, before the proximal step."""
-        stack = displacement.stack
-        seen = self._seen(displacement, step)
-        gains, sizes = {}, {}
-        for key, name, anchor in stack.members:
+    def _movement(self, displacement: Displacement, step: Step) -> tuple[Tensor, Tensor]:
+        """Return how far the optimizer has moved a block, and its step sizes η there."""
+        seen, block = self._seen(displacement, step), displacement.stack.block
+        moves, sizes = {}, {}
+        for key, name, anchor in displacement.stack.members:
             inner = tuple(map(slice, anchor.shape[1:]))
-            moved = step.parameters[name].detach()[inner] - seen[key]
+            moves[key] = step.parameters[name].detach()[inner] - seen[key]
             size = step.size(name, self.rule)
-            sizes[key] = _sliced(size, moved, inner).expand_as(moved)
-            gains[key] = (moved.square() / sizes[key]).nan_to_num(0.0, 0.0)
-        block = stack.block
-        stiffnesses = block.gather(sizes) * block.spectrum * self.penalty.scale_of_one
-        return Progress(block.gather(gains), stiffnesses, block.spectrum)
+            sizes[key] = _sliced(size, moves[key], inner).expand_as(moves[key])
+        return block.gather(moves), block.gather(sizes)
 
     def _shrinkage(
         self, displacement: Displacement, key: str, name: str, step: Step, rows: Tensor | None
