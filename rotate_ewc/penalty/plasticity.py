@@ -62,6 +62,7 @@ import torch
 from torch import Tensor
 
 from rotate_ewc.errors import SnapshotError
+from rotate_ewc.penalty.task_progress import TaskProgress, by_size
 
 # Sums each of several numbers over all processes; `list` where there is one process.
 Total = Callable[[Sequence[float]], list[float]]
@@ -76,11 +77,6 @@ _SMALLEST, _LARGEST = math.log(1e-20), math.log(1e20)
 # To a part in a hundred, far less than by what it changes from look to look.
 _TOLERANCE: Final = 1e-2
 _MOST_ITERATIONS: Final = 60
-# Progress is summed up by stiffness in bins of an eighth of a decade: in finer ones, what is noise
-# would less often cancel.
-_BINS_PER_DECADE: Final = 8
-_LOWEST_DECADE, _HIGHEST_DECADE = -40, 20
-_BINS: Final = (_HIGHEST_DECADE - _LOWEST_DECADE) * _BINS_PER_DECADE + 1
 
 
 class GeometricMean(NamedTuple):
@@ -187,15 +183,12 @@ class Plasticity:
         """Look at the first step."""
         self.wait = 0
         self._gain, self._overlapping = 0.0, 0.0
-        self._steps = self._judged = 0
-        # Progress by stiffness, `[bins]`: that of the task so far, and that of the last look.
-        self._seen, self._last = torch.zeros(2, _BINS, dtype=torch.float64)
-        self._distance, self._top_speed = 0.0, 0.0
+        self._task = TaskProgress()
 
     def is_due(self) -> bool:
         """Count a step, and return whether to look at it."""
         self.wait -= 1
-        self._steps += 1
+        self._task.steps += 1
         return self.wait < 0
 
     def look(
@@ -245,29 +238,15 @@ class Plasticity:
         lost = _MORE_IN_A_WHOLE_TASK * (1.0 - plasticity)
         if lost >= 1.0 or _is_endless(done, total):
             return None
-        own = sum((by_size(p.gains, p.stiffnesses) for p in done), torch.zeros_like(self._seen))
-        self._follow(own.new_tensor(total(own.tolist())))
-        progress = self._seen.clamp(min=0.0)  # the rest is noise, or went to and fro
-        return strength_keeping(1.0 - lost, [(progress, self.num_steps * _centers())])
+        nothing = by_size(torch.zeros(0), torch.zeros(0))
+        own = sum((by_size(p.gains, p.stiffnesses) for p in done), nothing)
+        self._task.add(own.new_tensor(total(own.tolist())))
+        return strength_keeping(1.0 - lost, [self._task.gains_and_stiffnesses])
 
     @property
     def overlap(self) -> float:
         """The overlap c in the looks at this task; 1 before there was any."""
         return self._overlapping / self._gain if self._gain else 1.0
-
-    @property
-    def num_steps(self) -> float:
-        """n, how many steps at its highest speed the task takes, as far as it has been seen."""
-        return self._distance / self._top_speed if self._top_speed else 0.0
-
-    def _follow(self, progress: Tensor) -> None:
-        """Take in the progress of a step; between two of them, all is taken to change evenly."""
-        before = self._last if self._judged else progress
-        steps, self._judged, self._last = self._steps - self._judged, self._steps, progress
-        self._seen = self._seen + steps * (before + progress) / 2
-        speeds = [math.sqrt(max(float(of_a_step.sum()), 0.0)) for of_a_step in (before, progress)]
-        self._distance += steps * sum(speeds) / 2
-        self._top_speed = max(self._top_speed, *speeds)
 
     def _add(self, seen: Sequence[Progress], total: Total) -> None:
         found = [_gain_and_met(one) for one in seen]
@@ -281,9 +260,7 @@ class Plasticity:
         return {
             "wait": self.wait,
             "overlap": (self._gain, self._overlapping),
-            "steps": (self._judged, self._steps),
-            "way": (self._top_speed, self._distance),
-            "progress": torch.stack([self._seen, self._last]),
+            **self._task.state_dict(),
         }
 
     @classmethod
@@ -297,14 +274,8 @@ class Plasticity:
         try:
             new.wait = int(state["wait"])
             new._gain, new._overlapping = map(float, state["overlap"])
-            new._judged, new._steps = map(int, state["steps"])
-            new._top_speed, new._distance = map(float, state["way"])
-            progress = torch.as_tensor(state["progress"], dtype=torch.float64, device="cpu")
-            new._seen, new._last = progress.clone().view(2, _BINS)
+            new._task = TaskProgress.from_state_dict(state)
             whole = 0 <= new._overlapping <= new._gain < math.inf
-            whole = whole and 0 <= new._judged <= new._steps
-            whole = whole and 0 <= new._top_speed <= new._distance < math.inf
-            whole = whole and bool(progress.isfinite().all())
         except (KeyError, OverflowError, RuntimeError, TypeError, ValueError):
             whole = False
         if not whole:
@@ -318,24 +289,6 @@ class Plasticity:
 def _is_endless(seen: Sequence[Progress], total: Total) -> bool:
     """Return whether any number is not finite, in any process."""
     return any(total([sum(not bool(torch.isfinite(part.sum())) for p in seen for part in p)]))
-
-
-def by_size(gains: Tensor, sizes: Tensor) -> Tensor:
-    """Return sums of gains, `[bins]`, by the sizes of something else; the first is of zeros."""
-    places = (sizes.float().log10() - _LOWEST_DECADE).mul_(_BINS_PER_DECADE).ceil_()
-    places = places.nan_to_num_(0.0, neginf=0.0).clamp_(0, _BINS - 1)
-    exact = gains.dtype if gains.device.type == "mps" else torch.float64
-    sums = torch.zeros(_BINS, dtype=exact, device=gains.device)
-    sums.index_add_(0, places.long().flatten(), gains.to(exact).flatten())
-    return sums.to("cpu", torch.float64)
-
-
-def _centers() -> Tensor:
-    """Return the size that each bin stands for."""
-    places = torch.arange(_BINS, dtype=torch.float64)
-    centers = 10.0 ** (_LOWEST_DECADE + (places - 0.5) / _BINS_PER_DECADE)
-    centers[0] = 0.0
-    return centers
 
 
 def _gain_and_met(progress: Progress) -> tuple[float, float]:

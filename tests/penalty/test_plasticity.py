@@ -217,7 +217,7 @@ def test_limit_leaves_part_of_the_whole_task(plasticity: float) -> None:
         whole += (1 - share) * made[k] + share * made[k + 1]
         distance += (1 - share) * speeds[0] + share * speeds[1]
         top = max(top, *speeds)
-    assert looks.num_steps == pytest.approx(distance / top, rel=1e-9)
+    assert looks._task.num_steps == pytest.approx(distance / top, rel=1e-9)
     part = 1 - 7 * (1 - plasticity)
     expected = bisected(part, whole, distance / top * stiffnesses)
     assert found == pytest.approx(expected, rel=0.05)  # sums are of eighths of a decade
