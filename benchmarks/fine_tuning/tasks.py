@@ -57,11 +57,16 @@ def sentence_tasks(
     """Make a task with a head of its own of each set of sentences in a folder.
 
     Raises:
-        ValueError: If a file is missing or not what it should be.
+        ValueError: If a file is missing or not what it should be, or has too few sentences.
     """
     found = []
     for number, name in enumerate(names):
         train, test = read_set(folder, name)
+        if len(train.texts) < 5:
+            raise ValueError(
+                f"{folder}: got {len(train.texts)} sentences in {name!r}, expected at least 5, of "
+                f"which one is held out; take more sentences, or other --sets"
+            )
         found.append(_task(name, number, train, test, encode, test_size, seed))
     return found
 
