@@ -162,7 +162,9 @@ def test_sets_are_read(tmp_path: Path) -> None:
 def test_sets_that_are_too_small_to_hold_one_out(tmp_path: Path) -> None:
     (tmp_path / "subj.txt").write_text("".join(f"{n % 2} {n}\n" for n in range(4)))
     with pytest.raises(ValueError, match=r"got 4 sentences in 'subj', expected at least 5"):
-        sentence_tasks(tmp_path, ["subj"], lambda texts: torch.zeros(4, 1), test_size=9, seed=0)
+        tasks.sentence_tasks(
+            tmp_path, ["subj"], lambda texts: torch.zeros(4, 1), test_size=9, seed=0
+        )
 
 
 def test_parts_of_a_task_do_not_overlap(tmp_path: Path) -> None:
