@@ -92,8 +92,13 @@ class TaskProgress:
 def by_size(gains: Tensor, sizes: Tensor) -> Tensor:
     """Return sums of gains, `[bins]`, by the sizes of something else; the first is of zeros."""
     places = (sizes.float().log10() - _LOWEST_DECADE).mul_(_BINS_PER_DECADE).ceil_()
-    places = places.nan_to_num_(0.0, neginf=0.0).clamp_(0, _BINS - 1)
-    exact = gains.dtype if gains.device.type == "mps" else torch.float64
-    sums = torch.zeros(_BINS, dtype=exact, device=gains.device)
-    sums.index_add_(0, places.long().flatten(), gains.to(exact).flatten())
-    return sums.to("cpu", torch.float64)
+    places = places.nan_to_num_(0.0, neginf=0.0).clamp_(0, _BINS - 1).long().flatten()
+    gains = gains.flatten()
+    sums = torch.zeros(_BINS, dtype=torch.float64)
+    if gains.device.type == "cpu":
+        return sums.index_add_(0, places, gains.double())
+    # Elsewhere the order of such a sum is not the same each time, and the bits are not.
+    exact = torch.float32 if gains.device.type == "mps" else torch.float64
+    found = places.unique()
+    parts = [(gains * (places == place)).sum(dtype=exact) for place in found.tolist()]
+    return sums.index_copy_(0, found.cpu(), torch.stack(parts).cpu().double())
