@@ -99,6 +99,6 @@ def by_size(gains: Tensor, sizes: Tensor) -> Tensor:
         return sums.index_add_(0, places, gains.double())
     # Elsewhere the order of such a sum is not the same each time, and the bits are not.
     exact = torch.float32 if gains.device.type == "mps" else torch.float64
-    found = places.unique()
+    found = torch.unique(places)
     parts = [(gains * (places == place)).sum(dtype=exact) for place in found.tolist()]
     return sums.index_copy_(0, found.cpu(), torch.stack(parts).cpu().double())

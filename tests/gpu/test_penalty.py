@@ -16,6 +16,7 @@ from rotate_ewc import (
     EKFACPenalty,
     merge,
 )
+from rotate_ewc.penalty.task_progress import by_size
 from tests.helpers import dense_steps
 from tests.helpers.devices import GPU
 from tests.helpers.exact import exact_penalty
@@ -311,6 +312,30 @@ def test_attached_goes_on_with_its_state(device: torch.device, update: str) -> N
         give(net, 1)
         stepped.step()
     assert_close(flat(twin), flat(model))
+
+
+def test_found_strengths_have_the_same_bits_every_time(device: torch.device) -> None:
+    def found() -> tuple[float, Tensor]:
+        model, penalty = make("plain").to(device), EKFACPenalty()
+        penalty.consolidate(model, CE, task("plain", 0))
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        handle = penalty.attach(optimizer, model)
+        for step in range(25):
+            give(model, step)
+            optimizer.step()
+        return handle.strength, handle.state_dict()["plasticity"]["progress"]
+
+    (first, progress), (second, again) = found(), found()
+    assert first == second != 1.0
+    assert torch.equal(progress, again)
+
+
+def test_progress_is_summed_up_as_on_the_cpu(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gains, sizes = torch.randn(2, 30, 70, generator=generator)
+    sizes = torch.exp(9 * sizes) * (gains > -2)
+    expected = by_size(gains, sizes)
+    assert_close(by_size(gains.to(device), sizes.to(device)), expected, 1e-6)
 
 
 def test_largest_curvature(device: torch.device) -> None:

@@ -16,6 +16,7 @@ from rotate_ewc import EKFACPenalty, SnapshotError
 from rotate_ewc.inspection.snapshot_file import read
 from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.plasticity import FoundStrength, Plasticity, Progress, strength_keeping
+from rotate_ewc.penalty.task_progress import by_size
 from rotate_ewc.penalty.updates import watching
 from tests.helpers.crossing import crossed
 from tests.helpers.penalties import CE, make, task
@@ -178,6 +179,18 @@ def test_no_bound_where_the_user_gives_up_most_of_the_progress() -> None:
     bound = Plasticity().look([Progress(gains, stiffnesses, stiffnesses)], 0.5, 1.0, later=True)
     assert bound is not None
     assert bound > 1e9
+
+
+def test_progress_by_stiffness_is_a_sum_over_coordinates() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gains, sizes = torch.randn(2, 30, 7, generator=generator, dtype=torch.float64)
+    sizes = torch.exp(9 * sizes) * (gains > -1)
+    sums = by_size(gains, sizes)
+    expected = torch.zeros_like(sums)
+    for gain, size in zip(gains.flatten().tolist(), sizes.flatten().tolist(), strict=True):
+        expected[math.ceil(8 * (math.log10(size) + 40)) if size else 0] += gain
+    assert torch.allclose(sums, expected, rtol=1e-12)
+    assert sums[0] != 0
 
 
 def limited(looks: Plasticity, steps: int, done: Progress, plasticity: float) -> float | None:
