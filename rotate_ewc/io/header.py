@@ -211,7 +211,7 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
         last_loss_terms: Number of its loss terms.
         found_strength: The measurements from which the strength was found, and those from which its
             bound was found in a later task; zeros where there were none.
-        strength_limit: What leaves enough of the task in which it was found; None if any does.
+        strength_limit: What leaves enough of the task in which it was found; 1e20 if any does.
         terms: Its terms.
     """
 
@@ -223,7 +223,7 @@ class PenaltyHeader(_Object, frozen=True, tag_field="format", tag=PENALTY):
     last_examples: Annotated[int, Meta(ge=1, le=LARGEST_COUNT)]
     last_loss_terms: Annotated[float, Meta(gt=0, le=float(LARGEST_COUNT))]
     found_strength: tuple[_Looks, _Looks]
-    strength_limit: Annotated[float, Meta(gt=0, le=1e21)] | None
+    strength_limit: Annotated[float, Meta(gt=0, le=1e21)]
     terms: tuple[TermLayout, ...]
 
     def __post_init__(self) -> None:

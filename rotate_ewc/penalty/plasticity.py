@@ -74,6 +74,7 @@ _POWER: Final = 1.4
 _MORE_IN_LATER_TASKS: Final = 3.0
 _MORE_IN_A_WHOLE_TASK: Final = 7.0
 _SMALLEST, _LARGEST = math.log(1e-20), math.log(1e20)
+_NO_LIMIT: Final = 1e20
 # To a part in a hundred, far less than by what it changes from look to look.
 _TOLERANCE: Final = 1e-2
 _MOST_ITERATIONS: Final = 60
@@ -121,12 +122,12 @@ class FoundStrength:
 
     Attributes:
         strengths: Those found in the first task that was learned under the penalty.
-        limit: What leaves enough of that task as a whole; infinite where there is no such limit.
+        limit: What leaves enough of that task as a whole; 1e20 where any strength does.
         bounds: Those found in the latest task that had any.
     """
 
     strengths: GeometricMean = _NOTHING_FOUND
-    limit: float = math.inf
+    limit: float = _NO_LIMIT
     bounds: GeometricMean = _NOTHING_FOUND
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,7 +71,7 @@ class PenaltyState:
             last_examples=self.last_examples,
             last_loss_terms=self.last_loss_terms,
             found_strength=(self.found.strengths, self.found.bounds),
-            strength_limit=self.found.limit if self.found.limit < math.inf else None,
+            strength_limit=self.found.limit,
             terms=tuple(map(_layout, self.terms)),
         )
         device = self.terms[0].operator.device if self.terms else None
@@ -127,11 +126,7 @@ class PenaltyState:
             header.num_tasks,
             header.last_examples,
             header.last_loss_terms,
-            FoundStrength(
-                GeometricMean(*strengths),
-                math.inf if header.strength_limit is None else header.strength_limit,
-                GeometricMean(*bounds),
-            ),
+            FoundStrength(GeometricMean(*strengths), header.strength_limit, GeometricMean(*bounds)),
         )
 
     def check(self, *, mode: str, weighting: str) -> None:

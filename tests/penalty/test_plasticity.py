@@ -511,7 +511,7 @@ def test_maximising_the_negative_finds_the_same() -> None:
             (sign * CE(model(inputs), targets)).backward()
             optimizer.step()
         limit = handle.penalty._found.limit
-        assert limit < math.inf
+        assert limit < 1e20
         found.append((limit, handle.strength))
     assert found[1] == pytest.approx(found[0])
 
