@@ -234,15 +234,18 @@ class Plasticity:
             total: Sums numbers over all processes, where each looks at blocks of its own.
 
         Returns:
-            λ; None where any strength leaves enough, or there is no progress to tell by.
+            λ; 1e20 where any strength leaves enough, or what was seen is mostly noise. None if the
+            step has no finite progress.
         """
-        lost = _MORE_IN_A_WHOLE_TASK * (1.0 - plasticity)
-        if lost >= 1.0 or _is_endless(done, total):
+        if _is_endless(done, total):
             return None
         nothing = by_size(torch.zeros(0), torch.zeros(0))
         own = sum((by_size(p.gains, p.stiffnesses) for p in done), nothing)
         self._task.add(own.new_tensor(total(own.tolist())))
-        return strength_keeping(1.0 - lost, [self._task.gains_and_stiffnesses])
+        part = 1.0 - _MORE_IN_A_WHOLE_TASK * (1.0 - plasticity)
+        if part <= 0.0 or not self._task.is_clear:
+            return _NO_LIMIT
+        return strength_keeping(part, [self._task.gains_and_stiffnesses]) or _NO_LIMIT
 
     @property
     def overlap(self) -> float:

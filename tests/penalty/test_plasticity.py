@@ -267,11 +267,25 @@ def test_limit_does_not_depend_on_noise_that_cancels() -> None:
 def test_there_is_no_limit_where_nothing_is_left_or_there_is_no_progress() -> None:
     gains, stiffnesses = spread(3, 3.0)
     whole = Progress(gains, stiffnesses, stiffnesses)
-    assert limited(Plasticity(), 1, whole, 0.95) is not None
-    assert limited(Plasticity(), 1, whole, 0.8) is None
-    assert limited(Plasticity(), 1, whole._replace(gains=-gains), 0.95) is None
-    assert limited(Plasticity(), 1, whole._replace(stiffnesses=0 * gains), 0.95) is None
+    limit = limited(Plasticity(), 1, whole, 0.95)
+    assert limit is not None
+    assert limit < 1e3
+    assert limited(Plasticity(), 1, whole, 0.8) == 1e20
+    assert limited(Plasticity(), 1, whole._replace(gains=-gains), 0.95) == 1e20
+    assert limited(Plasticity(), 1, whole._replace(stiffnesses=0 * gains), 0.95) == 1e20
     assert limited(Plasticity(), 1, whole._replace(gains=gains / 0.0), 0.95) is None
+
+
+def test_there_is_no_limit_as_long_as_progress_is_mostly_noise() -> None:
+    """The softer half loses more than the stiffer half gains, until the whole task gains."""
+    gains, stiffnesses = spread(3, 3.0)
+    soft = torch.where(stiffnesses < 1, -2.0, 1.0) * gains
+    looks = Plasticity()
+    assert limited(looks, 1, Progress(soft, stiffnesses, stiffnesses), 0.95) == 1e20
+    assert limited(looks, 10, Progress(0.3 * soft, stiffnesses, stiffnesses), 0.95) == 1e20
+    limit = limited(looks, 300, Progress(gains, stiffnesses, stiffnesses), 0.95)
+    assert limit is not None
+    assert limit < 1e3
 
 
 def train(
