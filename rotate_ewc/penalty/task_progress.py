@@ -90,7 +90,8 @@ class TaskProgress:
         new._whole, new._last = progress.clone().view(2, _BINS)
         if not (
             0 <= new._seen_until <= new.steps
-            and 0 <= new._top_speed <= new._distance < math.inf
+            and 0 <= new._top_speed < math.inf
+            and 0 <= new._distance < math.inf
             and bool(progress.isfinite().all())
         ):
             raise ValueError("progress is no sum over the steps of a task")

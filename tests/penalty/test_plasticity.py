@@ -571,6 +571,19 @@ def test_resumed_runs_end_in_the_same_bits(name: str, update: str, steps: int) -
         assert torch.equal(a, b)
 
 
+def test_resumed_after_a_warm_up_from_nothing() -> None:
+    """The second look is at the second step, which goes much farther than the first."""
+    model, optimizer, handle = after_a_task()
+    for rate in (0.0, 1e-2, 1e-2):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        train(model, optimizer, 1, 1)
+        state = handle.state_dict()
+        handle.load_state_dict(state)
+        seen, again = (s["plasticity"]["progress"] for s in (state, handle.state_dict()))
+        assert torch.equal(seen, again)
+
+
 @pytest.mark.parametrize("steps", [3, 17])
 @pytest.mark.parametrize(
     ("name", "update", "every"),
@@ -644,7 +657,6 @@ def test_files_keep_what_was_found(tmp_path: Any) -> None:
         {"steps": (2, 1)},
         {"steps": (-1, 1)},
         {"steps": 3},
-        {"way": (2.0, 1.0)},
         {"way": (0.0, math.inf)},
         {"way": (-1.0, 1.0)},
         {"progress": torch.zeros(2, 3)},
