@@ -675,6 +675,27 @@ def test_damaged_states_are_refused(damage: Any) -> None:
             handle.load_state_dict({**state, "plasticity": damaged})
 
 
+def test_damaged_looks_are_refused() -> None:
+    """What a step has done is saved until the next; all of it, or none."""
+    model, optimizer, handle = after_a_task()
+    train(model, optimizer, 1, 1)
+    state = handle.state_dict()
+    kept = [key for key in state["state"] if key.startswith(("moved/", "stiffness/"))]
+    assert len(kept) == 2 * len(handle.penalty.terms[0].operator.blocks)
+    for key in kept:
+        value = state["state"][key]
+        for wrong in (value.float(), value[..., None], value * math.nan, None):
+            damaged = {**state, "state": {**state["state"], key: wrong}}
+            with pytest.raises(SnapshotError, match=key):
+                handle.load_state_dict(damaged)
+        left = {k: v for k, v in state["state"].items() if k != key}
+        if key.startswith("stiffness/"):
+            with pytest.raises(SnapshotError, match=key):
+                handle.load_state_dict({**state, "state": left})
+    again = handle.state_dict()
+    assert all(torch.equal(again["state"][key], state["state"][key]) for key in kept)
+
+
 def without_one(state: dict[str, Any]) -> list[dict[str, Any]]:
     return [{key: state[key] for key in state if key != left_out} for left_out in state]
 
