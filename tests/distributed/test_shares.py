@@ -245,6 +245,31 @@ def test_saved_and_loaded() -> None:
 
 
 @distributed_test((2,))
+def test_resumed_where_a_process_keeps_nothing() -> None:
+    """Right after a look at a step, so that the next one tells all processes what it has done."""
+    options: dict[str, Any] = {"strength": "auto", "include": ["first.weight"]}
+    model, shared = replicas(), penalty_of(**options)
+    shared.consolidate(model, CE, own(batches(0)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    handle = shared.attach(optimizer, model)
+    mean_step(model, optimizer, part_of(batches(1)))
+    twin, again = copy.deepcopy(model), penalty_of(**options)
+    again.load_state_dict(shared.state_dict())
+    other = torch.optim.Adam(twin.parameters(), lr=0.01)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed = again.attach(other, twin)
+    resumed.load_state_dict(handle.state_dict())
+    assert 0 in gather(len(shared.stacks))
+    for seed in range(2, 5):
+        mean_step(model, optimizer, part_of(batches(seed)))
+        mean_step(twin, other, part_of(batches(seed)))
+    assert resumed.strength == handle.strength
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
+    )
+
+
+@distributed_test((2,))
 def test_a_failure_in_one_block_is_everyones() -> None:
     """Gradients that are not finite, in a block that one process keeps: nobody steps."""
     model, shared = replicas(), penalty_of()

@@ -106,11 +106,11 @@ class RotatedUpdate(DisplacedUpdate):
     def state_dict(self) -> dict[str, Any]:
         """Return the coordinates, and what a step has done that is being looked at."""
         state = super().state_dict()
-        if state and self._done is not None:
+        if self._done is not None and self._stacks is self.penalty.stacks:
             for stack, tensors in self._done.items():
                 for name, tensor in zip(_OF_A_LOOK, tensors, strict=True):
                     state[f"{name}/{stack.block.label}"] = tensor
-            state["looks"] = True
+            state["looks"] = True  # in processes that keep no block as well
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
