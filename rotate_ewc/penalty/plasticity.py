@@ -214,7 +214,8 @@ class Plasticity:
         Returns:
             λ; None if the step goes nowhere, in which case the caller should try the next step.
         """
-        if _is_endless(seen, total):
+        endless = sum(not bool(torch.isfinite(part.sum())) for p in seen for part in p)
+        if any(total([endless])):
             return None
         if not later:
             self._add(seen, total)
@@ -237,11 +238,12 @@ class Plasticity:
             λ; 1e20 where any strength leaves enough, or what was seen is mostly noise. None if the
             step has no finite progress.
         """
-        if _is_endless(done, total):
-            return None
         nothing = by_size(torch.zeros(0), torch.zeros(0))
         own = sum((by_size(p.gains, p.stiffnesses) for p in done), nothing)
-        self._task.add(own.new_tensor(total(own.tolist())))
+        progress = own.new_tensor(total(own.tolist()))
+        if not bool(progress.isfinite().all()):
+            return None
+        self._task.add(progress)
         part = 1.0 - _MORE_IN_A_WHOLE_TASK * (1.0 - plasticity)
         if part <= 0.0 or not self._task.is_clear:
             return _NO_LIMIT
@@ -288,11 +290,6 @@ class Plasticity:
                 "handle's state_dict() returned: load an unchanged copy"
             )
         return new
-
-
-def _is_endless(seen: Sequence[Progress], total: Total) -> bool:
-    """Return whether any number is not finite, in any process."""
-    return any(total([sum(not bool(torch.isfinite(part.sum())) for p in seen for part in p)]))
 
 
 def _gain_and_met(progress: Progress) -> tuple[float, float]:

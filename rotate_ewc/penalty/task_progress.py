@@ -13,10 +13,10 @@ from torch import Tensor
 # would less often cancel.
 _BINS_PER_DECADE: Final = 8
 _LOWEST_DECADE, _HIGHEST_DECADE = -40, 20
+_BINS: Final = (_HIGHEST_DECADE - _LOWEST_DECADE) * _BINS_PER_DECADE + 1
 # How much of what is positive must be left after what is negative. In all streams of the benchmarks
 # but one it is 0.97 or more; in that one (a convolutional network in small batches) below zero.
 _CLEAR: Final = 0.5
-_BINS: Final = (_HIGHEST_DECADE - _LOWEST_DECADE) * _BINS_PER_DECADE + 1
 
 
 class TaskProgress:
@@ -34,7 +34,7 @@ class TaskProgress:
         self._distance, self._top_speed = 0.0, 0.0
 
     def add(self, progress: Tensor) -> None:
-        """Take in the progress of the latest step; between two such, all is to change evenly.
+        """Take in the progress of the latest step; between two such it is taken to change evenly.
 
         Args:
             progress: As `by_size` sums it up by stiffness, over all coordinates.

@@ -774,7 +774,8 @@ def test_a_stream_of_overlapping_tasks_is_protected_without_a_number() -> None:
         return first, second
 
     forgotten, learned = losses(None)
-    for update in ("rotated", "tangent", "gradient"):
+    # With "rotated", more of the second task is left by the limit of what a whole task keeps.
+    for update, kept in (("rotated", 0.6), ("tangent", 0.5), ("gradient", 0.5)):
         first, second = losses(update)
-        assert first < 0.6 * forgotten
+        assert first < kept * forgotten
         assert second < learned + 0.2
