@@ -227,6 +227,13 @@ class LeanRotatedEWC(RotatedEWC):
     options = {"rank": 64, "exclude": ["*word_embeddings*"]}  # noqa: RUF012 (never changed)
 
 
+class PlasticRotatedEWC(RotatedEWC):
+    """The same, with steps that keep 98 instead of 95 % of their progress where tasks overlap."""
+
+    strengths = ()  # it is about the strength that is found
+    options = {"plasticity": 0.98}  # noqa: RUF012 (never changed)
+
+
 class TangentRotatedEWC(RotatedEWC):
     """The same penalty, of which the optimizer sees a tangent plane, renewed every 20 steps."""
 
@@ -241,6 +248,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "replay": Replay,
     "rotated-ewc": RotatedEWC,
     "rotated-ewc-lean": LeanRotatedEWC,
+    "rotated-ewc-plastic": PlasticRotatedEWC,
     "rotated-ewc-tangent": TangentRotatedEWC,
     "joint": Joint,
 }

@@ -33,6 +33,7 @@ METHOD_NAMES = (
     "replay",
     "rotated-ewc",
     "rotated-ewc-lean",
+    "rotated-ewc-plastic",
     "rotated-ewc-tangent",
     "joint",
 )
