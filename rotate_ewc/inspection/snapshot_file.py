@@ -11,13 +11,8 @@ from typing import Any
 from rotate_ewc._utils.validation import AUTO
 from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.io import files
-from rotate_ewc.io.header import (
-    HEADER,
-    OPERATOR,
-    PENALTY,
-    PenaltyHeader,
-    read_any_header,
-)
+from rotate_ewc.io.header import HEADER, read_any_header
+from rotate_ewc.io.layout import OPERATOR, PENALTY, PenaltyHeader
 from rotate_ewc.io.snapshot import restore
 from rotate_ewc.penalty.state import PenaltyState
 

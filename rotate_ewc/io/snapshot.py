@@ -15,16 +15,8 @@ from torch import Tensor
 from rotate_ewc._utils.storage_dtype import stored_dtype
 from rotate_ewc._utils.tree import place_of
 from rotate_ewc.errors import SnapshotError
-from rotate_ewc.io.header import (
-    BASES,
-    HEADER,
-    LIBRARY,
-    BlockLayout,
-    OperatorHeader,
-    OperatorLayout,
-    read_header,
-    write_header,
-)
+from rotate_ewc.io.header import HEADER, LIBRARY, read_header, write_header
+from rotate_ewc.io.layout import BASES, BlockLayout, OperatorHeader, OperatorLayout
 from rotate_ewc.io.storage_dtype import check_orthonormal, loadable_dtypes
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.linalg.orthonormal import restored_basis

@@ -12,14 +12,8 @@ from torch import Tensor
 from rotate_ewc._utils.parameters import fits
 from rotate_ewc.curvature.operator import EKFACLinearOperator
 from rotate_ewc.errors import SnapshotError
-from rotate_ewc.io.header import (
-    HEADER,
-    LIBRARY,
-    PenaltyHeader,
-    TermLayout,
-    read_header,
-    write_header,
-)
+from rotate_ewc.io.header import HEADER, LIBRARY, read_header, write_header
+from rotate_ewc.io.layout import PenaltyHeader, TermLayout
 from rotate_ewc.io.snapshot import checked_tensor, layout_of, restore, tensors_of
 from rotate_ewc.io.storage_dtype import DTYPES
 from rotate_ewc.penalty.plasticity import FoundStrength, GeometricMean

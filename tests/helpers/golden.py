@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty
-from rotate_ewc.io.header import OPERATOR
+from rotate_ewc.io.layout import OPERATOR
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.penalty.terms import Term
 from rotate_ewc.provenance import Provenance

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError, __version__
-from rotate_ewc.io.header import OPERATOR, PENALTY, header_text
+from rotate_ewc.io.header import header_text
+from rotate_ewc.io.layout import OPERATOR, PENALTY
 from tests.helpers import golden
 from tests.helpers.exact import exact_penalty
 

@@ -16,7 +16,8 @@ import torch
 
 from rotate_ewc import EKFACLinearOperator, EKFACPenalty, SnapshotError
 from rotate_ewc.io import files
-from rotate_ewc.io.header import OPERATOR, header_text
+from rotate_ewc.io.header import header_text
+from rotate_ewc.io.layout import OPERATOR
 from rotate_ewc.provenance import Provenance
 from tests.helpers.honest_snapshots import (
     contents_of,
