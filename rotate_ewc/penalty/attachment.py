@@ -58,7 +58,7 @@ from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.hooks import evaluated, guarded
 from rotate_ewc.penalty.plasticity import Plasticity
 from rotate_ewc.penalty.updates import UpdateKind, make_update
-from rotate_ewc.penalty.updates.base import Step, restart_all
+from rotate_ewc.penalty.updates.step import Step, restart_all
 from rotate_ewc.penalty.updates.viewed import ViewedUpdate
 
 _KEYS: Final = {"update", "num_tasks", "plasticity", "state"}

@@ -13,7 +13,8 @@ from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.displacement import Displacement
 from rotate_ewc.penalty.step_rules import StepRule
 from rotate_ewc.penalty.terms import Stack
-from rotate_ewc.penalty.updates.base import Step, Update, check_nothing_left, moving_stacks
+from rotate_ewc.penalty.updates.base import Update, check_nothing_left
+from rotate_ewc.penalty.updates.step import Step, moving_stacks
 
 
 class DisplacedUpdate(Update):

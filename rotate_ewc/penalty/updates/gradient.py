@@ -11,7 +11,8 @@ from torch import Tensor
 from rotate_ewc._utils.parameters import fits
 from rotate_ewc.linalg.quadratic import quadratic_gradient
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
-from rotate_ewc.penalty.updates.base import Step, Update, check_nothing_left
+from rotate_ewc.penalty.updates.base import Update, check_nothing_left
+from rotate_ewc.penalty.updates.step import Step
 from rotate_ewc.penalty.updates.watching import STEPS_BETWEEN_LOOKS, Watch
 
 

@@ -9,8 +9,8 @@ from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.displacement import Displacement
 from rotate_ewc.penalty.step_rules import StepRule
 from rotate_ewc.penalty.terms import Stack
-from rotate_ewc.penalty.updates.base import Step, check_gradients, fits_all
 from rotate_ewc.penalty.updates.displaced import DisplacedUpdate
+from rotate_ewc.penalty.updates.step import Step, check_gradients, fits_all
 from rotate_ewc.penalty.updates.watching import Watch
 
 

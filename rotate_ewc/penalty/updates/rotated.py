@@ -15,8 +15,8 @@ from rotate_ewc.penalty.displacement import Displacement, without_rounding_error
 from rotate_ewc.penalty.plasticity import Progress
 from rotate_ewc.penalty.step_rules import Quotient, StepRule, StepSize, divided
 from rotate_ewc.penalty.terms import Stack
-from rotate_ewc.penalty.updates.base import Step, check_gradients, mark_basis, rotated_gradient
 from rotate_ewc.penalty.updates.displaced import DisplacedUpdate
+from rotate_ewc.penalty.updates.step import Step, check_gradients, mark_basis, rotated_gradient
 
 # In the state of a handle: by how much a step has moved a stack, and its η Λ.
 _OF_A_LOOK: Final = ("moved", "stiffness")

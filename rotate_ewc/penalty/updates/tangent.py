@@ -14,8 +14,9 @@ from rotate_ewc.linalg.quadratic import quadratic_gradient
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.step_rules import StepRule, divided
 from rotate_ewc.penalty.terms import Stack
-from rotate_ewc.penalty.updates.base import Step, Update, check_nothing_left
+from rotate_ewc.penalty.updates.base import Update, check_nothing_left
 from rotate_ewc.penalty.updates.gradient import add_gradients
+from rotate_ewc.penalty.updates.step import Step
 from rotate_ewc.penalty.updates.watching import STEPS_BETWEEN_LOOKS, Watch
 
 # Beyond this a step is as good as infinite; with it, products with eigenvalues are still finite.

@@ -12,8 +12,8 @@ from rotate_ewc._utils.messages import quoted
 from rotate_ewc.linalg.quadratic import quadratic_form
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.terms import Stack
-from rotate_ewc.penalty.updates.base import Step
 from rotate_ewc.penalty.updates.gradient import GradientUpdate
+from rotate_ewc.penalty.updates.step import Step
 
 
 class ViewedUpdate(GradientUpdate):

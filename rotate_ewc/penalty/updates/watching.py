@@ -14,7 +14,8 @@ from rotate_ewc.errors import SnapshotError
 from rotate_ewc.io.snapshot import checked_tensor
 from rotate_ewc.penalty.plasticity import Progress
 from rotate_ewc.penalty.terms import Stack
-from rotate_ewc.penalty.updates.base import Step, Update, fits_all, rotated_gradient
+from rotate_ewc.penalty.updates.base import Update
+from rotate_ewc.penalty.updates.step import Step, fits_all, rotated_gradient
 
 _BETAS: Final = (0.9, 0.999)
 _EPS: Final = 1e-8
