@@ -121,6 +121,7 @@ class Attachment(Generic[Penalty]):
             penalty.protected(view(model))
             self._update = ViewedUpdate(penalty, partial(view, model))
         penalty.keep_share()
+        self._update.take_over()
         self._step: Step | None = None
         # A compiled step runs them as they were written.
         disable: Callable[[Any], Any] = torch.compiler.disable
@@ -167,6 +168,7 @@ class Attachment(Generic[Penalty]):
             if self._own_step is not None:
                 self.optimizer.step = self._own_step  # type: ignore[method-assign]
         restart_all(self.optimizer)
+        self._update.leave()
         if flush:
             self.flush()
 
@@ -210,7 +212,8 @@ class Attachment(Generic[Penalty]):
         """Return what a resumed run needs to end with the same bits.
 
         Load it after the states of model, penalty and optimizer. Without it a run can continue too,
-        but only up to rounding errors, and with `"tangent"` from a new tangent.
+        but only up to rounding errors, with `"tangent"` from a new tangent, and with a strength
+        that may come out smaller if it is still being found.
         """
         return {
             "update": self.update.value,
@@ -239,6 +242,11 @@ class Attachment(Generic[Penalty]):
             raise SnapshotError(
                 f"the state of the handle is of a penalty with {state['num_tasks']} tasks, but "
                 f"this one has {self.penalty.num_tasks}; load the penalty's own state first"
+            )
+        if not isinstance(state["state"], Mapping):
+            raise SnapshotError(
+                f"the state of the handle has {type(state['state']).__name__} as 'state'; expected "
+                f"a dictionary: load an unchanged copy"
             )
         plasticity = Plasticity.from_state_dict(state["plasticity"])
         self._update.load_state_dict(state["state"])
@@ -284,6 +292,7 @@ class Attachment(Generic[Penalty]):
         if found_inf is None or not bool(found_inf):  # else the optimizer will do nothing
             with self.penalty.owners.together():
                 step = self._gather()
+                self._update.remember()
                 # First, so that what an interrupt leaves half done is undone.
                 self._step = step
                 self._update.before(step)

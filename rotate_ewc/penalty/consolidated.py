@@ -21,7 +21,7 @@ from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.io.header import HEADER
 from rotate_ewc.options import Mode, Weighting
 from rotate_ewc.penalty.owners import Owners
-from rotate_ewc.penalty.plasticity import FoundStrength
+from rotate_ewc.penalty.plasticity import FoundStrength, Plasticity
 from rotate_ewc.penalty.protection import Protection
 from rotate_ewc.penalty.replicas import Replicas, digests_of
 from rotate_ewc.penalty.stability import largest_curvature
@@ -102,6 +102,8 @@ class ConsolidatedTasks(nn.Module):
         self._protection = Protection()
         # Until it is known whether all processes have consolidated the same.
         self._replicas: Replicas | None = None
+        # What handles have seen of a task, by number of tasks, that were detached during it.
+        self._left: list[tuple[int, Plasticity]] = []
 
     @property
     def strength(self) -> float:
@@ -132,21 +134,43 @@ class ConsolidatedTasks(nn.Module):
         """Whether the strength was found, and is to be no larger than later tasks can bear."""
         return self._strength is None and self._num_tasks > 0 and not self.finds_strength
 
-    def take_strength(self, strength: float, rate: float) -> int:
+    def take_strength(self, strength: float, rate: float, *, is_first: bool) -> None:
         """Take a strength, or a bound of it, into the mean of those found in the task at hand.
 
         Args:
             strength: What was found in one step.
             rate: The learning rate of that step.
-
-        Returns:
-            How many were found in this task.
+            is_first: Whether an optimizer, of several perhaps, was seen for the first time; what is
+                found then counts only until there is something else.
         """
-        return self._found.add(strength, rate, self._num_tasks)
+        self._found.add(strength, rate, self._num_tasks, is_first=is_first)
 
-    def limit_strength(self, strength: float) -> None:
-        """Take the largest strength that leaves enough of the task in which it is being found."""
-        self._found.limit = strength
+    def limit_strength(self, strength: float, before: float) -> None:
+        """Take the largest strength that leaves enough of the task in which it is being found.
+
+        Args:
+            strength: It.
+            before: What was found before in the same optimizer's steps; 1e20 if nothing.
+        """
+        self._found.limit_to(strength, before)
+
+    @property
+    def found_strength(self) -> FoundStrength:
+        """What the strength was found from; a copy, to be set again if a step fails."""
+        return replace(self._found)
+
+    @found_strength.setter
+    def found_strength(self, value: FoundStrength) -> None:
+        self._found = replace(value)
+
+    def leave(self, plasticity: Plasticity) -> None:
+        """Keep what a handle has seen of the task at hand, for one that goes on after it."""
+        self._left.append((self._num_tasks, plasticity))
+
+    def take_over(self) -> Plasticity | None:
+        """Return what a handle has left that saw the task at hand; None if there is none."""
+        self._left = [(task, seen) for task, seen in self._left if task == self._num_tasks]
+        return self._left.pop(0)[1] if self._left else None
 
     @property
     def scale(self) -> float:
@@ -214,7 +238,8 @@ class ConsolidatedTasks(nn.Module):
 
         Examples, tokens that count, elements of the outputs (squared errors, binary cross-entropy),
         or the sum of their class weights. What is set holds until `current_num_data` is set again;
-        None goes back to following from that.
+        None goes back to following from that. Set it before the task's first step: a strength that
+        is being found is one for the number it was found with.
         """
         if self._current_num_loss_terms is not None:
             return self._current_num_loss_terms
@@ -381,6 +406,7 @@ class ConsolidatedTasks(nn.Module):
             state.terms, state.num_tasks, state.last_examples, state.last_loss_terms
         )
         self._found = replace(state.found)
+        self._left = []
 
 
 def _without_dots(key: str) -> str:

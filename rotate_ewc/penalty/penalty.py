@@ -125,8 +125,8 @@ class EKFACPenalty(ConsolidatedTasks):
             mode: `"merged"` (constant cost) or `"separate"`.
             plasticity: With strength `"auto"`, the share of the optimizer's progress on a new task
                 that the penalty leaves in a step, between 0 and 1; more where the tasks hardly
-                overlap, and of the whole task at least `1 - 7 (1 - plasticity)` (see
-                `rotate_ewc.penalty.plasticity`). A smaller value protects more.
+                overlap, and with `"rotated"` (but for SGD) of the whole task at least `1 - 7 (1 -
+                plasticity)` (see `rotate_ewc.penalty.plasticity`). A smaller value protects more.
             weighting: `"examples"` (tasks count by their numbers of loss terms, as in one loss over
                 the data of all tasks) or `"uniform"`.
             decay: Factor on the weights of earlier tasks at each consolidation, from 0 to 1 (the γ

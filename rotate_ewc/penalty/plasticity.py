@@ -43,7 +43,9 @@ penalty leaves
     Σ p / (1 + n η λ Λ)  /  Σ p
 
 over all steps of the task, where n is how many it takes at the highest speed, `Σ √P / max √P` with
-P the progress of a step: distances are as the square roots of progress.
+P the progress of a step: distances are as the square roots of progress. There is no limit where
+most of the progress is noise, where nothing need be left, and for SGD and the updates that do not
+rotate, which look at too few steps.
 
 **What many tasks leave.** Where many tasks meet in the same directions, their matrices add up until
 nothing more is learned. So later tasks have a bound: λ is at most the geometric mean of what leaves
@@ -53,6 +55,7 @@ nothing more is learned. So later tasks have a bound: λ is at most the geometri
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,26 +140,41 @@ class FoundStrength:
             return 1.0
         return min(math.exp(min(self.strengths.logarithm, self.bounds.logarithm)), self.limit)
 
+    def limit_to(self, limit: float, before: float) -> None:
+        """Take a limit, unless a smaller one is not its finder's own.
+
+        Several optimizers may have parts of a model, each with a limit of its own; and one that is
+        new, or does not know what it has seen, must not raise what was found earlier.
+
+        Args:
+            limit: The largest strength that one of them finds.
+            before: What the same has found before; 1e20 if nothing.
+        """
+        others = self.limit if self.limit < before else _NO_LIMIT
+        self.limit = min(limit, others)
+
     def is_open(self, num_tasks: int) -> bool:
         """Return whether a task with so many before it is that in which λ is found."""
         return num_tasks > 0 and self.strengths.num_tasks in (0, num_tasks)
 
-    def add(self, strength: float, rate: float, num_tasks: int) -> int:
+    def add(self, strength: float, rate: float, num_tasks: int, *, is_first: bool = False) -> None:
         """Take one more into the mean; in a later task, into that of its bounds.
 
         Args:
             strength: λ, or a bound of it.
             rate: The learning rate of the step in which it was found.
             num_tasks: How many old tasks there are.
-
-        Returns:
-            How many numbers the mean is of.
+            is_first: Whether it has a single gradient behind it, so that it is not taken where
+                there is another in this task.
         """
+        mean = self.strengths if self.is_open(num_tasks) else self.bounds
+        if is_first and mean.num_tasks == num_tasks:
+            return
+        mean = mean.including(strength, rate, num_tasks)
         if self.is_open(num_tasks):
-            self.strengths = self.strengths.including(strength, rate, num_tasks)
-            return self.strengths.looks
-        self.bounds = self.bounds.including(strength, rate, num_tasks)
-        return self.bounds.looks
+            self.strengths = mean
+        else:
+            self.bounds = mean
 
 
 class Progress(NamedTuple):
@@ -178,13 +196,22 @@ class Plasticity:
 
     Attributes:
         wait: How many steps to let pass before the next look; negative if one is overdue.
+        looks: How many steps were looked at.
+        largest_strength: The limit that was found last; 1e20 before there was any.
     """
 
     def __init__(self) -> None:
         """Look at the first step."""
-        self.wait = 0
+        self.wait = self.looks = 0
+        self.largest_strength = _NO_LIMIT
         self._gain, self._overlapping = 0.0, 0.0
         self._task = TaskProgress()
+
+    def __copy__(self) -> Plasticity:
+        """Return one that goes on from here by itself."""
+        new = Plasticity()
+        vars(new).update(vars(self), _task=copy.copy(self._task))
+        return new
 
     def is_due(self) -> bool:
         """Count a step, and return whether to look at it."""
@@ -222,7 +249,9 @@ class Plasticity:
         share = _MORE_IN_LATER_TASKS if later else self.overlap**_POWER
         part = 1.0 - (1.0 - plasticity) * share
         progress = [(p.gains, p.stiffnesses) for p in seen]
-        return strength_keeping(part, progress, start, total)
+        found = strength_keeping(part, progress, start, total)
+        self.looks += found is not None
+        return found
 
     def limit(
         self, done: Sequence[Progress], plasticity: float, total: Total = list
@@ -236,18 +265,20 @@ class Plasticity:
 
         Returns:
             λ; 1e20 where any strength leaves enough, or what was seen is mostly noise. None if the
-            step has no finite progress.
+            step has no progress, or no finite one.
         """
         nothing = by_size(torch.zeros(0), torch.zeros(0))
         own = sum((by_size(p.gains, p.stiffnesses) for p in done), nothing)
         progress = own.new_tensor(total(own.tolist()))
-        if not bool(progress.isfinite().all()):
+        if not bool(progress.any()) or not bool(progress.isfinite().all()):
             return None
         self._task.add(progress)
         part = 1.0 - _MORE_IN_A_WHOLE_TASK * (1.0 - plasticity)
-        if part <= 0.0 or not self._task.is_clear:
-            return _NO_LIMIT
-        return strength_keeping(part, [self._task.gains_and_stiffnesses]) or _NO_LIMIT
+        found = None
+        if part > 0.0 and self._task.is_clear:
+            found = strength_keeping(part, [self._task.gains_and_stiffnesses])
+        self.largest_strength = found or _NO_LIMIT
+        return self.largest_strength
 
     @property
     def overlap(self) -> float:
@@ -265,6 +296,7 @@ class Plasticity:
         """Return what was seen of this task."""
         return {
             "wait": self.wait,
+            "looks": (self.looks, self.largest_strength),
             "overlap": (self._gain, self._overlapping),
             **self._task.state_dict(),
         }
@@ -279,9 +311,12 @@ class Plasticity:
         new = cls()
         try:
             new.wait = int(state["wait"])
+            looks, limit = state["looks"]
+            new.looks, new.largest_strength = int(looks), float(limit)
             new._gain, new._overlapping = map(float, state["overlap"])
             new._task = TaskProgress.from_state_dict(state)
             whole = 0 <= new._overlapping <= new._gain < math.inf
+            whole &= new.looks >= 0 and 0.0 < new.largest_strength <= _NO_LIMIT
         except (KeyError, OverflowError, RuntimeError, TypeError, ValueError):
             whole = False
         if not whole:

@@ -129,11 +129,12 @@ def test_mean_is_geometric_and_of_one_task() -> None:
     assert found.value == 1.0
     assert not found.is_open(0)
     assert found.is_open(2)
-    assert found.add(100.0, 1.0, 2) == 1
+    found.add(100.0, 1.0, 2, is_first=True)
     assert found.value == pytest.approx(100.0)
-    assert found.add(4.0, 1.0, 2) == 2
+    found.add(4.0, 1.0, 2)
     assert found.value == pytest.approx(4.0)  # the first step's was better than nothing
-    assert found.add(32.0, 1.0, 2) == 3
+    found.add(1e5, 1.0, 2, is_first=True)  # and is nothing where there is something
+    found.add(32.0, 1.0, 2)
     assert found.value == pytest.approx((4.0 * 4.0 * 32.0) ** (1 / 3))
     assert found.is_open(2)
     assert not found.is_open(3)
@@ -274,6 +275,8 @@ def test_there_is_no_limit_where_nothing_is_left_or_there_is_no_progress() -> No
     assert limited(Plasticity(), 1, whole._replace(gains=-gains), 0.95) == 1e20
     assert limited(Plasticity(), 1, whole._replace(stiffnesses=0 * gains), 0.95) == 1e20
     assert limited(Plasticity(), 1, whole._replace(gains=gains / 0.0), 0.95) is None
+    assert limited(Plasticity(), 1, whole._replace(gains=0 * gains), 0.95) is None
+    assert Plasticity().limit([], 0.95) is None
 
 
 def test_there_is_no_limit_as_long_as_progress_is_mostly_noise() -> None:
@@ -649,6 +652,11 @@ def test_files_keep_what_was_found(tmp_path: Any) -> None:
         None,
         {"wait": "soon"},
         {"wait": math.inf},
+        {"looks": (1,)},
+        {"looks": (-1, 1.0)},
+        {"looks": (1, 0.0)},
+        {"looks": (1, math.nan)},
+        {"looks": None},
         {"overlap": (1,)},
         {"overlap": (1, 10**400)},
         {"overlap": (1, math.nan)},

@@ -105,5 +105,5 @@ def load_attachment(attachment: Attachment[EKFACPenalty], folder: Path) -> None:
         raise SnapshotError(
             f"{str(path)!r} cannot be used ({told}); expected the file as this callback wrote it: "
             f"resume from another checkpoint, or delete this file to go on without it (up to "
-            f"rounding the same, but a strength that is being found is looked for again)"
+            f"rounding the same, but a strength that is being found may come out smaller)"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
-from rotate_ewc.penalty.plasticity import Plasticity, Progress
+from rotate_ewc.penalty.plasticity import FoundStrength, Plasticity, Progress
 from rotate_ewc.penalty.updates.step import StandIns, Step
 
 # From the first look at the steps of a task to the second.
@@ -37,6 +38,12 @@ class Update(ABC):
         self.stand_ins = StandIns()
         self._plasticity = Plasticity()
         self._looked_for = -1
+        # What failed steps must not change.
+        self._known: tuple[Plasticity, FoundStrength] | None = None
+
+    def remember(self) -> None:
+        """Remember what `undo` restores, before a step."""
+        self._known = copy.copy(self.plasticity), self.penalty.found_strength
 
     @abstractmethod
     def before(self, step: Step) -> None:
@@ -53,6 +60,9 @@ class Update(ABC):
     def undo(self) -> None:
         """Give model and optimizer back what they had before a step that failed."""
         self.stand_ins.undo()
+        if self._known is not None:
+            plasticity, self.penalty.found_strength = self._known
+            self.resume(plasticity)
 
     def give(self, step: Step, own: Mapping[str, Mapping[str, Tensor]]) -> set[str]:
         """Give the optimizers of all processes other gradients, and perhaps other data.
@@ -95,6 +105,17 @@ class Update(ABC):
         """Go on with what was seen of the task at hand."""
         self._looked_for, self._plasticity = self.penalty.num_tasks, plasticity
 
+    def leave(self) -> None:
+        """Leave what was seen of the task at hand to the next update of the penalty."""
+        if self._looked_for == self.penalty.num_tasks:
+            self.penalty.leave(self._plasticity)
+
+    def take_over(self) -> None:
+        """Go on with what an earlier update of the penalty has left of the task at hand."""
+        left = self.penalty.take_over()
+        if left is not None:
+            self.resume(left)
+
     def find_strength(self, seen: Sequence[Progress], step: Step) -> None:
         """Find the strength in what a step is about to do to every block.
 
@@ -108,16 +129,23 @@ class Update(ABC):
             seen, penalty.plasticity, penalty.strength, later=later, total=penalty.owners.total
         )
         if found is not None:
-            looks = penalty.take_strength(found, step.rate(penalty.protected_names))
-            self.plasticity.wait = (_FIRST_STEPS if looks == 1 else self.steps_between_looks) - 1
+            is_first = self.plasticity.looks == 1
+            rate = step.rate(penalty.protected_names)
+            penalty.take_strength(found, rate, is_first=is_first)
+            self.plasticity.wait = (_FIRST_STEPS if is_first else self.steps_between_looks) - 1
 
-    def limit_strength(self, done: Sequence[Progress]) -> None:
-        """Limit the strength by what a step has done to every block."""
+    def limit_strength(self, done: Sequence[Progress]) -> bool:
+        """Limit the strength by what a step has done to every block; return whether that is told.
+
+        Args:
+            done: What it has done; nothing of blocks without a gradient to tell it.
+        """
         penalty = self.penalty
-        if penalty.finds_strength:
-            found = self.plasticity.limit(done, penalty.plasticity, penalty.owners.total)
-            if found is not None:
-                penalty.limit_strength(found)
+        before = self.plasticity.largest_strength
+        found = self.plasticity.limit(done, penalty.plasticity, penalty.owners.total)
+        if found is not None:
+            penalty.limit_strength(found, before)
+        return found is not None
 
     def flush(self, step: Step) -> None:  # noqa: B027
         """Take what was put off since the penalty was last looked at; `step` has no gradients."""
@@ -129,6 +157,17 @@ class Update(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned, or raise `SnapshotError`."""
         check_nothing_left(state)
+
+
+def take_count(state: dict[str, Any], key: str) -> int:
+    """Take a number of steps out of a state, 0 where it is missing, or raise `SnapshotError`."""
+    value = state.pop(key, 0)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise SnapshotError(
+            f"the state of the handle has {value!r:.99} as {key!r}; expected an integer, at least "
+            f"0: load an unchanged copy"
+        )
+    return value
 
 
 def check_nothing_left(state: Mapping[str, Any]) -> None:

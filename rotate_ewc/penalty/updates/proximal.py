@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from rotate_ewc.errors import SnapshotError
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.displacement import Displacement
 from rotate_ewc.penalty.step_rules import StepRule
 from rotate_ewc.penalty.terms import Stack
+from rotate_ewc.penalty.updates.base import take_count
 from rotate_ewc.penalty.updates.displaced import DisplacedUpdate
 from rotate_ewc.penalty.updates.step import Step, check_gradients, fits_all
 from rotate_ewc.penalty.updates.watching import Watch
@@ -99,8 +102,22 @@ class ProximalUpdate(DisplacedUpdate):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         left = dict(state)
-        steps, sums = left.pop("steps", 0), left.pop("sums", {})
+        steps, sums = take_count(left, "steps"), self._checked_sums(left.pop("sums", {}))
         averages = self._watch.checked(left.pop("averages", {}))
         super().load_state_dict(left)
         self._watch.resume(averages)
-        self._steps, self._sums = int(steps), {str(k): float(v) for k, v in sums.items()}
+        self._steps, self._sums = steps, sums
+
+    def _checked_sums(self, sums: Any) -> dict[str, float]:
+        """Return sums of step sizes by block, or raise `SnapshotError`."""
+        labels = {stack.block.label for stack in self.penalty.stacks}
+        if not isinstance(sums, Mapping) or not all(
+            key in labels and isinstance(value, float) and 0.0 <= value < math.inf
+            for key, value in sums.items()
+        ):
+            raise SnapshotError(
+                "the state of the handle has other 'sums' than a number, at least 0, for some "
+                "blocks of its penalty; expected what the handle's state_dict() returned: load the "
+                "penalty's own state first, and then an unchanged copy"
+            )
+        return dict(sums)

@@ -18,6 +18,8 @@ from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.displaced import DisplacedUpdate
 from rotate_ewc.penalty.updates.step import Step, check_gradients, mark_basis, rotated_gradient
 
+# By how much a step has moved each stack, and its η Λ.
+_Done = dict[Stack, tuple[Tensor, Tensor]]
 # In the state of a handle: by how much a step has moved a stack, and its η Λ.
 _OF_A_LOOK: Final = ("moved", "stiffness")
 
@@ -46,9 +48,9 @@ class RotatedUpdate(DisplacedUpdate):
         self._moving: list[Displacement] = []
         self._rotated: set[str] = set()
         self._looks = False
-        # What a step that is looked at has done, until the next gradient tells its progress: by how
-        # much it moved each stack, and its η Λ.
-        self._done: dict[Stack, tuple[Tensor, Tensor]] | None = None
+        # What a step that is looked at has done, until the next gradient tells its progress.
+        self._done: _Done | None = None
+        self._known_done: _Done | None = None
 
     def begin(self) -> None:
         """Begin in the eigenbases that the penalty has now."""
@@ -59,7 +61,7 @@ class RotatedUpdate(DisplacedUpdate):
         """Put what the optimizer is to step into the eigenbasis."""
         moving = self.moving(step)
         _check_dtypes([d.stack for d in moving], step)
-        rotated = [_cleaned(d.stack, step) for d in moving]
+        rotated = [rotated_gradient(d.stack, step, without_rounding_errors_) for d in moving]
         check_gradients([d.stack for d in moving], rotated)
         self.follow(moving, step)
         self._judge({d.stack: r for d, r in zip(moving, rotated, strict=True)}, step)
@@ -98,10 +100,16 @@ class RotatedUpdate(DisplacedUpdate):
             displacement.lead(step.parameters, coordinates)
         self._moving = []
 
+    def remember(self) -> None:
+        """Remember what `undo` restores, before a step."""
+        super().remember()
+        self._known_done = self._done
+
     def undo(self) -> None:
         """Give model and optimizer back what they had before a step that failed."""
         super().undo()
         self._moving, self._looks = [], False
+        self._done = self._known_done
 
     def state_dict(self) -> dict[str, Any]:
         """Return the coordinates, and what a step has done that is being looked at."""
@@ -143,16 +151,18 @@ class RotatedUpdate(DisplacedUpdate):
         self.find_strength(seen, step)
 
     def _judge(self, gradients: Mapping[Stack, Tensor], step: Step) -> None:
-        """Limit the strength, if the step before was looked at, by the gradients after it."""
-        done, self._done = self._done, None
-        if done is None:
+        """Limit the strength, if a step was looked at, by the first gradients after it."""
+        if not self.penalty.finds_strength:
+            self._done = None
+        if self._done is None:
             return
         progress = []
-        for stack, (moved, stiffnesses) in done.items():
+        for stack, (moved, stiffnesses) in self._done.items():
             if stack in gradients:
                 gains = -moved * gradients[stack] / step.factor(stack.names[0])
                 progress.append(Progress(gains, stiffnesses, stack.block.spectrum))
-        self.limit_strength(progress)
+        if self.limit_strength(progress):
+            self._done = None
 
     def _seen(self, displacement: Displacement, step: Step) -> dict[str, Tensor]:
         """Return what the optimizer is to see in place of the parameters: z, or Qᵀθ."""
@@ -245,14 +255,6 @@ def _sliced(size: StepSize | Quotient, like: Tensor, inner: tuple[slice, ...]) -
     if not isinstance(size, Tensor):
         return like.new_tensor(size)
     return size[inner] if size.ndim else size
-
-
-def _cleaned(stack: Stack, step: Step) -> Tensor:
-    """Return the gradient of a stack in its eigenbasis, without what are rounding errors alone."""
-    if stack.block.gradient_basis is None and stack.block.activation_basis is None:
-        # It may be the user's own.
-        return without_rounding_errors_(rotated_gradient(stack, step).clone())
-    return rotated_gradient(stack, step, without_rounding_errors_)
 
 
 def _moving_rows(stack: Stack, moved: Tensor, parameter: Tensor) -> Tensor | None:

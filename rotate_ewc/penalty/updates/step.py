@@ -214,19 +214,23 @@ def fits_all(stack: Stack, step: Step) -> bool:
 def rotated_gradient(
     stack: Stack, step: Step, finish: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Return the loss's gradient of a stack in its eigenbasis, `[groups, d_out, d_in]`.
+    """Return the loss's gradient of a stack in its eigenbasis, `[groups, d_out, d_in]`, a new one.
 
     Args:
         stack: The stack.
         step: The step.
         finish: What to make of the products, as in `Block.rotate`.
     """
-    dtype = stack.block.eigenvalues.dtype
+    block = stack.block
+    # Where nothing is rotated, it would be the user's own.
+    copies = block.gradient_basis is None and block.activation_basis is None
     gradients = {
-        key: protected_slice(name, step.gradients, anchor[0]).to(dtype)
+        key: protected_slice(name, step.gradients, anchor[0]).to(
+            block.eigenvalues.dtype, copy=copies
+        )
         for key, name, anchor in stack.members
     }
-    return stack.block.rotate(gradients, finish=finish)
+    return block.rotate(gradients, finish=finish)
 
 
 def _moves(stack: Stack, step: Step) -> bool:

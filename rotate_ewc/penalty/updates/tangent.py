@@ -14,7 +14,7 @@ from rotate_ewc.linalg.quadratic import quadratic_gradient
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.step_rules import StepRule, divided
 from rotate_ewc.penalty.terms import Stack
-from rotate_ewc.penalty.updates.base import Update, check_nothing_left
+from rotate_ewc.penalty.updates.base import Update, check_nothing_left, take_count
 from rotate_ewc.penalty.updates.gradient import add_gradients
 from rotate_ewc.penalty.updates.step import Step
 from rotate_ewc.penalty.updates.watching import STEPS_BETWEEN_LOOKS, Watch
@@ -139,7 +139,7 @@ class TangentUpdate(Update):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         left = dict(state)
-        steps, averages = int(left.pop("steps", 0)), self._watch.checked(left.pop("averages", {}))
+        steps, averages = take_count(left, "steps"), self._watch.checked(left.pop("averages", {}))
         stacks = self.penalty.stacks if left else ()
         found: dict[str, dict[str, Tensor]] = {"contact": {}, "gradient": {}}
         for stack in stacks:

@@ -43,7 +43,8 @@ class Watch:
         self._update = update
         self._averages: dict[Stack, Averages] = {}
         self.looks = False
-        self._looked_at: list[Stack] = []
+        # The gradients of the step at hand, until it has been taken.
+        self._gradients: list[tuple[Stack, Tensor]] = []
         self._before: dict[str, Tensor] = {}
 
     @property
@@ -52,13 +53,13 @@ class Watch:
         return self._update.wait <= _STEPS_BEFORE_A_LOOK
 
     def before(self, stacks: Sequence[Stack], step: Step) -> None:
-        """Average the gradients of the loss, and keep where a step begins that is to be looked at.
+        """Find the gradients of the loss, and keep where a step begins that is to be looked at.
 
         Args:
             stacks: All stacks that may be stepped.
             step: The step.
         """
-        self._looked_at, self.looks = [], False
+        self._gradients, self.looks = [], False
         penalty = self._update.penalty
         watches, due = self.watches, self._update.looks()
         if not watches:
@@ -71,37 +72,38 @@ class Watch:
         endless = sum(not bool(torch.isfinite(square)) for square in squares)
         if any(penalty.owners.total([endless])):
             return  # the averages would never recover
-        for stack, gradient in gradients:
-            self._averages.setdefault(stack, Averages(gradient)).add(gradient)
-        self.looks = due
+        self._gradients, self.looks = gradients, due
         if self.looks:
-            self._looked_at = [stack for stack, _ in gradients]
             self._before = {
                 key: protected_slice(name, step.parameters, anchor[0]).detach().clone()
-                for stack in self._looked_at
+                for stack, _ in gradients
                 for key, name, anchor in stack.members
             }
 
     def after(self, step: Step) -> None:
-        """Find the strength, if the step is to be looked at."""
+        """Average the gradients, and find the strength, if the step is to be looked at."""
+        gradients, self._gradients = self._gradients, []
+        for stack, gradient in gradients:
+            self._averages.setdefault(stack, Averages(gradient)).add(gradient)
         if not self.looks:
             return
+        looked_at = [stack for stack, _ in gradients]
         moved = [
             protected_slice(name, step.parameters, anchor[0]).detach() - self._before[key]
-            for stack in self._looked_at
+            for stack in looked_at
             for key, name, anchor in stack.members
         ]
-        corrected = [self._averages[stack].corrected() for stack in self._looked_at]
+        corrected = [self._averages[stack].corrected() for stack in looked_at]
         squares = _squares(moved), _squares([m / v for m, v in corrected])
         length, own_length = map(math.sqrt, self._update.penalty.owners.total(squares))
         rate = length / max(own_length, _EPS)
         scale = self._update.penalty.scale_of_one
         seen = []
-        for stack, (mean, root) in zip(self._looked_at, corrected, strict=True):
+        for stack, (mean, root) in zip(looked_at, corrected, strict=True):
             sizes, eigenvalues = rate / root, stack.block.spectrum
             stiffnesses = sizes * eigenvalues * scale
             seen.append(Progress(mean.square() * sizes, stiffnesses, eigenvalues))
-        self._looked_at, self._before, self.looks = [], {}, False
+        self._before, self.looks = {}, False
         self._update.find_strength(seen, step)
 
     def state_dict(self) -> dict[str, Any]:
