@@ -194,7 +194,7 @@ class Replay(Method):
 class RotatedEWC(Method):
     """This package's penalty, attached to the optimizer; no strength is to find it."""
 
-    strengths = (1e3, 1e4, 1e2)
+    strengths: tuple[float, ...] = (1e3, 1e4, 1e2)
     options: dict[str, Any] = {}  # noqa: RUF012 (never changed)
     update: dict[str, Any] = {}  # noqa: RUF012 (never changed)
 
