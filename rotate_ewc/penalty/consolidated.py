@@ -155,19 +155,19 @@ class ConsolidatedTasks(nn.Module):
         self._found.limit_to(strength, before)
 
     @property
-    def found_strength(self) -> FoundStrength:
+    def _found_strength(self) -> FoundStrength:
         """What the strength was found from; a copy, to be set again if a step fails."""
         return replace(self._found)
 
-    @found_strength.setter
-    def found_strength(self, value: FoundStrength) -> None:
+    @_found_strength.setter
+    def _found_strength(self, value: FoundStrength) -> None:
         self._found = replace(value)
 
-    def leave(self, plasticity: Plasticity) -> None:
+    def _leave(self, plasticity: Plasticity) -> None:
         """Keep what a handle has seen of the task at hand, for one that goes on after it."""
         self._left.append((self._num_tasks, plasticity))
 
-    def take_over(self) -> Plasticity | None:
+    def _take_over(self) -> Plasticity | None:
         """Return what a handle has left that saw the task at hand; None if there is none."""
         self._left = [(task, seen) for task, seen in self._left if task == self._num_tasks]
         return self._left.pop(0)[1] if self._left else None

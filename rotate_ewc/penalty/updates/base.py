@@ -43,7 +43,7 @@ class Update(ABC):
 
     def remember(self) -> None:
         """Remember what `undo` restores, before a step."""
-        self._known = copy.copy(self.plasticity), self.penalty.found_strength
+        self._known = copy.copy(self.plasticity), self.penalty._found_strength
 
     @abstractmethod
     def before(self, step: Step) -> None:
@@ -61,7 +61,7 @@ class Update(ABC):
         """Give model and optimizer back what they had before a step that failed."""
         self.stand_ins.undo()
         if self._known is not None:
-            plasticity, self.penalty.found_strength = self._known
+            plasticity, self.penalty._found_strength = self._known
             self.resume(plasticity)
 
     def give(self, step: Step, own: Mapping[str, Mapping[str, Tensor]]) -> set[str]:
@@ -108,11 +108,11 @@ class Update(ABC):
     def leave(self) -> None:
         """Leave what was seen of the task at hand to the next update of the penalty."""
         if self._looked_for == self.penalty.num_tasks:
-            self.penalty.leave(self._plasticity)
+            self.penalty._leave(self._plasticity)
 
     def take_over(self) -> None:
         """Go on with what an earlier update of the penalty has left of the task at hand."""
-        left = self.penalty.take_over()
+        left = self.penalty._take_over()
         if left is not None:
             self.resume(left)
 
