@@ -149,19 +149,10 @@ class ConsolidatedTasks(nn.Module):
         """Take the largest strength that leaves enough of the task in which it is being found.
 
         Args:
-            strength: It.
+            strength: That strength.
             before: What was found before in the same optimizer's steps; 1e20 if nothing.
         """
         self._found.limit_to(strength, before)
-
-    @property
-    def _found_strength(self) -> FoundStrength:
-        """What the strength was found from; a copy, to be set again if a step fails."""
-        return replace(self._found)
-
-    @_found_strength.setter
-    def _found_strength(self, value: FoundStrength) -> None:
-        self._found = replace(value)
 
     def _leave(self, plasticity: Plasticity) -> None:
         """Keep what a handle has seen of the task at hand, for one that goes on after it."""

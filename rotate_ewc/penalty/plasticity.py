@@ -167,11 +167,12 @@ class FoundStrength:
             is_first: Whether it has a single gradient behind it, so that it is not taken where
                 there is another in this task.
         """
-        mean = self.strengths if self.is_open(num_tasks) else self.bounds
+        is_open = self.is_open(num_tasks)
+        mean = self.strengths if is_open else self.bounds
         if is_first and mean.num_tasks == num_tasks:
             return
         mean = mean.including(strength, rate, num_tasks)
-        if self.is_open(num_tasks):
+        if is_open:
             self.strengths = mean
         else:
             self.bounds = mean
@@ -209,7 +210,7 @@ class Plasticity:
 
     def __copy__(self) -> Plasticity:
         """Return one that goes on from here by itself."""
-        new = Plasticity()
+        new = Plasticity.__new__(Plasticity)  # without sums to begin with, in every step
         vars(new).update(vars(self), _task=copy.copy(self._task))
         return new
 

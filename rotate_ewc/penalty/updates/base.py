@@ -43,7 +43,7 @@ class Update(ABC):
 
     def remember(self) -> None:
         """Remember what `undo` restores, before a step."""
-        self._known = copy.copy(self.plasticity), self.penalty._found_strength
+        self._known = copy.copy(self.plasticity), copy.copy(self.penalty._found)
 
     @abstractmethod
     def before(self, step: Step) -> None:
@@ -61,7 +61,7 @@ class Update(ABC):
         """Give model and optimizer back what they had before a step that failed."""
         self.stand_ins.undo()
         if self._known is not None:
-            plasticity, self.penalty._found_strength = self._known
+            plasticity, self.penalty._found = self._known
             self.resume(plasticity)
 
     def give(self, step: Step, own: Mapping[str, Mapping[str, Tensor]]) -> set[str]:

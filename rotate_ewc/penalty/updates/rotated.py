@@ -18,9 +18,8 @@ from rotate_ewc.penalty.terms import Stack
 from rotate_ewc.penalty.updates.displaced import DisplacedUpdate
 from rotate_ewc.penalty.updates.step import Step, check_gradients, mark_basis, rotated_gradient
 
-# By how much a step has moved each stack, and its η Λ.
+# By how much a step has moved each stack, and its η Λ; and what they are in the state of a handle.
 _Done = dict[Stack, tuple[Tensor, Tensor]]
-# In the state of a handle: by how much a step has moved a stack, and its η Λ.
 _OF_A_LOOK: Final = ("moved", "stiffness")
 
 
