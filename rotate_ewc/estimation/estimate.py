@@ -113,11 +113,11 @@ def fit_blocks(
     ranked = settings.rank if isinstance(settings.rank, Mapping) else ()
     for argument, patterns in (("rank", ranked), ("diagonal", settings.diagonal)):
         check_matching(argument, patterns, given, "parameter that is estimated")
-    constants = NO_CONSTANTS if model is None else Constants.of(model)
     data = ReiterableData.of(data)
     modules = [] if model is None else [*model.modules()]
     for function in (forward, *likelihood.user_functions):
         modules += reached_modules(function)
+    constants = Constants.of(modules)
     watched = WatchedForward(forward, {parameter.device for parameter in parameters.values()})
     with undisturbed(modules, parameters.values(), data), torch.inference_mode(False):
         arguments = (likelihood, parameters, data, settings, constants, num_data, ranks)

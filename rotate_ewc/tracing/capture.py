@@ -15,6 +15,7 @@ from torch import Tensor
 from rotate_ewc._utils.messages import left_out, parameters_are
 from rotate_ewc._utils.numerics import statistics_dtype
 from rotate_ewc._utils.parameters import matches
+from rotate_ewc._utils.tree import map_tensors, tensors_in
 from rotate_ewc.errors import NotFiniteError
 from rotate_ewc.layers import Factors
 from rotate_ewc.losses import Likelihood
@@ -26,7 +27,7 @@ from rotate_ewc.tracing.example_rows import ExampleRows, Layout, mixing_message
 from rotate_ewc.tracing.forward_pass import ForwardPass, record_forward
 from rotate_ewc.tracing.layouts import FoundLayout, Layouts
 from rotate_ewc.tracing.origins import NO_CONSTANTS, Computed, Constants
-from rotate_ewc.tracing.per_example import add_squares, squares_like
+from rotate_ewc.tracing.per_example import add_squares, same_outputs, squares_like
 from rotate_ewc.tracing.recorder import Use
 
 
@@ -142,7 +143,7 @@ class BatchCapturer:
     ) -> Iterator[CapturedBatch]:
         """Capture a batch, or one of its examples where these must be seen alone."""
         self.counter.check(inputs)
-        recorded = self._record(inputs)
+        recorded = self._record(inputs, self.constants)
         likelihood = self.likelihood.current
         outputs = recorded.outputs.detach()
         outputs = outputs.to(statistics_dtype(outputs.dtype))
@@ -155,7 +156,8 @@ class BatchCapturer:
         normalizer = float(likelihood.num_terms(outputs, targets))
         generator.begin(num_examples)
         vectors = self._vectors(likelihood, outputs, targets, num_examples, generator)
-        recorded, (layout, vectors, known) = self._located(recorded, inputs, num_examples, vectors)
+        inputs, recorded, found_layout = self._located(recorded, inputs, num_examples, vectors)
+        layout, vectors, known = found_layout
         self._check_layout(recorded, layout, num_examples)
         captured = self._without_gradients(recorded, layout, normalizer, num_examples)
         without_rule = self._per_example_parameters() if with_squares else {}
@@ -198,27 +200,35 @@ class BatchCapturer:
                 yield replace(captured, gradients=found, squares=squares if last else {})
                 captured, found, held = replace(captured, first=False), [], 0
 
-    def _record(self, inputs: Any) -> ForwardPass:
+    def _record(self, inputs: Any, constants: Constants) -> ForwardPass:
         """Run the model."""
         return record_forward(
             self.forward,
             inputs,
             self.parameters,
-            constants=self.constants.without(inputs),
+            constants=constants.without(inputs),
             unsupported=self.settings.unsupported,
         )
 
     def _located(
         self, recorded: ForwardPass, inputs: Any, num_examples: int, vectors: Iterator[Tensor]
-    ) -> tuple[ForwardPass, FoundLayout]:
-        """Return a forward pass with the examples' rows in it; another one where that has them."""
-        found = self._layout(recorded, inputs, num_examples, vectors)
-        layout, vectors, _ = found
-        if None in layout.rows and recorded.took_blank and not self.constants.made_are_shared:
-            shared = self._with_shared(inputs, num_examples, vectors)
-            if shared is not None:
-                return shared
-        return recorded, found
+    ) -> tuple[Any, ForwardPass, FoundLayout]:
+        """Return inputs, and a forward pass with the examples' rows; others where only those do."""
+        layout, vectors, known = self._layout(recorded, inputs, num_examples, vectors)
+        if None in layout.rows:
+            for constants, others in self._alternatives(recorded, inputs, num_examples):
+                try:
+                    again = self._record(others, constants)
+                except Exception:  # a model need not take what it was not given
+                    continue
+                if not same_outputs(again.outputs, recorded.outputs):
+                    continue
+                found = self._layout(again, others, num_examples, vectors)
+                if None not in found[0].rows:
+                    self.constants = constants
+                    return others, again, found
+                vectors = found[1]
+        return inputs, recorded, (layout, vectors, known)
 
     def _layout(
         self, recorded: ForwardPass, inputs: Any, num_examples: int, vectors: Iterator[Tensor]
@@ -233,26 +243,21 @@ class BatchCapturer:
             free_graph=self.settings.unsupported is not Unsupported.DIAGONAL,
         )
 
-    def _with_shared(
-        self, inputs: Any, num_examples: int, vectors: Iterator[Tensor]
-    ) -> tuple[ForwardPass, FoundLayout] | None:
-        """Run the model again, where tensors that it makes of plain numbers cannot be examples.
+    def _alternatives(
+        self, recorded: ForwardPass, inputs: Any, num_examples: int
+    ) -> Iterator[tuple[Constants, Any]]:
+        """Yield constants and inputs with which no examples may be mixed where some were.
 
-        Returns:
-            The forward pass and the examples' rows; None if they cannot be the same for all either.
+        Tensors that the model makes of plain numbers may not be examples, and inputs of one row,
+        such as positions, may be meant for each of them.
         """
-        before = self.constants
-        self.constants = replace(before, made_are_shared=True)
-        try:
-            recorded = self._record(inputs)
-        except ValueError:
-            self.constants = before
-            return None
-        found = self._layout(recorded, inputs, num_examples, vectors)
-        if None not in found[0].rows:
-            return recorded, found
-        self.constants = before
-        return None
+        if recorded.took_blank and not self.constants.made_are_shared:
+            yield replace(self.constants, made_are_shared=True), inputs
+        if num_examples > 1 and any(map(_has_one_row, tensors_in(inputs))):
+            repeated = map_tensors(
+                lambda t: t.expand(num_examples, *t.shape[1:]) if _has_one_row(t) else t, inputs
+            )
+            yield self.constants, repeated
 
     def _check_layout(self, recorded: ForwardPass, layout: Layout, num_examples: int) -> None:
         """Check that every use has its examples' rows, or that those without are unsupported."""
@@ -369,3 +374,7 @@ def _with_last(vectors: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:
     while pending:
         pending.extend(islice(vectors, 1))
         yield pending.popleft(), not pending
+
+
+def _has_one_row(tensor: Tensor) -> bool:
+    return not tensor.is_nested and tensor.ndim > 0 and len(tensor) == 1

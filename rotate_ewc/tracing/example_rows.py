@@ -166,9 +166,10 @@ def mixing_message(uses: Sequence[Use], num_examples: int) -> str:
         f"the outputs of one example depend on other examples' values in the layer of {layers}, "
         f"for a batch of {num_examples} examples; expected independent examples. Use BatchNorm in "
         f"eval mode with running statistics; pass batch_size_fn if the batch has another number of "
-        f"examples; and where examples do depend on each other (a graph, a contrastive loss), take "
-        f"a batch for one example: batch_size_fn=lambda inputs: 1, which is exact with "
-        f"fisher_type='type2'"
+        f"examples; give what is the same for all of them, such as positions, a row for each "
+        f"(positions.expand(len(x), -1)); and where examples do depend on each other (a graph, a "
+        f"contrastive loss), take a batch for one example: batch_size_fn=lambda inputs: 1, which "
+        f"is exact with fisher_type='type2'"
     )
 
 

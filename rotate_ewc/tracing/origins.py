@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -56,7 +56,7 @@ class Computed:
 
 @dataclass(frozen=True)
 class Constants:
-    """A model's tensors that do not depend on the data.
+    """Tensors of modules that do not depend on the data.
 
     Attributes:
         shared: Those that are the same for all examples.
@@ -71,19 +71,24 @@ class Constants:
     made_are_shared: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module) -> Constants:
-        """Return a model's buffers, parameters, and tensors that are attributes of its modules."""
-        owned = [vars(module) for module in model.modules()]
+    def of(cls, modules: Iterable[nn.Module]) -> Constants:
+        """Return the buffers, parameters, and tensor attributes of modules, without submodules'."""
+        each = list(dict.fromkeys(modules))
         plain = [
             tensor
-            for attributes in owned
-            for name, value in attributes.items()
+            for module in each
+            for name, value in vars(module).items()
             if name not in ("_parameters", "_buffers")
             for tensor in _held_by(value)
             if not tensor.requires_grad
         ]
+        registered = [
+            tensor
+            for module in each
+            for tensor in (*module.buffers(recurse=False), *module.parameters(recurse=False))
+        ]
         return cls(
-            [*model.buffers(), *model.parameters(), *(t for t in plain if not _is_real(t))],
+            [*registered, *(tensor for tensor in plain if not _is_real(tensor))],
             [tensor for tensor in plain if _is_real(tensor)],
         )
 

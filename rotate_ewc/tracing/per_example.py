@@ -57,13 +57,14 @@ def _zeros(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
 
 
-def _same(alone: Tensor, in_batch: Tensor) -> bool:
-    """Whether an example has the same outputs alone as in its batch, up to rounding."""
-    tolerance = min(1e-1, 1e3 * torch.finfo(in_batch.dtype).eps)
-    scale = max(1e-30, float(in_batch.abs().max()))
-    if alone.shape != in_batch.shape:
+def same_outputs(one: Tensor, other: Tensor) -> bool:
+    """Whether a model's outputs are the same, up to rounding."""
+    one, other = one.detach(), other.detach()
+    tolerance = min(1e-1, 1e3 * torch.finfo(other.dtype).eps)
+    scale = max(1e-30, float(other.abs().max()))
+    if one.shape != other.shape:
         return False
-    return float((alone - in_batch).abs().max()) <= tolerance * scale
+    return float((one - other).abs().max()) <= tolerance * scale
 
 
 def _by_example(
@@ -86,7 +87,7 @@ def _by_example(
         own = slice(example * rows, (example + 1) * rows)
         if cut:
             own_outputs = _run_alone(forward, inputs, example)
-            if own_outputs is not None and _same(own_outputs.detach(), outputs.detach()[own]):
+            if own_outputs is not None and same_outputs(own_outputs, outputs[own]):
                 yield own_outputs, vector[own]
                 continue
             if isinstance(inputs, Tensor):
