@@ -174,7 +174,8 @@ class FirstPass:
         if changed:
             raise ValueError(
                 f"{quoted(changed)} was used in different ways in different batches; expected the "
-                f"same layers in all"
+                f"same layers in all (if there was one example in the first batch, put a larger "
+                f"one first)"
             )
 
     def _factors(self, plan: BlockPlan) -> KroneckerFactors:

@@ -216,7 +216,7 @@ class BatchCapturer:
         """Return inputs, and a forward pass with the examples' rows; others where only those do."""
         layout, vectors, known = self._layout(recorded, inputs, num_examples, vectors)
         if None in layout.rows:
-            for constants, others in self._alternatives(recorded, inputs, num_examples):
+            for constants, others in self._alternatives(inputs, num_examples):
                 try:
                     again = self._record(others, constants)
                 except Exception:  # a model need not take what it was not given
@@ -243,17 +243,16 @@ class BatchCapturer:
             free_graph=self.settings.unsupported is not Unsupported.DIAGONAL,
         )
 
-    def _alternatives(
-        self, recorded: ForwardPass, inputs: Any, num_examples: int
-    ) -> Iterator[tuple[Constants, Any]]:
+    def _alternatives(self, inputs: Any, num_examples: int) -> Iterator[tuple[Constants, Any]]:
         """Yield constants and inputs with which no examples may be mixed where some were.
 
-        Tensors that the model makes of plain numbers may not be examples, and inputs of one row,
+        What does not come from the inputs may be the same for all examples, and inputs of one row,
         such as positions, may be meant for each of them.
         """
-        if recorded.took_blank and not self.constants.made_are_shared:
-            yield replace(self.constants, made_are_shared=True), inputs
-        if num_examples > 1 and any(map(_has_one_row, tensors_in(inputs))):
+        tensors = list(tensors_in(inputs))
+        if tensors and not self.constants.others_are_shared:
+            yield replace(self.constants, others_are_shared=True), inputs
+        if num_examples > 1 and any(map(_has_one_row, tensors)):
             repeated = map_tensors(
                 lambda t: t.expand(num_examples, *t.shape[1:]) if _has_one_row(t) else t, inputs
             )

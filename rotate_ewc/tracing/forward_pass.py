@@ -33,7 +33,6 @@ class ForwardPass:
         computed: The tensors computed from parameters that uses may name instead of them.
         unsupported: Parameters that have some use without a rule.
         program: What was called.
-        took_blank: Whether a layer's input, taken for examples, was made of plain numbers.
     """
 
     outputs: Tensor
@@ -42,7 +41,6 @@ class ForwardPass:
     computed: Mapping[str, Computed]
     unsupported: frozenset[str]
     program: Program
-    took_blank: bool
 
     def sources(self, use: Use) -> frozenset[str]:
         """Return the names of the parameters in a use, or of those that they are computed from."""
@@ -91,7 +89,7 @@ def record_forward(
         ValueError: If a parameter is used by an operation without a rule, or by one that cannot be
             observed, and `unsupported` says so; or if a layer's input was modified after its use.
     """
-    recorder = Recorder(parameters, constants)
+    recorder = Recorder(parameters, constants, inputs)
     with torch.enable_grad():
         with recorder:
             outputs = _outputs(forward, inputs)
@@ -138,7 +136,6 @@ def record_forward(
         recorder.computed,
         without_rule,
         recorder.program,
-        recorder.took_blank,
     )
 
 

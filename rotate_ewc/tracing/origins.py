@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +63,15 @@ class Constants:
         shared: Those that are the same for all examples.
         blank: Those that hold examples all the same where a layer takes them as its input, as the
             state of a recurrent layer that the model has kept.
-        made_are_shared: Whether those that the model makes of plain numbers, such as ids, are the
-            same for all examples too. Else a layer takes them for examples that came as lists.
+        others_are_shared: Whether whatever does not come from the inputs, and needs no gradient, is
+            the same for all examples too: ids that the model makes of plain numbers, which a layer
+            else takes for examples that came as lists; and what a function keeps in a variable or a
+            cache, which may else be data.
     """
 
     shared: Sequence[Tensor] = ()
     blank: Sequence[Tensor] = ()
-    made_are_shared: bool = False
+    others_are_shared: bool = False
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> Constants:
@@ -98,7 +101,7 @@ class Constants:
         shared, blank = (
             [t for t in some if id(t) not in given] for some in (self.shared, self.blank)
         )
-        return Constants(shared, blank, self.made_are_shared)
+        return Constants(shared, blank, self.others_are_shared)
 
 
 NO_CONSTANTS: Final = Constants()
@@ -130,7 +133,7 @@ class Origins:
 
     Attributes:
         computed: Tensors computed from parameters and constants alone, by key.
-        made_are_shared: Whether what is made of plain numbers is the same for all examples.
+        others_are_shared: Whether what does not come from the inputs is the same for all examples.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], constants: Constants) -> None:
@@ -141,10 +144,11 @@ class Origins:
             constants: Tensors that do not depend on the data.
         """
         self.computed: dict[str, Computed] = {}
-        self.made_are_shared = constants.made_are_shared
+        self.others_are_shared = constants.others_are_shared
         self._names = {id(tensor): name for name, tensor in parameters.items()}
         self._constants: dict[int, _Constant] = {}
         self._expanded: dict[int, Tensor] = {}
+        self._from_inputs: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         for tensor in constants.blank:
             self.hold_constant(tensor, blank=True)
         for tensor in constants.shared:
@@ -185,7 +189,10 @@ class Origins:
         if isinstance(tensor, nn.Parameter):
             return True
         constant = self._constants.get(id(tensor))
-        return constant is not None and constant.version == version_of(tensor)
+        if constant is not None and constant.version == version_of(tensor):
+            return True
+        known = constant is not None or self._from_inputs.get(id(tensor)) is tensor
+        return self.others_are_shared and not known and not tensor.requires_grad
 
     def is_blank(self, tensor: Tensor) -> bool:
         """Whether a constant holds examples where a layer takes it as its input."""
@@ -197,6 +204,11 @@ class Origins:
         if self.is_parameter(tensor):
             return False
         return not self.is_constant(tensor) or self.is_blank(tensor)
+
+    def note_data(self, tensors: Iterable[Tensor]) -> None:
+        """Note that tensors, if they are not known, come from the inputs."""
+        if self.others_are_shared:
+            self._from_inputs.update((id(tensor), tensor) for tensor in tensors)
 
     def hold_constant(self, tensor: Tensor, *, blank: bool = False) -> None:
         """Note that a tensor does not depend on the data."""

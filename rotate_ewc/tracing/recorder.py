@@ -123,15 +123,17 @@ class Recorder(TorchFunctionMode):
         data_nodes: For the autograd node of every operation that used parameters and data, whether
             it has a rule or not, the nodes that its data came from.
         program: What was called.
-        took_blank: Whether a layer's input, taken for examples, was made of plain numbers.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], constants: Constants) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], constants: Constants, inputs: Any = None
+    ) -> None:
         """Look for parameters.
 
         Args:
             parameters: The tensors to look for, by name.
             constants: Tensors that do not depend on the data.
+            inputs: The data.
         """
         super().__init__()
         self.uses: list[Use] = []
@@ -141,8 +143,8 @@ class Recorder(TorchFunctionMode):
         self.hidden: set[str] = set()
         self.data_nodes: dict[Any, list[Any]] = {}
         self.program = Program()
-        self.took_blank = False
         self._origins = Origins(parameters, constants)
+        self._origins.note_data(tensors_in(inputs))
 
     @property
     def computed(self) -> Mapping[str, Computed]:
@@ -156,17 +158,27 @@ class Recorder(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        """Run an operation, and note what it did with parameters, and what it has made."""
+        result = self._seen(func, args, kwargs or {})
+        self._origins.note_data(written(func, args, result))
+        return result
+
+    def _seen(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
         """Run an operation, and note what it did with parameters."""
-        kwargs, known = kwargs or {}, self._origins
+        known = self._origins
         tensors = list(tensors_in((args[:1] or kwargs) if func in LIKE else (args, kwargs)))
         parameters = {id(t): t for t in tensors if known.is_parameter(t)}
         varying = [t for t in tensors if known.may_vary(t)]
         self.program.note(func, args, kwargs, varying)
         fixed = all(map(known.is_constant, varying))
         if not parameters:
+            base = args[0]._base if args and tensors and is_in_place(func) else None
+            changed = [] if base is None or not known.is_constant(base) else [base]
             result = func(*args, **kwargs)
             if fixed and (tensors or func in CONSTANT or func in BLANK):
-                self._note_constants(func, tensors, result)
+                self._note_constants(func, tensors, [*written(func, args, result), *changed])
             return result
         # Before it runs: what is written into is no parameter any more.
         sources = known.sources(*parameters.values())
@@ -229,7 +241,6 @@ class Recorder(TorchFunctionMode):
             return None
         if fixed and not (known.is_blank(call.input) or known.is_repeated(call.input)):
             return None
-        self.took_blank |= fixed and known.is_blank(call.input)
         own = [t for t in (call.weight, call.bias) if known.is_parameter(t)]
         # What was expanded may vary along the axis of the examples.
         if not own or (0 not in call.batch_axes and any(map(known.is_repeated, own))):
@@ -366,12 +377,12 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _note_constants(
-        self, func: Callable[..., Any], tensors: Sequence[Tensor], result: Any
+        self, func: Callable[..., Any], tensors: Sequence[Tensor], results: Sequence[Tensor]
     ) -> None:
-        """Note what an operation on constants alone has computed."""
-        made = func in BLANK and not self._origins.made_are_shared
+        """Note what an operation on constants alone has computed, or written into."""
+        made = func in BLANK and not self._origins.others_are_shared
         blank = made or any(map(self._origins.is_blank, tensors))
-        for tensor in tensors_in(result):
+        for tensor in results:
             repeated = func in COPYING and not tensor.is_floating_point()
             self._origins.hold_constant(tensor, blank=blank or repeated)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from rotate_ewc import EKFACLinearOperator
 
 CE = nn.CrossEntropyLoss()
 LENGTH = 6
-NAMES = ("words.weight", "places.weight", "head.weight", "head.bias")
 
 
 class Positioned(nn.Module):
@@ -75,22 +75,19 @@ def estimated(function: Any, net: nn.Module, data: Any, **options: Any) -> EKFAC
     return EKFACLinearOperator(function, CE, dict(net.named_parameters()), data, **options)
 
 
-def exact_diagonal() -> list[Tensor]:
-    """Sum the squared gradients of one example after another, in a plain loop."""
-    net = model()
+def assert_exact(operator: EKFACLinearOperator, net: nn.Module | None = None) -> None:
+    """Compare traces with the squared gradients of one example after another, in a plain loop."""
+    net = net or model()
     words, labels = examples()
-    found = [torch.zeros_like(parameter) for parameter in net.parameters()]
+    squares = dict.fromkeys(dict(net.named_parameters()), 0.0)
     for own, label in zip(words, labels, strict=True):
-        loss = nn.functional.cross_entropy(net(own[None]), label[None])
-        gradients = torch.autograd.grad(loss, list(net.parameters()))
-        found = [a + g.square() / len(words) for a, g in zip(found, gradients, strict=True)]
-    return found
-
-
-def assert_exact(operator: EKFACLinearOperator) -> None:
-    for name, squares in zip(NAMES, exact_diagonal(), strict=True):
-        trace = float(operator.block(name).trace)
-        assert trace == pytest.approx(float(squares.sum()), rel=1e-10), name
+        net.zero_grad()
+        nn.functional.cross_entropy(net(own[None]), label[None]).backward()
+        for name, parameter in net.named_parameters():
+            assert parameter.grad is not None
+            squares[name] += float(parameter.grad.square().sum()) / len(words)
+    for name, square in squares.items():
+        assert float(operator.block(name).trace) == pytest.approx(square, rel=1e-10), name
 
 
 @pytest.mark.parametrize("sizes", [(9,), (4, 4, 1), (1, 4, 4), (LENGTH, 3)])
@@ -123,9 +120,77 @@ def test_models_for_which_one_row_is_not_as_good_as_one_for_each(kind: type[Posi
 
 
 @pytest.mark.parametrize("ids", [torch.arange(LENGTH)[None], torch.arange(LENGTH)])
-def test_the_advice_for_tensors_that_a_function_holds(ids: Tensor) -> None:
+@pytest.mark.parametrize("sizes", [(9,), (4, 4, 1), (LENGTH, 3)])
+def test_tensors_that_a_function_holds(ids: Tensor, sizes: tuple[int, ...]) -> None:
     net = model()
-    with pytest.raises(ValueError, match=r"a row for each \(positions.expand"):
-        estimated(lambda words: net(words, ids), net, batches((9,)))
-    rows = lambda words: net(words, ids.expand(len(words), -1))  # noqa: E731
-    assert_exact(estimated(rows, net, batches((4, 4, 1))))
+    assert_exact(estimated(lambda words: net(words, ids), net, batches(sizes)))
+    assert_exact(estimated(partial(net, ids=ids), net, batches(sizes)))
+
+
+def test_the_advice_where_the_first_batch_has_one_example() -> None:
+    net, ids = model(), torch.arange(LENGTH)[None]
+    with pytest.raises(ValueError, match="one example in the first batch, put a larger"):
+        estimated(lambda words: net(words, ids), net, batches((1, 4, 4)))
+
+
+def test_the_advice_for_inputs_of_as_many_rows_as_positions() -> None:
+    net, ids = model(OfMappings), torch.arange(LENGTH)
+    with pytest.raises(ValueError, match=r"'places.weight'.* a row for each \(positions.expand"):
+        estimated(net, net, batches((9,), ids))
+    data = [({**x, "ids": ids.expand(len(x["words"]), -1)}, y) for x, y in batches((4, 4, 1), ids)]
+    assert_exact(estimated(net, net, data))
+
+
+@lru_cache
+def distances(length: int) -> Tensor:
+    """Return how far each position is from each other one, `[length²]`."""
+    places = torch.arange(length)
+    found = torch.zeros(length, length, dtype=torch.long)
+    found[:] = places[:, None] - places
+    found[:, :] += length - 1
+    found[0, :] *= 1
+    return found.view(-1)
+
+
+class Relative(nn.Module):
+    """Attention with a bias for each distance, as in BEiT, which are kept from the first call."""
+
+    def __init__(self, *, keep: bool) -> None:
+        super().__init__()
+        self.words = nn.Embedding(11, 5)
+        self.bias = nn.Parameter(torch.randn(2 * LENGTH - 1, dtype=torch.float64))
+        self.head = nn.Linear(5, 3)
+        self.distances = distances if keep else distances.__wrapped__
+
+    def forward(self, words: Tensor) -> Tensor:
+        length = words.shape[1]
+        x = self.words(words)
+        scores = x @ x.mT + self.bias[self.distances(length)].view(1, length, length)
+        y: Tensor = self.head((scores.softmax(-1) @ x)[:, 0].tanh())
+        return y
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("calls_before", [0, 1])
+@pytest.mark.parametrize("sizes", [(9,), (4, 4, 1)])
+def test_tensors_that_a_model_keeps_in_a_cache(
+    keep: bool, calls_before: int, sizes: tuple[int, ...]
+) -> None:
+    distances.cache_clear()
+    torch.manual_seed(0)
+    net = Relative(keep=keep).double()
+    for _ in range(calls_before):
+        net(examples()[0])
+    operator = estimated(net, net, batches(sizes))
+    assert_exact(operator, net)
+
+
+def test_what_is_written_into_a_kept_tensor_is_data() -> None:
+    """It is the same tensor in each call, and has the words of each batch."""
+    net, ids, memory = model(), torch.arange(LENGTH)[None], torch.zeros(9, LENGTH).long()
+
+    def forward(words: Tensor) -> Tensor:
+        memory[: len(words)] = words
+        return net(memory[: len(words)], ids)  # type: ignore[no-any-return]
+
+    assert_exact(estimated(forward, net, batches((9,))))
