@@ -72,4 +72,5 @@ loader = DataLoader(train_1, 100, sampler=DistributedSampler(train_1, shuffle=Fa
 penalty.consolidate(model, criterion, loader)
 train(model, train_2)
 show("after the second", model, test_1, test_2)
+dist.barrier()  # or a thread of gloo may still hold a tensor when Python ends, which aborts
 dist.destroy_process_group()

@@ -11,21 +11,19 @@ from torch import Tensor, nn
 
 from rotate_ewc._utils.validation import (
     AUTO,
-    as_non_negative_number,
     as_part,
     as_positive_number,
     check_positive_integer,
-    unless_auto,
 )
 from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.io.header import HEADER
 from rotate_ewc.options import Mode, Weighting
 from rotate_ewc.penalty.owners import Owners
-from rotate_ewc.penalty.plasticity import FoundStrength, Plasticity
 from rotate_ewc.penalty.protection import Protection
 from rotate_ewc.penalty.replicas import Replicas, digests_of
 from rotate_ewc.penalty.stability import largest_curvature
 from rotate_ewc.penalty.state import PenaltyState
+from rotate_ewc.penalty.strength import StrengthSearch
 from rotate_ewc.penalty.terms import Stack, Term, stack_terms
 from rotate_ewc.penalty.weighting import scale_of_penalty
 
@@ -87,7 +85,7 @@ class ConsolidatedTasks(nn.Module):
         super().__init__()
         self.mode = mode
         self.weighting = weighting
-        self.strength = strength
+        self.search = StrengthSearch(strength)
         self.plasticity = as_part("plasticity", plasticity)
         self.strict = strict
         self._terms: list[Term] = []
@@ -102,8 +100,6 @@ class ConsolidatedTasks(nn.Module):
         self._protection = Protection()
         # Until it is known whether all processes have consolidated the same.
         self._replicas: Replicas | None = None
-        # What handles have seen of a task, by number of tasks, that were detached during it.
-        self._left: list[tuple[int, Plasticity]] = []
 
     @property
     def strength(self) -> float:
@@ -112,56 +108,11 @@ class ConsolidatedTasks(nn.Module):
         `"auto"` finds it again, in the steps of an optimizer that the penalty is attached to; until
         then it is 1, which is Bayes' rule.
         """
-        return self._found.value if self._strength is None else self._strength
+        return self.search.value
 
     @strength.setter
     def strength(self, value: float | str) -> None:
-        self._strength = unless_auto(as_non_negative_number, "strength", value)
-        self._found = FoundStrength()
-
-    @property
-    def finds_strength(self) -> bool:
-        """Whether the strength is being found, in the steps of the task at hand."""
-        return self._strength is None and self._found.is_open(self._num_tasks)
-
-    @property
-    def begins_to_find_strength(self) -> bool:
-        """Whether the strength is to be found, and was not in any step so far."""
-        return self.finds_strength and not self._found.strengths.looks
-
-    @property
-    def bounds_strength(self) -> bool:
-        """Whether the strength was found, and is to be no larger than later tasks can bear."""
-        return self._strength is None and self._num_tasks > 0 and not self.finds_strength
-
-    def take_strength(self, strength: float, rate: float, *, is_first: bool) -> None:
-        """Take a strength, or a bound of it, into the mean of those found in the task at hand.
-
-        Args:
-            strength: What was found in one step.
-            rate: The learning rate of that step.
-            is_first: Whether an optimizer, of several perhaps, was seen for the first time; what is
-                found then counts only until there is something else.
-        """
-        self._found.add(strength, rate, self._num_tasks, is_first=is_first)
-
-    def limit_strength(self, strength: float, before: float) -> None:
-        """Take the largest strength that leaves enough of the task in which it is being found.
-
-        Args:
-            strength: That strength.
-            before: What was found before in the same optimizer's steps; 1e20 if nothing.
-        """
-        self._found.limit_to(strength, before)
-
-    def _leave(self, plasticity: Plasticity) -> None:
-        """Keep what a handle has seen of the task at hand, for one that goes on after it."""
-        self._left.append((self._num_tasks, plasticity))
-
-    def _take_over(self) -> Plasticity | None:
-        """Return what a handle has left that saw the task at hand; None if there is none."""
-        self._left = [(task, seen) for task, seen in self._left if task == self._num_tasks]
-        return self._left.pop(0)[1] if self._left else None
+        self.search.begin(value)
 
     @property
     def scale(self) -> float:
@@ -384,7 +335,7 @@ class ConsolidatedTasks(nn.Module):
             self._num_tasks,
             self._last_examples,
             self._last_loss_terms,
-            replace(self._found),
+            replace(self.search.found),
         )
 
     @property
@@ -396,8 +347,7 @@ class ConsolidatedTasks(nn.Module):
         self._replace_terms(
             state.terms, state.num_tasks, state.last_examples, state.last_loss_terms
         )
-        self._found = replace(state.found)
-        self._left = []
+        self.search.restore(state.found)
 
 
 def _without_dots(key: str) -> str:

@@ -423,7 +423,7 @@ class EKFACPenalty(ConsolidatedTasks):
     def options(self) -> dict[str, Any]:
         """Arguments that make a penalty like this one, in a form that JSON can hold."""
         return {
-            "strength": AUTO if self._strength is None else self._strength,
+            "strength": AUTO if self.search.given is None else self.search.given,
             "mode": self.mode.value,
             "plasticity": self.plasticity,
             "weighting": self.weighting.value,
@@ -439,7 +439,7 @@ class EKFACPenalty(ConsolidatedTasks):
 
     def extra_repr(self) -> str:
         """Show strength, mode and tasks."""
-        automatic = self._strength is None
+        automatic = self.search.given is None
         strength = f"{AUTO} ({self.strength:.3g})" if automatic else str(self.strength)
         return f"strength={strength}, mode={self.mode!r}, tasks={self._num_tasks}"
 

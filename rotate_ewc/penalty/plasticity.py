@@ -58,7 +58,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -76,106 +75,12 @@ _POWER: Final = 1.4
 # which λ is found.
 _MORE_IN_LATER_TASKS: Final = 3.0
 _MORE_IN_A_WHOLE_TASK: Final = 7.0
-_SMALLEST, _LARGEST = math.log(1e-20), math.log(1e20)
-_NO_LIMIT: Final = 1e20
+# No strength that is found is larger.
+NO_LIMIT: Final = 1e20
+_SMALLEST, _LARGEST = math.log(1e-20), math.log(NO_LIMIT)
 # To a part in a hundred, far less than by what it changes from look to look.
 _TOLERANCE: Final = 1e-2
 _MOST_ITERATIONS: Final = 60
-
-
-class GeometricMean(NamedTuple):
-    """The geometric mean of what was found while one task was learned, at its largest rate.
-
-    The first step of a task has a single gradient behind it, so what is found there is only used
-    until there is something else: the second number counts twice, and the first no more.
-
-    Attributes:
-        looks: How many numbers were found.
-        sum_of_logs: Of the logarithms of the numbers times the learning rates of their steps.
-        num_tasks: How many old tasks there were then.
-        largest_rate: The largest learning rate.
-    """
-
-    looks: int = 0
-    sum_of_logs: float = 0.0
-    num_tasks: int = 0
-    largest_rate: float = 0.0
-
-    @property
-    def logarithm(self) -> float:
-        """Logarithm of the mean; infinite before any was found, as of what bounds nothing."""
-        if not self.looks:
-            return math.inf
-        return self.sum_of_logs / self.looks - math.log(self.largest_rate)
-
-    def including(self, number: float, rate: float, num_tasks: int) -> GeometricMean:
-        """Return the mean with one more number, which is the first where the task is another."""
-        old = self if num_tasks == self.num_tasks else GeometricMean()
-        logarithm = math.log(number) + math.log(rate)  # their product may underflow
-        total = 2 * logarithm if old.looks == 1 else old.sum_of_logs + logarithm
-        return GeometricMean(old.looks + 1, total, num_tasks, max(old.largest_rate, rate))
-
-
-_NOTHING_FOUND: Final = GeometricMean()
-
-
-@dataclass
-class FoundStrength:
-    """The mean of the strengths found in one task, and what bounds it there and in a later task.
-
-    Attributes:
-        strengths: Those found in the first task that was learned under the penalty.
-        limit: What leaves enough of that task as a whole; 1e20 where any strength does.
-        bounds: Those found in the latest task that had any.
-    """
-
-    strengths: GeometricMean = _NOTHING_FOUND
-    limit: float = _NO_LIMIT
-    bounds: GeometricMean = _NOTHING_FOUND
-
-    @property
-    def value(self) -> float:
-        """λ; 1, which is Bayes' rule, before any was found."""
-        if not self.strengths.looks:
-            return 1.0
-        return min(math.exp(min(self.strengths.logarithm, self.bounds.logarithm)), self.limit)
-
-    def limit_to(self, limit: float, before: float) -> None:
-        """Take a limit, unless a smaller one is not its finder's own.
-
-        Several optimizers may have parts of a model, each with a limit of its own; and one that is
-        new, or does not know what it has seen, must not raise what was found earlier.
-
-        Args:
-            limit: The largest strength that one of them finds.
-            before: What the same has found before; 1e20 if nothing.
-        """
-        others = self.limit if self.limit < before else _NO_LIMIT
-        self.limit = min(limit, others)
-
-    def is_open(self, num_tasks: int) -> bool:
-        """Return whether a task with so many before it is that in which λ is found."""
-        return num_tasks > 0 and self.strengths.num_tasks in (0, num_tasks)
-
-    def add(self, strength: float, rate: float, num_tasks: int, *, is_first: bool = False) -> None:
-        """Take one more into the mean; in a later task, into that of its bounds.
-
-        Args:
-            strength: λ, or a bound of it.
-            rate: The learning rate of the step in which it was found.
-            num_tasks: How many old tasks there are.
-            is_first: Whether it has a single gradient behind it, so that it is not taken where
-                there is another in this task.
-        """
-        is_open = self.is_open(num_tasks)
-        mean = self.strengths if is_open else self.bounds
-        if is_first and mean.num_tasks == num_tasks:
-            return
-        mean = mean.including(strength, rate, num_tasks)
-        if is_open:
-            self.strengths = mean
-        else:
-            self.bounds = mean
 
 
 class Progress(NamedTuple):
@@ -204,7 +109,7 @@ class Plasticity:
     def __init__(self) -> None:
         """Look at the first step."""
         self.wait = self.looks = 0
-        self.largest_strength = _NO_LIMIT
+        self.largest_strength = NO_LIMIT
         self._gain, self._overlapping = 0.0, 0.0
         self._task = TaskProgress()
 
@@ -278,7 +183,7 @@ class Plasticity:
         found = None
         if part > 0.0 and self._task.is_clear:
             found = strength_keeping(part, [self._task.gains_and_stiffnesses])
-        self.largest_strength = found or _NO_LIMIT
+        self.largest_strength = found or NO_LIMIT
         return self.largest_strength
 
     @property
@@ -317,7 +222,7 @@ class Plasticity:
             new._gain, new._overlapping = map(float, state["overlap"])
             new._task = TaskProgress.from_state_dict(state)
             whole = 0 <= new._overlapping <= new._gain < math.inf
-            whole &= new.looks >= 0 and 0.0 < new.largest_strength <= _NO_LIMIT
+            whole &= new.looks >= 0 and 0.0 < new.largest_strength <= NO_LIMIT
         except (KeyError, OverflowError, RuntimeError, TypeError, ValueError):
             whole = False
         if not whole:

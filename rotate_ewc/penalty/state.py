@@ -16,7 +16,7 @@ from rotate_ewc.io.header import HEADER, LIBRARY, read_header, write_header
 from rotate_ewc.io.layout import PenaltyHeader, TermLayout
 from rotate_ewc.io.snapshot import checked_tensor, layout_of, restore, tensors_of
 from rotate_ewc.io.storage_dtype import DTYPES
-from rotate_ewc.penalty.plasticity import FoundStrength, GeometricMean
+from rotate_ewc.penalty.strength import FoundStrength, GeometricMean
 from rotate_ewc.penalty.terms import Term
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rotate_ewc import EKFACPenalty
-from rotate_ewc.penalty.plasticity import FoundStrength
 from rotate_ewc.penalty.state import PenaltyState
+from rotate_ewc.penalty.strength import FoundStrength
 from rotate_ewc.penalty.terms import Term
 from tests.helpers.dense_steps import CASES, advance, dense
 from tests.helpers.exact import exact_penalty

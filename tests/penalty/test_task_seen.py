@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from rotate_ewc import EKFACPenalty, SnapshotError
 from rotate_ewc.penalty.attachment import Attachment
-from rotate_ewc.penalty.plasticity import FoundStrength
+from rotate_ewc.penalty.strength import FoundStrength
 from tests.helpers.penalties import CE
 
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -65,7 +65,7 @@ def numbers_of(handle: Attachment[EKFACPenalty]) -> dict[str, Any]:
 
 
 def limit_of(penalty: EKFACPenalty) -> float:
-    return penalty._found.limit
+    return penalty.search.found.limit
 
 
 def in_one_go(epochs: int = 6) -> EKFACPenalty:

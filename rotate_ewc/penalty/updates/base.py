@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
-from rotate_ewc.penalty.plasticity import FoundStrength, Plasticity, Progress
+from rotate_ewc.penalty.plasticity import Plasticity, Progress
+from rotate_ewc.penalty.strength import FoundStrength
 from rotate_ewc.penalty.updates.step import StandIns, Step
 
 # From the first look at the steps of a task to the second.
@@ -43,7 +44,7 @@ class Update(ABC):
 
     def remember(self) -> None:
         """Remember what `undo` restores, before a step."""
-        self._known = copy.copy(self.plasticity), copy.copy(self.penalty._found)
+        self._known = copy.copy(self.plasticity), copy.copy(self.penalty.search.found)
 
     @abstractmethod
     def before(self, step: Step) -> None:
@@ -61,7 +62,7 @@ class Update(ABC):
         """Give model and optimizer back what they had before a step that failed."""
         self.stand_ins.undo()
         if self._known is not None:
-            plasticity, self.penalty._found = self._known
+            plasticity, self.penalty.search.found = self._known
             self.resume(plasticity)
 
     def give(self, step: Step, own: Mapping[str, Mapping[str, Tensor]]) -> set[str]:
@@ -82,17 +83,22 @@ class Update(ABC):
 
     def looks(self) -> bool:
         """Count a step, and return whether the strength is to be found, or bounded, in it."""
-        if self.penalty.begins_to_find_strength:  # perhaps it was a number until now
+        if self.penalty.search.is_to_begin(
+            self.penalty.num_tasks
+        ):  # perhaps it was a number until now
             self.plasticity.wait = min(self.plasticity.wait, _FIRST_STEPS)
         return self.wait < math.inf and self.plasticity.is_due()
 
     @property
     def wait(self) -> float:
         """How many steps there are before the next look; infinite where the strength is given."""
-        bounds = self.bounds_strength and self.penalty.bounds_strength
-        if not (bounds or self.penalty.finds_strength):
-            return math.inf
-        return self.plasticity.wait
+        bounds = self.bounds_strength and self.penalty.search.is_bounded(self.penalty.num_tasks)
+        return self.plasticity.wait if bounds or self.finds_strength else math.inf
+
+    @property
+    def finds_strength(self) -> bool:
+        """Whether the strength is being found, in the steps of the task at hand."""
+        return self.penalty.search.is_on(self.penalty.num_tasks)
 
     @property
     def plasticity(self) -> Plasticity:
@@ -108,11 +114,11 @@ class Update(ABC):
     def leave(self) -> None:
         """Leave what was seen of the task at hand to the next update of the penalty."""
         if self._looked_for == self.penalty.num_tasks:
-            self.penalty._leave(self._plasticity)
+            self.penalty.search.leave(self._looked_for, self._plasticity)
 
     def take_over(self) -> None:
         """Go on with what an earlier update of the penalty has left of the task at hand."""
-        left = self.penalty._take_over()
+        left = self.penalty.search.take_over(self.penalty.num_tasks)
         if left is not None:
             self.resume(left)
 
@@ -123,15 +129,15 @@ class Update(ABC):
             seen: What that is.
             step: The step.
         """
-        penalty = self.penalty
-        later = penalty.bounds_strength
+        penalty, search, num_tasks = self.penalty, self.penalty.search, self.penalty.num_tasks
+        later = search.is_bounded(num_tasks)
         found = self.plasticity.look(
             seen, penalty.plasticity, penalty.strength, later=later, total=penalty.owners.total
         )
         if found is not None:
             is_first = self.plasticity.looks == 1
             rate = step.rate(penalty.protected_names)
-            penalty.take_strength(found, rate, is_first=is_first)
+            search.found.add(found, rate, num_tasks, is_first=is_first)
             self.plasticity.wait = (_FIRST_STEPS if is_first else self.steps_between_looks) - 1
 
     def limit_strength(self, done: Sequence[Progress]) -> bool:
@@ -144,7 +150,7 @@ class Update(ABC):
         before = self.plasticity.largest_strength
         found = self.plasticity.limit(done, penalty.plasticity, penalty.owners.total)
         if found is not None:
-            penalty.limit_strength(found, before)
+            penalty.search.found.limit_to(found, before)
         return found is not None
 
     def flush(self, step: Step) -> None:  # noqa: B027

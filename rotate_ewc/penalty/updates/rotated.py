@@ -146,12 +146,12 @@ class RotatedUpdate(DisplacedUpdate):
             gains = (moved.square() / sizes).nan_to_num(0.0, 0.0)
             seen.append(Progress(gains, stiffnesses, stack.block.spectrum))
             done[stack] = moved, stiffnesses
-        self._done = done if self.penalty.finds_strength else None
+        self._done = done if self.finds_strength else None
         self.find_strength(seen, step)
 
     def _judge(self, gradients: Mapping[Stack, Tensor], step: Step) -> None:
         """Limit the strength, if a step was looked at, by the first gradients after it."""
-        if not self.penalty.finds_strength:
+        if not self.finds_strength:
             self._done = None
         if self._done is None:
             return
