@@ -6,6 +6,7 @@ processes. The tasks are scikit-learn's handwritten digits, as they are and with
 # ruff: noqa: T201
 
 import argparse
+import time
 
 import torch
 import torch.distributed as dist
@@ -72,5 +73,5 @@ loader = DataLoader(train_1, 100, sampler=DistributedSampler(train_1, shuffle=Fa
 penalty.consolidate(model, criterion, loader)
 train(model, train_2)
 show("after the second", model, test_1, test_2)
-dist.barrier()  # or a thread of gloo may still hold a tensor when Python ends, which aborts
 dist.destroy_process_group()
+time.sleep(0.5)  # gloo's threads let go of the last tensors: if Python ends before, it aborts
