@@ -249,14 +249,37 @@ def protected_slice(name: str, parameters: Mapping[str, Tensor], anchor: Tensor)
     return parameter[tuple(slice(size) for size in anchor.shape)]
 
 
+def code_of_part(path: str) -> str:
+    """Return code for a part of a model."""
+    if all(part.isidentifier() for part in path.split(".")):
+        return f"model.{path}"
+    return f"model.get_submodule({path!r})" if path else "model"
+
+
+def _remedy(missing: Sequence[str], names: Iterable[str]) -> str:
+    """Return what to pass where a model has other names than those that are protected."""
+    own = set(names)
+    paths = (name.removesuffix(missing[0]) for name in own if name.endswith(f".{missing[0]}"))
+    for path in sorted(paths, key=len):
+        if all(f"{path}{name}" in own for name in missing):
+            part = code_of_part(path.removesuffix("."))
+            return (
+                f"the part of it that was consolidated: {part} (penalty.consolidate({part}, "
+                f"loss_func, data, forward=model) goes through the whole model)"
+            )
+    return (
+        "the model that was consolidated, or one grown from it (strict=False leaves such "
+        "parameters out)"
+    )
+
+
 def misfits(anchors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> str:
     """Say which parameters a penalty protects that the model has not, or not as they were."""
     told = []
     if missing := [name for name in anchors if name not in parameters]:
         told.append(
             f"{parameters_are(missing)} protected by the penalty, but the model has no such "
-            f"parameter; expected the model that was consolidated, or one grown from it "
-            f"(strict=False leaves such parameters out)"
+            f"parameter; expected {_remedy(missing, parameters)}"
         )
     present = {name: (parameters[name], a) for name, a in anchors.items() if name in parameters}
     if elsewhere := [name for name, (p, anchor) in present.items() if p.device != anchor.device]:

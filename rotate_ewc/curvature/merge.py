@@ -86,6 +86,8 @@ def merge_together(
             result; in the others, which need not have it, the result consists of meta tensors. None
             gives all of them the result.
     """
+    if isinstance(operators, EKFACLinearOperator):
+        raise TypeError("operators is one operator; expected a list of them: merge([a, b])")
     operators = list(operators)
     if not operators:
         raise ValueError("operators is empty; expected at least one")

@@ -55,7 +55,7 @@ def read(path: str | os.PathLike[str]) -> SnapshotFile:
             penalty = PenaltyState.restore(header, state)
             options, num_tasks = dict(penalty.options), penalty.num_tasks
             if options.get("strength") == AUTO:
-                options["strength"] = f"{AUTO} ({penalty.found.value:.3g})"
+                options["strength"] = f"{AUTO} ({penalty.found})"
             operators = tuple(term.operator for term in penalty.terms)
         else:
             tensors = {key: value for key, value in state.items() if key != HEADER}

@@ -22,7 +22,8 @@ bytes           in memory"""
 COMPARISON_NOTES = """\
 cosine   tr(AB) / (‖A‖ ‖B‖): 1 if they are proportional
 k        A's effective rank
-overlap  tr(P_A P_B) / k of the projections on the k leading eigenvectors: 1 for the same space"""
+overlap  tr(P_A P_B) / k of the projections on the k leading eigenvectors: 1 for the same space
+another form   other parameters in one block, or other sides: not comparable"""
 
 
 def heading(file: SnapshotFile) -> Text:
@@ -32,7 +33,7 @@ def heading(file: SnapshotFile) -> Text:
     ]
     if file.num_tasks is not None:
         terms = len(file.operators)
-        lines.append(f"{file.num_tasks} tasks in {terms} term{'' if terms == 1 else 's'}")
+        lines.append(f"{_counted(file.num_tasks, 'task')} in {_counted(terms, 'term')}")
     lines += _listed("options", file.options.items())
     return Text("\n".join(lines))
 
@@ -101,6 +102,10 @@ def comparison_table(comparison: Comparison) -> Table:
         for label in labels:
             table.add_row(Text(label), why, "", "", "", "", "")
     return table
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _listed(title: str, items: Iterable[tuple[str, object]]) -> list[str]:

@@ -183,9 +183,16 @@ class Categorical(Likelihood):
                 f"(torch.long) or class probabilities (floating-point)"
             )
         if targets.shape != expected:
+            advice = ""
+            if outputs.ndim > 2 and targets.shape == outputs.shape[:-1]:
+                advice = (
+                    "; where they are the last axis, pass forward=lambda x: model(x).movedim(-1, "
+                    "1) (for an operator, as model_func)"
+                )
             raise ValueError(
                 f"{self.name} outputs {shape_of(outputs)} and targets {shape_of(targets)} do not "
-                f"fit; expected targets {list(expected)} (the classes are the outputs' second axis)"
+                f"fit; expected targets {list(expected)} (the classes are the outputs' second "
+                f"axis{advice})"
             )
         labels = targets[targets != self.ignore_index]
         if labels.numel() == 0:

@@ -83,7 +83,10 @@ def likelihood_of(
             or if a registered factory returns something other than a `Likelihood`.
     """
     if not callable(loss_func):
-        raise TypeError(f"loss_func is {loss_func!r}; expected a loss")
+        raise TypeError(
+            f"loss_func is {type(loss_func).__name__} {loss_func!r:.50}; expected a loss, such as "
+            f"torch.nn.CrossEntropyLoss()"
+        )
     _refuse_class(loss_func)
     if isinstance(loss_func, ModelLoss) and fisher_type is FisherType.EMPIRICAL:
         return OwnLosses.of(loss_func)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from rotate_ewc._utils.messages import quoted
-from rotate_ewc._utils.parameters import named_parameters
+from rotate_ewc._utils.parameters import code_of_part, named_parameters
 from rotate_ewc.distributed.sharding import fully_sharded_modules, reshard
 from rotate_ewc.penalty.step_rules import StepRule, known_optimizers, rule_of
 from rotate_ewc.penalty.updates import UpdateKind
@@ -93,22 +93,16 @@ def _remedy(model: nn.Module, own: Iterable[str], protected: Sequence[str]) -> s
     below = (name.replace(_ADAPTED, ".") for name in own if _ADAPTED in name)
     if adapted is not None and any(name.endswith(tuple(protected)) for name in below):
         return (
-            f"the weights under the adapters: penalty.attach(optimizer, {_part(adapted)}, "
+            f"the weights under the adapters: penalty.attach(optimizer, {code_of_part(adapted)}, "
             f"'gradient', view=effective_parameters), from rotate_ewc.integrations.peft"
         )
     for path, module in modules.items():
         if named_parameters(module).keys() >= set(protected):
-            return f"the part that was consolidated: penalty.attach(optimizer, {_part(path)})"
+            part = code_of_part(path)
+            return f"the part that was consolidated: penalty.attach(optimizer, {part})"
     if adapted is not None:
         return "a model whose adapters have the adapter_name that they had when consolidated"
     return "the module that was consolidated, or to one with the same names"
-
-
-def _part(path: str) -> str:
-    """Return code for a part of a model."""
-    if all(part.isidentifier() for part in path.split(".")):
-        return f"model.{path}"
-    return f"model.get_submodule({path!r})" if path else "model"
 
 
 def check_optimizer(optimizer: Optimizer, update: UpdateKind) -> StepRule | None:
@@ -118,7 +112,7 @@ def check_optimizer(optimizer: Optimizer, update: UpdateKind) -> StepRule | None
         raise ValueError(
             f"optimizer is {name}, which evaluates the loss at several points in each step; "
             f"expected another one, or add penalty(model) to the loss (in the Avalanche plugin: "
-            f"update='loss')"
+            f"update='loss', with a number as ewc_lambda)"
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(

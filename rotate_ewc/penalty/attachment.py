@@ -276,8 +276,8 @@ class Attachment(Generic[Penalty]):
 
     def __repr__(self) -> str:
         """Show how the penalty takes part, and in whose steps."""
-        optimizer = type(self.optimizer).__name__
-        return f"Attachment({optimizer}, update={self.update.value!r}, every={self.every})"
+        optimizer, end = type(self.optimizer).__name__, "" if self._hooks else ", detached"
+        return f"Attachment({optimizer}, update={self.update.value!r}, every={self.every}{end})"
 
     @torch.no_grad()
     def _before(

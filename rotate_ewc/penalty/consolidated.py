@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from rotate_ewc._utils.validation import (
     AUTO,
-    as_part,
+    as_choice,
     as_positive_number,
     check_positive_integer,
 )
 from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.io.header import HEADER
 from rotate_ewc.options import Mode, Weighting
+from rotate_ewc.penalty.checked_options import checked_option
 from rotate_ewc.penalty.owners import Owners
 from rotate_ewc.penalty.protection import Protection
 from rotate_ewc.penalty.replicas import Replicas, digests_of
@@ -60,13 +61,15 @@ class ConsolidatedTasks(nn.Module):
     """
 
     _places: Final = _Places()
+    mode: Mode
+    weighting: Weighting
     # Whether each of several processes keeps only its share of the terms.
     sharded = False
 
     def __init__(
         self,
-        mode: Mode,
-        weighting: Weighting,
+        mode: Mode | str,
+        weighting: Weighting | str,
         *,
         strength: float | str,
         plasticity: float,
@@ -83,10 +86,10 @@ class ConsolidatedTasks(nn.Module):
                 error.
         """
         super().__init__()
-        self.mode = mode
-        self.weighting = weighting
+        self.mode = as_choice("mode", mode, Mode)
+        self.weighting = as_choice("weighting", weighting, Weighting)
         self.search = StrengthSearch(strength)
-        self.plasticity = as_part("plasticity", plasticity)
+        self.plasticity = plasticity
         self.strict = strict
         self._terms: list[Term] = []
         # Another list after each consolidation, even where this process keeps nothing.
@@ -100,6 +103,10 @@ class ConsolidatedTasks(nn.Module):
         self._protection = Protection()
         # Until it is known whether all processes have consolidated the same.
         self._replicas: Replicas | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; options are checked as in the constructor."""
+        super().__setattr__(name, checked_option(name, value, vars(self)))
 
     @property
     def strength(self) -> float:

@@ -23,13 +23,8 @@ from rotate_ewc._utils.parameters import (
 from rotate_ewc._utils.storage_dtype import OF_FILES, as_storage_dtype
 from rotate_ewc._utils.validation import (
     AUTO,
-    as_choice,
     as_non_negative_number,
-    as_patterns,
-    as_positive_number,
-    check_boolean,
     check_positive_integer,
-    unless_auto,
 )
 from rotate_ewc.distributed.processes import Group, Ranks
 from rotate_ewc.distributed.sharding import whole
@@ -156,23 +151,12 @@ class EKFACPenalty(ConsolidatedTasks):
             ValueError: If a value is out of range, naming the argument.
             TypeError: If a value has the wrong type, or there is no such option.
         """
-        check_boolean("strict", strict)
-        super().__init__(
-            as_choice("mode", mode, Mode),
-            as_choice("weighting", weighting, Weighting),
-            strength=strength,
-            plasticity=plasticity,
-            strict=strict,
-        )
-        self.decay = as_non_negative_number("decay", decay)
-        if self.decay > 1:
-            raise ValueError(f"decay is {decay}; expected a number from 0 to 1")
-        unless_auto(as_positive_number, "temperature", temperature)
+        super().__init__(mode, weighting, strength=strength, plasticity=plasticity, strict=strict)
+        self.decay = decay
         self.temperature = temperature
-        self.damping = as_non_negative_number("damping", damping)
-        self.include = as_patterns("include", include)
-        self.exclude = as_patterns("exclude", exclude)
-        check_boolean("sharded", sharded)
+        self.damping = damping
+        self.include = include
+        self.exclude = exclude
         self.sharded = sharded
         self.settings = EstimationSettings.gather(settings, options)
 
@@ -242,6 +226,11 @@ class EKFACPenalty(ConsolidatedTasks):
             raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
         check_positive_integer("num_data", num_data, optional=True)
         weight = as_non_negative_number("weight", weight)
+        if loss_func is not None and not callable(loss_func):
+            raise TypeError(
+                f"loss_func is {type(loss_func).__name__}; expected consolidate(model, loss_func, "
+                f"data), or data=loader by name for a model that has its own loss"
+            )
         if data is None:
             raise TypeError("data is missing; expected the task's batches: data=loader")
         model = unwrapped(model)
@@ -409,12 +398,11 @@ class EKFACPenalty(ConsolidatedTasks):
         """
         with files.loaded(path) as state:
             found = PenaltyState.from_dict(state)
+            cls(**options)  # what is wrong with these is not the file's fault
             try:
-                saved = cls(**found.options)
+                penalty = cls(**_overridden(found.options, options))
             except (TypeError, ValueError) as error:
                 raise SnapshotError(f"snapshot's 'options' cannot be used: {error}") from None
-            found.check(mode=saved.mode, weighting=saved.weighting)
-            penalty = cls(**_overridden(found.options, options))
             found.check(mode=penalty.mode, weighting=penalty.weighting)
         penalty._restore(found.stored_in(penalty.settings.storage_dtype))
         return penalty
@@ -439,9 +427,7 @@ class EKFACPenalty(ConsolidatedTasks):
 
     def extra_repr(self) -> str:
         """Show strength, mode and tasks."""
-        automatic = self.search.given is None
-        strength = f"{AUTO} ({self.strength:.3g})" if automatic else str(self.strength)
-        return f"strength={strength}, mode={self.mode!r}, tasks={self._num_tasks}"
+        return f"strength={self.search}, mode={self.mode!r}, tasks={self._num_tasks}"
 
 
 def _overridden(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rotate_ewc._utils.messages import parameters_are
+from rotate_ewc._utils.messages import parameters_are, parameters_have
 from rotate_ewc._utils.parameters import fits, misfits, protected_slice
 from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.distributed.sharding import gathered, is_sharded
@@ -84,9 +84,9 @@ class Protection:
             size = sum(float(f.square().sum() + a.square().sum()) for f, a in pairs)
             if sum(float((f - a).square().sum()) for f, a in pairs) > 0.5 * size:
                 warn_user(
-                    f"{', '.join(map(repr, names))} has grown, but does not begin with what it was "
-                    f"when it was consolidated, as if a new layer had taken its name; the penalty "
-                    f"pulls that part to the old values. Copy these into it, as Avalanche's "
+                    f"{parameters_have(names)} grown, but not from the values that were "
+                    f"consolidated, as if a new layer had taken the name; the penalty pulls that "
+                    f"part to the old values. Copy these into it, as Avalanche's "
                     f"IncrementalClassifier does, or give the new layer another name (and "
                     f"strict=False, which leaves out the old one)"
                 )

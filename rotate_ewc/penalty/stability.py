@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from torch.optim import SGD
+
 from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.penalty.terms import Stack
 
@@ -19,6 +21,16 @@ def largest_curvature(stacks: Sequence[Stack]) -> float:
         for name in stack.names:
             bounds[name] = bounds.get(name, 0.0) + largest
     return max(bounds.values(), default=0.0)
+
+
+def plain_rate(optimizer: SGD) -> float:
+    """Return the learning rate of gradient descent that is as stable; heavy balls roll no worse."""
+    rates = []
+    for group in optimizer.param_groups:
+        rate, momentum = float(group["lr"]), float(group["momentum"])
+        factor = (1 + 2 * momentum) / (1 + momentum) if group["nesterov"] else 1.0
+        rates.append(rate * factor)
+    return max(rates)
 
 
 def warn_if_divergent(learning_rate: float, curvature: float, strength: float) -> bool:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
-from rotate_ewc._utils.validation import as_non_negative_number, unless_auto
+from rotate_ewc._utils.validation import AUTO, as_non_negative_number, unless_auto
 from rotate_ewc.penalty.plasticity import NO_LIMIT, Plasticity
 
 
@@ -62,6 +62,10 @@ class FoundStrength:
     strengths: GeometricMean = _NOTHING_FOUND
     limit: float = NO_LIMIT
     bounds: GeometricMean = _NOTHING_FOUND
+
+    def __str__(self) -> str:
+        """Show λ, and whether it is no more than a start."""
+        return f"{self.value:.3g}" if self.strengths.looks else "none found yet, 1"
 
     @property
     def value(self) -> float:
@@ -131,6 +135,10 @@ class StrengthSearch:
         """
         self.given = unless_auto(as_non_negative_number, "strength", strength)
         self.found = FoundStrength()
+
+    def __str__(self) -> str:
+        """Show λ, and whether it was found."""
+        return f"{AUTO} ({self.found})" if self.given is None else str(self.given)
 
     @property
     def value(self) -> float:

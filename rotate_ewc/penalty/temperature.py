@@ -20,6 +20,7 @@ from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.losses import Likelihood
 from rotate_ewc.options import EstimationSettings
 from rotate_ewc.tracing.counting import ExampleCounter
+from rotate_ewc.tracing.forward_pass import call
 from rotate_ewc.tracing.passes import (
     Batch,
     ReiterableData,
@@ -158,7 +159,7 @@ def _seen(
         if number % stride:
             continue
         with naming_batch(number), noting_batch(number):
-            outputs = forward(inputs)
+            outputs = call(forward, inputs)
             found = _softenable(likelihood.current, inputs, outputs, targets, settings, counter)
             if found is None:
                 return None

@@ -148,7 +148,7 @@ class BatchCapturer:
         outputs = recorded.outputs.detach()
         outputs = outputs.to(statistics_dtype(outputs.dtype))
         if not bool(torch.isfinite(outputs).all()):
-            raise NotFiniteError("the model's outputs are not finite (NaN or infinity)")
+            raise NotFiniteError(self._not_finite())
         targets = likelihood.completed_targets(outputs, targets, self.settings.fisher_type)
         likelihood.check(outputs, targets)
         num_examples = self.counter.count(inputs, outputs, targets)
@@ -209,6 +209,14 @@ class BatchCapturer:
             constants=constants.without(inputs),
             unsupported=self.settings.unsupported,
         )
+
+    def _not_finite(self) -> str:
+        """Say that outputs are not finite, and which parameters are not either."""
+        told = "the model's outputs are not finite (NaN or infinity)"
+        wrong = [n for n, p in self.parameters.items() if not bool(torch.isfinite(p).all())]
+        if not wrong:
+            return f"{told}, though all parameters are; expected finite inputs and activations"
+        return f"{told}, because {parameters_are(wrong)} not finite; expected a model that trains"
 
     def _located(
         self, recorded: ForwardPass, inputs: Any, num_examples: int, vectors: Iterator[Tensor]

@@ -31,12 +31,15 @@ def advice_for_outputs(outputs: Any, inputs: Any, forward: Callable[[Any], Any])
 
 def advice_for_inputs(inputs: Any) -> str | None:
     """Return what to do where the model fails for inputs that may have to be unpacked."""
-    if not isinstance(inputs, Mapping):
+    if isinstance(inputs, Mapping):
+        kind, stars = f"{type(inputs).__name__} with {list(inputs)}", "**"
+    elif isinstance(inputs, (tuple, list)):
+        kind, stars = f"{type(inputs).__name__} of {len(inputs)} items", "*"
+    else:
         return None
     return (
-        f"the batch's inputs are a {type(inputs).__name__} with {list(inputs)}, and were given to "
-        f"the model as one argument; to unpack them, pass forward=lambda batch: "
-        f"model(**batch).logits {_FUNCTION}"
+        f"the batch's inputs are a {kind}, and were given to the model as one argument; to unpack "
+        f"them, pass forward=lambda batch: model({stars}batch) {_FUNCTION}"
     )
 
 
@@ -76,10 +79,12 @@ def advice_for_batch(batch: Any) -> str:
         return _advice_for_items(len(batch))
     if not isinstance(batch, Mapping):
         return ""
-    target = next((name for name in _USUAL_TARGETS if name in batch), next(iter(batch), "labels"))
+    target = next((name for name in _USUAL_TARGETS if name in batch), None)
+    known = "" if target else f", where 'TARGET' is the one of {list(batch)} that is the target"
+    target = target or "TARGET"
     return (
         f": take data=[({{k: v for k, v in batch.items() if k != {target!r}}}, batch[{target!r}]) "
-        f"for batch in data], and forward=lambda batch: model(**batch).logits {_FUNCTION}"
+        f"for batch in data]{known}, and forward=lambda batch: model(**batch) {_FUNCTION}"
     )
 
 
@@ -95,7 +100,8 @@ def _advice_for_items(count: int) -> str:
     return (
         f": if the model needs only the first item, and the second is the target, take "
         f"data=[(x, y) for x, y, *_ in data]; if it needs the others too, take "
-        f"data=[((x, *rest), y) for x, y, *rest in data] and forward=lambda batch: model(*batch) "
+        f"data=[((x, *rest), y) for x, y, *rest in data], or where the target is the last item "
+        f"data=[(tuple(rest), y) for *rest, y in data], and forward=lambda batch: model(*batch) "
         f"{_FUNCTION}"
     )
 

@@ -92,7 +92,7 @@ def record_forward(
     recorder = Recorder(parameters, constants, inputs)
     with torch.enable_grad():
         with recorder:
-            outputs = _outputs(forward, inputs)
+            outputs = call(forward, inputs)
         outputs = recorder.note_outputs(outputs)
     if recorder.impossible:
         reasons = recorder.impossible.items()
@@ -168,8 +168,8 @@ def back_propagate(
     return [None if gradient is None else gradient.detach() for gradient in gradients]
 
 
-def _outputs(forward: Callable[[Any], Any], inputs: Any) -> Any:
-    """Run a model, and note on its errors that it may not take a dictionary."""
+def call(forward: Callable[[Any], Any], inputs: Any) -> Any:
+    """Run a model, and note on its errors that it may not take one argument of several parts."""
     try:
         return forward(inputs)
     except Exception as error:

@@ -42,6 +42,7 @@ from rotate_ewc.losses import likelihood_of
 from rotate_ewc.options import Choice, Mode, PenaltyOptions
 from rotate_ewc.penalty.attachment import Attachment
 from rotate_ewc.penalty.penalty import EKFACPenalty
+from rotate_ewc.penalty.stability import plain_rate
 from rotate_ewc.tracing.counting import ExampleCounter
 
 PROGRESS: Final = "progress"
@@ -202,9 +203,8 @@ class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
         self._count_loss_terms(strategy)
         if self.penalty.num_tasks == 0:
             return
-        if self.update in (Update.LOSS, Update.GRADIENT):
-            self._check_learning_rate(strategy.optimizer)
         if self.update is Update.LOSS:
+            self._check_learning_rate(strategy.optimizer)
             penalty = self.penalty(strategy.model)
             self.penalty_in_loss = penalty.detach()
             strategy.loss = strategy.loss + penalty
@@ -347,7 +347,7 @@ class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
         Adaptive optimizers take steps of bounded size, and are not checked.
         """
         if not self._learning_rate_checked and isinstance(optimizer, SGD):
-            self.penalty.check_learning_rate(max(map(_plain_rate, optimizer.param_groups)))
+            self.penalty.check_learning_rate(plain_rate(optimizer))
         self._learning_rate_checked = True
 
     def _ends_task(self, experience: Any) -> bool:
@@ -376,12 +376,6 @@ class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
             dataset = Subset(dataset, range(ranks.rank, len(dataset), ranks.size))
         size = self.estimation_mb_size or strategy.train_mb_size
         return Minibatches(DataLoader(dataset, batch_size=size, collate_fn=collate), strategy)
-
-
-def _plain_rate(group: Mapping[str, Any]) -> float:
-    """Return the learning rate that is as stable without momentum; heavy balls roll no worse."""
-    rate, momentum = float(group["lr"]), float(group["momentum"])
-    return rate * (1 + 2 * momentum) / (1 + momentum) if group["nesterov"] else rate
 
 
 def _shows_progress(strategy: Any) -> bool:

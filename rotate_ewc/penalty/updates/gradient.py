@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import SGD
 
 from rotate_ewc._utils.parameters import fits
 from rotate_ewc.linalg.quadratic import quadratic_gradient
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
+from rotate_ewc.penalty.stability import plain_rate, warn_if_divergent
 from rotate_ewc.penalty.updates.base import Update, check_nothing_left
 from rotate_ewc.penalty.updates.step import Step
 from rotate_ewc.penalty.updates.watching import STEPS_BETWEEN_LOOKS, Watch
@@ -29,9 +31,14 @@ class GradientUpdate(Update):
         """Take part in no step yet."""
         super().__init__(penalty)
         self._watch = Watch(self)
+        self._tasks_checked = 0
 
     def before(self, step: Step) -> None:
-        """Add the penalty's gradient."""
+        """Add the penalty's gradient; warn once for each task if plain descent will diverge."""
+        if self._tasks_checked != self.penalty.num_tasks and isinstance(step.optimizer, SGD):
+            penalty = self.penalty
+            warn_if_divergent(plain_rate(step.optimizer), penalty.max_curvature, penalty.strength)
+        self._tasks_checked = self.penalty.num_tasks
         blocks = [stack.block for stack in self.penalty.stacks]
         gradients = quadratic_gradient(blocks, self.penalty.deltas(step.parameters))
         self._watch.before(self.penalty.stacks, step)
