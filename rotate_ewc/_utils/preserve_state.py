@@ -92,7 +92,8 @@ def undisturbed(
             *_compilation(),
             *(mode(module, training=False) for module in each),
             *(setting for module in each for setting in _exchanges(module)),
-            *map(_requiring_gradients, tensors),
+            # Others, such as quantised weights, cannot.
+            *(_requiring_gradients(t) for t in tensors if t.is_floating_point() or t.is_complex()),
             *map(_buffer, buffers.values()),
         ]
     )

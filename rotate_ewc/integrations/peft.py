@@ -16,7 +16,7 @@ names. `effective_parameters` returns the weights that the model with its adapte
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -95,11 +95,20 @@ def _active(wrapper: Any) -> nn.Module:
     return trained
 
 
+# What PEFT calls the methods of which `get_delta_weight` is what they add to the weights; of others,
+# such as OFT, it is what they multiply them with.
+_ADDING: Final = frozenset(
+    {"adalora", "c3a", "delora", "fourierft", "gralora", "loha", "lokr", "lora", "osf", "psoft"}
+    | {"randlora", "shira", "vblora", "vera", "waveft"}
+)
+
+
 def _refusal(layer: Any) -> str:
     """Return why the weights of a layer with its adapters are not known; nothing if they are."""
     kind, base = type(layer).__name__, layer.get_base_layer()
     weight = getattr(base, "weight", None)
-    if not hasattr(layer, "get_delta_weight"):
+    modules = {f"peft.tuners.{method}.layer" for method in _ADDING}
+    if modules.isdisjoint(parent.__module__ for parent in type(layer).__mro__):
         return f"{kind}, whose adapters are not added to the weights"
     if hasattr(layer, "parameter_name") or not isinstance(weight, Tensor):
         return f"{kind} of {type(base).__name__}, which has no weight"

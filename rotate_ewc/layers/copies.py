@@ -77,7 +77,9 @@ def broadcast(parameter: Tensor, shape: Sequence[int], *, shared: bool) -> Layer
         shared: Whether the parameter is known not to vary with the examples.
     """
     call = ElementwiseCall(_like(parameter, shape), None, parameter, view=_view(parameter, shape))
-    return call if shared and call.batch_axes else _gathered(parameter, shape)
+    # A second axis of size one, as of a single head, does not hold examples.
+    over_examples = any(axis == 0 or shape[axis] > 1 for axis in call.batch_axes)
+    return call if shared and over_examples else _gathered(parameter, shape)
 
 
 def stretched(tensor: Tensor, shape: Sequence[int]) -> Tensor:

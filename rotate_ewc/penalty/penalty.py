@@ -315,6 +315,8 @@ class EKFACPenalty(ConsolidatedTasks):
             return 0.5 * self.scale * shared_quadratic_form(self, parameters)
         deltas = self.deltas(parameters)
         value = quadratic_form([stack.block for stack in self._stacks], deltas)
+        if value.requires_grad and not torch.compiler.is_compiling():
+            self.search.warn_unless_sought(self._num_tasks)
         return 0.5 * self.scale * value
 
     def attach(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from rotate_ewc._utils.validation import AUTO, as_non_negative_number, unless_auto
+from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.penalty.plasticity import NO_LIMIT, Plasticity
 
 
@@ -118,12 +119,14 @@ class StrengthSearch:
     Attributes:
         given: λ, if it is a number; None if it is found.
         found: What was found.
+        is_sought: Whether a handle seeks it, or did.
     """
 
     def __init__(self, strength: float | str) -> None:
         """Begin with λ, or with `"auto"`."""
         # What handles have seen of a task, by number of tasks, that were detached during it.
         self._left: list[tuple[int, Plasticity]] = []
+        self.is_sought = False
         self.begin(strength)
 
     def begin(self, strength: float | str) -> None:
@@ -156,6 +159,16 @@ class StrengthSearch:
     def is_bounded(self, num_tasks: int) -> bool:
         """Return whether λ was found, and is to be no larger than that task can bear."""
         return self.given is None and num_tasks > 0 and not self.is_on(num_tasks)
+
+    def warn_unless_sought(self, num_tasks: int) -> None:
+        """Warn once if λ is to be found, but the penalty takes part in no optimizer's steps."""
+        if self.is_to_begin(num_tasks) and not self.is_sought:
+            self.is_sought = True
+            warn_user(
+                "the penalty in the loss has strength 'auto', which is found only in the steps of "
+                "an optimizer, and is 1 until then; call penalty.attach(optimizer, model) instead "
+                "of adding it to the loss, or give it a strength: EKFACPenalty(strength=100.0), say"
+            )
 
     def leave(self, num_tasks: int, seen: Plasticity) -> None:
         """Keep what a handle has seen of that task, for one that goes on after it."""

@@ -222,7 +222,9 @@ class BatchCapturer:
         self, recorded: ForwardPass, inputs: Any, num_examples: int, vectors: Iterator[Tensor]
     ) -> tuple[Any, ForwardPass, FoundLayout]:
         """Return inputs, and a forward pass with the examples' rows; others where only those do."""
-        layout, vectors, known = self._layout(recorded, inputs, num_examples, vectors)
+        layout, vectors, known = self._layout(
+            recorded, inputs, num_examples, vectors, self.constants
+        )
         if None in layout.rows:
             for constants, others in self._alternatives(inputs, num_examples):
                 try:
@@ -231,7 +233,7 @@ class BatchCapturer:
                     continue
                 if not same_outputs(again.outputs, recorded.outputs):
                     continue
-                found = self._layout(again, others, num_examples, vectors)
+                found = self._layout(again, others, num_examples, vectors, constants)
                 if None not in found[0].rows:
                     self.constants = constants
                     return others, again, found
@@ -239,7 +241,12 @@ class BatchCapturer:
         return inputs, recorded, (layout, vectors, known)
 
     def _layout(
-        self, recorded: ForwardPass, inputs: Any, num_examples: int, vectors: Iterator[Tensor]
+        self,
+        recorded: ForwardPass,
+        inputs: Any,
+        num_examples: int,
+        vectors: Iterator[Tensor],
+        constants: Constants,
     ) -> FoundLayout:
         """Find the examples' rows, by the output vectors of the batch or by another one."""
         return self.layouts.find(
@@ -249,6 +256,7 @@ class BatchCapturer:
             vectors,
             one_vector=self._has_one_vector,
             free_graph=self.settings.unsupported is not Unsupported.DIAGONAL,
+            may_remember=not constants.others_are_shared,
         )
 
     def _alternatives(self, inputs: Any, num_examples: int) -> Iterator[tuple[Constants, Any]]:
@@ -258,13 +266,18 @@ class BatchCapturer:
         such as positions, may be meant for each of them.
         """
         tensors = list(tensors_in(inputs))
-        if tensors and not self.constants.others_are_shared:
-            yield replace(self.constants, others_are_shared=True), inputs
+        if not tensors:
+            return
+        shared = replace(self.constants, others_are_shared=True)
+        if not self.constants.others_are_shared:
+            yield shared, inputs
         if num_examples > 1 and any(map(_has_one_row, tensors)):
             repeated = map_tensors(
                 lambda t: t.expand(num_examples, *t.shape[1:]) if _has_one_row(t) else t, inputs
             )
             yield self.constants, repeated
+            if not self.constants.others_are_shared:
+                yield shared, repeated
 
     def _check_layout(self, recorded: ForwardPass, layout: Layout, num_examples: int) -> None:
         """Check that every use has its examples' rows, or that those without are unsupported."""

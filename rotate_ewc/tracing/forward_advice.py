@@ -100,9 +100,9 @@ def _advice_for_items(count: int) -> str:
     return (
         f": if the model needs only the first item, and the second is the target, take "
         f"data=[(x, y) for x, y, *_ in data]; if it needs the others too, take "
-        f"data=[((x, *rest), y) for x, y, *rest in data], or where the target is the last item "
-        f"data=[(tuple(rest), y) for *rest, y in data], and forward=lambda batch: model(*batch) "
-        f"{_FUNCTION}"
+        f"data=[((x, *rest), y) for x, y, *rest in data] and forward=lambda batch: model(*batch) "
+        f"{_FUNCTION}; if the target is the last item, take the same forward, and "
+        f"data=[(tuple(rest), y) for *rest, y in data]"
     )
 
 

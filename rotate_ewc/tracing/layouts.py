@@ -48,6 +48,7 @@ class Layouts:
         *,
         one_vector: bool,
         free_graph: bool,
+        may_remember: bool = True,
     ) -> FoundLayout:
         """Find the examples' rows in a batch.
 
@@ -58,6 +59,8 @@ class Layouts:
             vectors: The batch's output vectors.
             one_vector: Whether there is only one of them.
             free_graph: Whether these are all that will be back-propagated.
+            may_remember: Whether batches with the same program have the same rows; not so if the
+                program takes tensors for constants that may be data.
 
         Returns:
             The rows, the output vectors, and the gradients of the first of them if they were taken.
@@ -65,11 +68,11 @@ class Layouts:
         if num_examples == 1 or not recorded.uses:
             return of_one_example(recorded.uses), vectors, None
         program = (recorded.program.key, num_examples, *(use.name for use in recorded.uses))
-        layout = self.remembered.get(program)
+        layout = self.remembered.get(program) if may_remember else None
         if layout is not None:
             return layout, vectors, None
         moving = recorded.program.indexes_by_data(num_examples)
-        by_data = moving or not _aligned(inputs, num_examples)
+        by_data = moving or not may_remember or not _aligned(inputs, num_examples)
         if not by_data and program not in self.remembered:
             if len(self.remembered) >= _REMEMBERED:
                 self.remembered.clear()

@@ -6,7 +6,7 @@ shapes, move rows in the same way, unless they index by data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -48,6 +48,10 @@ _MASKING: Final = frozenset(
 )
 
 
+# So many indices are read in a moment, also on another device.
+_MOST_NUMBERS: Final = 2**18
+
+
 class Program:
     """A digest of the functions that a forward pass calls, with their arguments.
 
@@ -55,9 +59,13 @@ class Program:
         key: The digest; equal for equal programs, in one process.
     """
 
-    def __init__(self) -> None:
-        """Begin with no function called."""
-        self.key = 0
+    def __init__(self, versions: Iterable[int] = ()) -> None:
+        """Begin with no function called.
+
+        Args:
+            versions: How often each of the model's constants had been written to.
+        """
+        self.key = hash(tuple(versions))
         self._indexes = False
         self._factors: set[torch.Size] = set()
         self._masks: set[tuple[torch.Size, bool]] = set()
@@ -86,6 +94,7 @@ class Program:
         func: Callable[..., Any],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
+        tensors: Sequence[Tensor],
         varying: Sequence[Tensor],
     ) -> None:
         """Add a call.
@@ -94,7 +103,8 @@ class Program:
             func: The function of torch.
             args: Its arguments.
             kwargs: Its named arguments.
-            varying: The tensors among them that may depend on the data.
+            tensors: The tensors among them.
+            varying: Those of them that may depend on the data.
         """
         name = getattr(func, "__name__", "")
         if name == "__get__":
@@ -102,7 +112,13 @@ class Program:
         if not name.endswith("__"):
             name = name.rstrip("_")
         self.key = hash((self.key, func, _described(args), _described(kwargs)))
-        if not varying or self._indexes:
+        if self._indexes:
+            return
+        if name in _INDEXING or name in _SELECTING:
+            # Whatever wrote them: not everything that writes can be seen.
+            known = {id(tensor) for tensor in varying}
+            self._add_numbers([t for t in tensors if id(t) not in known and _is_index(t)])
+        if not varying:
             return
         of_data = [t for t in varying if not t.requires_grad]
         mixed = 0 < len(of_data) < len(varying)
@@ -118,6 +134,21 @@ class Program:
             or _indexes(name, varying, varying[1:] if is_first else varying)
             or (name in ("__getitem__", "__setitem__") and _slices_by_tensors(args[1]))
         )
+
+    def _add_numbers(self, indices: Sequence[Tensor]) -> None:
+        """Tell programs apart by the numbers in constants that move rows; many are as data."""
+        if sum(tensor.numel() for tensor in indices) > _MOST_NUMBERS:
+            self._indexes = True
+            return
+        try:
+            self.key = hash((self.key, *(tensor.cpu().numpy().tobytes() for tensor in indices)))
+        except RuntimeError:  # inside a transform of torch.func they stand for others
+            self._indexes = True
+
+
+def _is_index(tensor: Tensor) -> bool:
+    regular = not tensor.is_nested and tensor.layout is torch.strided and not tensor.is_meta
+    return regular and not tensor.is_floating_point() and not tensor.is_complex()
 
 
 def _indexes(name: str, varying: Sequence[Tensor], indices: Sequence[Tensor]) -> bool:

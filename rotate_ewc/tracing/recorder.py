@@ -142,7 +142,7 @@ class Recorder(TorchFunctionMode):
         self.impossible: dict[str, set[str]] = {}
         self.hidden: set[str] = set()
         self.data_nodes: dict[Any, list[Any]] = {}
-        self.program = Program()
+        self.program = Program(map(version_of, (*constants.shared, *constants.blank)))
         self._origins = Origins(parameters, constants)
         self._origins.note_data(tensors_in(inputs))
 
@@ -171,10 +171,11 @@ class Recorder(TorchFunctionMode):
         tensors = list(tensors_in((args[:1] or kwargs) if func in LIKE else (args, kwargs)))
         parameters = {id(t): t for t in tensors if known.is_parameter(t)}
         varying = [t for t in tensors if known.may_vary(t)]
-        self.program.note(func, args, kwargs, varying)
+        self.program.note(func, args, kwargs, tensors, varying)
         fixed = all(map(known.is_constant, varying))
         if not parameters:
-            base = args[0]._base if args and tensors and is_in_place(func) else None
+            into = args[0] if args and is_in_place(func) else None
+            base = into._base if isinstance(into, Tensor) else None
             changed = [] if base is None or not known.is_constant(base) else [base]
             result = func(*args, **kwargs)
             if fixed and (tensors or func in CONSTANT or func in BLANK):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
     BertConfig,
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -21,6 +23,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -97,6 +101,36 @@ def vit_config() -> ViTConfig:
         image_size=4,
         patch_size=2,
         num_channels=1,
+        num_labels=3,
+    )
+
+
+def beit_config() -> BeitConfig:
+    """It keeps the positions of pixels, from which biases are looked up, in a cache."""
+    return BeitConfig(
+        hidden_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=6,
+        image_size=4,
+        patch_size=2,
+        num_channels=1,
+        num_labels=3,
+        use_relative_position_bias=True,
+    )
+
+
+def swin_config() -> SwinConfig:
+    """Two windows a side, which the second layer shifts."""
+    return SwinConfig(
+        image_size=4,
+        patch_size=1,
+        num_channels=1,
+        embed_dim=4,
+        depths=[2],
+        num_heads=[1],
+        window_size=2,
+        mlp_ratio=1.5,
         num_labels=3,
     )
 
@@ -186,6 +220,8 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[], Batch]]] = {
     ),
     "t5": (lambda: T5ForConditionalGeneration(t5_config()), translated),
     "vit": (lambda: ViTForImageClassification(vit_config()), pictures),
+    "beit": (lambda: BeitForImageClassification(beit_config()), pictures),
+    "swin, one head": (lambda: SwinForImageClassification(swin_config()), pictures),
 }
 
 

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PeftModel,
+    get_peft_model,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -244,6 +253,21 @@ def test_adapters_that_are_not_added_are_refused(config: Any, reason: str) -> No
     own = exact_penalty()
     own.consolidate(model, data=[batch])
     own.attach(optimizer, model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HRAConfig(r=2, target_modules=["q_proj"]),
+        OFTConfig(oft_block_size=2, r=0, target_modules=["q_proj"]),
+        MissConfig(r=2, target_modules=["q_proj"]),
+    ],
+)
+def test_adapters_that_rotate_weights_are_refused(config: Any) -> None:
+    """A rotation has the shape of a square layer's weight, to which it could be added."""
+    base, _ = hf_models.case("llama")
+    with pytest.raises(ValueError, match=r"self_attn.q_proj' \(.*not added to the weights"):
+        effective_parameters(adapted(base, config=config))
 
 
 def test_quantised_weights_are_refused() -> None:

@@ -299,7 +299,7 @@ def test_what_changes_the_loss_is_another_loss() -> None:
     for changed in (loss, nn.L1Loss(), partial(F.mse_loss, torch.zeros(1)), [F.mse_loss].pop):
         with pytest.raises(TypeError, match=r"Pass fisher_type='empirical'.*register_likelihood"):
             likelihood_of(changed)
-    with pytest.raises(TypeError, match="loss_func is 3; expected a loss"):
+    with pytest.raises(TypeError, match="loss_func is int 3; expected a loss"):
         likelihood_of(3)  # type: ignore[arg-type]
 
 

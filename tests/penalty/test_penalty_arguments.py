@@ -5,6 +5,7 @@ The matrix of a linear layer is then `(diag(p) - p pᵀ) ⊗ x xᵀ`, and its bl
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import warnings
@@ -22,6 +23,7 @@ from rotate_ewc import (
     EstimationSettings,
     FisherType,
     KFACType,
+    Mode,
     SnapshotError,
     Unsupported,
 )
@@ -127,6 +129,48 @@ def test_only_strength_and_mode_are_positional() -> None:
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         exact_penalty(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("decay", 1.2, "decay is 1.2; expected a number from 0 to 1"),
+        ("plasticity", 95, "plasticity is 95; expected more than 0 and less than 1"),
+        ("temperature", "hot", "temperature is 'hot'; expected a number .*or 'auto'"),
+        ("damping", -1.0, "damping is -1.0"),
+        ("include", "encoder.*", "include is 'encoder.*'; expected a list"),
+        ("exclude", [1], "exclude is"),
+        ("strict", 1, "strict is 1; expected True or False"),
+        ("sharded", None, "sharded is None; expected True or False"),
+        ("mode", "apart", "mode is 'apart'; expected one of"),
+        ("settings", {}, "settings is dict; expected EstimationSettings"),
+        ("rank", 64, r"penalty.rank cannot be set.*replace\(penalty.settings, rank=64\)"),
+    ],
+)
+def test_options_that_are_set_are_checked(name: str, value: Any, message: str) -> None:
+    """As in the constructor, or a penalty would save what no other can load."""
+    penalty = EKFACPenalty()
+    before = dict(vars(penalty))
+    with pytest.raises((TypeError, ValueError), match=message):
+        setattr(penalty, name, value)
+    assert dict(vars(penalty)) == before
+
+
+def test_options_that_are_set_count(tmp_path: Path) -> None:
+    penalty = EKFACPenalty()
+    penalty.mode, penalty.weighting, penalty.include = "separate", "uniform", ["*"]
+    penalty.settings = dataclasses.replace(penalty.settings, rank=64)
+    assert (penalty.mode, penalty.include) == (Mode.SEPARATE, ("*",))
+    penalty.consolidate(linear(), CE, DATA)
+    for name, value in (("mode", "merged"), ("weighting", "examples")):
+        with pytest.raises(ValueError, match=rf"{name} is '{value}'.*consolidated tasks"):
+            setattr(penalty, name, value)
+    penalty.decay = 0.5
+    penalty.save(tmp_path / "penalty.safetensors")
+    loaded = EKFACPenalty.load(tmp_path / "penalty.safetensors", decay=0.7)
+    assert (loaded.decay, loaded.mode, loaded.settings.rank) == (0.7, Mode.SEPARATE, 64)
+    with pytest.raises(ValueError, match="decay is 7; expected a number from 0 to 1"):
+        EKFACPenalty.load(tmp_path / "penalty.safetensors", decay=7)
 
 
 @pytest.mark.parametrize("decay", [0, 1, 0.5])

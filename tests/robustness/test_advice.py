@@ -370,14 +370,129 @@ def followed(message: str, model: nn.Module, batches: Any) -> Tensor:
     return found.to_dense()
 
 
-def test_batches_that_are_dictionaries() -> None:
+def unpacking(message: str, model: nn.Module) -> Callable[[Any], Any]:
+    source = re.search(FORWARD, message)
+    assert source is not None, message
+    forward: Callable[[Any], Any] = eval(source[1], {"model": model})
+    return forward
+
+
+def pairs(message: str, batches: Any, **names: str) -> Any:
+    source = re.search(r"data=(\[.*? in data\])", message)
+    assert source is not None, message
+    code = source[1]
+    for name, meant in names.items():
+        code = code.replace(name, meant)
+    return eval(code, {"data": batches})
+
+
+@pytest.mark.parametrize("target", ["labels", "category"])
+def test_batches_that_are_dictionaries(target: str) -> None:
+    """What the model returns is said when it has returned it."""
     model, batches = Transformer(), dictionaries()
+    batches[0][target] = batches[0].pop("labels")
     message = refusal(lambda: estimate(model, batches))
-    pairs = re.search(r"data=(\[.*? in data\])", message)
-    assert pairs is not None, message
-    found = followed(message, model, eval(pairs[1], {"data": batches}))
+    known = "'TARGET' is the one of ['features', 'scale', 'category'] that is the target"
+    assert (known in message) == (target == "category")
+    changed = pairs(message, batches, TARGET=target)
+    forward = unpacking(message, model)
+    message = refusal(lambda: estimate(model, changed, model_func=forward), TypeError)
+    found = followed(message, model, changed)
+    batches[0]["labels"] = batches[0].pop(target)
     assert torch.equal(found, expected_of(model).to_dense())
-    assert set(batches[0]) == {"features", "scale", "labels"}
+
+
+class Scaled(nn.Module):
+    """Takes two arguments, and returns a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, features: Tensor, scale: Tensor) -> Tensor:
+        y: Tensor = self.inner(features * scale)
+        return y
+
+
+@pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="errors have notes from 3.11 on")
+@pytest.mark.parametrize("temperature", ["auto", 1.0])
+@pytest.mark.parametrize("kind", [dict, tuple, list])
+def test_inputs_of_several_parts(kind: Any, temperature: Any) -> None:
+    model = Scaled()
+    features, scale = seeded(6, 4), seeded(6, 1).exp()
+    named = {"features": features, "scale": scale}
+    batches = [(named if kind is dict else kind(named.values()), labels())]
+    penalty = EKFACPenalty(temperature=temperature)
+    message = refusal(lambda: penalty.consolidate(model, CE, batches), TypeError)
+    expected = EKFACLinearOperator(
+        model.inner, CE, list(model.inner.parameters()), [(features * scale, labels())]
+    )
+    assert torch.equal(followed(message, model, batches), expected.to_dense())
+
+
+def test_targets_that_are_the_last_of_three_items() -> None:
+    model = Scaled()
+    batches = [(seeded(6, 4), seeded(6, 1).exp(), labels())]
+    message = refusal(lambda: estimate(model, batches))
+    last = message[message.index("if the target is the last item") :]
+    changed = pairs(last, batches)
+    assert torch.equal(changed[0][1], labels())
+    estimate(model, changed, model_func=unpacking(message, model))
+
+
+def test_classes_on_the_last_axis() -> None:
+    model, batches = net(), [(seeded(2, 5, 4), torch.arange(10).view(2, 5) % 3)]
+    message = refusal(lambda: estimate(model, batches))
+    forward = eval(
+        "lambda x:" + written_code(message, r"forward=lambda x:(.*?) \("), {"model": model}
+    )
+    found = estimate(model, batches, model_func=forward)
+    flat = [(batches[0][0].flatten(0, 1), batches[0][1].flatten())]
+    trace = float(EKFACLinearOperator(model, CE, list(model.parameters()), flat).trace)
+    assert float(found.trace) == pytest.approx(trace, rel=1e-5)
+
+
+def written_code(message: str, pattern: str) -> str:
+    found = re.search(pattern, message)
+    assert found is not None, message
+    return found[1]
+
+
+def test_a_whole_whose_part_was_consolidated() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.part(x)
+            return y
+
+    model = Whole()
+    penalty = consolidated(model.part)
+    message = refusal(lambda: penalty.consolidate(model, CE, data()))
+    code = written_code(message, r"\((penalty\.consolidate\(.*?\)) goes")
+    eval(code, {"penalty": penalty, "model": model, "loss_func": CE, "data": data()})
+    assert penalty.num_tasks == 2
+    part = written_code(refusal(lambda: penalty(model)), r"consolidated: (\S+) ")
+    assert float(penalty(eval(part, {"model": model}))) == 0.0
+
+
+@pytest.mark.parametrize("given", [(data(), CE), (data(),), (torch.utils.data.DataLoader([1]),)])
+def test_data_in_the_place_of_the_loss(given: Any) -> None:
+    message = refusal(lambda: EKFACPenalty().consolidate(net(), *given), TypeError)
+    assert "expected consolidate(model, loss_func, data)" in message
+    assert len(message) < 200
+
+
+def test_parameters_that_are_not_finite() -> None:
+    model = net()
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    message = refusal(lambda: estimate(model))
+    assert "because parameter '1.weight' is not finite" in message
+    inputs = [(torch.full((6, 4), float("inf")), labels())]
+    assert "though all parameters are" in refusal(lambda: estimate(net(), inputs))
 
 
 @pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="errors have notes from 3.11 on")
@@ -385,9 +500,12 @@ def test_inputs_that_are_dictionaries() -> None:
     model = Transformer()
     (batch,) = dictionaries()
     targets = batch.pop("labels")
-    message = refusal(lambda: estimate(model, [(batch, targets)]), TypeError)
+    batches = [(batch, targets)]
+    message = refusal(lambda: estimate(model, batches), TypeError)
     assert "dict with ['features', 'scale'], and were given to the model as one argument" in message
-    found = followed(message, model, [(batch, targets)])
+    forward = unpacking(message, model)
+    message = refusal(lambda: estimate(model, batches, model_func=forward), TypeError)
+    found = followed(message, model, batches)
     assert torch.equal(found, expected_of(model).to_dense())
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -139,6 +140,105 @@ def test_the_advice_for_inputs_of_as_many_rows_as_positions() -> None:
         estimated(net, net, batches((9,), ids))
     data = [({**x, "ids": ids.expand(len(x["words"]), -1)}, y) for x, y in batches((4, 4, 1), ids)]
     assert_exact(estimated(net, net, data))
+
+
+class Sorting(nn.Module):
+    """Tokens are sorted, as by expert, worked on, and put back where they were."""
+
+    def __init__(self, order: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(11, 5), nn.Embedding(9, 5)
+        self.middle, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.order = order
+
+    def forward(self, words: Tensor, ids: Tensor | None = None) -> Tensor:
+        ids = torch.arange(words.shape[1]) if ids is None else ids
+        order = self.order(words)
+        x = (self.words(words) + self.places(ids)).tanh().flatten(0, 1)
+        x = self.middle(x[order]).tanh()[order.argsort()]
+        y: Tensor = self.head(x.view(*words.shape, 5).mean(1))
+        return y
+
+
+KEPT = torch.zeros(9, LENGTH).long()
+
+
+def _listed(words: Tensor) -> Tensor:
+    numbers = words.flatten().tolist()
+    return torch.LongTensor(sorted(range(len(numbers)), key=numbers.__getitem__))
+
+
+def _of_numpy(words: Tensor) -> Tensor:
+    return torch.from_numpy(np.argsort(words.numpy().ravel(), kind="stable"))
+
+
+def _mapped(words: Tensor) -> Tensor:
+    order: Any = torch.func.vmap(lambda row: row.flatten().argsort(stable=True))(words[None])
+    return order[0]  # type: ignore[no-any-return]
+
+
+def _kept(words: Tensor) -> Tensor:
+    KEPT[: len(words)].copy_(words)
+    return KEPT[: len(words)].flatten().argsort(stable=True)
+
+
+@pytest.mark.parametrize("order", [_listed, _of_numpy, _mapped, _kept])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("unsupported", ["error", "diagonal"])
+def test_rows_that_move_by_what_is_not_seen_to_come_from_the_data(
+    order: Callable[[Tensor], Tensor], given: bool, unsupported: str
+) -> None:
+    """Rows of a batch are not those of another one, though both call the same functions."""
+    torch.manual_seed(0)
+    net = Sorting(order).double()
+    ids = torch.arange(LENGTH)[None] if given else None
+    data = batches((3, 3, 3))
+    assert_exact(estimated(lambda w: net(w, ids), net, data, unsupported=unsupported), net)
+
+
+def _by_data(order: Tensor, words: Tensor) -> None:
+    order.data.copy_(words)
+
+
+def _by_numpy(order: Tensor, words: Tensor) -> None:
+    order.numpy()[:] = words.numpy()
+
+
+@pytest.mark.parametrize("write", [Tensor.copy_, _by_data, _by_numpy])
+@pytest.mark.parametrize("inside", [False, True])
+def test_rows_that_move_by_a_buffer_that_is_written_to(
+    write: Callable[[Tensor, Tensor], Any], inside: bool
+) -> None:
+    """By the model in each call, or between its calls by whatever yields the batches."""
+    torch.manual_seed(0)
+    net = Sorting(lambda words: net.kept[: len(words)].flatten().argsort(stable=True)).double()
+    net.register_buffer("kept", torch.zeros(3, LENGTH).long())
+
+    class Writing(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            for words, labels in super().__iter__():
+                write(net.kept, words)
+                yield words, labels
+
+    def forward(words: Tensor) -> Tensor:
+        if inside:
+            write(net.kept, words)
+        return net(words)  # type: ignore[no-any-return]
+
+    data = batches((3, 3, 3))
+    operator = estimated(forward, net, data if inside else Writing(data))
+    net.order = lambda words: words.flatten().argsort(stable=True)
+    assert_exact(operator, net)
+
+
+def test_operations_on_lists_of_tensors() -> None:
+    net, calls = model(), torch.zeros(1)
+
+    def forward(words: Tensor) -> Tensor:
+        torch._foreach_add_([calls], 1.0)
+        return net(words)  # type: ignore[no-any-return]
+
+    assert_exact(estimated(forward, net, batches((4, 4, 1))))
 
 
 @lru_cache
