@@ -95,8 +95,8 @@ def _active(wrapper: Any) -> nn.Module:
     return trained
 
 
-# What PEFT calls the methods of which `get_delta_weight` is what they add to the weights; of others,
-# such as OFT, it is what they multiply them with.
+# What PEFT calls the methods whose `get_delta_weight` is added to the weights; that of others, such
+# as OFT, is a rotation of them.
 _ADDING: Final = frozenset(
     {"adalora", "c3a", "delora", "fourierft", "gralora", "loha", "lokr", "lora", "osf", "psoft"}
     | {"randlora", "shira", "vblora", "vera", "waveft"}
