@@ -148,8 +148,9 @@ class EKFACLinearOperator(NamedBlocks):
     def logdet(self) -> Tensor:
         """Logarithm of the determinant, a scalar tensor.
 
-        Minus infinity if the operator is singular, as it is whenever an eigenvalue is 0 (an unused
-        input, a class without data); `damped(damping).logdet` is finite.
+        Minus infinity if an eigenvalue is 0 (an unused input, a class without data); a large
+        negative number where rounding leaves a tiny one in the place of a zero, as with the outputs
+        of a softmax. `damped(damping).logdet` is not affected by either.
         """
         return torch.stack([block.total(block.eigenvalues.log()) for block in self._blocks]).sum()
 
@@ -205,8 +206,11 @@ class EKFACLinearOperator(NamedBlocks):
     def inverse(self, *, damping: float) -> EKFACLinearOperator:
         """Return `(F + damping · I)⁻¹`, exact in the eigenbasis.
 
+        Without damping, eigenvalues that are 0 but for rounding, as with the outputs of a softmax,
+        become huge.
+
         Raises:
-            ValueError: If `damping` is zero and the operator singular.
+            ValueError: If `damping` is zero, and so is an eigenvalue.
         """
         return self._nonsingular(damping).apply(torch.reciprocal)
 
@@ -229,7 +233,7 @@ class EKFACLinearOperator(NamedBlocks):
             `num_samples` is given: what the operator can be multiplied with.
 
         Raises:
-            ValueError: If `damping` is zero and the operator singular, or K is not positive.
+            ValueError: If `damping` is zero, and so is an eigenvalue; or K is not positive.
         """
         check_positive_integer("num_samples", num_samples, optional=True)
         root = self._nonsingular(damping).apply(torch.rsqrt)

@@ -335,7 +335,8 @@ class EKFACPenalty(ConsolidatedTasks):
             model: The model.
             update: `"rotated"`: the optimizer steps in the eigenbasis, and the exact proximal step
                 follows. `"tangent"`: a constant gradient is added, and renewed every few steps;
-                cheap. `"gradient"`: the penalty's gradient is added, for any optimizer.
+                cheap. `"gradient"`: the penalty's gradient is added, for any optimizer that
+                evaluates the loss once in a step.
             every: Number of steps after which the tangent is renewed or, for SGD, the proximal
                 step is taken. Call `flush` of the handle before you evaluate or consolidate.
             view: Function from the model to the protected tensors, by the names they had when they

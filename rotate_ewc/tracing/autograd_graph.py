@@ -6,7 +6,7 @@ Here are only the nodes of the graph and the names of parameters, none of a batc
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
@@ -109,6 +109,13 @@ def _hidden_message(names: frozenset[str]) -> str:
     )
 
 
+# What else to do about an operation, part of whose name is the key.
+_ADVICE: Final = {
+    "grouped_mm": "; experts of transformers have rules after "
+    "model.set_experts_implementation('batched_mm')",
+}
+
+
 def _refusal_message(refused: Mapping[frozenset[str], str]) -> str:
     """Say of all parameters without a rule what uses them."""
     users: dict[str, set[str]] = {}
@@ -116,8 +123,11 @@ def _refusal_message(refused: Mapping[frozenset[str], str]) -> str:
         users.setdefault(operation, set()).update(names)
     told = [f"{parameters_are(sorted(names))} used by {user}" for user, names in users.items()]
     every = sorted(set().union(*refused))
+    advice = next(
+        (text for part, text in _ADVICE.items() if any(part in user for user in users)), ""
+    )
     return (
         f"{listed(told)}, for which there is no rule; supported are {SUPPORTED}. Pass "
         f"unsupported='diagonal' for an exact diagonal of such parameters (which is slow), "
-        f"unsupported='skip' to protect only the others, or {left_out(every)}"
+        f"unsupported='skip' to protect only the others, or {left_out(every)}{advice}"
     )

@@ -169,7 +169,8 @@ def mixing_message(uses: Sequence[Use], num_examples: int) -> str:
         f"examples; give what is the same for all of them, such as positions, a row for each "
         f"(positions.expand(len(x), -1)); and where examples do depend on each other (a graph, a "
         f"contrastive loss), take a batch for one example: batch_size_fn=lambda inputs: 1, which "
-        f"is exact with fisher_type='type2'"
+        f"is exact with fisher_type='type2'. Whatever it is, unsupported='diagonal' takes an exact "
+        f"diagonal, which is slow"
     )
 
 

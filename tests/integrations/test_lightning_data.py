@@ -212,3 +212,25 @@ def test_advice_fits_a_callback(tmp_path: Path) -> None:
         callback = RotatedEWCCallback(exact_penalty(), CE, submodule=name)
         with pytest.raises(ValueError, match=rf"submodule is '{name}'.* expected one of 'net'"):
             fit(tmp_path, Module(), DataLoader(data(), 8), callback)
+
+
+class WithoutForward(Module):
+    """Its steps call a part of it."""
+
+    forward = lightning.LightningModule.forward  # type: ignore[assignment]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x), y)
+
+
+def test_modules_without_forward(tmp_path: Path) -> None:
+    """The advice is tried: the part, or a function."""
+    loader = DataLoader(data(), 8)
+    with pytest.raises(ValueError, match=r"no forward; expected submodule= .* 'net', .*forward="):
+        fit(tmp_path, WithoutForward(), loader, RotatedEWCCallback(exact_penalty(), CE))
+    module = WithoutForward()
+    for options in ({"submodule": "net"}, {"forward": lambda x: module.net(x)}):
+        penalty = exact_penalty()
+        fit(tmp_path, module, loader, RotatedEWCCallback(penalty, CE, **options))
+        assert penalty.num_tasks == 1

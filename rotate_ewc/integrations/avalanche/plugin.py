@@ -114,8 +114,9 @@ class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
                 `"separate"`: one for each experience.
             update: `"rotated"`: the optimizer steps in the eigenbasis, and the exact proximal step
                 follows. `"tangent"`: a constant gradient is added, and renewed every few steps;
-                cheap. `"gradient"`: the penalty's gradient is added, for any optimizer. `"loss"`:
-                the penalty is added to the loss, as is needed with mode `"separate"`.
+                cheap. `"gradient"`: the penalty's gradient is added, for any optimizer that
+                evaluates the loss once in a step. `"loss"`: the penalty is added to the loss, as is
+                needed with mode `"separate"`, with a number as `ewc_lambda`.
             every: Number of steps after which the tangent is renewed or, for SGD, the proximal
                 step is taken; it divides the cost. The rest is applied when an epoch ends.
             num_samples: Examples to draw from each experience for its estimate; None takes all. A

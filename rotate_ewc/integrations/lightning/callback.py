@@ -264,6 +264,12 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
 
     def _own_loss(self, trainer: Trainer, model: nn.Module, data: Iterable[Any]) -> OwnLoss:
         """Return loss, batches and forward of the task; without `loss_func`, those of the model."""
+        if self.forward is None and type(model).forward is LightningModule.forward:
+            names = [name for name, _ in model.named_children()]
+            raise ValueError(
+                f"{type(model).__name__} has no forward; expected submodule= one of its modules, "
+                f"{quoted(names)}, if that maps inputs to outputs, or forward=, a function that does"
+            )
         loss_func, forward = self.loss_func, self.forward or model
         if loss_func is None:
             with Ranks.of(self.group).together(), forward_context(trainer):

@@ -186,7 +186,8 @@ def _forms_of(base: PreTrainedModel) -> tuple[LossForm, ...]:
         f"loss_func is None, and the loss that {type(base).__name__} is trained with is unknown; "
         f"expected a model with a head for one of {', '.join(map(_readable, _FORMS))}, or the loss "
         f"of its outputs: loss_func=torch.nn.CrossEntropyLoss(), data=[(batch, batch['labels']) "
-        f"for batch in loader] and forward=lambda batch: model(**batch).logits, say"
+        f"for batch in loader] and forward=lambda batch: model(**batch).logits, say, with the "
+        f"classes on the second axis"
     )
 
 

@@ -20,6 +20,8 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     default_data_collator,
 )
@@ -310,6 +312,49 @@ def test_a_loss_with_further_terms_is_refused() -> None:
     torch.manual_seed(0)
     model = WithAnotherTerm(hf_models.gpt2_config())
     refused(model, [hf_models.language()], "returns the loss .* which is none of .*next tokens")
+
+
+def test_the_recipe_for_experts() -> None:
+    """As the page has it; the first refusal says how experts are to be computed."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=hf_models.VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2,
+        output_router_logits=True,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    batch = hf_models.language()
+    refused(model, [batch], "as if it had additional terms")
+    inputs = {k: x for k, x in batch.items() if k != "labels"}
+    data = [(inputs, batch["labels"][:, 1:])]
+
+    def consolidated() -> EKFACPenalty:
+        penalty = exact_penalty(fisher_type="empirical")
+        penalty.consolidate(
+            model,
+            nn.CrossEntropyLoss(),
+            data,
+            forward=lambda b: model(**b).logits[:, :-1].transpose(1, 2),
+        )
+        return penalty
+
+    if model.get_experts_implementation() == "grouped_mm":
+        with pytest.raises(ValueError, match=r"set_experts_implementation\('batched_mm'\)"):
+            consolidated()
+    model.set_experts_implementation("batched_mm")
+    model.double()
+    (term,) = consolidated().terms
+    squares = dict.fromkeys(dict(model.named_parameters()), 0.0)
+    count = data[0][1].numel()
+    for own, labels in zip(inputs["input_ids"], data[0][1], strict=True):
+        model.zero_grad()
+        logits = model(input_ids=own[None]).logits[0, :-1]
+        nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                squares[name] += float(parameter.grad.square().sum()) / count
+    total = sum(squares.values())
+    assert float(term.operator.trace) == pytest.approx(total, rel=1e-6)
 
 
 class Unshifted(GPT2LMHeadModel):
