@@ -329,7 +329,7 @@ def test_the_recipe_for_experts() -> None:
     data = [(inputs, batch["labels"][:, 1:])]
 
     def consolidated() -> EKFACPenalty:
-        penalty = exact_penalty(fisher_type="empirical")
+        penalty = exact_penalty(fisher_type="empirical", weighting="uniform")
         penalty.consolidate(
             model,
             nn.CrossEntropyLoss(),
@@ -345,10 +345,10 @@ def test_the_recipe_for_experts() -> None:
     model.double()
     (term,) = consolidated().terms
     squares = dict.fromkeys(dict(model.named_parameters()), 0.0)
-    count = data[0][1].numel()
-    for own, labels in zip(inputs["input_ids"], data[0][1], strict=True):
+    count = int((data[0][1] != -100).sum())
+    for index, labels in enumerate(data[0][1]):
         model.zero_grad()
-        logits = model(input_ids=own[None]).logits[0, :-1]
+        logits = model(**example(inputs, index)).logits[0, :-1]
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
