@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from rotate_ewc import EKFACPenalty
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.penalty.stability import _rounded_down, largest_curvature, warn_if_divergent
 from rotate_ewc.penalty.terms import Stack
+from tests.helpers.exact import exact_penalty
+from tests.helpers.penalties import CE, make, task
 
 SEEDED = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -81,3 +86,64 @@ def test_rounding_down_to_two_digits(value: float) -> None:
 def test_rounding_down_of_familiar_numbers(value: float, text: str) -> None:
     """A number that is on the border itself gives way, since rounding errors would decide."""
     assert _rounded_down(value) == text
+
+
+def attached(optimizer: torch.optim.Optimizer, model: nn.Module, strength: float) -> EKFACPenalty:
+    penalty = exact_penalty(strength, fisher_type="type2")
+    penalty.attach(optimizer, model, "gradient")
+    penalty.consolidate(model, CE, task("plain", 0))
+    return penalty
+
+
+def told(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Which warnings two steps give."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for x, y in [*task("plain", 1)[:1]] * 2:
+            optimizer.zero_grad()
+            CE(model(x), y).backward()
+            optimizer.step()
+    return [str(one.message)[:25] for one in caught]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_descent_on_an_attached_gradient_is_checked_once_for_each_task(nesterov: bool) -> None:
+    model = make("plain")
+    momentum = {"momentum": 0.9, "nesterov": True} if nesterov else {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **momentum)
+    penalty = attached(optimizer, model, 1.0)
+    factor = 2.8 / 1.9 if nesterov else 1.0
+    border = 2 / (0.1 * factor * penalty.max_curvature)
+    penalty.strength = 0.99 * border
+    assert told(optimizer, model) == []
+    penalty.strength = 1.01 * border
+    assert told(optimizer, model) == []  # the task has been looked at
+    penalty.consolidate(model, CE, task("plain", 0))
+    assert told(optimizer, model) == ["the penalty will diverge "]
+
+
+def test_steps_of_bounded_size_are_not_checked() -> None:
+    model = make("plain")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    attached(optimizer, model, 1e6)
+    assert told(optimizer, model) == []
+
+
+def test_a_strength_in_the_loss_that_nothing_finds() -> None:
+    """Told once, where the penalty is trained on; not where it is looked at, or was attached."""
+    model = make("plain")
+    penalty = exact_penalty("auto")
+    penalty.consolidate(model, CE, task("plain", 0))
+    assert repr(penalty).startswith("EKFACPenalty(strength=auto (none found yet, 1)")
+    with torch.no_grad():
+        penalty(model)
+    with pytest.warns(UserWarning, match=r"strength 'auto', .* penalty.attach\(optimizer, model\)"):
+        penalty(model)
+    penalty(model)
+    other = exact_penalty("auto")
+    other.attach(torch.optim.Adam(model.parameters()), model)
+    other.consolidate(model, CE, task("plain", 0))
+    other(model)
+    given = exact_penalty(2.0)
+    given.consolidate(model, CE, task("plain", 0))
+    given(model)
