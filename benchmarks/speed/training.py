@@ -84,13 +84,13 @@ def live(
     merged: dict[int, EKFACPenalty] = {}
     separate: dict[int, EKFACPenalty] = {}
     kept = (
-        (tasks, EKFACPenalty(), merged),
-        (separate_tasks, EKFACPenalty(mode="separate"), separate),
+        (tasks, EKFACPenalty(1.0), merged),
+        (separate_tasks, EKFACPenalty(1.0, mode="separate"), separate),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         first = _task(workload)
-        of_known = EKFACPenalty(include=include)
+        of_known = EKFACPenalty(1.0, include=include)
         of_known.consolidate(first.model, first.criterion, first.batches)
         last = max([*tasks, *separate_tasks])
         for done in tqdm(range(1, 1 + last), unit="task", disable=None):

@@ -92,8 +92,7 @@ def undisturbed(
             *_compilation(),
             *(mode(module, training=False) for module in each),
             *(setting for module in each for setting in _exchanges(module)),
-            # Others, such as quantised weights, cannot.
-            *(_requiring_gradients(t) for t in tensors if t.is_floating_point() or t.is_complex()),
+            *map(_requiring_gradients, tensors),
             *map(_buffer, buffers.values()),
         ]
     )
@@ -212,8 +211,9 @@ def _exchanges(module: nn.Module) -> Iterator[Setting]:
 
 def _requiring_gradients(tensor: Tensor) -> Setting:
     def write(required: bool) -> None:
-        # What is no leaf can require gradients, but cannot be told to.
-        if tensor.requires_grad != required:
+        # What is no leaf can require gradients, but cannot be told to; whole numbers, as quantised
+        # weights are, cannot at all.
+        if tensor.requires_grad != required and (tensor.is_floating_point() or tensor.is_complex()):
             tensor.requires_grad_(required)
 
     return Setting(("requires_grad", id(tensor)), lambda: tensor.requires_grad, write, True)

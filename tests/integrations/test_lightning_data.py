@@ -227,7 +227,7 @@ class WithoutForward(Module):
 def test_modules_without_forward(tmp_path: Path) -> None:
     """The advice is tried: the part, or a function."""
     loader = DataLoader(data(), 8)
-    with pytest.raises(ValueError, match=r"no forward; expected submodule= .* 'net', .*forward="):
+    with pytest.raises(ValueError, match=r"no forward; expected submodule= .* 'net' .*forward="):
         fit(tmp_path, WithoutForward(), loader, RotatedEWCCallback(exact_penalty(), CE))
     module = WithoutForward()
     for options in ({"submodule": "net"}, {"forward": lambda x: module.net(x)}):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rotate_ewc import EKFACLinearOperator, EstimationSettings
+from rotate_ewc import EKFACLinearOperator, EKFACPenalty, EstimationSettings
 from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.linalg.block import Block
 from rotate_ewc.options import Mode, Reduction
@@ -273,3 +273,27 @@ def test_sums_are_looked_at_where_they_are_kept(mode: Mode) -> None:
         assert isinstance(error, ValueError), error
         assert f"the Fisher matrix of {name!r} is not finite" in str(error)
     assert isinstance(in_threads(1, lambda _: folded([], task))[0], ValueError)
+
+
+class Quantised(nn.Module):
+    """A frozen weight of whole numbers, as bitsandbytes holds them, under a layer that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        numbers = torch.arange(-8, 8, dtype=torch.int8).view(4, 4)
+        self.weight = nn.Parameter(numbers, requires_grad=False)
+        self.top = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.top(nn.functional.linear(x, 0.1 * self.weight.to(x.dtype)).tanh())
+        return y
+
+
+@pytest.mark.parametrize("temperature", ["auto", 1.0])
+def test_whole_numbers_among_the_parameters(temperature: Any) -> None:
+    torch.manual_seed(0)
+    model, batch = Quantised().double(), (torch.randn(6, 4).double(), torch.arange(6) % 3)
+    penalty = EKFACPenalty(temperature=temperature)
+    penalty.consolidate(model, nn.CrossEntropyLoss(), [batch])
+    assert penalty.protected_names == ["top.weight", "top.bias"]
+    assert not model.weight.requires_grad

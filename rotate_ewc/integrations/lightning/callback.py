@@ -267,8 +267,9 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
         if self.forward is None and type(model).forward is LightningModule.forward:
             names = [name for name, _ in model.named_children()]
             raise ValueError(
-                f"{type(model).__name__} has no forward; expected submodule= one of its modules, "
-                f"{quoted(names)}, if that maps inputs to outputs, or forward=, a function that does"
+                f"{type(model).__name__} has no forward; expected submodule= the one of its "
+                f"modules {quoted(names)} that maps inputs to outputs, or forward=, a function "
+                f"that does"
             )
         loss_func, forward = self.loss_func, self.forward or model
         if loss_func is None:
