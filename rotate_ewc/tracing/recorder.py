@@ -381,11 +381,12 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], tensors: Sequence[Tensor], results: Sequence[Tensor]
     ) -> None:
         """Note what an operation on constants alone has computed, or written into."""
-        made = func in BLANK and not self._origins.others_are_shared
-        blank = made or any(map(self._origins.is_blank, tensors))
+        shared = self._origins.others_are_shared
+        blank = (func in BLANK and not shared) or any(map(self._origins.is_blank, tensors))
         for tensor in results:
             repeated = func in COPYING and not tensor.is_floating_point()
-            self._origins.hold_constant(tensor, blank=blank or repeated)
+            one_row = shared and tensor.shape[:1].numel() == 1  # as of the prompts of PEFT
+            self._origins.hold_constant(tensor, blank=(blank or repeated) and not one_row)
 
 
 def _is_regular(output: Tensor, layer_input: Tensor) -> bool:

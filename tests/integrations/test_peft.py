@@ -17,6 +17,8 @@ from peft import (
     MissConfig,
     OFTConfig,
     PeftModel,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     get_peft_model,
 )
 from torch import Tensor, nn
@@ -397,3 +399,30 @@ def test_in_trainer(tmp_path: Path) -> None:
     own = exact_penalty()
     trainer(tmp_path / "own", model, [RotatedEWCCallback(own)]).train()
     assert all("lora" in name for name in own.terms[0].anchor)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
+def test_the_recipe_for_virtual_tokens(kind: Any) -> None:
+    """As the page has it; the Fisher matrix is that of a plain loop over the texts."""
+    base, batch = hf_models.case("gpt2")
+    v = 2
+    model = adapted(base, config=kind(task_type="CAUSAL_LM", num_virtual_tokens=v)).double()
+    inputs = {k: x for k, x in batch.items() if k != "labels"}
+    labels = batch["labels"][:, 1:]
+    penalty = exact_penalty(fisher_type="empirical", weighting="uniform")
+    penalty.consolidate(
+        model,
+        nn.CrossEntropyLoss(),
+        [(inputs, labels)],
+        forward=lambda b: model(**b).logits[:, v:-1].transpose(1, 2),
+    )
+    model.eval()
+    total, count = 0.0, int((labels != -100).sum())
+    for index, own in enumerate(labels):
+        model.zero_grad()
+        one = {k: x[index : index + 1] for k, x in inputs.items()}
+        logits = model(**one).logits[0, v:-1]
+        nn.functional.cross_entropy(logits, own, reduction="sum").backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        total += sum(float(g.square().sum()) for g in gradients) / count
+    assert float(penalty.terms[0].operator.trace) == pytest.approx(total, rel=1e-8)
