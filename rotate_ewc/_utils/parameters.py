@@ -260,7 +260,7 @@ def _remedy(missing: Sequence[str], names: Iterable[str]) -> str:
     """Return what to pass where a model has other names than those that are protected."""
     own = set(names)
     paths = (name.removesuffix(missing[0]) for name in own if name.endswith(f".{missing[0]}"))
-    for path in sorted(paths, key=len):
+    for path in sorted(paths, key=lambda path: (len(path), path)):
         if all(f"{path}{name}" in own for name in missing):
             part = code_of_part(path.removesuffix("."))
             return (

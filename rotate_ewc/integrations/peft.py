@@ -99,7 +99,7 @@ def _active(wrapper: Any) -> nn.Module:
 # as OFT, is a rotation of them.
 _ADDING: Final = frozenset(
     {"adalora", "c3a", "delora", "fourierft", "gralora", "loha", "lokr", "lora", "osf", "psoft"}
-    | {"randlora", "shira", "vblora", "vera", "waveft"}
+    | {"pvera", "randlora", "shira", "tinylora", "vblora", "vera", "waveft"}
 )
 
 

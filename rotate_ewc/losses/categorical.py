@@ -186,8 +186,8 @@ class Categorical(Likelihood):
             advice = ""
             if outputs.ndim > 2 and targets.shape == outputs.shape[:-1]:
                 advice = (
-                    "; where they are the last axis, pass forward=lambda x: model(x).movedim(-1, "
-                    "1) (for an operator, as model_func)"
+                    "; where they are the last axis, have forward move it: "
+                    "forward=lambda x: model(x).movedim(-1, 1) (for an operator, as model_func)"
                 )
             raise ValueError(
                 f"{self.name} outputs {shape_of(outputs)} and targets {shape_of(targets)} do not "

@@ -122,7 +122,7 @@ class Attachment(Generic[Penalty]):
             self._update = ViewedUpdate(penalty, partial(view, model))
         penalty.keep_share()
         self._update.take_over()
-        penalty.search.is_sought = True
+        penalty.strength_search.is_sought = True
         self._step: Step | None = None
         # A compiled step runs them as they were written.
         disable: Callable[[Any], Any] = torch.compiler.disable

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Final
 
+from torch import nn
+
 from rotate_ewc._utils.validation import (
     as_choice,
     as_non_negative_number,
@@ -20,19 +22,20 @@ from rotate_ewc.options import EstimationSettings, Mode, Weighting
 _SETTINGS: Final = frozenset(field.name for field in fields(EstimationSettings))
 
 
-def checked_option(name: str, value: Any, held: Mapping[str, Any]) -> Any:
+def checked_option(penalty: nn.Module, name: str, value: Any) -> Any:
     """Return what a penalty is to hold as one of its attributes.
 
     Args:
+        penalty: The penalty.
         name: The attribute, which need not be an option.
         value: What somebody wants it to be.
-        held: All attributes that the penalty has.
 
     Raises:
         ValueError: If an option is out of range, or cannot be changed any more.
         TypeError: If an option has the wrong type, or is one of `penalty.settings`.
     """
-    if name in _SETTINGS:
+    # Classes of the user's own may have attributes of any name.
+    if name in _SETTINGS and type(penalty).__module__.startswith("rotate_ewc."):
         raise TypeError(
             f"penalty.{name} cannot be set, because it is a setting of the estimate; expected "
             f"penalty.settings = dataclasses.replace(penalty.settings, {name}={value!r:.99})"
@@ -41,8 +44,8 @@ def checked_option(name: str, value: Any, held: Mapping[str, Any]) -> Any:
     if check is None:
         return value
     value = check(name, value)
-    before = held.get(name, value)
-    if name in ("mode", "weighting") and value is not before and held.get("_terms"):
+    before = vars(penalty).get(name, value)
+    if name in ("mode", "weighting") and value is not before and vars(penalty)["_terms"]:
         raise ValueError(
             f"{name} is {value!r}, but the penalty has consolidated tasks with {before!r}; "
             f"expected that, or a new penalty: EKFACPenalty({name}={value!r})"

@@ -88,7 +88,7 @@ class ConsolidatedTasks(nn.Module):
         super().__init__()
         self.mode = as_choice("mode", mode, Mode)
         self.weighting = as_choice("weighting", weighting, Weighting)
-        self.search = StrengthSearch(strength)
+        self.strength_search = StrengthSearch(strength)
         self.plasticity = plasticity
         self.strict = strict
         self._terms: list[Term] = []
@@ -106,7 +106,7 @@ class ConsolidatedTasks(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; options are checked as in the constructor."""
-        super().__setattr__(name, checked_option(name, value, vars(self)))
+        super().__setattr__(name, checked_option(self, name, value))
 
     @property
     def strength(self) -> float:
@@ -115,11 +115,12 @@ class ConsolidatedTasks(nn.Module):
         `"auto"` finds it again, in the steps of an optimizer that the penalty is attached to; until
         then it is 1, which is Bayes' rule.
         """
-        return self.search.value
+        return self.strength_search.value
 
     @strength.setter
     def strength(self, value: float | str) -> None:
-        self.search.begin(value)
+        # Another object, since a shallow copy of the penalty has the same.
+        self.strength_search = self.strength_search.begun_again(value)
 
     @property
     def scale(self) -> float:
@@ -140,9 +141,14 @@ class ConsolidatedTasks(nn.Module):
 
         Gradient descent on the penalty diverges when the learning rate is more than two over this.
         """
+        return self.strength * self.curvature_of_one
+
+    @property
+    def curvature_of_one(self) -> float:
+        """Largest second derivative at strength 1, or a bound of it."""
         with self.owners.together():
             largest = self.owners.ranks.gather("curvature", largest_curvature(self._stacks))
-        return self.scale * float(max(largest))
+        return self.scale_of_one * float(max(largest))
 
     @property
     def num_tasks(self) -> int:
@@ -342,7 +348,7 @@ class ConsolidatedTasks(nn.Module):
             self._num_tasks,
             self._last_examples,
             self._last_loss_terms,
-            replace(self.search.found),
+            replace(self.strength_search.found),
         )
 
     @property
@@ -354,7 +360,7 @@ class ConsolidatedTasks(nn.Module):
         self._replace_terms(
             state.terms, state.num_tasks, state.last_examples, state.last_loss_terms
         )
-        self.search.restore(state.found)
+        self.strength_search.restore(state.found)
 
 
 def _without_dots(key: str) -> str:

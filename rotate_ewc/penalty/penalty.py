@@ -316,7 +316,7 @@ class EKFACPenalty(ConsolidatedTasks):
         deltas = self.deltas(parameters)
         value = quadratic_form([stack.block for stack in self._stacks], deltas)
         if value.requires_grad and not torch.compiler.is_compiling():
-            self.search.warn_unless_sought(self._num_tasks)
+            self.strength_search.warn_unless_sought(self._num_tasks)
         return 0.5 * self.scale * value
 
     def attach(
@@ -401,20 +401,30 @@ class EKFACPenalty(ConsolidatedTasks):
         """
         with files.loaded(path) as state:
             found = PenaltyState.from_dict(state)
-            cls(**options)  # what is wrong with these is not the file's fault
-            try:
-                penalty = cls(**_overridden(found.options, options))
-            except (TypeError, ValueError) as error:
-                raise SnapshotError(f"snapshot's 'options' cannot be used: {error}") from None
+            penalty = cls._with_options(found.options, options)
             found.check(mode=penalty.mode, weighting=penalty.weighting)
         penalty._restore(found.stored_in(penalty.settings.storage_dtype))
         return penalty
+
+    @classmethod
+    def _with_options(cls, saved: Mapping[str, Any], given: Mapping[str, Any]) -> EKFACPenalty:
+        """Return a penalty with saved options, or others in their place."""
+        cls(**given)  # what is wrong with these is not the file's fault
+        try:
+            return cls(**_overridden(saved, given))
+        except (TypeError, ValueError) as error:
+            wrong = error
+        try:
+            cls(**saved)
+        except (TypeError, ValueError) as error:
+            raise SnapshotError(f"snapshot's 'options' cannot be used: {error}") from None
+        raise wrong  # they do not go together
 
     @property
     def options(self) -> dict[str, Any]:
         """Arguments that make a penalty like this one, in a form that JSON can hold."""
         return {
-            "strength": AUTO if self.search.given is None else self.search.given,
+            "strength": AUTO if self.strength_search.given is None else self.strength_search.given,
             "mode": self.mode.value,
             "plasticity": self.plasticity,
             "weighting": self.weighting.value,
@@ -430,7 +440,7 @@ class EKFACPenalty(ConsolidatedTasks):
 
     def extra_repr(self) -> str:
         """Show strength, mode and tasks."""
-        return f"strength={self.search}, mode={self.mode!r}, tasks={self._num_tasks}"
+        return f"strength={self.strength_search}, mode={self.mode!r}, tasks={self._num_tasks}"
 
 
 def _overridden(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

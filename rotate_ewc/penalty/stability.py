@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-
-from torch.optim import SGD
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rotate_ewc._utils.warnings import warn_user
 from rotate_ewc.penalty.terms import Stack
@@ -23,14 +22,14 @@ def largest_curvature(stacks: Sequence[Stack]) -> float:
     return max(bounds.values(), default=0.0)
 
 
-def plain_rate(optimizer: SGD) -> float:
-    """Return the learning rate of gradient descent that is as stable; heavy balls roll no worse."""
-    rates = []
-    for group in optimizer.param_groups:
-        rate, momentum = float(group["lr"]), float(group["momentum"])
-        factor = (1 + 2 * momentum) / (1 + momentum) if group["nesterov"] else 1.0
-        rates.append(rate * factor)
-    return max(rates)
+def plain_rate(group: Mapping[str, Any]) -> float:
+    """Return the learning rate of gradient descent that is as stable; heavy balls roll no worse.
+
+    Args:
+        group: The options of a parameter group of SGD.
+    """
+    rate, momentum = float(group["lr"]), float(group["momentum"])
+    return rate * (1 + 2 * momentum) / (1 + momentum) if group["nesterov"] else rate
 
 
 def warn_if_divergent(learning_rate: float, curvature: float, strength: float) -> bool:

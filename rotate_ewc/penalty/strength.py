@@ -123,14 +123,7 @@ class StrengthSearch:
     """
 
     def __init__(self, strength: float | str) -> None:
-        """Begin with λ, or with `"auto"`."""
-        # What handles have seen of a task, by number of tasks, that were detached during it.
-        self._left: list[tuple[int, Plasticity]] = []
-        self.is_sought = False
-        self.begin(strength)
-
-    def begin(self, strength: float | str) -> None:
-        """Take another λ, at least 0, or find it again (`"auto"`).
+        """Begin with λ, at least 0, or with `"auto"`.
 
         Raises:
             ValueError: If it is neither.
@@ -138,6 +131,15 @@ class StrengthSearch:
         """
         self.given = unless_auto(as_non_negative_number, "strength", strength)
         self.found = FoundStrength()
+        self.is_sought = False
+        # What handles have seen of a task, by number of tasks, that were detached during it.
+        self._left: list[tuple[int, Plasticity]] = []
+
+    def begun_again(self, strength: float | str) -> StrengthSearch:
+        """Return one with another λ, or which finds it again, by the same handles."""
+        new = StrengthSearch(strength)
+        new.is_sought, new._left = self.is_sought, self._left
+        return new
 
     def __str__(self) -> str:
         """Show λ, and whether it was found."""

@@ -95,6 +95,8 @@ class BatchCapturer:
         constants: The model's tensors that do not depend on the data.
         unsupported: Names of the parameters for whose uses there is no rule; None before the first
             batch.
+        may_look_again: Whether it may be known what is the same for all examples; not so once that
+            has been looked for in vain.
         layouts: Finds the examples' rows of batches.
         counter: Counts their examples.
     """
@@ -105,6 +107,7 @@ class BatchCapturer:
     settings: EstimationSettings
     constants: Constants = NO_CONSTANTS
     unsupported: frozenset[str] | None = None
+    may_look_again: bool = True
     layouts: Layouts = field(init=False)
     counter: ExampleCounter = field(init=False)
 
@@ -225,7 +228,7 @@ class BatchCapturer:
         layout, vectors, known = self._layout(
             recorded, inputs, num_examples, vectors, self.constants
         )
-        if None in layout.rows:
+        if None in layout.rows and self.may_look_again:
             for constants, others in self._alternatives(inputs, num_examples):
                 try:
                     again = self._record(others, constants)
@@ -238,6 +241,7 @@ class BatchCapturer:
                     self.constants = constants
                     return others, again, found
                 vectors = found[1]
+            self.may_look_again = False
         return inputs, recorded, (layout, vectors, known)
 
     def _layout(

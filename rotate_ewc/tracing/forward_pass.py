@@ -173,6 +173,9 @@ def call(forward: Callable[[Any], Any], inputs: Any) -> Any:
     try:
         return forward(inputs)
     except Exception as error:
-        if isinstance(unwrap(forward), nn.Module) and (advice := advice_for_inputs(inputs)):
+        # One that takes a pair may fail for other reasons.
+        may_be = isinstance(inputs, Mapping) or isinstance(error, TypeError)
+        advice = advice_for_inputs(inputs) if may_be else None
+        if advice and isinstance(unwrap(forward), nn.Module):
             add_note(error, advice)
         raise

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rotate_ewc._utils.out_of_memory import is_out_of_memory
 from rotate_ewc._utils.structure import mapped, tensors_of
-from rotate_ewc._utils.tree import memory_of, parts_of, same, to_device, version_of
+from rotate_ewc._utils.tree import memory_of, parts_of, place_of, same, to_device, version_of
 from rotate_ewc._utils.warnings import add_note
 from rotate_ewc.distributed.processes import Ranks
 from rotate_ewc.errors import NotFiniteError
@@ -232,6 +232,7 @@ class ActivationCache:
         self._cached: deque[CachedBatch] = deque()
         # Addresses of memory that counts already, since batches may be views of the same.
         self._addresses: set[int] = set()
+        self._places: dict[object, Tensor] = {}
         self._num_bytes = 0
         self._full = False
 
@@ -240,6 +241,11 @@ class ActivationCache:
         if self._full:
             return
         if not self._cached or self._cached[-1].batch.number != batch.number:
+            if self._is_refilled(batch):
+                # What the earlier ones had is lost; nothing tells whether they are asked for again.
+                self._cached.clear()
+                self._full = True
+                return
             self._cached.append(CachedBatch(batch, _versions(batch)))
         self._cached[-1].parts.append(captured)
         storages = _storages(batch, captured)
@@ -248,6 +254,13 @@ class ActivationCache:
         if self._num_bytes > self._max_bytes:
             self._full = True
             self._cached.pop()
+
+    def _is_refilled(self, batch: Batch) -> bool:
+        """Whether a batch is in the memory of an earlier one, which NumPy fills without a trace."""
+        tensors = {place_of(t): t for t in tensors_of((batch.inputs, batch.targets))}
+        refilled = any(self._places.get(place, t) is not t for place, t in tensors.items())
+        self._places.update(tensors)
+        return refilled
 
     def end_batch(self, position: int) -> None:
         """Note how many examples labels were drawn for by the end of the last batch."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from rotate_ewc._utils.tree import version_of
 
 # Where rows go is told by a tensor of indices or by a mask.
 _INDEXING: Final = frozenset(
-    {"__getitem__", "__setitem__", "embedding", "gather", "take", "take_along_dim", "put"}
+    {"__getitem__", "__setitem__", "index", "embedding", "gather", "take", "take_along_dim", "put"}
     | {"index_add", "index_copy", "index_fill", "index_put", "index_reduce", "index_select"}
     | {"scatter", "scatter_add", "scatter_reduce", "segment_reduce", "tensor_split", "where"}
     | {"select_scatter", "slice_scatter", "embedding_bag"}
@@ -38,34 +41,46 @@ _SHAPING: Final = frozenset(
 # Where rows go is told by a matrix of data, such as the ones and zeros that send tokens to experts.
 _MULTIPLYING: Final = frozenset(
     {"bmm", "mm", "mv", "matmul", "__matmul__", "__rmatmul__", "addmm", "addbmm", "baddbmm"}
-    | {"einsum", "tensordot"}
+    | {"einsum", "tensordot", "linear", "inner", "multi_dot", "solve", "vecdot", "bilinear"}
+    | {"conv1d", "conv2d", "conv3d", "grid_sample"}
 )
 # Of these, those that multiply one matrix after another along the first axis.
 _BATCHED: Final = frozenset({"bmm", "baddbmm", "matmul", "__matmul__", "__rmatmul__"})
 # Where rows go may be told by a mask of data with two axes of examples.
 _MASKING: Final = frozenset(
     {"mul", "multiply", "where", "masked_fill", "add", "sub", "div", "scaled_dot_product_attention"}
+    | {"addcmul", "lerp", "pow", "maximum", "minimum"}
 )
 
 
-# So many indices are read in a moment, also on another device.
+# So many indices are read in a moment, also on another device; more are as data. Of factors and
+# masks, more are taken to be weights.
 _MOST_NUMBERS: Final = 2**18
+_FEW_NUMBERS: Final = 2**14
 
 
 class Program:
     """A digest of the functions that a forward pass calls, with their arguments.
 
+    Tensors are told apart by numbers: those that are known beforehand by their places among them,
+    results by the calls that made them. So Python that picks one of several tensors, or one order
+    of them, makes another program.
+
     Attributes:
         key: The digest; equal for equal programs, in one process.
     """
 
-    def __init__(self, versions: Iterable[int] = ()) -> None:
+    def __init__(self, known: Sequence[Tensor] = ()) -> None:
         """Begin with no function called.
 
         Args:
-            versions: How often each of the model's constants had been written to.
+            known: The inputs, parameters and constants, in this order.
         """
-        self.key = hash(tuple(versions))
+        self.key = 0
+        self._held: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+        self._numbers: dict[int, int] = {}
+        for place, tensor in enumerate(known):
+            self._number(tensor, hash((place, version_of(tensor) if tensor.ndim else 0)))
         self._indexes = False
         self._factors: set[torch.Size] = set()
         self._masks: set[tuple[torch.Size, bool]] = set()
@@ -106,19 +121,18 @@ class Program:
             tensors: The tensors among them.
             varying: Those of them that may depend on the data.
         """
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").partition(".")[0].removeprefix("linalg_")
         if name == "__get__":
             return
         if not name.endswith("__"):
             name = name.rstrip("_")
-        self.key = hash((self.key, func, _described(args), _described(kwargs)))
+        self.key = hash((self.key, func, self._described(args), self._described(kwargs)))
         if self._indexes:
             return
-        if name in _INDEXING or name in _SELECTING:
-            # Whatever wrote them: not everything that writes can be seen.
-            known = {id(tensor) for tensor in varying}
-            self._add_numbers([t for t in tensors if id(t) not in known and _is_index(t)])
-        if not varying:
+        # Whatever wrote them: not everything that writes can be seen.
+        kept = {id(tensor) for tensor in varying}
+        self._add_numbers(name, [t for t in tensors if id(t) not in kept and _has_numbers(t)])
+        if not varying or self._indexes:
             return
         of_data = [t for t in varying if not t.requires_grad]
         mixed = 0 < len(of_data) < len(varying)
@@ -135,20 +149,75 @@ class Program:
             or (name in ("__getitem__", "__setitem__") and _slices_by_tensors(args[1]))
         )
 
-    def _add_numbers(self, indices: Sequence[Tensor]) -> None:
-        """Tell programs apart by the numbers in constants that move rows; many are as data."""
-        if sum(tensor.numel() for tensor in indices) > _MOST_NUMBERS:
-            self._indexes = True
+    def note_results(
+        self, func: Callable[..., Any], args: Sequence[Any], results: Iterable[Tensor]
+    ) -> None:
+        """Number what the last call has made, or written into."""
+        call: object = self.key
+        if getattr(func, "__name__", "") == "__get__":
+            # Of the properties that are tensors, such as `x.T`; they are no calls of their own.
+            call = getattr(func, "__self__", func), self._described(args)
+        for place, tensor in enumerate(results):
+            self._number(tensor, hash((call, place)))
+
+    def _number(self, tensor: Tensor, number: int) -> None:
+        self._held[id(tensor)] = tensor
+        self._numbers[id(tensor)] = number
+
+    def _number_of(self, tensor: Tensor) -> int:
+        if self._held.get(id(tensor)) is not tensor:
+            # What no call was seen to make is the same in each pass only if it is the same object;
+            # not so activations, which come at the same place.
+            self._number(tensor, len(self._numbers) if tensor.requires_grad else id(tensor))
+        return self._numbers[id(tensor)]
+
+    def _add_numbers(self, name: str, constants: Sequence[Tensor]) -> None:
+        """Tell programs apart by the numbers in constants that may move rows."""
+        if name in _INDEXING or name in _SELECTING or name in _SHAPING:
+            moving = [tensor for tensor in constants if not tensor.is_floating_point()]
+            if sum(tensor.numel() for tensor in moving) > _MOST_NUMBERS:
+                self._indexes = True
+                return
+        elif name in _MULTIPLYING or name in _MASKING:
+            few = (t for t in constants if t.ndim and t.numel() <= _FEW_NUMBERS)
+            moving = [tensor for tensor in few if not isinstance(tensor, nn.Parameter)]
+        else:
             return
         try:
-            self.key = hash((self.key, *(tensor.cpu().numpy().tobytes() for tensor in indices)))
+            self.key = hash((self.key, *map(_bytes_of, moving)))
         except RuntimeError:  # inside a transform of torch.func they stand for others
             self._indexes = True
 
+    def _described(self, value: Any) -> Any:
+        """Return what can be hashed of an argument, with all but the numbers in a tensor."""
+        if isinstance(value, Tensor):
+            shape = "nested" if value.is_nested else value.shape
+            return value.dtype, shape, self._number_of(value)
+        if isinstance(value, int):
+            return value if value >= 0 else ("-", -value)  # -1 and -2 have the same hash
+        if isinstance(value, (tuple, list)):
+            return tuple(map(self._described, value))
+        if isinstance(value, Mapping):
+            return tuple((key, self._described(item)) for key, item in value.items())
+        if isinstance(value, slice):
+            return self._described((value.start, value.stop, value.step))
+        if hasattr(value, "tobytes"):
+            return value.tobytes()
+        try:
+            hash(value)
+        except TypeError:
+            return type(value)
+        return value
 
-def _is_index(tensor: Tensor) -> bool:
+
+def _has_numbers(tensor: Tensor) -> bool:
     regular = not tensor.is_nested and tensor.layout is torch.strided and not tensor.is_meta
-    return regular and not tensor.is_floating_point() and not tensor.is_complex()
+    return regular and not tensor.is_complex()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    plain = tensor.detach().cpu().contiguous()
+    return plain.view(torch.uint8).numpy().tobytes() if plain.ndim else repr(plain.item()).encode()
 
 
 def _indexes(name: str, varying: Sequence[Tensor], indices: Sequence[Tensor]) -> bool:
@@ -186,24 +255,3 @@ def _slices_by_tensors(index: Any) -> bool:
         if isinstance(part, slice)
         for end in (part.start, part.stop, part.step)
     )
-
-
-def _described(value: Any) -> Any:
-    """Return what can be hashed of an argument, with all but the numbers in a tensor."""
-    if isinstance(value, Tensor):
-        return value.dtype, "nested" if value.is_nested else value.shape
-    if isinstance(value, int):
-        return value if value >= 0 else ("-", -value)  # -1 and -2 have the same hash
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_described, value))
-    if isinstance(value, Mapping):
-        return tuple((key, _described(item)) for key, item in value.items())
-    if isinstance(value, slice):
-        return _described((value.start, value.stop, value.step))
-    if hasattr(value, "tobytes"):
-        return value.tobytes()
-    try:
-        hash(value)
-    except TypeError:
-        return type(value)
-    return value

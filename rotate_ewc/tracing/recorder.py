@@ -142,7 +142,8 @@ class Recorder(TorchFunctionMode):
         self.impossible: dict[str, set[str]] = {}
         self.hidden: set[str] = set()
         self.data_nodes: dict[Any, list[Any]] = {}
-        self.program = Program(map(version_of, (*constants.shared, *constants.blank)))
+        known = (*tensors_in(inputs), *parameters.values(), *constants.shared, *constants.blank)
+        self.program = Program(known)
         self._origins = Origins(parameters, constants)
         self._origins.note_data(tensors_in(inputs))
 
@@ -160,7 +161,9 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Run an operation, and note what it did with parameters, and what it has made."""
         result = self._seen(func, args, kwargs or {})
-        self._origins.note_data(written(func, args, result))
+        results = written(func, args, result)
+        self._origins.note_data(results)
+        self.program.note_results(func, args, results)
         return result
 
     def _seen(

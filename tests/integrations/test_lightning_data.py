@@ -234,3 +234,21 @@ def test_modules_without_forward(tmp_path: Path) -> None:
         penalty = exact_penalty()
         fit(tmp_path, module, loader, RotatedEWCCallback(penalty, CE, **options))
         assert penalty.num_tasks == 1
+
+
+class ForwardOfItsOwn(WithoutForward):
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.net.forward  # type: ignore[method-assign]
+
+
+class Called(WithoutForward):
+    def __call__(self, x: Any) -> Any:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("kind", [ForwardOfItsOwn, Called])
+def test_modules_that_can_be_called_in_other_ways(kind: type[Module], tmp_path: Path) -> None:
+    penalty = exact_penalty()
+    fit(tmp_path, kind(), DataLoader(data(), 8), RotatedEWCCallback(penalty, CE))
+    assert penalty.num_tasks == 1

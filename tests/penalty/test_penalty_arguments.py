@@ -5,6 +5,7 @@ The matrix of a linear layer is then `(diag(p) - p pᵀ) ⊗ x xᵀ`, and its bl
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -154,6 +155,33 @@ def test_options_that_are_set_are_checked(name: str, value: Any, message: str) -
     with pytest.raises((TypeError, ValueError), match=message):
         setattr(penalty, name, value)
     assert dict(vars(penalty)) == before
+
+
+def test_classes_of_the_users_own_have_attributes_of_any_name() -> None:
+    class Own(EKFACPenalty):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seed, self.search, self.rank = 3, "grid", 64
+
+    penalty = Own()
+    assert (penalty.seed, penalty.search, penalty.rank) == (3, "grid", 64)
+    assert penalty.settings == EKFACPenalty().settings
+
+
+def test_shallow_copies_have_strengths_of_their_own() -> None:
+    penalty = EKFACPenalty(5.0)
+    other = copy.copy(penalty)
+    other.strength = 77.0
+    assert (penalty.strength, other.strength) == (5.0, 77.0)
+
+
+def test_options_that_do_not_go_with_those_of_a_file(tmp_path: Path) -> None:
+    EKFACPenalty(mc_samples=3).save(tmp_path / "penalty.safetensors")
+    with pytest.raises(ValueError, match="mc_samples is 3") as caught:
+        EKFACPenalty.load(tmp_path / "penalty.safetensors", fisher_type="type2")
+    assert not isinstance(caught.value, SnapshotError)
+    loaded = EKFACPenalty.load(tmp_path / "penalty.safetensors", fisher_type="type2", mc_samples=1)
+    assert loaded.settings.fisher_type == "type2"
 
 
 def test_options_that_are_set_count(tmp_path: Path) -> None:

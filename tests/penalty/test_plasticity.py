@@ -341,9 +341,9 @@ def test_attached_optimizers_find_it_in_the_first_task_alone(name: str, update: 
     else:
         assert strengths[2] <= strengths[1]  # there are bounds
     penalty.strength = 3.0
-    assert (penalty.strength, penalty.search.is_on(penalty.num_tasks)) == (3.0, False)
+    assert (penalty.strength, penalty.strength_search.is_on(penalty.num_tasks)) == (3.0, False)
     penalty.strength = "auto"
-    assert (penalty.strength, penalty.search.is_on(penalty.num_tasks)) == (1.0, True)
+    assert (penalty.strength, penalty.strength_search.is_on(penalty.num_tasks)) == (1.0, True)
 
 
 @pytest.mark.parametrize("update", ["rotated", "tangent", "gradient"])
@@ -424,7 +424,7 @@ def test_a_strength_that_is_to_be_found_again_is_found_soon(update: str) -> None
     train(model, optimizer, 1, 3)
     handle.penalty.strength = "auto"
     train(model, optimizer, 1, 12)
-    assert not handle.penalty.search.is_to_begin(handle.penalty.num_tasks)
+    assert not handle.penalty.strength_search.is_to_begin(handle.penalty.num_tasks)
     assert found / 10 < handle.strength < 10 * found
 
 
@@ -528,7 +528,7 @@ def test_maximising_the_negative_finds_the_same() -> None:
             optimizer.zero_grad()
             (sign * CE(model(inputs), targets)).backward()
             optimizer.step()
-        limit = handle.penalty.search.found.limit
+        limit = handle.penalty.strength_search.found.limit
         assert limit < 1e20
         found.append((limit, handle.strength))
     assert found[1] == pytest.approx(found[0])
@@ -638,12 +638,12 @@ def test_files_keep_what_was_found(tmp_path: Any) -> None:
     penalty.save(tmp_path / "penalty.safetensors")
     loaded = EKFACPenalty.load(tmp_path / "penalty.safetensors")
     assert loaded.strength == penalty.strength != 1.0
-    assert loaded.search.is_bounded(loaded.num_tasks)
+    assert loaded.strength_search.is_bounded(loaded.num_tasks)
     assert f"strength=auto ({penalty.strength:.3g})" in repr(loaded)
     shown = read(tmp_path / "penalty.safetensors").options["strength"]
     assert shown == f"auto ({penalty.strength:.3g})"
     assert loaded.plasticity == 0.8
-    assert not loaded.search.is_on(loaded.num_tasks)
+    assert not loaded.strength_search.is_on(loaded.num_tasks)
     assert EKFACPenalty.load(tmp_path / "penalty.safetensors", strength=2.0).strength == 2.0
 
 

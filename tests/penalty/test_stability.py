@@ -107,7 +107,8 @@ def told(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_descent_on_an_attached_gradient_is_checked_once_for_each_task(nesterov: bool) -> None:
+def test_divergence_of_an_attached_gradient_is_told_once_for_each_task(nesterov: bool) -> None:
+    """At the rate and strength of each step, as a warm-up or a schedule changes them."""
     model = make("plain")
     momentum = {"momentum": 0.9, "nesterov": True} if nesterov else {}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **momentum)
@@ -117,9 +118,30 @@ def test_descent_on_an_attached_gradient_is_checked_once_for_each_task(nesterov:
     penalty.strength = 0.99 * border
     assert told(optimizer, model) == []
     penalty.strength = 1.01 * border
-    assert told(optimizer, model) == []  # the task has been looked at
-    penalty.consolidate(model, CE, task("plain", 0))
     assert told(optimizer, model) == ["the penalty will diverge "]
+    assert told(optimizer, model) == []
+    penalty.strength = 0.5 * border
+    penalty.consolidate(model, CE, task("plain", 0))
+    assert told(optimizer, model) == []
+    optimizer.param_groups[0]["lr"] = 10.0
+    assert told(optimizer, model) == ["the penalty will diverge "]
+
+
+def test_rates_of_what_is_not_protected_and_strengths_to_be_found_are_not_checked() -> None:
+    model, head = make("plain"), nn.Linear(3, 3).double()
+    groups = [{"params": model.parameters(), "lr": 1e-6}, {"params": head.parameters(), "lr": 1e6}]
+    attached(torch.optim.SGD(groups), model, 1.0)
+    assert told(torch.optim.SGD(groups), model) == []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    penalty = attached(optimizer, model, 1.0)
+    optimizer.param_groups[0]["lr"] = 2.1 / penalty.max_curvature
+    penalty.strength = "auto"  # for which 1 is no more than a start
+    for x, y in task("plain", 1)[:1]:
+        optimizer.zero_grad()
+        (1e-3 * CE(model(x), y)).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step()
 
 
 def test_steps_of_bounded_size_are_not_checked() -> None:

@@ -65,7 +65,7 @@ def numbers_of(handle: Attachment[EKFACPenalty]) -> dict[str, Any]:
 
 
 def limit_of(penalty: EKFACPenalty) -> float:
-    return penalty.search.found.limit
+    return penalty.strength_search.found.limit
 
 
 def in_one_go(epochs: int = 6) -> EKFACPenalty:

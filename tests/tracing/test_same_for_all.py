@@ -231,6 +231,92 @@ def test_rows_that_move_by_a_buffer_that_is_written_to(
     assert_exact(operator, net)
 
 
+def _by_list(x: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    order = sorted(range(len(x)), key=words.flatten().tolist().__getitem__)
+    back = sorted(range(len(x)), key=order.__getitem__)
+    rows = list(x)
+    return torch.stack([rows[i] for i in order]), torch.tensor(back)
+
+
+def _by_unbound(x: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    order = sorted(range(len(x)), key=words.flatten().tolist().__getitem__)
+    rows = x.unbind(0)
+    back = sorted(range(len(x)), key=order.__getitem__)
+    return torch.stack([rows[i] for i in order]), torch.tensor(back)
+
+
+SHIFTS = [torch.eye(3 * LENGTH, dtype=torch.float64).roll(k, 0) for k in range(5)]
+
+
+def _by_choice(x: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """One of several matrices, or its transpose."""
+    k = int(words.sum())
+    shift = SHIFTS[1 + k % 4]
+    shift = shift.T if k % 2 else shift
+    return shift @ x, shift.argmax(0)
+
+
+class Moved(nn.Module):
+    """Rows are moved, worked on, and put back."""
+
+    def __init__(self, move: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.words = nn.Embedding(11, 5)
+        self.middle, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.move = move
+        self.shifts = SHIFTS
+
+    def forward(self, words: Tensor) -> Tensor:
+        x, back = self.move(self.words(words).tanh().flatten(0, 1), words)
+        y: Tensor = self.head(self.middle(x).tanh()[back].view(*words.shape, 5).mean(1))
+        return y
+
+
+@pytest.mark.parametrize("move", [_by_list, _by_unbound, _by_choice])
+@pytest.mark.parametrize("function", [False, True])
+def test_rows_that_python_moves(
+    move: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], function: bool
+) -> None:
+    """It picks tensors by what is in the data, where no tensor tells."""
+    torch.manual_seed(0)
+    net = Moved(move).double()
+    if move is _by_choice:
+        words, _ = examples()
+        assert len({int(part.sum()) % 4 for part in words.split(3)}) > 1
+
+        def alone(own: nn.Module) -> Any:
+            return lambda w: own.head(own.middle(own.words(w).tanh()).tanh().mean(1))
+
+        oracle: Any = alone(net)
+    else:
+        oracle = net
+    operator = estimated((lambda w: net(w)) if function else net, net, batches((3, 3, 3)))
+    words, labels = examples()
+    squares = dict.fromkeys(dict(net.named_parameters()), 0.0)
+    for own, label in zip(words, labels, strict=True):
+        net.zero_grad()
+        nn.functional.cross_entropy(oracle(own[None]), label[None]).backward()
+        for name, parameter in net.named_parameters():
+            assert parameter.grad is not None
+            squares[name] += float(parameter.grad.square().sum()) / len(words)
+    for name, square in squares.items():
+        assert float(operator.block(name).trace) == pytest.approx(square, rel=1e-10), name
+
+
+def test_a_loader_that_fills_one_buffer() -> None:
+    """Through NumPy, which leaves no trace in the tensors that were yielded before."""
+
+    class Refilling(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            buffer = np.zeros((3, LENGTH), dtype=np.int64)
+            for words, labels in super().__iter__():
+                buffer[:] = words.numpy()
+                yield torch.from_numpy(buffer), labels
+
+    net = model()
+    assert_exact(estimated(net, net, Refilling(batches((3, 3, 3)))))
+
+
 def test_operations_on_lists_of_tensors() -> None:
     net, calls = model(), torch.zeros(1)
 

@@ -348,7 +348,7 @@ class RotatedEWCPlugin(SupervisedPlugin, supports_distributed=True):  # type: ig
         Adaptive optimizers take steps of bounded size, and are not checked.
         """
         if not self._learning_rate_checked and isinstance(optimizer, SGD):
-            self.penalty.check_learning_rate(plain_rate(optimizer))
+            self.penalty.check_learning_rate(max(map(plain_rate, optimizer.param_groups)))
         self._learning_rate_checked = True
 
     def _ends_task(self, experience: Any) -> bool:

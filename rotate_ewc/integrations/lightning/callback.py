@@ -264,7 +264,7 @@ class RotatedEWCCallback(AttachesPenalty, Callback):
 
     def _own_loss(self, trainer: Trainer, model: nn.Module, data: Iterable[Any]) -> OwnLoss:
         """Return loss, batches and forward of the task; without `loss_func`, those of the model."""
-        if self.forward is None and type(model).forward is LightningModule.forward:
+        if self.forward is None and not _has_forward(model):
             names = [name for name, _ in model.named_children()]
             raise ValueError(
                 f"{type(model).__name__} has no forward; expected submodule= the one of its "
@@ -325,3 +325,9 @@ class _AfterOthers(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Consolidate the task."""
         self.owner._consolidate(trainer, pl_module)
+
+
+def _has_forward(model: nn.Module) -> bool:
+    """Whether a model can be called: a `LightningModule` need not, if its steps do not call it."""
+    own = "forward" in vars(model) or type(model).forward is not LightningModule.forward
+    return own or type(model).__call__ is not nn.Module.__call__

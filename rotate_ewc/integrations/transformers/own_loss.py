@@ -251,7 +251,8 @@ def _check_batch(batch: Any, index: int, form: LossForm) -> None:
             f"batch {index} of data has {list(batch)}, but no {missing[0]!r}, which the model's "
             f"loss needs; expected tensors {_keys(form)} in every batch{advice}"
         )
-    if alone := [key for key in form.labels if getattr(batch[key], "ndim", 1) == 0]:
+    alone = [key for key in form.labels if getattr(batch[key], "ndim", 1) == 0]
+    if alone and all(getattr(value, "ndim", 0) < 2 for value in batch.values()):
         raise ValueError(
             f"batch {index} of data has a single number as {alone[0]!r}, as one example has; "
             f"expected batches: pass torch.utils.data.DataLoader(data, batch_size=100)"

@@ -44,7 +44,7 @@ class Update(ABC):
 
     def remember(self) -> None:
         """Remember what `undo` restores, before a step."""
-        self._known = copy.copy(self.plasticity), copy.copy(self.penalty.search.found)
+        self._known = copy.copy(self.plasticity), copy.copy(self.penalty.strength_search.found)
 
     @abstractmethod
     def before(self, step: Step) -> None:
@@ -62,7 +62,7 @@ class Update(ABC):
         """Give model and optimizer back what they had before a step that failed."""
         self.stand_ins.undo()
         if self._known is not None:
-            plasticity, self.penalty.search.found = self._known
+            plasticity, self.penalty.strength_search.found = self._known
             self.resume(plasticity)
 
     def give(self, step: Step, own: Mapping[str, Mapping[str, Tensor]]) -> set[str]:
@@ -83,7 +83,7 @@ class Update(ABC):
 
     def looks(self) -> bool:
         """Count a step, and return whether the strength is to be found, or bounded, in it."""
-        if self.penalty.search.is_to_begin(
+        if self.penalty.strength_search.is_to_begin(
             self.penalty.num_tasks
         ):  # perhaps it was a number until now
             self.plasticity.wait = min(self.plasticity.wait, _FIRST_STEPS)
@@ -92,13 +92,15 @@ class Update(ABC):
     @property
     def wait(self) -> float:
         """How many steps there are before the next look; infinite where the strength is given."""
-        bounds = self.bounds_strength and self.penalty.search.is_bounded(self.penalty.num_tasks)
+        bounds = self.bounds_strength and self.penalty.strength_search.is_bounded(
+            self.penalty.num_tasks
+        )
         return self.plasticity.wait if bounds or self.finds_strength else math.inf
 
     @property
     def finds_strength(self) -> bool:
         """Whether the strength is being found, in the steps of the task at hand."""
-        return self.penalty.search.is_on(self.penalty.num_tasks)
+        return self.penalty.strength_search.is_on(self.penalty.num_tasks)
 
     @property
     def plasticity(self) -> Plasticity:
@@ -114,11 +116,11 @@ class Update(ABC):
     def leave(self) -> None:
         """Leave what was seen of the task at hand to the next update of the penalty."""
         if self._looked_for == self.penalty.num_tasks:
-            self.penalty.search.leave(self._looked_for, self._plasticity)
+            self.penalty.strength_search.leave(self._looked_for, self._plasticity)
 
     def take_over(self) -> None:
         """Go on with what an earlier update of the penalty has left of the task at hand."""
-        left = self.penalty.search.take_over(self.penalty.num_tasks)
+        left = self.penalty.strength_search.take_over(self.penalty.num_tasks)
         if left is not None:
             self.resume(left)
 
@@ -129,7 +131,11 @@ class Update(ABC):
             seen: What that is.
             step: The step.
         """
-        penalty, search, num_tasks = self.penalty, self.penalty.search, self.penalty.num_tasks
+        penalty, search, num_tasks = (
+            self.penalty,
+            self.penalty.strength_search,
+            self.penalty.num_tasks,
+        )
         later = search.is_bounded(num_tasks)
         found = self.plasticity.look(
             seen, penalty.plasticity, penalty.strength, later=later, total=penalty.owners.total
@@ -150,7 +156,7 @@ class Update(ABC):
         before = self.plasticity.largest_strength
         found = self.plasticity.limit(done, penalty.plasticity, penalty.owners.total)
         if found is not None:
-            penalty.search.found.limit_to(found, before)
+            penalty.strength_search.found.limit_to(found, before)
         return found is not None
 
     def flush(self, step: Step) -> None:  # noqa: B027

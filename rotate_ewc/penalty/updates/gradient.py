@@ -31,18 +31,30 @@ class GradientUpdate(Update):
         """Take part in no step yet."""
         super().__init__(penalty)
         self._watch = Watch(self)
-        self._tasks_checked = 0
+        self._warned_of = 0
+        self._curvature: tuple[object, float] = (None, 0.0)
 
     def before(self, step: Step) -> None:
-        """Add the penalty's gradient; warn once for each task if plain descent will diverge."""
-        if self._tasks_checked != self.penalty.num_tasks and isinstance(step.optimizer, SGD):
-            penalty = self.penalty
-            warn_if_divergent(plain_rate(step.optimizer), penalty.max_curvature, penalty.strength)
-        self._tasks_checked = self.penalty.num_tasks
+        """Add the penalty's gradient."""
+        self._warn_if_divergent(step)
         blocks = [stack.block for stack in self.penalty.stacks]
         gradients = quadratic_gradient(blocks, self.penalty.deltas(step.parameters))
         self._watch.before(self.penalty.stacks, step)
         add_gradients(self, step, gradients)
+
+    def _warn_if_divergent(self, step: Step) -> None:
+        """Warn once for each task if plain descent diverges, at the rate and strength of a step."""
+        penalty = self.penalty
+        searching = penalty.strength_search.is_to_begin(penalty.num_tasks)
+        if searching or self._warned_of == penalty.num_tasks or not isinstance(step.optimizer, SGD):
+            return
+        if self._curvature[0] is not penalty.stacks:
+            self._curvature = penalty.stacks, penalty.curvature_of_one
+        rate = max(map(plain_rate, step.groups.values()), default=0.0)
+        curvature = penalty.strength * self._curvature[1]
+        if rate * curvature > 2:
+            warn_if_divergent(rate, curvature, penalty.strength)
+            self._warned_of = penalty.num_tasks
 
     def acts_after(self) -> bool:
         """Return whether the step is one to find the strength from."""

@@ -274,6 +274,14 @@ def test_answers_need_both_ends() -> None:
     refused(model, [batch], "no 'end_positions'")
 
 
+def test_single_examples_are_refused_unless_they_are_batches_of_one() -> None:
+    model, batch = hf_models.case("bert, one class")
+    alone = {key: value[0] for key, value in batch.items()}
+    refused(model, [alone], r"a single number as 'labels', as one example has.*DataLoader")
+    of_one = {**{key: value[:1] for key, value in batch.items()}, "labels": batch["labels"][0]}
+    exact_penalty().consolidate(model, data=[of_one])
+
+
 def test_pairs_are_refused() -> None:
     model, batch = hf_models.case("gpt2")
     refused(model, [(batch, batch["labels"])], "batch 0 of data is a tuple", TypeError)
