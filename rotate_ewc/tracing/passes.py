@@ -257,7 +257,8 @@ class ActivationCache:
 
     def _is_refilled(self, batch: Batch) -> bool:
         """Whether a batch is in the memory of an earlier one, which NumPy fills without a trace."""
-        tensors = {place_of(t): t for t in tensors_of((batch.inputs, batch.targets))}
+        given = tensors_of((batch.inputs, batch.targets))
+        tensors = {place_of(part): t for t in given for part in parts_of(t)}
         refilled = any(self._places.get(place, t) is not t for place, t in tensors.items())
         self._places.update(tensors)
         return refilled
