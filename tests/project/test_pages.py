@@ -129,7 +129,13 @@ def test_avalanche(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_transformers(tmp_path: Path) -> None:
-    from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        MixtralConfig,
+        MixtralForCausalLM,
+        TrainingArguments,
+    )
 
     config = BertConfig(
         vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
@@ -141,7 +147,19 @@ def test_transformers(tmp_path: Path) -> None:
     )  # fmt: skip
     texts = [{"input_ids": t, "labels": torch.tensor(0)} for t in torch.randint(16, (8, 4))]
     model = BertForSequenceClassification(config)
-    given = {"torch": torch, "model": model, "loader": DataLoader(texts, 4), "args": args}
+    experts = MixtralConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    tokens = torch.randint(16, (4, 6))
+    given = {
+        "torch": torch,
+        "model": model,
+        "loader": DataLoader(texts, 4),
+        "args": args,
+        "mixture": MixtralForCausalLM(experts),
+        "texts": [{"input_ids": tokens, "labels": tokens}],
+    }
     found = run("transformers.md", {**given, "first": texts, "second": texts})
     assert found["penalty"].num_tasks == 2
 
@@ -149,7 +167,7 @@ def test_transformers(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_peft() -> None:
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from rotate_ewc.integrations.transformers import RotatedEWCCallback
@@ -165,6 +183,8 @@ def test_peft() -> None:
             "torch": torch,
             "base": LlamaForCausalLM(config),
             "LoraConfig": LoraConfig,
+            "PromptTuningConfig": PromptTuningConfig,
+            "v": 2,
             "get_peft_model": lambda model, lora: get_peft_model(copy.deepcopy(model), lora),
             "penalty": EKFACPenalty(),
             "RotatedEWCCallback": RotatedEWCCallback,
