@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, NoReturn
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -232,7 +233,8 @@ class ActivationCache:
         self._cached: deque[CachedBatch] = deque()
         # Addresses of memory that counts already, since batches may be views of the same.
         self._addresses: set[int] = set()
-        self._places: dict[object, Tensor] = {}
+        # Weakly, or batches would outlive what is cached of them.
+        self._places: WeakValueDictionary[object, Tensor] = WeakValueDictionary()
         self._num_bytes = 0
         self._full = False
 
