@@ -141,14 +141,14 @@ class ConsolidatedTasks(nn.Module):
 
         Gradient descent on the penalty diverges when the learning rate is more than two over this.
         """
-        return self.strength * self.curvature_of_one
+        return self.scale * self.largest_eigenvalue
 
     @property
-    def curvature_of_one(self) -> float:
-        """Largest second derivative at strength 1, or a bound of it."""
+    def largest_eigenvalue(self) -> float:
+        """Largest eigenvalue of what `stacks` hold in all processes, or a bound of it."""
         with self.owners.together():
             largest = self.owners.ranks.gather("curvature", largest_curvature(self._stacks))
-        return self.scale_of_one * float(max(largest))
+        return float(max(largest))
 
     @property
     def num_tasks(self) -> int:

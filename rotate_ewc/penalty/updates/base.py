@@ -13,7 +13,7 @@ from torch import Tensor
 from rotate_ewc.errors import SnapshotError
 from rotate_ewc.penalty.consolidated import ConsolidatedTasks
 from rotate_ewc.penalty.plasticity import Plasticity, Progress
-from rotate_ewc.penalty.strength import FoundStrength
+from rotate_ewc.penalty.strength import FoundStrength, StrengthSearch
 from rotate_ewc.penalty.updates.step import StandIns, Step
 
 # From the first look at the steps of a task to the second.
@@ -44,7 +44,7 @@ class Update(ABC):
 
     def remember(self) -> None:
         """Remember what `undo` restores, before a step."""
-        self._known = copy.copy(self.plasticity), copy.copy(self.penalty.strength_search.found)
+        self._known = copy.copy(self.plasticity), copy.copy(self.search.found)
 
     @abstractmethod
     def before(self, step: Step) -> None:
@@ -62,7 +62,7 @@ class Update(ABC):
         """Give model and optimizer back what they had before a step that failed."""
         self.stand_ins.undo()
         if self._known is not None:
-            plasticity, self.penalty.strength_search.found = self._known
+            plasticity, self.search.found = self._known
             self.resume(plasticity)
 
     def give(self, step: Step, own: Mapping[str, Mapping[str, Tensor]]) -> set[str]:
@@ -83,24 +83,25 @@ class Update(ABC):
 
     def looks(self) -> bool:
         """Count a step, and return whether the strength is to be found, or bounded, in it."""
-        if self.penalty.strength_search.is_to_begin(
-            self.penalty.num_tasks
-        ):  # perhaps it was a number until now
+        if self.search.is_to_begin(self.penalty.num_tasks):  # perhaps it was a number until now
             self.plasticity.wait = min(self.plasticity.wait, _FIRST_STEPS)
         return self.wait < math.inf and self.plasticity.is_due()
 
     @property
     def wait(self) -> float:
         """How many steps there are before the next look; infinite where the strength is given."""
-        bounds = self.bounds_strength and self.penalty.strength_search.is_bounded(
-            self.penalty.num_tasks
-        )
+        bounds = self.bounds_strength and self.search.is_bounded(self.penalty.num_tasks)
         return self.plasticity.wait if bounds or self.finds_strength else math.inf
 
     @property
     def finds_strength(self) -> bool:
         """Whether the strength is being found, in the steps of the task at hand."""
-        return self.penalty.strength_search.is_on(self.penalty.num_tasks)
+        return self.search.is_on(self.penalty.num_tasks)
+
+    @property
+    def search(self) -> StrengthSearch:
+        """The penalty's strength, and how far it has been found."""
+        return self.penalty.strength_search
 
     @property
     def plasticity(self) -> Plasticity:
@@ -116,11 +117,11 @@ class Update(ABC):
     def leave(self) -> None:
         """Leave what was seen of the task at hand to the next update of the penalty."""
         if self._looked_for == self.penalty.num_tasks:
-            self.penalty.strength_search.leave(self._looked_for, self._plasticity)
+            self.search.leave(self._looked_for, self._plasticity)
 
     def take_over(self) -> None:
         """Go on with what an earlier update of the penalty has left of the task at hand."""
-        left = self.penalty.strength_search.take_over(self.penalty.num_tasks)
+        left = self.search.take_over(self.penalty.num_tasks)
         if left is not None:
             self.resume(left)
 
@@ -131,19 +132,15 @@ class Update(ABC):
             seen: What that is.
             step: The step.
         """
-        penalty, search, num_tasks = (
-            self.penalty,
-            self.penalty.strength_search,
-            self.penalty.num_tasks,
-        )
-        later = search.is_bounded(num_tasks)
+        penalty = self.penalty
+        later = self.search.is_bounded(penalty.num_tasks)
         found = self.plasticity.look(
             seen, penalty.plasticity, penalty.strength, later=later, total=penalty.owners.total
         )
         if found is not None:
             is_first = self.plasticity.looks == 1
             rate = step.rate(penalty.protected_names)
-            search.found.add(found, rate, num_tasks, is_first=is_first)
+            self.search.found.add(found, rate, penalty.num_tasks, is_first=is_first)
             self.plasticity.wait = (_FIRST_STEPS if is_first else self.steps_between_looks) - 1
 
     def limit_strength(self, done: Sequence[Progress]) -> bool:
@@ -156,7 +153,7 @@ class Update(ABC):
         before = self.plasticity.largest_strength
         found = self.plasticity.limit(done, penalty.plasticity, penalty.owners.total)
         if found is not None:
-            penalty.strength_search.found.limit_to(found, before)
+            self.search.found.limit_to(found, before)
         return found is not None
 
     def flush(self, step: Step) -> None:  # noqa: B027

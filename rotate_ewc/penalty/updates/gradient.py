@@ -32,7 +32,7 @@ class GradientUpdate(Update):
         super().__init__(penalty)
         self._watch = Watch(self)
         self._warned_of = 0
-        self._curvature: tuple[object, float] = (None, 0.0)
+        self._largest_eigenvalue: tuple[object, float] = (None, 0.0)
 
     def before(self, step: Step) -> None:
         """Add the penalty's gradient."""
@@ -45,15 +45,14 @@ class GradientUpdate(Update):
     def _warn_if_divergent(self, step: Step) -> None:
         """Warn once for each task if plain descent diverges, at the rate and strength of a step."""
         penalty = self.penalty
-        searching = penalty.strength_search.is_to_begin(penalty.num_tasks)
+        searching = self.search.is_to_begin(penalty.num_tasks)
         if searching or self._warned_of == penalty.num_tasks or not isinstance(step.optimizer, SGD):
             return
-        if self._curvature[0] is not penalty.stacks:
-            self._curvature = penalty.stacks, penalty.curvature_of_one
+        if self._largest_eigenvalue[0] is not penalty.stacks:
+            self._largest_eigenvalue = penalty.stacks, penalty.largest_eigenvalue
         rate = max(map(plain_rate, step.groups.values()), default=0.0)
-        curvature = penalty.strength * self._curvature[1]
-        if rate * curvature > 2:
-            warn_if_divergent(rate, curvature, penalty.strength)
+        curvature = penalty.scale * self._largest_eigenvalue[1]
+        if not warn_if_divergent(rate, curvature, penalty.strength):
             self._warned_of = penalty.num_tasks
 
     def acts_after(self) -> bool:
