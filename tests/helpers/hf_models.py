@@ -92,32 +92,26 @@ def t5_config() -> T5Config:
     )
 
 
+# Of networks that see four patches of an image.
+PATCHES: dict[str, Any] = {
+    "hidden_size": 4,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 6,
+    "image_size": 4,
+    "patch_size": 2,
+    "num_channels": 1,
+    "num_labels": 3,
+}
+
+
 def vit_config() -> ViTConfig:
-    return ViTConfig(
-        hidden_size=4,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=6,
-        image_size=4,
-        patch_size=2,
-        num_channels=1,
-        num_labels=3,
-    )
+    return ViTConfig(**PATCHES)
 
 
 def beit_config() -> BeitConfig:
     """It keeps the positions of pixels, from which biases are looked up, in a cache."""
-    return BeitConfig(
-        hidden_size=4,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=6,
-        image_size=4,
-        patch_size=2,
-        num_channels=1,
-        num_labels=3,
-        use_relative_position_bias=True,
-    )
+    return BeitConfig(**PATCHES, use_relative_position_bias=True)
 
 
 def swin_config() -> SwinConfig:

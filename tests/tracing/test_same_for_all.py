@@ -76,14 +76,17 @@ def estimated(function: Any, net: nn.Module, data: Any, **options: Any) -> EKFAC
     return EKFACLinearOperator(function, CE, dict(net.named_parameters()), data, **options)
 
 
-def assert_exact(operator: EKFACLinearOperator, net: nn.Module | None = None) -> None:
+def assert_exact(
+    operator: EKFACLinearOperator, net: nn.Module | None = None, forward: Any = None
+) -> None:
     """Compare traces with the squared gradients of one example after another, in a plain loop."""
     net = net or model()
+    forward = forward or net
     words, labels = examples()
     squares = dict.fromkeys(dict(net.named_parameters()), 0.0)
     for own, label in zip(words, labels, strict=True):
         net.zero_grad()
-        nn.functional.cross_entropy(net(own[None]), label[None]).backward()
+        nn.functional.cross_entropy(forward(own[None]), label[None]).backward()
         for name, parameter in net.named_parameters():
             assert parameter.grad is not None
             squares[name] += float(parameter.grad.square().sum()) / len(words)
@@ -280,27 +283,15 @@ def test_rows_that_python_moves(
     """It picks tensors by what is in the data, where no tensor tells."""
     torch.manual_seed(0)
     net = Moved(move).double()
-    if move is _by_choice:
-        words, _ = examples()
-        assert len({int(part.sum()) % 4 for part in words.split(3)}) > 1
+    plain = None
+    if move is _by_choice:  # which is another one for an example alone
+        assert len({int(part.sum()) % 4 for part in examples()[0].split(3)}) > 1
 
-        def alone(own: nn.Module) -> Any:
-            return lambda w: own.head(own.middle(own.words(w).tanh()).tanh().mean(1))
+        def plain(words: Tensor) -> Any:
+            return net.head(net.middle(net.words(words).tanh()).tanh().mean(1))
 
-        oracle: Any = alone(net)
-    else:
-        oracle = net
     operator = estimated((lambda w: net(w)) if function else net, net, batches((3, 3, 3)))
-    words, labels = examples()
-    squares = dict.fromkeys(dict(net.named_parameters()), 0.0)
-    for own, label in zip(words, labels, strict=True):
-        net.zero_grad()
-        nn.functional.cross_entropy(oracle(own[None]), label[None]).backward()
-        for name, parameter in net.named_parameters():
-            assert parameter.grad is not None
-            squares[name] += float(parameter.grad.square().sum()) / len(words)
-    for name, square in squares.items():
-        assert float(operator.block(name).trace) == pytest.approx(square, rel=1e-10), name
+    assert_exact(operator, net, plain)
 
 
 def test_a_loader_that_fills_one_buffer() -> None:

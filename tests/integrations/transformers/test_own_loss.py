@@ -279,7 +279,9 @@ def test_single_examples_are_refused_unless_they_are_batches_of_one() -> None:
     alone = {key: value[0] for key, value in batch.items()}
     refused(model, [alone], r"a single number as 'labels', as one example has.*DataLoader")
     of_one = {**{key: value[:1] for key, value in batch.items()}, "labels": batch["labels"][0]}
-    exact_penalty().consolidate(model, data=[of_one])
+    penalty = exact_penalty()
+    penalty.consolidate(model, data=[of_one])
+    assert penalty.num_tasks == 1
 
 
 def test_pairs_are_refused() -> None:
