@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Any
@@ -306,6 +307,25 @@ def test_a_loader_that_fills_one_buffer() -> None:
 
     net = model()
     assert_exact(estimated(net, net, Refilling(batches((3, 3, 3)))))
+
+
+def test_batches_are_not_held_for_that() -> None:
+    seen: list[weakref.ref[Tensor]] = []
+
+    class Fresh(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            for words, labels in super().__iter__():
+                own = words.clone()
+                assert all(earlier() is None for earlier in seen[:-1])
+                seen.append(weakref.ref(own))
+                yield own, labels
+
+    net = model()
+    operator = estimated(
+        net, net, Fresh(batches((2, 2, 2, 3))), memory_budget=1, check_deterministic=False
+    )
+    assert_exact(operator)
+    assert len(seen) >= 8
 
 
 def test_operations_on_lists_of_tensors() -> None:
